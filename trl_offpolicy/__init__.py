@@ -1,0 +1,49 @@
+"""Close the gap between a model and the demonstrations it is fine-tuned on: rewrite the data, weight the loss.
+
+Importing this package imports neither torch nor trl: each public name is loaded when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "DataRewriter": "rewriter",
+    "RewriteConfig": "rewriter",
+    "TransformersSampler": "sampling.transformers_sampler",
+    "MathVerifier": "verification",
+    "Verdict": "rows",
+    "Source": "rows",
+    "RewriteDataCollator": "data_collator",
+    "ImportanceWeightedSFTConfig": "importance_weighted_sft_config",
+    "ImportanceWeightedSFTTrainer": "importance_weighted_sft_trainer",
+    "DFTConfig": "dft_trainer",
+    "DFTTrainer": "dft_trainer",
+    "measure_policy_gap": "policy_gap",
+    "evaluate": "evaluation",
+}
+__all__ = list(_HOME)
+
+if TYPE_CHECKING:
+    from .data_collator import RewriteDataCollator
+    from .dft_trainer import DFTConfig, DFTTrainer
+    from .evaluation import evaluate
+    from .importance_weighted_sft_config import ImportanceWeightedSFTConfig
+    from .importance_weighted_sft_trainer import ImportanceWeightedSFTTrainer
+    from .policy_gap import measure_policy_gap
+    from .rewriter import DataRewriter, RewriteConfig
+    from .rows import Source, Verdict
+    from .sampling.transformers_sampler import TransformersSampler
+    from .verification import MathVerifier
+
+
+def __getattr__(name):
+    if name not in _HOME:
+        raise AttributeError(f"module 'trl_offpolicy' has no attribute {name!r}; it has {', '.join(sorted(_HOME))}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__():
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,40 @@
+"""The texts a policy is prompted with. Placeholders: `{problem}`, and `{solution}` (the reference) in the guided prompt."""
+
+import re
+
+
+# What a row without a prompt of its own (`problem`, `question`) is asked, in training as in sampling.
+SOLVE_PROMPT = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}."
+
+# Digest-and-retell ("Mind the Gap", Figure 2, in our words): the reference is there to be understood, not to be copied.
+GUIDED_PROMPT = """\
+You are given a problem and a teacher's solution to it. Read the solution until you understand why it works, then solve \
+the problem again in your own way.
+
+1. Work out what the problem asks.
+2. Use the teacher's solution only as guidance, for the parts you could not have done yourself.
+3. Write your own solution step by step and in your own words. Do not mention the teacher or the reference.
+4. Put your final answer within \\boxed{}.
+
+Problem:
+{problem}
+
+Teacher's solution (for reference):
+{solution}
+
+Now solve the problem in your own way:"""
+
+
+def fill(template: str, **fields: str) -> str:
+    """`template` with each `{name}` of `fields` replaced once; every other brace (LaTeX, say) is left alone."""
+    return re.sub(r"\{(" + "|".join(fields) + r")\}", lambda match: fields[match[1]], template)
+
+
+def check(template: str, name: str, *placeholders: str) -> None:
+    """Raises `ValueError` when `template` lacks one of the `placeholders` it must have."""
+    missing = [p for p in placeholders if "{" + p + "}" not in template]
+    if missing:
+        raise ValueError(
+            f"You passed {name}={template!r}, which has no {' and no '.join('{' + p + '}' for p in missing)}: every problem would "
+            f"get the same prompt. Write the placeholder where the text belongs, for example {name}='{{problem}}'."
+        )

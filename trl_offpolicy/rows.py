@@ -1,0 +1,228 @@
+"""The row: what goes into a rewrite, what comes out, and how each input format is read.
+
+An output row, ready for `SFTTrainer` (`completion_ids` and `behavior_log_probs` are empty for `expert` rows):
+
+    {"prompt": [{"role": "user", "content": "2+2?"}], "completion": [{"role": "assistant", "content": "\\boxed{4}"}],
+     "id": "9f86d081884c7d65", "source": "self", "answer": "4", "num_sampled": 2, "num_correct": 1,
+     "completion_ids": [76, 123, 19, 125, 2], "behavior_log_probs": [-0.1, -0.0, -0.3, -0.0, -0.0],
+     "model": "me/policy", "model_revision": "a1b2c3", "temperature": 1.0}
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from .prompts import fill
+
+
+class Source(StrEnum):
+    """Where a row's completion comes from ("Mind the Gap", section 3.2)."""
+
+    SELF = "self"
+    GUIDED = "guided"
+    EXPERT = "expert"
+
+
+class Verdict(StrEnum):
+    """What a verifier says of one completion; only `wrong` says that the model was wrong."""
+
+    CORRECT = "correct"
+    WRONG = "wrong"
+    UNPARSABLE = "unparsable"
+    TIMEOUT = "timeout"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One input row, whatever format it came in."""
+
+    id: str
+    prompt: list[dict[str, str]]
+    problem: str
+    demonstration: str
+    answer: str | None
+    extra: dict[str, Any]
+
+
+# Formats by the columns that make them, in the order they are looked for: (prompt column, demonstration column).
+FORMATS = (
+    ("messages", "messages"),
+    ("prompt", "completion"),
+    ("problem", "solution"),
+    ("question", "solution"),
+    ("question", "answer"),
+)
+# Names that our output or TRL's data preparation gives a meaning: an input column of that name moves to `input_<name>`.
+_TAKEN = {
+    "prompt", "completion", "id", "source", "answer", "num_sampled", "num_correct", "completion_ids", "behavior_log_probs", "model",
+    "model_revision", "temperature", "messages", "conversations", "text", "input_ids", "labels", "attention_mask", "seq_lengths",
+    "completion_mask", "assistant_masks", "weight",
+}  # fmt: skip
+
+
+def last_boxed(text: str) -> str | None:
+    r"""The content of the last `\boxed{…}` or `\fbox{…}`, braces balanced; `None` if there is none or it is not closed."""
+    start = max(text.rfind("\\boxed") + 6, text.rfind("\\fbox") + 5)
+    if start < 6:
+        return None
+    rest = text[start:].lstrip()
+    if not rest.startswith("{"):  # `\boxed 9`
+        return re.match(r"[^\s$\\.,;]*", rest)[0] or None
+    depth = 0
+    for match in re.finditer(r"\\.|[{}]", rest, re.DOTALL):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if depth == 0:
+            return rest[1 : match.start()].strip()
+    return None
+
+
+def final_answer(text: str) -> str | None:
+    """The final answer a solution states: its last box, else GSM8K's `#### 42`; `None` if it states none."""
+    boxed = last_boxed(text)
+    if boxed is None and "####" in text:
+        boxed = text.rsplit("####", 1)[1].strip().split("\n")[0].replace(",", "").strip()
+    return boxed or None
+
+
+def content_id(prompt: list[dict[str, str]], answer: str | None) -> str:
+    """16 hex digits that depend on the problem and its gold answer only, never on a row's position."""
+    content = json.dumps([[[m["role"], m["content"]] for m in prompt], answer or ""])
+    return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+
+
+def find_format(columns: Iterable[str]) -> tuple[str, str]:
+    """(prompt column, demonstration column) of a dataset with these `columns`; `ValueError` names what was found."""
+    columns = list(columns)
+    for pair in FORMATS:
+        if set(pair) <= set(columns):
+            return pair
+    raise ValueError(
+        f"The dataset has the columns {columns}, but a rewrite needs a problem and its demonstration: one of "
+        f"{', '.join(' + '.join(dict.fromkeys(pair)) for pair in FORMATS)}. Rename yours with `dataset.rename_columns`."
+    )
+
+
+def carried_columns(columns: Iterable[str]) -> dict[str, str]:
+    """Input column → output column, for everything that our own columns do not already say."""
+    columns = list(columns)
+    prompt_column, demonstration_column = find_format(columns)
+    # A prompt comes out as it came in, and so does a gold answer, unless `answer` held the whole demonstration (GSM8K).
+    same = {"prompt"} if demonstration_column == "answer" else {"prompt", "answer"}
+    return {c: f"input_{c}" if c in _TAKEN else c for c in columns if c not in same}
+
+
+def _messages(value, role: str, what: str) -> list[dict[str, str]]:
+    if isinstance(value, str):
+        return [{"role": role, "content": value}] if value.strip() else []
+    if value is None:
+        return []
+    if isinstance(value, list) and all(
+        isinstance(m, dict) and isinstance(m.get("content"), str) and m.get("role") for m in value
+    ):
+        return [{"role": m["role"], "content": m["content"]} for m in value]
+    raise ValueError(
+        f"{what} must be a text or a list of {{'role', 'content'}} with text contents, but is {value!r:.200}."
+    )
+
+
+def read_row(row: dict, index: int, answer_column: str, solve_prompt: str) -> Problem:
+    """One row as a `Problem`.
+
+    Raises `ValueError` with the row's number when it has no problem or no demonstration: such a row has no fallback.
+    """
+    prompt_column, demonstration_column = find_format(row)
+    if prompt_column == "messages":
+        *prompt, last = _messages(row["messages"], "user", f"Row {index}: `messages`") or [{"role": "", "content": ""}]
+        demonstration = last["content"] if last["role"] == "assistant" else ""
+    else:
+        prompt = _messages(row[prompt_column], "user", f"Row {index}: `{prompt_column}`")
+        turns = _messages(row[demonstration_column], "assistant", f"Row {index}: `{demonstration_column}`")
+        if len(turns) > 1:
+            raise ValueError(
+                f"Row {index}: `{demonstration_column}` has {len(turns)} messages; a rewrite replaces exactly one assistant turn."
+            )
+        demonstration = turns[0]["content"] if turns else ""
+    if not demonstration.strip():
+        raise ValueError(
+            f"Row {index} has no demonstration: `{demonstration_column}` is {row[demonstration_column]!r:.200}. Without one there is nothing to "
+            "fall back to. Fill it in, or drop such rows yourself with `dataset.filter`."
+        )
+    user_turns = [m["content"] for m in prompt if m["role"] == "user"]
+    if not user_turns or not user_turns[-1].strip():
+        raise ValueError(f"Row {index} has no problem: `{prompt_column}` is {row[prompt_column]!r:.200}.")
+    answer = None if demonstration_column == answer_column else row.get(answer_column)
+    answer = str(answer).strip() if answer is not None and not isinstance(answer, (list, dict)) else ""
+    answer = answer or final_answer(demonstration)
+    row_id = content_id(prompt, answer)
+    if prompt_column in ("problem", "question"):
+        prompt = [{"role": "user", "content": fill(solve_prompt, problem=user_turns[-1])}]
+    extra = {new: row[old] for old, new in carried_columns(row).items()}
+    return Problem(row_id, prompt, user_turns[-1], demonstration, answer, extra)
+
+
+def read_rows(
+    rows: Iterable[dict], answer_column: str = "answer", solve_prompt: str = "{problem}"
+) -> Iterator[Problem]:
+    """Every row as a `Problem` with an id of its own: the second row with the same problem and answer is `<id>-2`, and so on."""
+    count: dict[str, int] = {}
+    for index, row in enumerate(rows):
+        problem = read_row(row, index, answer_column, solve_prompt)
+        count[problem.id] = seen = count.get(problem.id, 0) + 1
+        if seen > 1:
+            problem = Problem(f"{problem.id}-{seen}", *(getattr(problem, f) for f in list(Problem.__slots__)[1:]))
+        yield problem
+
+
+def output_features(input_features=None, columns: Iterable[str] = ()):
+    """`datasets.Features` of the output: ours, then the carried columns with the type they came in."""
+    from datasets import Features, List, Value
+
+    turn = {"role": Value("string"), "content": Value("string")}
+    ours = {
+        "prompt": List(turn),
+        "completion": List(turn),
+        "id": Value("string"),
+        "source": Value("string"),
+        "answer": Value("string"),
+        "num_sampled": Value("int32"),
+        "num_correct": Value("int32"),
+        "completion_ids": List(Value("int32")),
+        "behavior_log_probs": List(Value("float32")),
+        "model": Value("string"),
+        "model_revision": Value("string"),
+        "temperature": Value("float32"),
+    }
+    carried = {new: input_features[old] for old, new in carried_columns(columns).items()} if input_features else {}
+    return Features({**ours, **carried})
+
+
+def load_rows(dataset_name: str, dataset_config: str | None = None, dataset_split: str = "train"):
+    """A `datasets.Dataset` from a JSONL, JSON, CSV or Parquet file, a directory (Parquet or `save_to_disk`) or a Hub id."""
+    from datasets import DatasetDict, load_dataset, load_from_disk
+
+    path = Path(dataset_name)
+    builders = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+    if path.is_file():
+        if path.suffix not in builders:
+            raise ValueError(f"You passed dataset_name={dataset_name!r}; a file must end in {', '.join(builders)}.")
+        if not path.read_bytes()[:1024].strip():
+            raise ValueError(f"You passed dataset_name={dataset_name!r}, but that file is empty.")
+        return load_dataset(builders[path.suffix], data_files={dataset_split: str(path)}, split=dataset_split)
+    if path.is_dir() and any((path / f).exists() for f in ("dataset_dict.json", "state.json")):
+        loaded = load_from_disk(str(path))
+        if not isinstance(loaded, DatasetDict):
+            return loaded
+        if dataset_split not in loaded:
+            raise ValueError(
+                f"You asked for dataset_split={dataset_split!r}, but {dataset_name!r} has {list(loaded)}."
+            )
+        return loaded[dataset_split]
+    if not path.is_dir() and (path.suffix in builders or dataset_name.startswith((".", "/", "~"))):
+        raise FileNotFoundError(f"You passed dataset_name={dataset_name!r}, but there is no such file or directory.")
+    return load_dataset(dataset_name, dataset_config, split=dataset_split)

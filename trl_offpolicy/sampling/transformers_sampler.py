@@ -1,0 +1,168 @@
+"""Sampling with plain `transformers`: batched `generate`, no server and no extra dependency.
+
+`generate` draws a batch from one random stream, so a completion would depend on its neighbours. Here each row's tokens
+are drawn from its own uniform numbers by inverting the cumulative distribution, so that a seed means the same completion
+in whatever batch it lands (exact up to the rounding of the model's forward). Continuous batching (`generate_batch`) has
+no per-request seeds and ran at 0.4 × the speed of `generate` on CPU; `benchmarks/sampling_transformers.py` measures it.
+"""
+
+import hashlib
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from . import Completion, Request, SamplingParams
+
+
+class _SeededDraw(LogitsProcessor):
+    """Chooses the next token of each row from the row's own random stream, and notes the model's log-prob of it."""
+
+    def __init__(self, seeds: list[int], params: SamplingParams, prompt_length: int, device):
+        # (steps, rows): the numbers of a row depend on its seed and on nothing else
+        streams = [
+            torch.rand(params.max_completion_length, generator=torch.Generator().manual_seed(s), dtype=torch.float64)
+            for s in seeds
+        ]
+        self.uniform = torch.stack(streams, dim=1).to(device)
+        self.params, self.prompt_length = params, prompt_length
+        self.log_probs: list[torch.Tensor] = []  # one (rows,) tensor a step
+        self.warpers = LogitsProcessorList()
+        if params.temperature not in (0.0, 1.0):
+            self.warpers.append(TemperatureLogitsWarper(params.temperature))
+        if params.top_k > 0:
+            self.warpers.append(TopKLogitsWarper(params.top_k))
+        if params.top_p < 1.0:
+            self.warpers.append(TopPLogitsWarper(params.top_p))
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        scores = scores.float()  # (rows, vocabulary)
+        step = input_ids.shape[1] - self.prompt_length
+        if self.params.temperature == 0.0:
+            token = scores.argmax(-1, keepdim=True)
+        else:
+            cumulative = self.warpers(input_ids, scores).softmax(-1).double().cumsum(-1)
+            token = torch.searchsorted(cumulative, self.uniform[step][:, None] * cumulative[:, -1:], right=True)
+            token = token.clamp(max=scores.shape[-1] - 1)  # (rows, 1)
+        self.log_probs.append((scores.gather(-1, token) - scores.logsumexp(-1, keepdim=True))[:, 0])
+        return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
+
+
+class TransformersSampler:
+    """
+    A [`Sampler`] on a `transformers` causal language model.
+
+    Args:
+        model (`str` or `PreTrainedModel`): Hub id, local directory, or a loaded model (left as it was found).
+        processing_class (`PreTrainedTokenizerBase`, *optional*): Tokenizer with a chat template; by default the model's.
+        batch_size (`int`, *optional*, defaults to `64`): Completions drawn at a time.
+        model_init_kwargs (`dict`, *optional*): Passed to `from_pretrained`, for example `{"dtype": "bfloat16"}`.
+    """
+
+    def __init__(self, model, processing_class=None, batch_size: int = 64, model_init_kwargs: dict | None = None):
+        if isinstance(model, PreTrainedModel):
+            self.model = model
+        else:
+            kwargs = {"dtype": "auto", **(model_init_kwargs or {})}
+            if torch.cuda.is_available():
+                kwargs.setdefault("device_map", "auto")
+            self.model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
+        self.name = model if isinstance(model, str) else self.model.config._name_or_path or type(self.model).__name__
+        self.processing_class = processing_class or AutoTokenizer.from_pretrained(self.name)
+        if self.processing_class.chat_template is None:
+            raise ValueError(
+                f"The tokenizer of {self.name!r} has no chat template, so neither sampling nor SFT knows how to write down a "
+                "conversation. Pass a `processing_class` that has one (`trl.clone_chat_template` copies another model's)."
+            )
+        self.revision = getattr(self.model.config, "_commit_hash", None) or weights_digest(self.model)
+        self.batch_size = batch_size
+        self.capacity = 2 * batch_size  # what waits is sorted by length, so a batch has little padding
+        self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+        eos = self.model.generation_config.eos_token_id
+        eos = eos if isinstance(eos, list) else [eos] if eos is not None else []
+        self.eos_token_ids = sorted({*eos, self.processing_class.eos_token_id} - {None})
+        self._pending: list[tuple[Request, list[int]]] = []
+        self._failed: list[Completion] = []
+
+    def submit(self, request: Request) -> None:
+        ids = self.processing_class.apply_chat_template(
+            request.prompt, add_generation_prompt=True, tokenize=True, return_dict=True
+        )["input_ids"]
+        if len(ids) >= self.context:
+            reason = f"the prompt has {len(ids)} tokens, but the model's context is {self.context}"
+            self._failed.append(Completion(request.id, "", [], [], "error", reason))
+        else:
+            self._pending.append((request, ids))
+
+    def poll(self) -> list[Completion]:
+        failed, self._failed = self._failed, []
+        if not self._pending:
+            return failed
+        # The oldest request always goes, with the waiting requests nearest to it in length (and of the same parameters).
+        oldest, oldest_ids = self._pending[0]
+        alike = [p for p in self._pending if p[0].params == oldest.params]
+        batch = sorted(alike, key=lambda p: abs(len(p[1]) - len(oldest_ids)))[: self.batch_size]
+        taken = {request.id for request, _ in batch}
+        self._pending = [p for p in self._pending if p[0].id not in taken]
+        return failed + self._generate(batch, oldest.params)
+
+    def abort(self, request_id: str) -> None:
+        self._pending = [p for p in self._pending if p[0].id != request_id]
+
+    def close(self) -> None:
+        self._pending = []
+        del self.model
+
+    @torch.no_grad()
+    def _generate(self, batch: list[tuple[Request, list[int]]], params: SamplingParams) -> list[Completion]:
+        width = max(len(ids) for _, ids in batch)
+        pad = self.processing_class.pad_token_id
+        pad = self.eos_token_ids[0] if pad is None else pad
+        device = self.model.device
+        input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for _, ids in batch], device=device)
+        attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for _, ids in batch], device=device)
+        # A completion's room depends on its own prompt alone, so its neighbours cannot change it.
+        room = [min(params.max_completion_length, self.context - len(ids)) for _, ids in batch]
+        draw = _SeededDraw([request.seed for request, _ in batch], params, width, device)
+        own_config, was_training = self.model.generation_config, self.model.training
+        # The model's own generation config may carry a repetition penalty or a top_k: neither is the policy itself.
+        self.model.generation_config = GenerationConfig(eos_token_id=self.eos_token_ids, pad_token_id=pad)
+        self.model.eval()
+        try:
+            output = self.model.generate(
+                input_ids=input_ids, attention_mask=attention_mask, do_sample=False, max_new_tokens=max(room),
+                logits_processor=LogitsProcessorList([draw]),
+            )  # fmt: skip
+        finally:
+            self.model.generation_config = own_config
+            self.model.train(was_training)
+        drawn = output[:, width:].tolist()
+        log_probs = torch.stack(draw.log_probs, dim=1).tolist()
+        return [
+            self._completion(*row)
+            for row in zip((request for request, _ in batch), drawn, log_probs, room, strict=True)
+        ]
+
+    def _completion(self, request: Request, ids: list[int], log_probs: list[float], room: int) -> Completion:
+        stop = next((i for i, token in enumerate(ids[:room]) if token in self.eos_token_ids), None)
+        length = room if stop is None else stop + 1
+        text = self.processing_class.decode(ids[:length], skip_special_tokens=True)
+        return Completion(request.id, text, ids[:length], log_probs[:length], "length" if stop is None else "stop")
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """12 hex digits that change when the weights do: the revision of a model that no Hub commit names."""
+    digest = hashlib.blake2b(digest_size=6)
+    for name, parameter in model.named_parameters():
+        head = parameter.detach().flatten()[:1024].float().cpu().numpy().tobytes()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode() + head)
+    return digest.hexdigest()
