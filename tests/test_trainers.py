@@ -1,0 +1,296 @@
+"""The trainers against TRL itself, and the importance weights against a naive full-logits formula."""
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+from trl_offpolicy import DFTConfig, DFTTrainer, ImportanceWeightedSFTConfig, ImportanceWeightedSFTTrainer
+
+
+QUESTIONS = ["2+2?", "What is 3 times 4?", "Name the sum of 11 and 12, please.", "7-5?", "How many are 9 and 9 and 9?"]
+
+
+def demonstrations(num_rows=10):
+    return Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": QUESTIONS[i % 5]}],
+                "completion": [{"role": "assistant", "content": f"step {'so ' * (i % 4)}it is \\boxed{{{i}}}"}],
+            }
+            for i in range(num_rows)
+        ]
+    )
+
+
+def rewritten(tokenizer, num_rows=8, seed=0):
+    """Rows as DataRewriter writes them: every third one is the expert's; log μ encodes the token id, so alignment can be read off."""
+    rows = []
+    for i, row in enumerate(demonstrations(num_rows)):
+        source = ("self", "guided", "expert")[i % 3]
+        ids = (
+            []
+            if source == "expert"
+            else tokenizer(row["completion"][0]["content"])["input_ids"] + [tokenizer.eos_token_id]
+        )
+        rows.append(
+            {
+                **row,
+                "source": source,
+                "completion_ids": ids,
+                "behavior_log_probs": [-t / 1000 for t in ids],
+                "temperature": 1.0,
+            }
+        )
+    return Dataset.from_list(rows)
+
+
+def config(cls, tmp_path, **kwargs):
+    defaults = {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1}
+    return cls(
+        str(tmp_path),
+        **{
+            **defaults,
+            "use_cpu": True,
+            "bf16": False,
+            "save_strategy": "no",
+            "seed": 3,
+            "disable_tqdm": True,
+            **kwargs,
+        },
+    )
+
+
+def train(trainer):
+    trainer.train()
+    history = [e for e in trainer.state.log_history if "loss" in e]
+    return [(e["loss"], e["grad_norm"], e["entropy"], e["mean_token_accuracy"]) for e in history], history
+
+
+LAYOUTS = {
+    "padded": {},
+    "gradient_accumulation": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    "truncated": {"max_length": 20},
+    "truncated_keep_end": {"max_length": 20, "truncation_mode": "keep_end"},
+    "padding_free": {"padding_free": True, "max_length": None},
+    "packed": {"packing": True, "max_length": 64},
+    "packed_wrapped": {"packing": True, "packing_strategy": "wrapped", "max_length": 48},
+    "packed_split_shuffled": {
+        "packing": True,
+        "packing_strategy": "bfd_split",
+        "max_length": 24,
+        "shuffle_dataset": True,
+    },
+    "whole_sequence": {"completion_only_loss": False},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("objective", ["nll", "dft"])
+def test_same_updates_as_trl(tmp_path, tiny_model, tokenizer, layout, objective):
+    ours, theirs = copy.deepcopy(tiny_model), copy.deepcopy(tiny_model)
+    cls, conf = (
+        (DFTTrainer, DFTConfig) if objective == "dft" else (ImportanceWeightedSFTTrainer, ImportanceWeightedSFTConfig)
+    )
+    data = demonstrations()
+    a = cls(
+        ours,
+        config(conf, tmp_path, objective=objective, **LAYOUTS[layout]),
+        train_dataset=data,
+        processing_class=tokenizer,
+    )
+    b = SFTTrainer(
+        theirs,
+        config(SFTConfig, tmp_path, loss_type=objective, **LAYOUTS[layout]),
+        train_dataset=data,
+        processing_class=tokenizer,
+    )
+    (metrics_a, history), (metrics_b, _) = train(a), train(b)
+    torch.testing.assert_close(torch.tensor(metrics_a), torch.tensor(metrics_b), atol=1e-6, rtol=1e-6)
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-6, msg=name)
+        assert not torch.equal(p, dict(tiny_model.named_parameters())[name]) or not p.requires_grad, (
+            f"{name} did not move"
+        )
+    assert all(e["nll"] > 0 for e in history)
+    if objective == "nll":
+        assert [e["nll"] for e in history] == pytest.approx([e["loss"] for e in history], rel=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_columns_stay_aligned(tmp_path, tiny_model, tokenizer, layout):
+    """log μ of every token is -id/1000: whatever was cut, packed or shuffled, the batch must say the same."""
+    args = config(ImportanceWeightedSFTConfig, tmp_path, **LAYOUTS[layout])
+    trainer = ImportanceWeightedSFTTrainer(
+        tiny_model, args, train_dataset=rewritten(tokenizer), processing_class=tokenizer
+    )
+    seen = 0
+    for batch in trainer.get_train_dataloader():
+        known = ~torch.isnan(batch["behavior_log_probs"])
+        torch.testing.assert_close(batch["behavior_log_probs"][known], -batch["input_ids"][known] / 1000)
+        assert batch["behavior_log_probs"].dtype == torch.float32 and batch["source_ids"].dtype == torch.int8
+        assert set(batch["source_ids"][known].tolist()) <= {0, 1}  # self and guided; an expert's token has no μ
+        seen += int(known.sum())
+    if layout in ("padded", "padding_free", "packed", "whole_sequence"):
+        assert seen == sum(len(ids) for ids in rewritten(tokenizer)["completion_ids"])
+    assert seen > 0
+
+
+def test_trains_on_the_sampled_ids(tmp_path, tiny_model, tokenizer):
+    """Ids that no tokenisation of the text would give are what the model is trained on."""
+    odd = [tokenizer.convert_tokens_to_ids(t) for t in ["3", "4", "5"]] + [tokenizer.eos_token_id]
+    row = {"prompt": [{"role": "user", "content": "hi"}], "completion": [{"role": "assistant", "content": "345"}]}
+    data = Dataset.from_list([{**row, "source": "self", "completion_ids": odd, "behavior_log_probs": [-1.0] * 4}] * 2)
+    trainer = ImportanceWeightedSFTTrainer(
+        tiny_model, config(ImportanceWeightedSFTConfig, tmp_path), train_dataset=data, processing_class=tokenizer
+    )
+    example = trainer.train_dataset[0]
+    assert [t for t in example["labels"] if t != -100] == odd
+    prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=True, return_dict=True)[
+        "input_ids"
+    ]
+    assert example["input_ids"] == prompt + odd
+
+
+@pytest.mark.parametrize("expert_weighting", ["one", "dft"])
+def test_importance_weights_equal_a_naive_reference(tmp_path, tiny_model, tokenizer, expert_weighting):
+    """Loss and gradients against full logits in float64, formula written out."""
+    reference = copy.deepcopy(tiny_model).double()
+    args = config(ImportanceWeightedSFTConfig, tmp_path, clip_min=0.2, clip_max=1.5, expert_weighting=expert_weighting)
+    trainer = ImportanceWeightedSFTTrainer(
+        tiny_model, args, train_dataset=rewritten(tokenizer), processing_class=tokenizer
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    loss = trainer.compute_loss(trainer.model, dict(batch))
+    loss.backward()
+
+    log_pi = reference(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].log_softmax(-1)
+    total, count = 0.0, 0
+    for b in range(len(batch["labels"])):
+        for t in range(batch["labels"].shape[1] - 1):
+            y = batch["labels"][b, t + 1].item()
+            if y == -100:
+                continue
+            lp, mu = log_pi[b, t, y], batch["behavior_log_probs"][b, t + 1].item()
+            pi = lp.detach().exp().item()
+            w = (
+                (1.0 if expert_weighting == "one" else pi)
+                if mu != mu
+                else min(max(pi / 2.718281828459045**mu, 0.2), 1.5)
+            )
+            total, count = total - w * lp, count + 1
+    (total / count).backward()
+    torch.testing.assert_close(loss.double(), total.detach() / count, atol=1e-5, rtol=1e-5)
+    for p, q in zip(tiny_model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p.grad.double(), q.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_on_policy_rows_have_weight_one(tmp_path, tiny_model, tokenizer):
+    """μ = π: every ratio is 1, so `iw` logs weight 1, full effective sample size and no KL."""
+    data = rewritten(tokenizer).filter(lambda r: r["source"] != "expert")
+
+    def own_log_probs(row):
+        prompt = tokenizer.apply_chat_template(
+            row["prompt"], add_generation_prompt=True, tokenize=True, return_dict=True
+        )["input_ids"]
+        ids = torch.tensor([prompt + row["completion_ids"]])
+        with torch.no_grad():
+            log_pi = tiny_model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+        return {"behavior_log_probs": log_pi[len(prompt) - 1 :].tolist()}
+
+    args = config(ImportanceWeightedSFTConfig, tmp_path, max_steps=1, clip_max=None)
+    trainer = ImportanceWeightedSFTTrainer(
+        tiny_model, args, train_dataset=data.map(own_log_probs), processing_class=tokenizer
+    )
+    _, (first,) = train(trainer)
+    assert first["weight"] == pytest.approx(1, abs=1e-4) and first["ess"] == pytest.approx(1, abs=1e-4)
+    assert first["kl"] == pytest.approx(0, abs=1e-4) and first["log_ratio"] == pytest.approx(0, abs=1e-4)
+
+
+def test_evaluate_takes_raw_rows_and_logs_under_eval(tmp_path, tiny_model, tokenizer):
+    args = config(ImportanceWeightedSFTConfig, tmp_path, packing=True, max_length=64)
+    data = rewritten(tokenizer)
+    trainer = ImportanceWeightedSFTTrainer(
+        tiny_model, args, train_dataset=data, eval_dataset=data, processing_class=tokenizer
+    )
+    prepared = trainer.evaluate()
+    assert trainer.evaluate(data)["eval_loss"] == pytest.approx(prepared["eval_loss"], abs=1e-5)
+    assert trainer.evaluate(trainer.eval_dataset)["eval_loss"] == pytest.approx(prepared["eval_loss"], abs=1e-5)
+    assert {"eval_nll", "eval_weight", "eval_ess", "eval_kl"} <= set(trainer.state.log_history[-1])
+
+
+def test_any_sft_config_is_accepted(tmp_path, tiny_model, tokenizer):
+    """TRL's own config, `_token` fields included (TrainingArguments.to_dict masks those)."""
+    args = config(SFTConfig, tmp_path, eos_token="<|im_end|>", loss_type="dft", max_steps=1)
+    trainer = ImportanceWeightedSFTTrainer(
+        tiny_model, args, train_dataset=demonstrations(), processing_class=tokenizer
+    )
+    assert (trainer.args.eos_token, trainer.args.objective, trainer.args.max_steps) == ("<|im_end|>", "dft", 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"completion_ids": [5, 6], "behavior_log_probs": [-1.0]}, "2 `completion_ids` but 1 `behavior_log_probs`"),
+        ({"completion_ids": [], "behavior_log_probs": [-1.0]}, "no `completion_ids`"),
+        ({"completion_ids": [5], "behavior_log_probs": [-1.0], "temperature": 0.7}, "temperature=0.7"),
+    ],
+)
+def test_contradicting_columns_are_refused(tmp_path, tiny_model, tokenizer, change, message):
+    data = Dataset.from_list([{**rewritten(tokenizer)[0], **change}])
+    with pytest.raises(ValueError, match=message):
+        ImportanceWeightedSFTTrainer(
+            tiny_model, config(ImportanceWeightedSFTConfig, tmp_path), train_dataset=data, processing_class=tokenizer
+        )
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"objective": "dtf"}, "use one of \\['nll', 'dft', 'iw'\\]"),
+        ({"loss_type": "dft"}, "write objective='dft'"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"),
+        ({"expert_weighting": "zero"}, "use one of"),
+        ({"clip_min": 2.0, "clip_max": 1.0}, "clip_min=2.0 above clip_max=1.0"),
+    ],
+)
+def test_config_errors_say_what_to_write(tmp_path, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        config(ImportanceWeightedSFTConfig, tmp_path, **kwargs)
+
+
+def wandb_records(file):
+    """The records of a `.wandb` file: LevelDB's log format (crc 4, length 2, type 1, data) in 32 KiB blocks after a 7-byte header."""
+    from wandb.proto import wandb_internal_pb2
+
+    raw, position, parts = file.read_bytes(), 7, b""
+    while position + 7 <= len(raw):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        length, kind = int.from_bytes(raw[position + 4 : position + 6], "little"), raw[position + 6]
+        parts += raw[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield wandb_internal_pb2.Record.FromString(parts)
+            parts = b""
+
+
+def test_wandb_offline_run_holds_the_diagnostics(tmp_path, tiny_model, tokenizer, monkeypatch):
+    """A real W&B file, written offline and read back."""
+    import wandb
+
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    args = config(ImportanceWeightedSFTConfig, tmp_path, report_to="wandb", run_name="test", max_steps=2)
+    trainer = ImportanceWeightedSFTTrainer(
+        tiny_model, args, train_dataset=rewritten(tokenizer), processing_class=tokenizer
+    )
+    trainer.train()
+    wandb.finish()
+    wandb.teardown()  # waits until the service process has written the file
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    keys = {item.key or "/".join(item.nested_key) for record in wandb_records(file) for item in record.history.item}
+    assert {"train/nll", "train/weight", "train/ess", "train/kl", "train/log_ratio", "train/loss"} <= keys
