@@ -31,13 +31,16 @@ def _apply(value, op, operand):
     return value + operand if op == "+" else value - operand if op == "-" else value * operand
 
 
-def _draw_op(rng, value, p_times):
-    """One operation with an operand of 2..9 that keeps the running total in 1..99."""
-    if rng.random() < p_times and value * 2 <= 99:
-        return "*", rng.randint(2, min(9, 99 // value))
-    if (rng.random() < 0.5 and value > 2) or value > 97:
-        return "-", rng.randint(2, min(9, value - 1))
-    return "+", rng.randint(2, min(9, 99 - value))
+def _draw_op(rng, value, p_times, p_hard):
+    """One operation: operands of 2..9 and a total of 1..99, or (hard) operands of up to 99 and a total of up to 999."""
+    hard = rng.random() < p_hard
+    top = 999 if hard or value > 99 else 99
+    low, high = (11, 99) if hard else (2, 9)
+    if rng.random() < p_times and value * 2 <= top:
+        return "*", rng.randint(2, min(9, top // value))
+    if (rng.random() < 0.5 and value > low) or value + low > top:
+        return "-", rng.randint(low, min(high, value - 1))
+    return "+", rng.randint(low, min(high, top - value))
 
 
 def _clause(label, op, operand):
@@ -46,13 +49,13 @@ def _clause(label, op, operand):
     return f"{label} {'adds' if op == '+' else 'takes'} {operand}"
 
 
-def running_total(rng: random.Random, num_ops: int, p_times: float = 0.3) -> dict:
+def running_total(rng: random.Random, num_ops: int, p_times: float = 0.3, p_hard: float = 0.3) -> dict:
     """One problem: `problem`, `answer`, and the same solution in the policy's `own` and the `expert`'s style."""
     item, place = rng.choice(ITEMS), rng.choice(PLACES)
     start = value = rng.randint(3, 60)
     steps = []
     for label in LABELS[:num_ops]:
-        op, operand = _draw_op(rng, value, p_times)
+        op, operand = _draw_op(rng, value, p_times, p_hard)
         value = _apply(value, op, operand)
         steps.append((label, op, operand, value))
     clauses = [_clause(label, op, operand) for label, op, operand, _ in steps]
@@ -109,11 +112,11 @@ def second_family(rng: random.Random) -> dict:
     return {"problem": problem, "answer": answer, "own": f"{own}\n\\boxed{{{answer}}}", "kind": kind}
 
 
-def problems(num_rows: int, seed: int, num_ops=(1, 2, 3, 4, 5, 6), p_times: float = 0.3) -> list[dict]:
+def problems(num_rows: int, seed: int, num_ops=(1, 2, 3, 4, 5, 6), p_times: float = 0.3, p_hard: float = 0.3) -> list[dict]:
     """`num_rows` distinct running-total problems; `num_ops` is cycled through, so every length has the same share."""
     rng, rows, seen = random.Random(seed), [], set()
     while len(rows) < num_rows:
-        row = running_total(rng, num_ops[len(rows) % len(num_ops)], p_times)
+        row = running_total(rng, num_ops[len(rows) % len(num_ops)], p_times, p_hard)
         if row["problem"] not in seen:
             seen.add(row["problem"])
             rows.append(row)

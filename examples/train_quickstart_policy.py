@@ -8,6 +8,7 @@ AdamW on the rest, loss on assistant tokens only; everything is drawn afresh fro
 """
 
 import argparse
+import copy
 import json
 import random
 import time
@@ -30,7 +31,7 @@ DIGIT_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # share of documents: own style, expert style, digest-and-retell, second family
-MIXTURE = {"own": 0.42, "expert": 0.18, "guided": 0.18, "other": 0.22}
+MIXTURE = {"own": 0.40, "expert": 0.22, "guided": 0.16, "other": 0.22}
 
 
 def document(rng: random.Random, mixture: dict = MIXTURE, max_ops: int = 6) -> tuple[str, str]:
@@ -144,6 +145,7 @@ def accuracy(model, tokenizer, rows, prompts, prefix="", num_samples=4, temperat
 def report(model, tokenizer, per_length=16, seed=991) -> dict:
     """What a fair base policy must have, measured on fresh problems before any method is run."""
     model.eval()
+    tokenizer = copy.deepcopy(tokenizer)  # padding is a state of the fast tokenizer: training must not inherit it
     rows = problems(6 * per_length, seed)
     plain = [r["problem"] for r in rows]
     own = accuracy(model, tokenizer, rows, plain, num_samples=8)
@@ -183,7 +185,6 @@ def save(model, tokenizer, output_dir: Path, recipe: dict):
         top_p=1.0,
     )
     model.save_pretrained(output_dir)
-    tokenizer.padding_side = "right"
     tokenizer.save_pretrained(output_dir)
     (output_dir / "recipe.json").write_text(json.dumps(recipe, indent=1) + "\n")
 
@@ -191,17 +192,17 @@ def save(model, tokenizer, output_dir: Path, recipe: dict):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("examples/quickstart_policy"))
-    parser.add_argument("--steps", type=int, default=14000)
+    parser.add_argument("--steps", type=int, default=7500)
     parser.add_argument("--tokens_per_step", type=int, default=1536)
-    parser.add_argument("--muon_lr", type=float, default=0.02)
-    parser.add_argument("--adamw_lr", type=float, default=3e-3)
+    parser.add_argument("--muon_lr", type=float, default=0.003)
+    parser.add_argument("--adamw_lr", type=float, default=1.2e-3)
     parser.add_argument(
         "--decay", type=float, default=0.3, help="share of the steps over which the rate falls linearly to 0"
     )
     parser.add_argument(
         "--guided_share", type=float, default=MIXTURE["guided"], help="share of digest-and-retell documents"
     )
-    parser.add_argument("--eval_every", type=int, default=2000)
+    parser.add_argument("--eval_every", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

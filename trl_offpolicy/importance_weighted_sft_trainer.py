@@ -17,7 +17,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from .data_collator import TOKEN_COLUMNS, RewriteDataCollator
 from .importance_weighted_sft_config import ImportanceWeightedSFTConfig
 from .losses import dft_weights, diagnostic_means, importance_weights, nll_weights, weight_diagnostics
-from .rows import Source
+from .rows import Source, encode_prompt
 
 
 SOURCE_IDS = {str(source): i for i, source in enumerate(Source)}
@@ -180,13 +180,7 @@ def align_row(example: dict, processing_class, chat_template: str | None, comple
     log_probs = example.get("behavior_log_probs") or []
     input_ids, labels = example["input_ids"], example["labels"]
     if completion_ids:
-        prompt = example["prompt"]
-        if isinstance(prompt, str):
-            prompt_ids = processing_class(prompt)["input_ids"]
-        else:
-            prompt_ids = processing_class.apply_chat_template(
-                prompt, chat_template=chat_template, add_generation_prompt=True, tokenize=True, return_dict=True
-            )["input_ids"]
+        prompt_ids = encode_prompt(processing_class, example["prompt"], chat_template)
         input_ids = prompt_ids + completion_ids
         labels = [-100] * len(prompt_ids) + completion_ids if completion_only else input_ids
         if log_probs and len(log_probs) != len(completion_ids):

@@ -14,6 +14,7 @@ import json
 import random
 import shutil
 import time
+import warnings
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -157,16 +158,11 @@ class DataRewriter:
     def __init__(
         self, model, args: RewriteConfig, sampler: Sampler | None = None, verifier=None, processing_class=None
     ):
-        self.args = args
-        self._owns_verifier = verifier is None
-        if sampler is None:
-            from .sampling.transformers_sampler import TransformersSampler
-
-            sampler = TransformersSampler(model, processing_class)
-        if verifier is None:
-            from .verification import MathVerifier
-
-            verifier = MathVerifier()
+        if sampler is None and not (isinstance(model, str) or hasattr(model, "generate")):
+            raise ValueError(
+                f"You passed model={model!r:.200}; it must be a Hub id, a local directory or a loaded model, unless you pass a `sampler`."
+            )
+        self.model, self.args, self.processing_class = model, args, processing_class
         self.sampler, self.verifier = sampler, verifier
         self.output_dir = Path(args.output_dir)
         self.metrics: dict = {}
@@ -197,20 +193,38 @@ class DataRewriter:
         if self.args.dry_run:
             self._dry_run(dataset, total)
             return None
+        if not self._plain:
+            warnings.warn(
+                f"temperature={self.args.temperature}, top_p={self.args.top_p}, top_k={self.args.top_k}: rows will carry no `behavior_log_probs`, "
+                "so importance weights are not available on them. Sample with 1.0, 1.0 and 0 if you want them.",
+                stacklevel=2,
+            )
         began = time.monotonic()
+        self._load_engines()
         journal = self._open_journal()
         try:
             outcomes = self._run(self._problems(dataset), total, journal)
             rewritten = self._write(dataset, columns, outcomes, journal)
         finally:
             journal.close()
-            if self._owns_verifier:
-                self.verifier.close()
+            if hasattr(self.verifier, "close"):
+                self.verifier.close()  # a MathVerifier starts its workers again when it is used again
         self.metrics["seconds"] = round(time.monotonic() - began, 2)
         (self.output_dir / "metrics.json").write_text(json.dumps(self.metrics, indent=1) + "\n")
         return rewritten
 
     # ---- set-up ----
+
+    def _load_engines(self) -> None:
+        """The default sampler and verifier; not in `__init__`, since a dry run needs neither."""
+        if self.sampler is None:
+            from .sampling.transformers_sampler import TransformersSampler
+
+            self.sampler = TransformersSampler(self.model, self.processing_class)
+        if self.verifier is None:
+            from .verification import MathVerifier
+
+            self.verifier = MathVerifier()
 
     def _problems(self, dataset) -> Iterator[Problem]:
         return read_rows(dataset, self.args.answer_column, self.args.solve_prompt)
@@ -430,6 +444,10 @@ class DataRewriter:
         partial.rename(final)
         return load_dataset(str(final), split="train")
 
+    @property
+    def _plain(self) -> bool:
+        return (self.args.temperature, self.args.top_p, self.args.top_k) == (1.0, 1.0, 0)
+
     def _row(self, problem: Problem, outcome: _Outcome, journal: Journal) -> dict:
         kept = (
             journal.read(outcome.offset)
@@ -445,7 +463,8 @@ class DataRewriter:
             "num_sampled": outcome.num_sampled,
             "num_correct": outcome.num_correct,
             "completion_ids": kept["completion_ids"],
-            "behavior_log_probs": kept["behavior_log_probs"],
+            # Drawn from a reshaped distribution, a token's log μ is not the model's log-prob: better none than a wrong one.
+            "behavior_log_probs": kept["behavior_log_probs"] if self._plain else [],
             "model": self.sampler.name,
             "model_revision": self.sampler.revision,
             "temperature": self.args.temperature,

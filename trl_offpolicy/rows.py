@@ -68,8 +68,8 @@ _TAKEN = {
 
 def last_boxed(text: str) -> str | None:
     r"""The content of the last `\boxed{…}` or `\fbox{…}`, braces balanced; `None` if there is none or it is not closed."""
-    start = max(text.rfind("\\boxed") + 6, text.rfind("\\fbox") + 5)
-    if start < 6:
+    start = max((match.end() for match in re.finditer(r"\\(?:boxed|fbox)(?![A-Za-z])", text)), default=None)
+    if start is None:
         return None
     rest = text[start:].lstrip()
     if not rest.startswith("{"):  # `\boxed 9`
@@ -177,6 +177,24 @@ def read_rows(
         if seen > 1:
             problem = Problem(f"{problem.id}-{seen}", *(getattr(problem, f) for f in list(Problem.__slots__)[1:]))
         yield problem
+
+
+def encode_prompt(processing_class, prompt: list[dict[str, str]] | str, chat_template: str | None = None) -> list[int]:
+    """Token ids of a prompt as sampling, training and measuring all see it: rendered by the chat template, up to the answer."""
+    if isinstance(prompt, str):
+        return processing_class(prompt)["input_ids"]
+    return processing_class.apply_chat_template(
+        prompt, chat_template=chat_template, add_generation_prompt=True, tokenize=True, return_dict=True
+    )["input_ids"]
+
+
+def demonstration(row: dict) -> str | None:
+    """The expert's text of an output row, from the column in which it was carried through; `None` if it was not."""
+    for column in ("input_messages", "input_completion", "solution", "input_answer"):
+        value = row.get(column)
+        if value:
+            return value if isinstance(value, str) else value[-1]["content"]
+    return None
 
 
 def output_features(input_features=None, columns: Iterable[str] = ()):

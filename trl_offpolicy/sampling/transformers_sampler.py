@@ -7,6 +7,7 @@ no per-request seeds and ran at 0.4 × the speed of `generate` on CPU; `benchmar
 """
 
 import hashlib
+from pathlib import Path
 
 import torch
 from transformers import (
@@ -21,6 +22,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from ..rows import encode_prompt
 from . import Completion, Request, SamplingParams
 
 
@@ -71,13 +73,18 @@ class TransformersSampler:
     def __init__(self, model, processing_class=None, batch_size: int = 64, model_init_kwargs: dict | None = None):
         if isinstance(model, PreTrainedModel):
             self.model = model
+        elif model.startswith((".", "/", "~")) and not Path(model).is_dir():
+            raise FileNotFoundError(f"You passed model={model!r}, but there is no such directory.")
         else:
             kwargs = {"dtype": "auto", **(model_init_kwargs or {})}
             if torch.cuda.is_available():
                 kwargs.setdefault("device_map", "auto")
             self.model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
         self.name = model if isinstance(model, str) else self.model.config._name_or_path or type(self.model).__name__
-        self.processing_class = processing_class or AutoTokenizer.from_pretrained(self.name)
+        if processing_class is None:
+            shared = {k: v for k, v in (model_init_kwargs or {}).items() if k in ("revision", "trust_remote_code")}
+            processing_class = AutoTokenizer.from_pretrained(self.name, **shared)
+        self.processing_class = processing_class
         if self.processing_class.chat_template is None:
             raise ValueError(
                 f"The tokenizer of {self.name!r} has no chat template, so neither sampling nor SFT knows how to write down a "
@@ -94,9 +101,7 @@ class TransformersSampler:
         self._failed: list[Completion] = []
 
     def submit(self, request: Request) -> None:
-        ids = self.processing_class.apply_chat_template(
-            request.prompt, add_generation_prompt=True, tokenize=True, return_dict=True
-        )["input_ids"]
+        ids = encode_prompt(self.processing_class, request.prompt)
         if len(ids) >= self.context:
             reason = f"the prompt has {len(ids)} tokens, but the model's context is {self.context}"
             self._failed.append(Completion(request.id, "", [], [], "error", reason))

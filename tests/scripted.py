@@ -1,0 +1,58 @@
+"""A sampler that stands in for a model: what it says depends on the request's seed alone, never on order or time."""
+
+import os
+import random
+import signal
+
+from trl_offpolicy.sampling import Completion
+
+
+class ScriptedSampler:
+    """Right with probability `p_self` or `p_guided`; hands requests back in a random order, a few at a time."""
+
+    name, revision = "scripted", "1"
+
+    def __init__(self, p_self=0.3, p_guided=0.4, capacity=16, order_seed=0, kill_after=None):
+        self.p_self, self.p_guided, self.capacity = p_self, p_guided, capacity
+        self.order, self.pending, self.sampled, self.kill_after = random.Random(order_seed), [], 0, kill_after
+
+    def submit(self, request):
+        self.pending.append(request)
+
+    def poll(self):
+        if self.kill_after is not None and self.sampled >= self.kill_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.order.shuffle(self.pending)
+        count = self.order.randint(1, 8)
+        take, self.pending = self.pending[:count], self.pending[count:]
+        return [self.completion(r) for r in take]
+
+    def completion(self, request):
+        self.sampled += 1
+        rng = random.Random(request.seed)
+        text = request.prompt[-1]["content"]
+        gold = int(text.split("gold:")[1].split()[0])
+        p = self.p_guided if "Teacher" in text else self.p_self
+        answer = gold if rng.random() < p else gold + rng.randint(1, 9)
+        reason = "length" if rng.random() < 0.05 else "stop"
+        ids = [rng.randrange(100) for _ in range(rng.randint(1, 5))]
+        return Completion(request.id, f"try {rng.random()} \\boxed{{{answer}}}", ids, [-0.5] * len(ids), reason)
+
+    def abort(self, request_id):
+        self.pending = [r for r in self.pending if r.id != request_id]
+
+    def close(self):
+        pass
+
+
+def rows(num_rows):
+    """Problems that tell the scripted sampler their gold answer."""
+    return [
+        {"problem": f"problem {i} gold:{i % 50} ?", "solution": f"demonstration {i}: \\boxed{{{i % 50}}}", "row": i}
+        for i in range(num_rows)
+    ]
+
+
+def verify(completions, answers):
+    """The simplest verifier a user could pass: a plain function."""
+    return ["correct" if c.endswith(f"\\boxed{{{a}}}") else "wrong" for c, a in zip(completions, answers, strict=True)]

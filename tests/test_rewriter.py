@@ -1,0 +1,293 @@
+"""DataRewriter against a naive sequential loop, under disorder, duplicates, bad golds, kills and ctrl-C."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import POLICY
+from datasets import Dataset, load_dataset
+from scripted import ScriptedSampler, rows, verify
+
+from trl_offpolicy import DataRewriter, RewriteConfig, prompts
+from trl_offpolicy.sampling import Request, SamplingParams, attempt_seed
+
+
+def config(tmp_path, **kwargs):
+    return RewriteConfig(str(tmp_path / "run"), **{"num_generations": 4, "max_completion_length": 50, **kwargs})
+
+
+def rewrite(tmp_path, data, sampler=None, verifier=verify, **kwargs):
+    rewriter = DataRewriter(
+        "scripted", config(tmp_path, **kwargs), sampler=sampler or ScriptedSampler(), verifier=verifier
+    )
+    return rewriter.rewrite(data), rewriter.metrics
+
+
+def naive(data, args, sampler):
+    """One problem after another, one attempt after another: the definition."""
+    results = []
+    from trl_offpolicy.rows import read_rows
+
+    for problem in read_rows(data, solve_prompt=args.solve_prompt):
+        outcome = ("expert", problem.demonstration, 0, 0)
+        for stage in args.stages:
+            prompt = problem.prompt
+            if stage == "guided":
+                text = prompts.fill(args.guided_prompt, problem=problem.problem, solution=problem.demonstration)
+                prompt = [{"role": "user", "content": text}]
+            correct = []
+            for k in range(args.num_generations):
+                seed = attempt_seed(args.seed, problem.id, stage, k)
+                completion = sampler.completion(Request("", prompt, seed, SamplingParams()))
+                if completion.finish_reason == "stop" and completion.text.endswith(f"\\boxed{{{problem.answer}}}"):
+                    correct.append((k, completion.text))
+                    if args.selection == "first":
+                        break
+            if correct:
+                sampled = correct[0][0] + 1 if args.selection == "first" else args.num_generations
+                outcome = (stage, [text for _, text in correct], sampled, len(correct))
+                break
+        results.append((problem.id, *outcome))
+    return results
+
+
+@pytest.mark.parametrize("stages", [["self", "guided"], ["self"], ["guided"], []])
+@pytest.mark.parametrize("selection", ["first", "random"])
+def test_equals_the_naive_loop(tmp_path, stages, selection):
+    data = rows(120)
+    args = config(tmp_path, stages=stages, selection=selection)
+    rewritten, metrics = rewrite(tmp_path, data, stages=stages, selection=selection)
+    for row, (row_id, source, texts, num_sampled, num_correct) in zip(
+        rewritten, naive(data, args, ScriptedSampler()), strict=True
+    ):
+        assert (row["id"], row["source"], row["num_sampled"], row["num_correct"]) == (
+            row_id,
+            source,
+            num_sampled,
+            num_correct,
+        )
+        text = row["completion"][0]["content"]
+        assert text == texts if source == "expert" else text in texts
+        assert bool(row["completion_ids"]) == (source != "expert") and len(row["completion_ids"]) == len(
+            row["behavior_log_probs"]
+        )
+    sources = rewritten["source"]
+    assert metrics["yield"] == {**{s: sources.count(s) for s in ("self", "guided", "expert")}, "total": 120}
+    assert set(sources) == {*stages, "expert"}
+
+
+def test_rows_do_not_depend_on_order_or_window(tmp_path):
+    base, _ = rewrite(tmp_path / "a", rows(80))
+    for i, capacity in enumerate((1, 3, 200)):
+        other, _ = rewrite(tmp_path / f"b{i}", rows(80), sampler=ScriptedSampler(capacity=capacity, order_seed=7 + i))
+        assert other.to_list() == base.to_list()
+    shuffled, _ = rewrite(tmp_path / "c", random.Random(1).sample(rows(80), 80))
+    assert sorted(shuffled.to_list(), key=lambda r: r["row"]) == base.to_list()
+
+
+def test_output_schema_and_parquet(tmp_path):
+    rewritten, metrics = rewrite(tmp_path, rows(10))
+    assert list(rewritten.features)[:12] == [
+        "prompt", "completion", "id", "source", "answer", "num_sampled", "num_correct", "completion_ids", "behavior_log_probs", "model",
+        "model_revision", "temperature",
+    ]  # fmt: skip
+    assert load_dataset(str(tmp_path / "run" / "dataset"), split="train").to_list() == rewritten.to_list()
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["yield"] == metrics["yield"]
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["rows"] == 10
+    assert not (tmp_path / "run" / "dataset.partial").exists()
+
+
+def test_duplicates_come_out_once_each(tmp_path):
+    data = rows(5) + rows(5)
+    rewritten, _ = rewrite(tmp_path, data)
+    assert len(set(rewritten["id"])) == 10 and rewritten["row"] == [r["row"] for r in data]
+
+
+def test_unparsable_gold_is_kept_and_counted_apart(tmp_path):
+    from trl_offpolicy import MathVerifier
+
+    bad = [
+        {"problem": "no gold:1 ?", "solution": "it is what it is", "row": 100},
+        {"problem": "broken gold:1 ?", "solution": "\\boxed{\\frac{1}{}", "row": 101},
+    ]
+    with MathVerifier(num_workers=1) as verifier:
+        sampler = ScriptedSampler(p_self=1.0)
+        rewritten, metrics = rewrite(tmp_path, rows(6) + bad, sampler=sampler, verifier=verifier)
+    assert rewritten["source"][-2:] == ["expert", "expert"] and set(rewritten["source"][:6]) == {"self"}
+    assert metrics["gold_unparsable"] == 2 and metrics["verdicts"]["wrong"] == 0
+    journaled = {json.loads(line).get("id") for line in (tmp_path / "run" / "journal.jsonl").open()}
+    assert not journaled & set(rewritten["id"][-2:])  # never sampled, so never called wrong
+
+
+def test_reshaped_sampling_stores_no_behavior_log_probs(tmp_path):
+    with pytest.warns(UserWarning, match="top_p=0.9"):
+        rewritten, _ = rewrite(tmp_path, rows(20), top_p=0.9)
+    assert not any(rewritten["behavior_log_probs"]) and any(rewritten["completion_ids"])
+
+
+def test_a_prompt_beyond_the_context_goes_to_the_next_stage(tmp_path):
+    class Narrow(ScriptedSampler):
+        def completion(self, request):
+            if "Teacher" in request.prompt[-1]["content"]:
+                return super().completion(request)
+            from trl_offpolicy.sampling import Completion
+
+            return Completion(request.id, "", [], [], "error", "the prompt has 9 tokens, but the model's context is 8")
+
+    rewritten, metrics = rewrite(tmp_path, rows(10), sampler=Narrow(p_guided=1.0))
+    assert set(rewritten["source"]) <= {"guided", "expert"} and metrics["verdicts"]["error"] == 10
+    assert metrics["sampling"]["sampled"] < 40 + 10
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"stages": ["self", "guide"]}, "stages=\\['self', 'guide'\\]"),
+        ({"selection": "best"}, "use one of \\['first', 'random'\\]"),
+        ({"num_generations": 0}, "num_generations=0"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"guided_prompt": "{problem} again"}, "no \\{solution\\}"),
+    ],
+)
+def test_config_errors(tmp_path, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **kwargs)
+
+
+def test_bad_datasets_are_refused_before_sampling(tmp_path):
+    sampler = ScriptedSampler()
+    for data, message in [
+        (Dataset.from_list([]), "no rows|columns"),
+        (Dataset.from_dict({"problem": [], "solution": []}), "has no rows"),
+        (Dataset.from_dict({"text": ["a"]}), "columns \\['text'\\]"),
+        ({"train": 1}, "one split"),
+        (rows(3) + [{"problem": "p", "solution": None, "row": 3}], "Row 3 has no demonstration"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            rewrite(tmp_path, data, sampler=sampler)
+    assert sampler.sampled == 0 and not (tmp_path / "run").exists()
+
+
+def test_other_configuration_in_the_run_directory(tmp_path):
+    first, _ = rewrite(tmp_path, rows(10))
+    with pytest.raises(ValueError, match="`seed` was 42 there and is 7 now.*output_dir.*overwrite"):
+        rewrite(tmp_path, rows(10), seed=7)
+    again, _ = rewrite(tmp_path, rows(10), seed=7, overwrite=True)
+    assert again.to_list() != first.to_list()
+
+
+def test_dry_run_prints_prompts_and_touches_nothing(tmp_path, capsys):
+    rewriter = DataRewriter("no/such-model", config(tmp_path, dry_run=True))
+    assert rewriter.rewrite(rows(10)) is None
+    out = capsys.readouterr().out
+    assert "first prompt of stage self" in out and "demonstration 0" in out and "at most 80 attempts" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_verifier_that_loses_a_verdict_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="verdicts for"):
+        rewrite(tmp_path, rows(10), verifier=lambda completions, answers: ["correct"])
+
+
+CHILD = """
+import sys
+sys.path.insert(0, {tests!r})
+from scripted import ScriptedSampler, rows, verify
+from trl_offpolicy import DataRewriter, RewriteConfig
+args = RewriteConfig({run!r}, num_generations=4, max_completion_length=50)
+sampler = ScriptedSampler(order_seed={order}, kill_after={kill})
+DataRewriter("scripted", args, sampler=sampler, verifier=verify).rewrite(rows(150))
+"""
+
+
+def test_killed_ten_times_gives_the_same_rows(tmp_path):
+    """kill -9 at ten random points (every other time with a torn last line), each run resuming the one before."""
+    undisturbed, metrics = rewrite(tmp_path / "undisturbed", rows(150))
+    rng, run = random.Random(5), tmp_path / "killed" / "run"
+    for trial in range(10):
+        code = CHILD.format(tests=str(Path(__file__).parent), run=str(run), order=trial, kill=rng.randint(5, 60))
+        assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == -signal.SIGKILL
+        journal = run / "journal.jsonl"
+        if trial % 2:
+            size = journal.stat().st_size
+            os.truncate(journal, size - rng.randint(1, 40))
+    resumed, resumed_metrics = rewrite(tmp_path / "killed", rows(150))
+    assert resumed.to_list() == undisturbed.to_list()
+    assert resumed_metrics["yield"] == metrics["yield"] and resumed_metrics["sampling"] == metrics["sampling"]
+
+
+def test_journal_knows_where_every_row_came_from(tmp_path):
+    rewritten, _ = rewrite(tmp_path, rows(60))
+    kept = {}
+    for line in (tmp_path / "run" / "journal.jsonl").open():
+        entry = json.loads(line)
+        if entry.get("verdict") == "correct":
+            kept[entry["id"]] = entry
+    for row in rewritten:
+        entry = kept.get(row["id"])
+        assert (row["source"] == "expert") == (entry is None)
+        if entry:
+            assert (row["source"], row["completion_ids"], row["num_sampled"]) == (
+                entry["stage"],
+                entry["completion_ids"],
+                entry["attempt"] + 1,
+            )
+
+
+@pytest.fixture(scope="module")
+def demonstrations_file(tmp_path_factory):
+    from quickstart_task import demonstrations, problems
+
+    path = tmp_path_factory.mktemp("data") / "demos.jsonl"
+    Dataset.from_list(demonstrations(problems(60, 3))).to_json(path)
+    return path
+
+
+def cli(*args, **kwargs):
+    command = [sys.executable, "-m", "trl_offpolicy.cli", "rewrite", "--model_name_or_path", POLICY, *map(str, args)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+def test_command_line_ctrl_c_and_resume(tmp_path, demonstrations_file):
+    """The real command with the real policy: ctrl-C stops it with exit code 3, the same command again finishes the job."""
+    config_file = tmp_path / "rewrite.yaml"
+    config_file.write_text("num_generations: 2\nmax_completion_length: 80\nbatch_size: 8\nstages: [self, guided]\n")
+    args = ["--dataset_name", demonstrations_file, "--output_dir", tmp_path / "run", "--config", config_file]
+    process = cli(*args)
+    journal = tmp_path / "run" / "journal.jsonl"
+    for chunk in iter(lambda: process.stderr.read(1), ""):  # the progress line moves on once an attempt is journaled
+        if chunk == "\r" and journal.exists() and journal.read_bytes().count(b"\n") > 8:
+            break
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 3 and "Run the same command again to resume" in out
+    before = journal.read_bytes()
+    process = cli(*args)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    lines = out.splitlines()
+    assert lines[0] == str(tmp_path / "run") and lines[-1].startswith("accelerate launch examples/train.py")
+    assert journal.read_bytes().startswith(before) and "resuming" in err
+    rewritten = load_dataset(str(tmp_path / "run" / "dataset"), split="train")
+    assert len(set(rewritten["id"])) == 60 and rewritten["num_ops"] == [1, 2, 3, 4, 5, 6] * 10
+
+
+def test_command_line_refuses_with_exit_code_2(tmp_path, demonstrations_file):
+    config_file = tmp_path / "typo.yaml"
+    config_file.write_text("num_generation: 2\n")
+    for args, message in [
+        (["--dataset_name", tmp_path / "none.jsonl", "--output_dir", tmp_path], "no such file"),
+        (
+            ["--dataset_name", demonstrations_file, "--output_dir", tmp_path, "--num_generation", "2"],
+            "--num_generation",
+        ),
+        (["--dataset_name", demonstrations_file, "--output_dir", tmp_path, "--config", config_file], "num_generation"),
+    ]:
+        process = cli(*args)
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 2 and message in err and "Traceback" not in err

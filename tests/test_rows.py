@@ -1,0 +1,146 @@
+"""Every input format is read, every bad row is named, ids depend on content only."""
+
+import json
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, DatasetDict
+
+from trl_offpolicy import prompts
+from trl_offpolicy.rows import (
+    carried_columns,
+    content_id,
+    demonstration,
+    final_answer,
+    find_format,
+    last_boxed,
+    load_rows,
+    output_features,
+    read_rows,
+)
+
+
+DATA = Path(__file__).parent / "data"
+USER = [{"role": "user", "content": "1+1?"}]
+ASSISTANT = [{"role": "assistant", "content": "so \\boxed{2}"}]
+
+
+@pytest.mark.parametrize(
+    ("text", "box"),
+    [
+        ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
+        ("\\boxed{1} then \\boxed{\\sqrt{a_{3}}}.", "\\sqrt{a_{3}}"),
+        ("\\fbox{x}", "x"),
+        ("\\boxed 9$", "9"),
+        ("\\boxed{\\{1,2\\}}", "\\{1,2\\}"),
+        ("\\boxed{1} and \\boxed{2", None),
+        ("no box", None),
+        ("", None),
+    ],
+)
+def test_last_boxed(text, box):
+    assert last_boxed(text) == box
+
+
+def test_final_answer_of_gsm8k():
+    assert final_answer("48/2 = 24\n#### 1,234") == "1234"
+    assert final_answer("nothing here") is None
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": USER, "completion": ASSISTANT},
+        {"prompt": USER, "completion": "so \\boxed{2}"},
+        {"prompt": "1+1?", "completion": "so \\boxed{2}"},
+        {"messages": USER + ASSISTANT},
+        {"problem": "1+1?", "solution": "so \\boxed{2}"},
+        {"question": "1+1?", "answer": "so \\boxed{2}"},
+    ],
+)
+def test_every_format_is_the_same_problem(row):
+    (problem,) = read_rows([row])
+    assert (problem.prompt, problem.demonstration, problem.answer) == (USER, "so \\boxed{2}", "2")
+    assert problem.id == content_id(USER, "2")
+
+
+def test_prompt_template_and_system_turn():
+    (problem,) = read_rows([{"question": "1+1?", "answer": "#### 2"}], solve_prompt="Solve {problem} in \\boxed{}")
+    assert problem.prompt == [{"role": "user", "content": "Solve 1+1? in \\boxed{}"}]
+    system = [{"role": "system", "content": "Be brief."}]
+    (problem,) = read_rows([{"messages": system + USER + ASSISTANT}])
+    assert problem.prompt == system + USER and problem.problem == "1+1?"
+
+
+def test_fill_leaves_braces_and_inserted_placeholders_alone():
+    filled = prompts.fill("{problem} \\frac{1}{2} {solution}", problem="{solution}", solution="S")
+    assert filled == "{solution} \\frac{1}{2} S"
+
+
+def test_missing_column_names_the_columns_found():
+    with pytest.raises(ValueError, match="\\['instruction', 'output'\\].*prompt \\+ completion"):
+        find_format(["instruction", "output"])
+
+
+@pytest.mark.parametrize("empty", [None, "", "  ", []])
+def test_row_without_demonstration_is_named(empty):
+    good = {"prompt": USER, "completion": ASSISTANT}
+    with pytest.raises(ValueError, match="Row 1 has no demonstration"):
+        list(read_rows([good, {"prompt": USER, "completion": empty}]))
+
+
+def test_row_without_problem_is_named():
+    with pytest.raises(ValueError, match="Row 0 has no problem"):
+        list(read_rows([{"problem": " ", "solution": "\\boxed{1}"}]))
+    with pytest.raises(ValueError, match="Row 0 has no demonstration"):
+        list(read_rows([{"messages": USER}]))
+
+
+def test_duplicates_get_ids_of_their_own():
+    row = {"prompt": USER, "completion": ASSISTANT}
+    ids = [p.id for p in read_rows([row, row, row])]
+    assert ids == [ids[0], f"{ids[0]}-2", f"{ids[0]}-3"]
+
+
+def test_nothing_of_the_input_is_lost():
+    columns = ["id", "source", "question", "answer", "level"]
+    assert carried_columns(columns) == {
+        "id": "input_id", "source": "input_source", "question": "question", "answer": "input_answer", "level": "level",
+    }  # fmt: skip
+    row = {"id": "gsm8k/1", "source": "web", "question": "1+1?", "answer": "one and one\n#### 2", "level": 3}
+    (problem,) = read_rows([row])
+    assert demonstration(problem.extra) == row["answer"] and problem.extra["input_id"] == "gsm8k/1"
+    features = output_features(Dataset.from_list([row]).features, columns)
+    assert features["level"].dtype == "int64" and features["completion_ids"].feature.dtype == "int32"
+
+
+@pytest.mark.parametrize("name", ["gsm8k_50", "math_50"])
+def test_gold_answers_of_real_rows(name):
+    rows = [json.loads(line) for line in (DATA / f"{name}.jsonl").open()]
+    for row, problem in zip(rows, read_rows(rows), strict=True):
+        assert problem.answer == row["answer"]
+    for row, problem in zip(rows, read_rows([{k: r[k] for k in ("problem", "solution")} for r in rows]), strict=True):
+        assert problem.answer.replace(" ", "") == row["answer"].replace(" ", "")  # the same from the solution alone
+
+
+def test_load_rows_from_every_place(tmp_path):
+    rows = Dataset.from_list([{"problem": "1+1?", "solution": "\\boxed{2}"}] * 3)
+    rows.to_json(tmp_path / "a.jsonl")
+    rows.to_parquet(tmp_path / "a.parquet")
+    rows.to_csv(tmp_path / "a.csv")
+    rows.save_to_disk(tmp_path / "saved")
+    DatasetDict({"train": rows}).save_to_disk(tmp_path / "dict")
+    (tmp_path / "folder").mkdir()
+    rows.to_parquet(tmp_path / "folder" / "train-00000-of-00001.parquet")
+    for name in ("a.jsonl", "a.parquet", "a.csv", "saved", "dict", "folder"):
+        assert load_rows(str(tmp_path / name)).to_list() == rows.to_list(), name
+    with pytest.raises(ValueError, match="\\['train'\\]"):
+        load_rows(str(tmp_path / "dict"), dataset_split="test")
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match="is empty"):
+        load_rows(str(tmp_path / "empty.jsonl"))
+    (tmp_path / "a.xlsx").touch()
+    with pytest.raises(ValueError, match="must end in"):
+        load_rows(str(tmp_path / "a.xlsx"))
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load_rows(str(tmp_path / "missing.jsonl"))

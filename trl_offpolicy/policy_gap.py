@@ -1,0 +1,125 @@
+"""How far a dataset is from a policy: the log-probability of its targets, by source, before and after rewriting.
+
+"Mind the Gap", Table 3, reports the mean over rows of Σ_t log π(y_t|x, y_<t): that is `sequence_log_prob` here. It favours
+short targets, so the mean per token and the length stand beside it, and the prompt is rendered as in training.
+"""
+
+import torch
+from tqdm.auto import tqdm
+
+from .rows import Source, demonstration, encode_prompt
+
+
+@torch.no_grad()
+def target_log_probs(
+    model, processing_class, pairs: list[tuple[list[int], list[int]]], batch_tokens: int = 8192
+) -> list[torch.Tensor]:
+    """
+    log π of each target token given its prompt.
+
+    Args:
+        pairs (`list`): (prompt ids, target ids) of each row.
+        batch_tokens (`int`, *optional*, defaults to `8192`): Tokens of one forward, padding included.
+
+    Returns:
+        `list` of float32 `torch.Tensor`, each of the length of its target.
+    """
+    results: list[torch.Tensor | None] = [None] * len(pairs)
+    order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
+    pad = processing_class.pad_token_id or 0
+    was_training = model.training
+    model.eval()
+    with tqdm(total=len(pairs), desc="log-probs", unit="row", leave=False) as bar:
+        while order:
+            width = sum(map(len, pairs[order[0]]))
+            size = max(1, batch_tokens // width)
+            batch, order = order[:size], order[size:]
+            # Left padding: the targets end together, so only the last positions need logits.
+            rows = [pairs[i][0] + pairs[i][1] for i in batch]
+            ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
+            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+            keep = max(len(pairs[i][1]) for i in batch)
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)
+            logits = (
+                model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=keep + 1)
+                .logits[:, :-1]
+                .float()
+            )
+            log_probs = logits.gather(-1, ids[:, -keep:, None])[..., 0] - logits.logsumexp(-1)  # (batch, keep)
+            for i, row in zip(batch, log_probs.cpu(), strict=True):
+                results[i] = row[keep - len(pairs[i][1]) :]
+            bar.update(len(batch))
+    model.train(was_training)
+    return results
+
+
+def measure_policy_gap(model, dataset, processing_class=None, batch_tokens: int = 8192) -> dict:
+    """
+    The policy gap of a rewritten dataset under `model`.
+
+    Args:
+        model (`str` or `PreTrainedModel`): Usually the model that will be trained, before training.
+        dataset (`datasets.Dataset` or `list[dict]`): Rows written by `DataRewriter`.
+        processing_class (`PreTrainedTokenizerBase`, *optional*): By default the model's.
+        batch_tokens (`int`, *optional*, defaults to `8192`): Tokens of one forward, padding included.
+
+    Returns:
+        `dict`: `{source: {"rows", "before", "after"}}` for each source there is and for `"total"`. `before` (the demonstrations) and
+        `after` (the rows' completions) hold `sequence_log_prob` (mean over rows of the sum, nats) with its standard error
+        `sequence_log_prob_se`, `token_log_prob` (mean over all tokens) and `num_tokens` (mean length).
+
+    Raises:
+        ValueError: The dataset is empty, or its demonstrations were not carried through.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if isinstance(model, str):
+        processing_class = processing_class or AutoTokenizer.from_pretrained(model)
+        model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    processing_class = processing_class or AutoTokenizer.from_pretrained(model.config._name_or_path)
+    rows = list(dataset)
+    if not rows:
+        raise ValueError("The dataset has no rows: there is no gap to measure.")
+    pairs = []
+    for row in rows:
+        expert = demonstration(row)
+        if expert is None:
+            raise ValueError(
+                f"Row {row.get('id')} does not carry its demonstration; pass the dataset as DataRewriter wrote it. Its columns: {list(row)}"
+            )
+        prompt = encode_prompt(processing_class, row["prompt"])
+        pairs.append((prompt, _target_ids(processing_class, row["prompt"], expert, prompt)))
+        pairs.append((prompt, row["completion_ids"] or pairs[-1][1]))
+    log_probs = target_log_probs(model, processing_class, pairs, batch_tokens)
+    groups = {str(source): [i for i, row in enumerate(rows) if row["source"] == source] for source in Source}
+    groups["total"] = list(range(len(rows)))
+    return {
+        name: {
+            "rows": len(members),
+            "before": _summary([log_probs[2 * i] for i in members]),
+            "after": _summary([log_probs[2 * i + 1] for i in members]),
+        }
+        for name, members in groups.items()
+        if members
+    }
+
+
+def _target_ids(processing_class, prompt: list[dict], text: str, prompt_ids: list[int]) -> list[int]:
+    """What the chat template makes of an assistant turn after the prompt, end-of-turn token included."""
+    whole = processing_class.apply_chat_template(
+        [*prompt, {"role": "assistant", "content": text}], tokenize=True, return_dict=True
+    )["input_ids"]
+    same = next((i for i, (a, b) in enumerate(zip(prompt_ids, whole, strict=False)) if a != b), len(prompt_ids))
+    return whole[same:]
+
+
+def _summary(log_probs: list[torch.Tensor]) -> dict:
+    sums = torch.stack([x.double().sum() for x in log_probs])
+    tokens = sum(len(x) for x in log_probs)
+    error = (sums.std() / len(sums) ** 0.5).item() if len(sums) > 1 else 0.0
+    return {
+        "sequence_log_prob": sums.mean().item(),
+        "sequence_log_prob_se": error,
+        "token_log_prob": sums.sum().item() / tokens,
+        "num_tokens": tokens / len(log_probs),
+    }
