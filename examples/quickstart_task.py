@@ -112,7 +112,9 @@ def second_family(rng: random.Random) -> dict:
     return {"problem": problem, "answer": answer, "own": f"{own}\n\\boxed{{{answer}}}", "kind": kind}
 
 
-def problems(num_rows: int, seed: int, num_ops=(1, 2, 3, 4, 5, 6), p_times: float = 0.3, p_hard: float = 0.3) -> list[dict]:
+def problems(
+    num_rows: int, seed: int, num_ops=(1, 2, 3, 4, 5, 6), p_times: float = 0.3, p_hard: float = 0.3
+) -> list[dict]:
     """`num_rows` distinct running-total problems; `num_ops` is cycled through, so every length has the same share."""
     rng, rows, seen = random.Random(seed), [], set()
     while len(rows) < num_rows:

@@ -244,24 +244,26 @@ def demonstrations_file(tmp_path_factory):
     from quickstart_task import demonstrations, problems
 
     path = tmp_path_factory.mktemp("data") / "demos.jsonl"
-    Dataset.from_list(demonstrations(problems(60, 3))).to_json(path)
+    Dataset.from_list(demonstrations(problems(240, 3))).to_json(path)
     return path
 
 
-def cli(*args, **kwargs):
+def cli(*args):
     command = [sys.executable, "-m", "trl_offpolicy.cli", "rewrite", "--model_name_or_path", POLICY, *map(str, args)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+    # A background job may have been started with ctrl-C ignored, and would hand that on.
+    listen = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **listen)
 
 
 def test_command_line_ctrl_c_and_resume(tmp_path, demonstrations_file):
     """The real command with the real policy: ctrl-C stops it with exit code 3, the same command again finishes the job."""
     config_file = tmp_path / "rewrite.yaml"
-    config_file.write_text("num_generations: 2\nmax_completion_length: 80\nbatch_size: 8\nstages: [self, guided]\n")
+    config_file.write_text("num_generations: 2\nmax_completion_length: 80\nstages: [self, guided]\n")
     args = ["--dataset_name", demonstrations_file, "--output_dir", tmp_path / "run", "--config", config_file]
-    process = cli(*args)
+    process = cli(*args, "--batch_size", "2")  # slow enough to be caught in the middle
     journal = tmp_path / "run" / "journal.jsonl"
     for chunk in iter(lambda: process.stderr.read(1), ""):  # the progress line moves on once an attempt is journaled
-        if chunk == "\r" and journal.exists() and journal.read_bytes().count(b"\n") > 8:
+        if chunk in "\r\n" and journal.exists() and journal.read_bytes().count(b"\n") > 8:
             break
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
@@ -274,7 +276,7 @@ def test_command_line_ctrl_c_and_resume(tmp_path, demonstrations_file):
     assert lines[0] == str(tmp_path / "run") and lines[-1].startswith("accelerate launch examples/train.py")
     assert journal.read_bytes().startswith(before) and "resuming" in err
     rewritten = load_dataset(str(tmp_path / "run" / "dataset"), split="train")
-    assert len(set(rewritten["id"])) == 60 and rewritten["num_ops"] == [1, 2, 3, 4, 5, 6] * 10
+    assert len(set(rewritten["id"])) == 240 and list(rewritten["num_ops"]) == [1, 2, 3, 4, 5, 6] * 40
 
 
 def test_command_line_refuses_with_exit_code_2(tmp_path, demonstrations_file):

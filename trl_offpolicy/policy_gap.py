@@ -80,7 +80,7 @@ def measure_policy_gap(model, dataset, processing_class=None, batch_tokens: int 
     rows = list(dataset)
     if not rows:
         raise ValueError("The dataset has no rows: there is no gap to measure.")
-    pairs = []
+    pairs, before, after = [], [], []  # what to score, and for each row its places there
     for row in rows:
         expert = demonstration(row)
         if expert is None:
@@ -89,15 +89,18 @@ def measure_policy_gap(model, dataset, processing_class=None, batch_tokens: int 
             )
         prompt = encode_prompt(processing_class, row["prompt"])
         pairs.append((prompt, _target_ids(processing_class, row["prompt"], expert, prompt)))
-        pairs.append((prompt, row["completion_ids"] or pairs[-1][1]))
+        before.append(len(pairs) - 1)
+        if row["completion_ids"]:
+            pairs.append((prompt, row["completion_ids"]))
+        after.append(len(pairs) - 1)  # an expert's row is its demonstration, scored once
     log_probs = target_log_probs(model, processing_class, pairs, batch_tokens)
     groups = {str(source): [i for i, row in enumerate(rows) if row["source"] == source] for source in Source}
     groups["total"] = list(range(len(rows)))
     return {
         name: {
             "rows": len(members),
-            "before": _summary([log_probs[2 * i] for i in members]),
-            "after": _summary([log_probs[2 * i + 1] for i in members]),
+            "before": _summary([log_probs[before[i]] for i in members]),
+            "after": _summary([log_probs[after[i]] for i in members]),
         }
         for name, members in groups.items()
         if members

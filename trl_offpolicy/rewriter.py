@@ -13,6 +13,7 @@ import dataclasses
 import json
 import random
 import shutil
+import sys
 import time
 import warnings
 from collections import Counter, deque
@@ -507,7 +508,7 @@ class _Log:
         self.path, self.every, self.began, self.written = path, every, time.monotonic(), time.monotonic()
         self.bar = tqdm(total=total, desc="rewriting", unit="row")
         if resumed:
-            self.bar.write(f"resuming: {resumed:,} attempts are in the journal already")
+            self.bar.write(f"resuming: {resumed:,} attempts are in the journal already", file=sys.stderr)
 
     def update(self, counts: Counter, last: bool = False) -> None:
         now = time.monotonic()

@@ -67,10 +67,18 @@ class TransformersSampler:
         model (`str` or `PreTrainedModel`): Hub id, local directory, or a loaded model (left as it was found).
         processing_class (`PreTrainedTokenizerBase`, *optional*): Tokenizer with a chat template; by default the model's.
         batch_size (`int`, *optional*, defaults to `64`): Completions drawn at a time.
+        batch_tokens (`int`, *optional*, defaults to `16384`): Prompt tokens of one batch, padding included; long prompts make it smaller.
         model_init_kwargs (`dict`, *optional*): Passed to `from_pretrained`, for example `{"dtype": "bfloat16"}`.
     """
 
-    def __init__(self, model, processing_class=None, batch_size: int = 64, model_init_kwargs: dict | None = None):
+    def __init__(
+        self,
+        model,
+        processing_class=None,
+        batch_size: int = 64,
+        batch_tokens: int = 16384,
+        model_init_kwargs: dict | None = None,
+    ):
         if isinstance(model, PreTrainedModel):
             self.model = model
         elif model.startswith((".", "/", "~")) and not Path(model).is_dir():
@@ -91,7 +99,7 @@ class TransformersSampler:
                 "conversation. Pass a `processing_class` that has one (`trl.clone_chat_template` copies another model's)."
             )
         self.revision = getattr(self.model.config, "_commit_hash", None) or weights_digest(self.model)
-        self.batch_size = batch_size
+        self.batch_size, self.batch_tokens = batch_size, batch_tokens
         self.capacity = 2 * batch_size  # what waits is sorted by length, so a batch has little padding
         self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
         eos = self.model.generation_config.eos_token_id
@@ -115,7 +123,12 @@ class TransformersSampler:
         # The oldest request always goes, with the waiting requests nearest to it in length (and of the same parameters).
         oldest, oldest_ids = self._pending[0]
         alike = [p for p in self._pending if p[0].params == oldest.params]
-        batch = sorted(alike, key=lambda p: abs(len(p[1]) - len(oldest_ids)))[: self.batch_size]
+        batch, width = [], 0
+        for request, ids in sorted(alike, key=lambda p: abs(len(p[1]) - len(oldest_ids)))[: self.batch_size]:
+            width = max(width, len(ids))
+            if batch and width * (len(batch) + 1) > self.batch_tokens:
+                break
+            batch.append((request, ids))
         taken = {request.id for request, _ in batch}
         self._pending = [p for p in self._pending if p[0].id not in taken]
         return failed + self._generate(batch, oldest.params)

@@ -1,0 +1,29 @@
+PYTHON ?= python3.11
+VENV := .venv
+# Two threads on a busy two-core machine wait for each other; a policy this small wants one.
+RUN := OMP_NUM_THREADS=1 $(VENV)/bin/python
+
+.PHONY: quickstart test venv policy lint
+
+quickstart: venv  ## the main job on the embedded default: rewrite, train, measure (runs/quickstart)
+	$(RUN) examples/quickstart.py
+
+test: venv  ## the test suite, no network needed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(RUN) -m pytest
+
+venv: $(VENV)/installed  ## .venv with everything the two commands above need, installed once
+
+$(VENV)/installed: pyproject.toml .ci/constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -q torch==2.13.0 -c .ci/constraints.txt
+	$(VENV)/bin/pip install -q -e '.[dev]' -c .ci/constraints.txt
+	touch $@
+
+policy: venv  ## train the quickstart's base policy again (about half an hour of one core)
+	$(RUN) examples/train_quickstart_policy.py --output_dir examples/quickstart_policy
+
+lint: venv  ## what pre-commit runs
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
