@@ -244,7 +244,7 @@ def demonstrations_file(tmp_path_factory):
     from quickstart_task import demonstrations, problems
 
     path = tmp_path_factory.mktemp("data") / "demos.jsonl"
-    Dataset.from_list(demonstrations(problems(240, 3))).to_json(path)
+    Dataset.from_list(demonstrations(problems(120, 3))).to_json(path)
     return path
 
 
@@ -276,7 +276,7 @@ def test_command_line_ctrl_c_and_resume(tmp_path, demonstrations_file):
     assert lines[0] == str(tmp_path / "run") and lines[-1].startswith("accelerate launch examples/train.py")
     assert journal.read_bytes().startswith(before) and "resuming" in err
     rewritten = load_dataset(str(tmp_path / "run" / "dataset"), split="train")
-    assert len(set(rewritten["id"])) == 240 and list(rewritten["num_ops"]) == [1, 2, 3, 4, 5, 6] * 40
+    assert len(set(rewritten["id"])) == 120 and list(rewritten["num_ops"]) == [1, 2, 3, 4, 5, 6] * 20
 
 
 def test_command_line_refuses_with_exit_code_2(tmp_path, demonstrations_file):

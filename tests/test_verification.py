@@ -29,6 +29,8 @@ CASES = [
     ("\\boxed{listen}", "silent", "wrong"),  # letters of a word are not factors
     ("\\boxed{90^\\circ}", "90", "correct"),
     ("\\boxed{\\begin{pmatrix}1\\\\2\\end{pmatrix}}", "\\begin{pmatrix}1\\\\3\\end{pmatrix}", "wrong"),
+    ("Therefore the answer is 43, not 42.", "42", "wrong"),
+    ("12\n7 and\n42", "42", "unparsable"),  # rambling that ends in the right number states no answer
     ("I do not know", "42", "unparsable"),
     ("", "42", "unparsable"),
     ("\\boxed{3}", "", "unparsable"),

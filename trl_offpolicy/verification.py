@@ -48,7 +48,8 @@ class MathVerifier:
         self.num_workers = num_workers or min(8, os.cpu_count() or 1)
         self.__name__ = "math_verifier"  # what GRPOTrainer calls its reward in the logs
         self._workers: list[_Worker] = []
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # one batch at a time
+        self._gate = threading.Lock()  # held by `close`, so that a new batch waits for it
         self._closing = False
 
     def verify(self, completions: list[str], answers: list[str]) -> list[Verdict]:
@@ -61,18 +62,16 @@ class MathVerifier:
             raise ValueError(
                 f"You passed {len(completions)} completions and {len(answers)} answers; each completion needs its own answer."
             )
-        with self._lock:
-            return self._run(
-                [
-                    [completion, "" if answer is None else str(answer)]
-                    for completion, answer in zip(completions, answers, strict=True)
-                ]
-            )
+        return self._run(
+            [
+                [completion, "" if answer is None else str(answer)]
+                for completion, answer in zip(completions, answers, strict=True)
+            ]
+        )
 
     def check_answers(self, answers: list[str]) -> list[Verdict]:
         """`CORRECT` for each gold answer that can be compared with at all, else `UNPARSABLE` (or why it could not be told)."""
-        with self._lock:
-            return [verdict for verdict, _ in self._run([[None, answer or ""] for answer in answers])]
+        return [verdict for verdict, _ in self._run([[None, answer or ""] for answer in answers])]
 
     def __call__(self, completions, answer=None, solution=None, **kwargs) -> list[float | None]:
         """TRL's reward signature: 1.0 correct, 0.0 wrong or no answer, `None` where it could not be told."""
@@ -88,14 +87,15 @@ class MathVerifier:
 
     def close(self) -> None:
         """Ends the worker processes, whatever they are at; a later call starts new ones."""
-        self._closing = True  # another thread may be in `verify`: its worker's end wakes it, and it gives up the lock
-        for worker in self._workers:
-            if worker.process is not None:
-                worker.process.kill()
-        with self._lock:
+        with self._gate:
+            # Another thread may be in `_run`: its worker's end wakes it, and it gives up the lock.
+            self._closing = True
             for worker in self._workers:
-                worker.kill()
-            self._workers, self._closing = [], False
+                if worker.process is not None:
+                    worker.process.kill()
+            with self._lock:
+                self._drop_workers()
+                self._closing = False
 
     def __enter__(self):
         return self
@@ -104,10 +104,25 @@ class MathVerifier:
         self.close()
 
     def __del__(self):
-        if hasattr(self, "_lock"):
+        if hasattr(self, "_gate"):  # not when `__init__` refused its arguments
             self.close()
 
     def _run(self, tasks: list[list]) -> list[tuple[Verdict, str]]:
+        with self._gate:
+            pass
+        with self._lock:
+            try:
+                return self._dispatch(tasks)
+            except BaseException:
+                self._drop_workers()  # what they are at would be taken for the answers to the next batch
+                raise
+
+    def _drop_workers(self) -> None:
+        for worker in self._workers:
+            worker.kill()
+        self._workers = []
+
+    def _dispatch(self, tasks: list[list]) -> list[tuple[Verdict, str]]:
         results: list[tuple[Verdict, str] | None] = [None] * len(tasks)
         waiting = deque(enumerate(tasks))
         busy: set[_Worker] = set()
@@ -238,16 +253,28 @@ def grade(completion: str | None, answer: str) -> tuple[Verdict, str]:
     gold_parsed = _parse(gold)
     if not gold_parsed:
         return Verdict.UNPARSABLE, "the gold answer cannot be parsed"
-    predicted = (
-        _parse(prediction)
-        if prediction
-        else parse(completion[-4000:], parsing_timeout=None, fallback_mode="no_fallback")
-    )
+    if prediction is None and not (prediction := _tail(completion)):
+        return Verdict.UNPARSABLE, NO_ANSWER
+    predicted = _parse(prediction) if stated else parse(prediction, parsing_timeout=None, fallback_mode="no_fallback")
     if not predicted:
         return Verdict.UNPARSABLE, NO_ANSWER
-    return (
-        Verdict.CORRECT if verify(gold_parsed, predicted, timeout_seconds=None, raise_on_error=True) else Verdict.WRONG
-    ), ""
+    same = verify(gold_parsed, predicted, timeout_seconds=None, raise_on_error=True)
+    return (Verdict.CORRECT if same else Verdict.WRONG), ""
+
+
+def _tail(completion: str) -> str:
+    """Where a completion without a box states its answer: after the last "answer is" or "A:", or all of a single line.
+
+    Not the last number of whatever came out: a rambling sample would be right by chance, and be trained on.
+    """
+    text = completion.strip()
+    starts = [
+        m.start()
+        for m in re.finditer(r"\b(?:answer|solution|result)\s*(?:is|are|:|=)|^A:", text, re.MULTILINE | re.IGNORECASE)
+    ]
+    if starts:
+        text = text[starts[-1] :].split("\n")[0]  # with the phrase: math-verify reads on from there
+    return "" if "\n" in text else text[:1000]
 
 
 @functools.lru_cache(4096)
