@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "DataRewriter": "rewriter",
-    "RewriteConfig": "rewriter",
+    "RewriteConfig": "rewrite_config",
     "TransformersSampler": "sampling.transformers_sampler",
     "MathVerifier": "verification",
     "Verdict": "rows",
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from .importance_weighted_sft_config import ImportanceWeightedSFTConfig
     from .importance_weighted_sft_trainer import ImportanceWeightedSFTTrainer
     from .policy_gap import measure_policy_gap
-    from .rewriter import DataRewriter, RewriteConfig
+    from .rewrite_config import RewriteConfig
+    from .rewriter import DataRewriter
     from .rows import Source, Verdict
     from .sampling.transformers_sampler import TransformersSampler
     from .verification import MathVerifier

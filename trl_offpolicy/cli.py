@@ -57,7 +57,8 @@ def rewrite(argv: list[str]) -> int:
 
     from trl import TrlParser
 
-    from .rewriter import DataRewriter, RewriteConfig
+    from .rewrite_config import RewriteConfig
+    from .rewriter import DataRewriter
     from .rows import load_rows
 
     parser = TrlParser(
@@ -103,7 +104,14 @@ def _sampler(arguments: RewriteArguments):
         "revision": arguments.model_revision,
         "trust_remote_code": arguments.trust_remote_code,
     }
-    return TransformersSampler(arguments.model_name_or_path, batch_size=arguments.batch_size, model_init_kwargs=init)
+    try:
+        return TransformersSampler(
+            arguments.model_name_or_path, batch_size=arguments.batch_size, model_init_kwargs=init
+        )
+    except OSError as error:  # how transformers says that there is no such model, or none that may be read
+        raise ValueError(
+            f"You passed model_name_or_path={arguments.model_name_or_path!r}, which cannot be loaded: {error}"
+        ) from error
 
 
 def _print_summary(metrics: dict) -> None:
