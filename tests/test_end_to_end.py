@@ -57,7 +57,7 @@ def test_train_script_on_a_rewritten_dataset(tmp_path):
     rewritten = DataRewriter(POLICY, args).rewrite(demonstrations(problems(24, 9, (1, 2, 3))))
     assert "self" in rewritten["source"]
     result = run(
-        "examples/train.py", "--model_name_or_path", POLICY, "--dataset_name", tmp_path / "run" / "dataset", "--objective", "iw",
+        "-m", "accelerate.commands.launch", "--cpu", "--num_processes", 1, "examples/train.py", "--model_name_or_path", POLICY, "--dataset_name", tmp_path / "run" / "dataset", "--objective", "iw",
         "--output_dir", tmp_path / "out", "--use_cpu", "--bf16", "False", "--dtype", "float32", "--max_steps", 2, "--logging_steps", 1,
         "--per_device_train_batch_size", 8, "--use_peft", "--lora_target_modules", "all-linear", "--disable_tqdm", "True",
     )  # fmt: skip

@@ -13,7 +13,7 @@ from conftest import POLICY
 from datasets import Dataset, load_dataset
 from scripted import ScriptedSampler, rows, verify
 
-from trl_offpolicy import DataRewriter, RewriteConfig, prompts
+from trl_offpolicy import DataRewriter, RewriteConfig, TransformersSampler, prompts
 from trl_offpolicy.sampling import Request, SamplingParams, attempt_seed
 
 
@@ -255,28 +255,42 @@ def cli(*args):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **listen)
 
 
-def test_command_line_ctrl_c_and_resume(tmp_path, demonstrations_file):
-    """The real command with the real policy: ctrl-C stops it with exit code 3, the same command again finishes the job."""
+def interrupt(process, journal: Path, lines: int, how: signal.Signals) -> str:
+    """Sends the signal once the journal has that many lines, and returns what the process printed."""
+    for chunk in iter(lambda: process.stderr.read(1), ""):  # the progress line moves on as attempts are journaled
+        if chunk in "\r\n" and journal.exists() and journal.read_bytes().count(b"\n") > lines:
+            break
+    process.send_signal(how)
+    return process.communicate(timeout=60)[0]
+
+
+def test_command_line_ctrl_c_kill_and_resume(tmp_path, demonstrations_file):
+    """The real command on the real policy: ctrl-C (exit code 3), then kill -9, then to the end: the rows of an undisturbed run."""
     config_file = tmp_path / "rewrite.yaml"
     config_file.write_text("num_generations: 2\nmax_completion_length: 80\nstages: [self, guided]\n")
     args = ["--dataset_name", demonstrations_file, "--output_dir", tmp_path / "run", "--config", config_file]
-    process = cli(*args, "--batch_size", "2")  # slow enough to be caught in the middle
     journal = tmp_path / "run" / "journal.jsonl"
-    for chunk in iter(lambda: process.stderr.read(1), ""):  # the progress line moves on once an attempt is journaled
-        if chunk in "\r\n" and journal.exists() and journal.read_bytes().count(b"\n") > 8:
-            break
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
+    process = cli(*args, "--batch_size", "2")  # slow enough to be caught in the middle
+    out = interrupt(process, journal, 8, signal.SIGINT)
     assert process.returncode == 3 and "Run the same command again to resume" in out
     before = journal.read_bytes()
+    process = cli(*args, "--batch_size", "2")
+    interrupt(process, journal, before.count(b"\n") + 8, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL and journal.read_bytes().startswith(before)
     process = cli(*args)
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     lines = out.splitlines()
     assert lines[0] == str(tmp_path / "run") and lines[-1].startswith("accelerate launch examples/train.py")
     assert journal.read_bytes().startswith(before) and "resuming" in err
-    rewritten = load_dataset(str(tmp_path / "run" / "dataset"), split="train")
-    assert len(set(rewritten["id"])) == 120 and list(rewritten["num_ops"]) == [1, 2, 3, 4, 5, 6] * 20
+    resumed = load_dataset(str(tmp_path / "run" / "dataset"), split="train")
+    assert len(set(resumed["id"])) == 120 and list(resumed["num_ops"]) == [1, 2, 3, 4, 5, 6] * 20
+    undisturbed = DataRewriter(
+        POLICY, RewriteConfig(str(tmp_path / "other"), num_generations=2, max_completion_length=80),
+        sampler=TransformersSampler(POLICY, batch_size=24),
+    ).rewrite(Dataset.from_json(str(demonstrations_file)))  # fmt: skip
+    same = ["id", "source", "completion", "completion_ids", "num_sampled"]
+    assert resumed.select_columns(same).to_list() == undisturbed.select_columns(same).to_list()
 
 
 def test_command_line_refuses_with_exit_code_2(tmp_path, demonstrations_file):
