@@ -1,10 +1,14 @@
 """The trainers against TRL itself, and the importance weights against a naive full-logits formula."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, PromptTuningConfig
 from trl import SFTConfig, SFTTrainer
 
 from trl_offpolicy import DFTConfig, DFTTrainer, ImportanceWeightedSFTConfig, ImportanceWeightedSFTTrainer
@@ -63,8 +67,8 @@ def config(cls, tmp_path, **kwargs):
     )
 
 
-def train(trainer):
-    trainer.train()
+def train(trainer, **kwargs):
+    trainer.train(**kwargs)
     history = [e for e in trainer.state.log_history if "loss" in e]
     return [(e["loss"], e["grad_norm"], e["entropy"], e["mean_token_accuracy"]) for e in history], history
 
@@ -219,6 +223,184 @@ def test_evaluate_takes_raw_rows_and_logs_under_eval(tmp_path, tiny_model, token
     assert trainer.evaluate(data)["eval_loss"] == pytest.approx(prepared["eval_loss"], abs=1e-5)
     assert trainer.evaluate(trainer.eval_dataset)["eval_loss"] == pytest.approx(prepared["eval_loss"], abs=1e-5)
     assert {"eval_nll", "eval_weight", "eval_ess", "eval_kl"} <= set(trainer.state.log_history[-1])
+
+
+def test_every_eval_set_logs_under_its_own_name(tmp_path, tiny_model, tokenizer):
+    data = rewritten(tokenizer)
+    sets = {"a": data, "b": data.filter(lambda r: r["source"] == "expert")}
+    args = config(ImportanceWeightedSFTConfig, tmp_path)
+    trainer = ImportanceWeightedSFTTrainer(
+        tiny_model, args, train_dataset=data, eval_dataset=sets, processing_class=tokenizer
+    )
+    both = trainer.evaluate()
+    for name, alone in sets.items():
+        expected = trainer.evaluate(alone)
+        for key in ("entropy", "mean_token_accuracy", "nll", "weight", "nll/expert"):
+            assert both[f"eval_{name}_{key}"] == pytest.approx(expected[f"eval_{key}"], abs=1e-6)
+    assert "eval_a_kl" in both and "eval_b_kl" not in both  # demonstrations have no behaviour policy
+    assert both["eval_b_nll"] == pytest.approx(both["eval_a_nll/expert"], abs=1e-6)
+
+
+def test_metrics_per_source_equal_a_naive_count(tmp_path, tiny_model, tokenizer):
+    args = config(ImportanceWeightedSFTConfig, tmp_path, per_device_eval_batch_size=3, clip_max=1.2)
+    trainer = ImportanceWeightedSFTTrainer(
+        tiny_model,
+        args,
+        train_dataset=rewritten(tokenizer),
+        eval_dataset=rewritten(tokenizer),
+        processing_class=tokenizer,
+    )
+    metrics = trainer.evaluate()
+    values = {name: [] for name in ("self", "guided", "expert")}
+    for row in trainer.eval_dataset:
+        with torch.no_grad():
+            log_pi = tiny_model(torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
+        for t, (label, mu) in enumerate(zip(row["labels"], row["behavior_log_probs"], strict=True)):
+            if label != -100:
+                lp = log_pi[t - 1, label].item()
+                values[row["source"]].append(
+                    (-lp, 1.0 if mu != mu else min(2.718281828459045 ** (lp - mu), 1.2), lp - mu)
+                )
+    for name, tokens in values.items():
+        assert metrics[f"eval_nll/{name}"] == pytest.approx(sum(n for n, _, _ in tokens) / len(tokens), rel=1e-4)
+        w = [w for _, w, _ in tokens]
+        assert metrics[f"eval_weight/{name}"] == pytest.approx(sum(w) / len(w), rel=1e-3)
+        assert metrics[f"eval_ess/{name}"] == pytest.approx(sum(w) ** 2 / len(w) / sum(x * x for x in w), rel=1e-3)
+        if name != "expert":
+            k3 = [2.718281828459045**r - 1 - r for _, _, r in tokens]
+            assert metrics[f"eval_kl/{name}"] == pytest.approx(sum(k3) / len(k3), rel=1e-3)
+
+
+LAYERS = {
+    "lora": ({}, lambda: {"peft_config": LoraConfig(r=4, target_modules="all-linear")}),
+    "prompt_tuning": ({}, lambda: {"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)}),
+    "gradient_checkpointing": ({"gradient_checkpointing": True}, dict),
+    "bf16": ({"bf16": True}, dict),
+    "two_workers": ({"dataset_num_proc": 2}, dict),
+}
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_same_updates_as_trl_with(tmp_path, tiny_model, tokenizer, case):
+    kwargs, extra = LAYERS[case]
+    trainers = [
+        DFTTrainer(copy.deepcopy(tiny_model), config(DFTConfig, tmp_path, **kwargs), train_dataset=demonstrations(), processing_class=tokenizer, **extra()),
+        SFTTrainer(
+            copy.deepcopy(tiny_model), config(SFTConfig, tmp_path, loss_type="dft", **kwargs), train_dataset=demonstrations(),
+            processing_class=tokenizer, **extra(),
+        ),
+    ]  # fmt: skip
+    ours, theirs = (train(t)[0] for t in trainers)
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), atol=1e-6, rtol=1e-6)
+    for p, q in zip(*(t.model.parameters() for t in trainers), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-6)
+
+
+def test_same_updates_as_trl_on_a_mixture_of_experts(tmp_path, tokenizer):
+    """The auxiliary loss passes through the weighted forward untouched."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+            moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, output_router_logits=True, router_aux_loss_coef=0.1,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+        )
+    )  # fmt: skip
+    history = []
+    for cls, conf, kwargs in ((DFTTrainer, DFTConfig, {}), (SFTTrainer, SFTConfig, {"loss_type": "dft"})):
+        trainer = cls(
+            copy.deepcopy(model),
+            config(conf, tmp_path, **kwargs),
+            train_dataset=demonstrations(),
+            processing_class=tokenizer,
+        )
+        history.append([(e["loss"], e["grad_norm"], e["aux_loss"]) for e in train(trainer)[1]])
+    torch.testing.assert_close(torch.tensor(history[0]), torch.tensor(history[1]), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_streaming_dataset_keeps_its_columns(tmp_path, tiny_model, tokenizer, packing):
+    args = config(ImportanceWeightedSFTConfig, tmp_path, packing=packing, max_length=64)
+    data = rewritten(tokenizer)
+    trainer = ImportanceWeightedSFTTrainer(
+        tiny_model, args, train_dataset=data.to_iterable_dataset(), processing_class=tokenizer
+    )
+    seen = 0
+    for batch in trainer.get_train_dataloader():
+        known = ~torch.isnan(batch["behavior_log_probs"])
+        torch.testing.assert_close(batch["behavior_log_probs"][known], -batch["input_ids"][known] / 1000)
+        seen += int(known.sum())
+    assert seen == sum(len(ids) for ids in data["completion_ids"])
+    assert train(trainer)[1][-1]["kl"] > 0
+
+
+def test_resume_from_a_checkpoint_continues_bit_for_bit(tmp_path, tiny_model, tokenizer):
+    def trainer(model, name):
+        args = config(ImportanceWeightedSFTConfig, tmp_path / name, max_steps=4, save_strategy="steps", save_steps=2)
+        return ImportanceWeightedSFTTrainer(
+            model, args, train_dataset=rewritten(tokenizer), processing_class=tokenizer
+        )
+
+    whole = trainer(copy.deepcopy(tiny_model), "whole")
+    _, history = train(whole)
+    resumed = trainer(copy.deepcopy(tiny_model), "resumed")
+    _, again = train(resumed, resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    for e, f in zip(again, history, strict=True):  # the first two come with the checkpoint
+        assert {k: v for k, v in e.items() if k != "num_tokens"} == {
+            k: v for k, v in f.items() if k != "num_tokens"
+        }  # TRL counts anew
+    assert all(torch.equal(p, q) for p, q in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
+
+
+TWO_PROCESSES = """
+import sys
+sys.path.insert(0, {tests!r})
+import conftest, test_trainers as t, torch
+from transformers import AutoTokenizer, AutoModelForCausalLM
+tokenizer = AutoTokenizer.from_pretrained({model!r})
+model = AutoModelForCausalLM.from_pretrained({model!r})
+args = t.config(t.ImportanceWeightedSFTConfig, {out!r}, per_device_train_batch_size={batch}, gradient_accumulation_steps=2, max_steps=2)
+trainer = t.ImportanceWeightedSFTTrainer(model, args, train_dataset=t.rewritten(tokenizer, 16), processing_class=tokenizer)
+trainer.train()
+if trainer.accelerator.is_main_process:
+    torch.save((trainer.accelerator.num_processes, trainer.state.log_history, model.state_dict()), {out!r} + ".pt")
+"""
+
+
+def test_two_processes_equal_one(tmp_path, tiny_model, tokenizer):
+    """torchrun with two CPU processes (gloo): the same updates and the same logged diagnostics as one process."""
+    tiny_model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    results = []
+    for processes, batch in ((1, 4), (2, 2)):
+        script, out = tmp_path / f"run{processes}.py", tmp_path / f"out{processes}"
+        script.write_text(
+            TWO_PROCESSES.format(
+                tests=str(Path(__file__).parent), model=str(tmp_path / "model"), out=str(out), batch=batch
+            )
+        )
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={processes}",
+            str(script),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        results.append(torch.load(f"{out}.pt"))
+    (one, history, weights), (two, history2, weights2) = results
+    assert (one, two) == (1, 2)
+    for e, f in zip(history[:2], history2[:2], strict=True):
+        for key in ("loss", "grad_norm", "nll", "weight", "ess", "kl", "nll/self"):
+            assert e[key] == pytest.approx(f[key], rel=1e-4), key
+    for name, p in weights.items():
+        torch.testing.assert_close(
+            p, weights2[name], atol=1e-5, rtol=1e-4
+        )  # Adam amplifies rounding where a gradient is almost 0
 
 
 def test_any_sft_config_is_accepted(tmp_path, tiny_model, tokenizer):

@@ -31,7 +31,8 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
     Rows that carry `completion_ids` (what `DataRewriter` writes) are trained on exactly those ids, after their `prompt`
     rendered with the training chat template, and `behavior_log_probs` are aligned with them. Other rows go through
     TRL's own preparation. Beside TRL's metrics it logs `nll` (what SFT would report), `weight` (mean), `ess` (effective
-    sample size as a share of the tokens) and, where μ is known, `log_ratio` and `kl` to it.
+    sample size as a share of the tokens) and, where μ is known, `log_ratio` and `kl` to it: over all tokens, and for each
+    source there is (`nll/self`).
 
     Args:
         args ([`ImportanceWeightedSFTConfig`], *optional*): An `SFTConfig` or `TrainingArguments` is accepted too.
@@ -156,17 +157,30 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         # Prompt-learning PEFT puts virtual tokens in front of the sequence.
         behavior = torch.nn.functional.pad(behavior, (log_probs.shape[1] - behavior.shape[1], 0), value=torch.nan)
         weights = self.token_weights(log_probs, behavior)
-        sums = weight_diagnostics(weights, log_probs, behavior, outputs.label_mask)
+        groups = [outputs.label_mask.bool()]  # all tokens, then each source's
+        if "source_ids" in columns:
+            source = torch.nn.functional.pad(
+                columns["source_ids"], (log_probs.shape[1] - columns["source_ids"].shape[1], 0), value=-1
+            )
+            groups += [groups[0] & (source == i) for i in SOURCE_IDS.values()]
+        sums = torch.stack(
+            [weight_diagnostics(weights, log_probs, behavior, mask) for mask in groups]
+        )  # (groups, 5, 2)
         mode = "train" if self.model.training else "eval"
         self._sums[mode] = sums + self._sums.get(mode, 0.0)  # stays on the device until the next log
         return weights
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
+        metrics = {key: sum(values) / len(values) for key, values in self._metrics[mode].items()}
         if mode in self._sums:
             sums = self.accelerator.reduce(self._sums.pop(mode), "sum")
-            for name, value in diagnostic_means(sums).items():
-                self._metrics[mode][name] = [value]
+            for suffix, group in zip(["", *(f"/{name}" for name in SOURCE_IDS)], sums, strict=False):
+                metrics |= {name + suffix: value for name, value in diagnostic_means(group).items()}
+        # Each eval set under its own prefix: TRL writes `eval_entropy` for all of them, and the last one wins.
+        timed = next((key for key in logs if mode == "eval" and key.endswith("_runtime")), "")
+        self._metrics[mode].clear()
+        logs.update({timed.removesuffix("runtime") + key: value for key, value in metrics.items()})
         super().log(logs, start_time)
 
 
