@@ -277,6 +277,23 @@ def main():
     rewritten = rewriter.rewrite(data(args.seed)["train"])
     gap = measure_policy_gap(POLICY, rewritten)
     outcome = compare(output_dir / "rewrite" / "dataset", args, work)
+    if args.control:
+        # The first K attempts are the same as above (an attempt's seed does not depend on K), so this only adds 2K to each failure.
+        control = RewriteConfig(
+            str(output_dir / "control"),
+            num_generations=3 * K,
+            max_completion_length=192,
+            stages=["self"],
+            seed=args.seed,
+        )
+        control_rewriter = DataRewriter(POLICY, control)
+        control_rewriter.rewrite(data(args.seed)["train"])
+        solved = rewriter.metrics["yield"]["self"]
+        print(
+            f"\nOf the {rewriter.metrics['yield']['total'] - solved} problems that self-alignment left, guided alignment recovers "
+            f"{rewriter.metrics['yield']['guided']} with {K} attempts, and {2 * K} further unguided attempts "
+            f"{control_rewriter.metrics['yield']['self'] - solved}."
+        )
     summary = {method: {key: summarize(o, key) for key in ("target", "other")} for method, o in outcome.items()}
     results = {
         "yield": rewriter.metrics["yield"],

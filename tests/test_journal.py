@@ -33,8 +33,10 @@ def test_torn_last_line_is_cut_off(tmp_path, cut):
 def test_torn_header_starts_afresh(tmp_path):
     path = tmp_path / "journal.jsonl"
     path.write_bytes(b'{"config":{"se')
-    assert list(Journal(path, {"seed": 1}).entries()) == []
-    Journal(path, {"seed": 1})
+    journal = Journal(path, {"seed": 1})
+    assert list(journal.entries()) == []
+    journal.close()
+    Journal(path, {"seed": 1}).close()
 
 
 def test_other_configuration_names_field_and_ways_out(tmp_path):
@@ -52,3 +54,23 @@ def test_damaged_middle_is_an_error(tmp_path):
         file.write('{"id": \n{"id": "b"}\n')
     with pytest.raises(ValueError, match="Line 2 of .* is not JSON"):
         list(Journal(path, {}).entries())
+
+
+def test_overwrite_empties_another_configuration_but_resumes_its_own(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    first = Journal(path, {"seed": 1})
+    first.append({"id": "a"})
+    first.close()
+    second = Journal(path, {"seed": 2}, overwrite=True)
+    assert list(second.entries()) == []
+    second.append({"id": "b"})
+    second.close()
+    assert [e["id"] for _, e in Journal(path, {"seed": 2}, overwrite=True).entries()] == ["b"]
+
+
+def test_two_writers_are_one_too_many(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl", {})
+    with pytest.raises(ValueError, match="Another process is writing"):
+        Journal(tmp_path / "journal.jsonl", {})
+    journal.close()
+    Journal(tmp_path / "journal.jsonl", {}).close()

@@ -5,6 +5,8 @@ appending, so a killed process leaves at most a torn last line, which the next o
 drawn again, from the same seed). Lines are never changed; a later one for the same key wins.
 """
 
+import errno
+import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -20,21 +22,25 @@ class Journal:
     Args:
         path (`Path`): The JSONL file.
         config (`dict`): What the attempts depend on; compared with the file's first line.
+        overwrite (`bool`, *optional*, defaults to `False`): Empty the file if it holds the attempts of another configuration. The same
+            configuration is resumed all the same, so a command with this flag can be interrupted and run again.
 
     Raises:
-        ValueError: The file holds the attempts of another configuration (names each field that differs), or a line in its
-            middle is damaged.
+        ValueError: The file holds the attempts of another configuration (names each field that differs), a line in its middle is
+            damaged, or another process is writing to it.
     """
 
-    def __init__(self, path: Path, config: dict):
+    def __init__(self, path: Path, config: dict, overwrite: bool = False):
         self.path = Path(path)
         config = json.loads(json.dumps(config))
-        if self.path.exists():
+        self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            self._lock()
             self._cut_torn_line()
-        if self.path.exists() and self.path.stat().st_size:
-            with self.path.open("rb") as file:
-                _check_same(self._parse(file.readline(), 1).get("config", {}), config, self.path)
-        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            self._check(config, overwrite)
+        except BaseException:
+            os.close(self._file)  # or its lock would outlive the error
+            raise
         if not self.path.stat().st_size:
             self.append({"config": config})
 
@@ -76,6 +82,37 @@ class Journal:
         self.sync()
         os.close(self._file)
 
+    def _check(self, config: dict, overwrite: bool) -> None:
+        with self.path.open("rb") as file:
+            first = file.readline()
+        if not first:
+            return
+        found = self._parse(first, 1).get("config", {})
+        differing = [k for k in {**found, **config} if found.get(k) != config.get(k)]
+        if differing and overwrite:
+            os.ftruncate(self._file, 0)
+        elif differing:
+            fields = "; ".join(
+                f"`{k}` was {found.get(k)!r:.300} there and is {config.get(k)!r:.300} now" for k in differing
+            )
+            raise ValueError(
+                f"{self.path} holds the attempts of another configuration: {fields}. Either choose another `output_dir`, or pass "
+                "`overwrite=True` (`--overwrite`) to delete that journal and start again."
+            )
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(
+                self._file, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # let go by the kernel when the process ends, however it ends
+        except BlockingIOError as error:
+            raise ValueError(
+                f"Another process is writing to {self.path}. Wait for it, stop it, or choose another `output_dir`."
+            ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # file systems without locks
+                raise
+
     def _parse(self, line: bytes, number: int) -> dict:
         try:
             return json.loads(line)
@@ -99,15 +136,3 @@ class Journal:
                 start -= step
             if start < end:
                 file.truncate(start)
-
-
-def _check_same(found: dict, wanted: dict, path: Path) -> None:
-    differing = [k for k in {**found, **wanted} if found.get(k) != wanted.get(k)]
-    if differing:
-        fields = "; ".join(
-            f"`{k}` was {found.get(k)!r:.300} there and is {wanted.get(k)!r:.300} now" for k in differing
-        )
-        raise ValueError(
-            f"{path} holds the attempts of another configuration: {fields}. Either choose another `output_dir`, or pass "
-            "`overwrite=True` (`--overwrite`) to delete that journal and start again."
-        )

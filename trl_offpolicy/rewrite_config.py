@@ -31,7 +31,8 @@ class RewriteConfig:
             or GSM8K's `####` is taken.
         seed (`int`, *optional*, defaults to `42`): Seed of the run; each attempt has a seed of its own derived from it.
         dry_run (`bool`, *optional*, defaults to `False`): Print the first prompt of each stage and the estimate, sample nothing.
-        overwrite (`bool`, *optional*, defaults to `False`): Delete the journal of another configuration in `output_dir`.
+        overwrite (`bool`, *optional*, defaults to `False`): Delete the journal of another configuration in `output_dir`; one of this
+            configuration is resumed all the same.
     """
 
     output_dir: str = field(

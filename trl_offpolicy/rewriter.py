@@ -94,9 +94,8 @@ class DataRewriter:
         """
         dataset = _as_dataset(dataset)
         columns = list(dataset.column_names)
-        total = sum(
-            1 for _ in self._problems(dataset)
-        )  # reads every row once: a bad one is reported before anything is sampled
+        # Reads every row once, so that a bad one is reported before anything is sampled.
+        total = sum(1 for _ in self._problems(dataset))
         if total == 0:
             raise ValueError("The dataset has no rows: there is nothing to rewrite. Check its split and filters.")
         if self.args.dry_run:
@@ -143,11 +142,7 @@ class DataRewriter:
         config = {"model": self.sampler.name, "model_revision": self.sampler.revision, **self.args.identity()}
         config["verifier"] = getattr(self.verifier, "__name__", type(self.verifier).__name__)
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        if self.args.overwrite:
-            path.unlink(missing_ok=True)
-            (self.output_dir / "metrics.jsonl").unlink(missing_ok=True)
-            shutil.rmtree(self.output_dir / "dataset", ignore_errors=True)
-        journal = Journal(path, config)
+        journal = Journal(path, config, overwrite=self.args.overwrite)
         import yaml
 
         (self.output_dir / "run_config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
