@@ -1,6 +1,7 @@
 """The trainers against TRL itself, and the importance weights against a naive full-logits formula."""
 
 import copy
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -158,35 +159,76 @@ def test_trains_on_the_sampled_ids(tmp_path, tiny_model, tokenizer):
     assert example["input_ids"] == prompt + odd
 
 
-@pytest.mark.parametrize("expert_weighting", ["one", "dft"])
-def test_importance_weights_equal_a_naive_reference(tmp_path, tiny_model, tokenizer, expert_weighting):
-    """Loss and gradients against full logits in float64, formula written out."""
-    reference = copy.deepcopy(tiny_model).double()
-    args = config(ImportanceWeightedSFTConfig, tmp_path, clip_min=0.2, clip_max=1.5, expert_weighting=expert_weighting)
-    trainer = ImportanceWeightedSFTTrainer(
-        tiny_model, args, train_dataset=rewritten(tokenizer), processing_class=tokenizer
-    )
-    batch = next(iter(trainer.get_train_dataloader()))
-    loss = trainer.compute_loss(trainer.model, dict(batch))
+def power_of_two_thirds(log_probs, **known):
+    """An objective of a user's own: what it is handed, it may use."""
+    assert {"behavior_log_probs", "mask", "entropy", "segment_ids"} <= set(known)
+    return (2 / 3 * log_probs).exp() + 0 * known["entropy"]
+
+
+def naive_weights(settings, row, log_pi):
+    """The formulas, token by token in Python floats. `row`: source, μ of each target (NaN unknown), the example's own weight."""
+    source, behavior, own = row
+    objective = settings["objective"]
+    objective = objective.get(source, "nll") if isinstance(objective, dict) else objective
+    low, high = settings.get("clip_min") or 0.0, settings.get("clip_max", 3.0)
+    known = [lp - mu for lp, mu in zip(log_pi, behavior, strict=True) if mu == mu]
+    result = []
+    for lp, mu in zip(log_pi, behavior, strict=True):
+        if objective == "nll":
+            w = 1.0
+        elif objective == "dft":
+            w = math.exp(lp)
+        elif objective == "p_alpha":
+            w = math.exp(lp) ** settings["alpha"]
+        elif objective is power_of_two_thirds:
+            w = math.exp(lp) ** (2 / 3)
+        elif mu != mu:  # no behaviour policy
+            w = math.exp(lp) if settings.get("expert_weighting") == "dft" else 1.0
+        else:
+            ratio = math.exp(sum(known) / len(known)) if objective == "iw_sequence" else math.exp(lp - mu)
+            w = min(max(ratio, low), high)
+            w = 0.0 if settings.get("clip_mode") == "mask" and w != ratio else w
+        result.append(own * w)
+    return result
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "padding_free"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"objective": "iw", "clip_min": 0.2, "clip_max": 1.5},
+        {"objective": "iw", "clip_min": 0.02, "clip_max": 0.3, "clip_mode": "mask", "expert_weighting": "dft"},
+        {"objective": "iw_sequence", "clip_max": 0.02},
+        {"objective": "iw_sequence", "clip_min": 0.005, "clip_mode": "mask", "expert_weighting": "dft"},
+        {"objective": "p_alpha", "alpha": 0.5},
+        {"objective": {"self": "iw", "expert": "dft"}},
+        {"objective": power_of_two_thirds},
+    ],
+    ids=str,
+)
+def test_weights_equal_a_naive_reference(tmp_path, tiny_model, tokenizer, layout, settings):
+    """Loss and gradients against full logits in float64, one example at a time, formula written out."""
+    reference = copy.deepcopy(tiny_model).double()  # before the trainer patches the forward
+    data = rewritten(tokenizer).map(lambda _, i: {"weight": 0.5 + i}, with_indices=True)
+    args = config(ImportanceWeightedSFTConfig, tmp_path, per_device_train_batch_size=8, **settings, **LAYOUTS[layout])
+    trainer = ImportanceWeightedSFTTrainer(tiny_model, args, train_dataset=data, processing_class=tokenizer)
+    batches = list(trainer.get_train_dataloader())
+    loss = sum(trainer.compute_loss(trainer.model, dict(b), num_items_in_batch=torch.tensor(10.0)) for b in batches)
     loss.backward()
 
-    log_pi = reference(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].log_softmax(-1)
-    total, count = 0.0, 0
-    for b in range(len(batch["labels"])):
-        for t in range(batch["labels"].shape[1] - 1):
-            y = batch["labels"][b, t + 1].item()
-            if y == -100:
-                continue
-            lp, mu = log_pi[b, t, y], batch["behavior_log_probs"][b, t + 1].item()
-            pi = lp.detach().exp().item()
-            w = (
-                (1.0 if expert_weighting == "one" else pi)
-                if mu != mu
-                else min(max(pi / 2.718281828459045**mu, 0.2), 1.5)
-            )
-            total, count = total - w * lp, count + 1
-    (total / count).backward()
-    torch.testing.assert_close(loss.double(), total.detach() / count, atol=1e-5, rtol=1e-5)
+    total = 0.0
+    for i, row in enumerate(data):
+        prompt = tokenizer.apply_chat_template(
+            row["prompt"], add_generation_prompt=True, tokenize=True, return_dict=True
+        )["input_ids"]
+        target = row["completion_ids"] or tokenizer(row["completion"][0]["content"] + "<|im_end|>")["input_ids"]
+        log_pi = reference(torch.tensor([prompt + target])).logits[0].log_softmax(-1)
+        log_pi = log_pi[range(len(prompt) - 1, len(prompt) + len(target) - 1), target]
+        behavior = row["behavior_log_probs"] or [math.nan] * len(target)
+        weights = naive_weights(settings, (row["source"], behavior, 0.5 + i), log_pi.tolist())
+        total = total - (torch.tensor(weights, dtype=torch.float64) * log_pi).sum() / 10
+    total.backward()
+    torch.testing.assert_close(loss.double(), total, atol=1e-5, rtol=1e-5)
     for p, q in zip(tiny_model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(p.grad.double(), q.grad, atol=1e-5, rtol=1e-4)
 
@@ -258,16 +300,14 @@ def test_metrics_per_source_equal_a_naive_count(tmp_path, tiny_model, tokenizer)
         for t, (label, mu) in enumerate(zip(row["labels"], row["behavior_log_probs"], strict=True)):
             if label != -100:
                 lp = log_pi[t - 1, label].item()
-                values[row["source"]].append(
-                    (-lp, 1.0 if mu != mu else min(2.718281828459045 ** (lp - mu), 1.2), lp - mu)
-                )
+                values[row["source"]].append((-lp, 1.0 if mu != mu else min(math.exp(lp - mu), 1.2), lp - mu))
     for name, tokens in values.items():
         assert metrics[f"eval_nll/{name}"] == pytest.approx(sum(n for n, _, _ in tokens) / len(tokens), rel=1e-4)
         w = [w for _, w, _ in tokens]
         assert metrics[f"eval_weight/{name}"] == pytest.approx(sum(w) / len(w), rel=1e-3)
         assert metrics[f"eval_ess/{name}"] == pytest.approx(sum(w) ** 2 / len(w) / sum(x * x for x in w), rel=1e-3)
         if name != "expert":
-            k3 = [2.718281828459045**r - 1 - r for _, _, r in tokens]
+            k3 = [math.exp(r) - 1 - r for _, _, r in tokens]
             assert metrics[f"eval_kl/{name}"] == pytest.approx(sum(k3) / len(k3), rel=1e-3)
 
 
@@ -431,7 +471,10 @@ def test_contradicting_columns_are_refused(tmp_path, tiny_model, tokenizer, chan
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"objective": "dtf"}, "use one of \\['nll', 'dft', 'iw'\\]"),
+        ({"objective": "dtf"}, "use one of \\['nll', 'dft', 'p_alpha', 'iw', 'iw_sequence'\\]"),
+        ({"objective": {"self": "iw", "teacher": "nll"}}, "\\['teacher'\\] is no source"),
+        ({"objective": "iw_sequence", "packing": True, "packing_strategy": "wrapped"}, "cuts examples in two"),
+        ({"clip_mode": "clip"}, "use one of \\['truncate', 'mask'\\]"),
         ({"loss_type": "dft"}, "write objective='dft'"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"),
         ({"expert_weighting": "zero"}, "use one of"),

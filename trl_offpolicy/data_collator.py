@@ -9,14 +9,18 @@ from trl.trainer.utils import pad
 
 
 # column → (padding value, dtype): one value per token of `input_ids`
-TOKEN_COLUMNS = {"behavior_log_probs": (float("nan"), torch.float32), "source_ids": (-1, torch.int8)}
+TOKEN_COLUMNS = {
+    "behavior_log_probs": (float("nan"), torch.float32),
+    "source_ids": (-1, torch.int8),
+    "weight": (1.0, torch.float32),
+}
 
 
 @dataclass
 class RewriteDataCollator(DataCollatorForLanguageModeling):
     """
     TRL's language-modelling batch plus, where the examples have them, `behavior_log_probs` (B, T) float32, NaN where μ is
-    unknown, and `source_ids` (B, T) int8, -1 on padding; aligned with `input_ids` padded, padding-free and packed.
+    unknown, `source_ids` (B, T) int8, -1 on padding, and `weight` (B, T) float32, the example's own weight; aligned with `input_ids` padded, padding-free and packed.
 
     Raises `ValueError` when a column does not have one value per token.
     """

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 
 from .importance_weighted_sft_config import ImportanceWeightedSFTConfig
 from .importance_weighted_sft_trainer import ImportanceWeightedSFTTrainer
-from .losses import OBJECTIVES
 
 
 @dataclass
@@ -16,8 +15,8 @@ class DFTConfig(ImportanceWeightedSFTConfig):
         objective (`str`, *optional*, defaults to `"dft"`): See [`ImportanceWeightedSFTConfig`].
     """
 
-    objective: str = field(
-        default="dft", metadata={"help": "Weight of each token: dft unless you change it.", "choices": OBJECTIVES}
+    objective: dict | str | None = field(
+        default="dft", metadata={"help": "Weight of each token: dft unless you change it."}
     )
 
 

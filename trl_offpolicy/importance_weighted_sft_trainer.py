@@ -16,12 +16,17 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .data_collator import TOKEN_COLUMNS, RewriteDataCollator
 from .importance_weighted_sft_config import ImportanceWeightedSFTConfig
-from .losses import dft_weights, diagnostic_means, importance_weights, nll_weights, weight_diagnostics
+from .losses import TOKEN_WEIGHTS, diagnostic_means, weight_diagnostics
 from .rows import Source, encode_prompt
 
 
 SOURCE_IDS = {str(source): i for i, source in enumerate(Source)}
-ROW_COLUMNS = {"completion_ids", "behavior_log_probs"}  # either makes a dataset one that we have to align
+ROW_COLUMNS = {
+    "completion_ids",
+    "behavior_log_probs",
+    "source",
+    "weight",
+}  # any makes a dataset one that we have to align
 
 
 class ImportanceWeightedSFTTrainer(SFTTrainer):
@@ -33,6 +38,8 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
     TRL's own preparation. Beside TRL's metrics it logs `nll` (what SFT would report), `weight` (mean), `ess` (effective
     sample size as a share of the tokens) and, where μ is known, `log_ratio` and `kl` to it: over all tokens, and for each
     source there is (`nll/self`).
+
+    A column `weight` multiplies an example's weights (its tokens still count as before in the denominator).
 
     Args:
         args ([`ImportanceWeightedSFTConfig`], *optional*): An `SFTConfig` or `TrainingArguments` is accepted too.
@@ -61,6 +68,10 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
                 "You passed `compute_loss_func`; here the `objective` of the config is the loss. Use `SFTTrainer` for your own."
             )
         self._sums: dict[str, torch.Tensor] = {}  # train and eval: diagnostics since the last log
+        self.objective = args.objective
+        if callable(self.objective):  # what is saved with a checkpoint must be plain data
+            args = copy.copy(args)
+            args.objective = getattr(self.objective, "__name__", type(self.objective).__name__)
         super().__init__(model, args, data_collator, *other_args, **kwargs)
         if type(self.data_collator) is DataCollatorForLanguageModeling:
             self.data_collator = RewriteDataCollator.like(self.data_collator)
@@ -121,6 +132,8 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         columns = {
             name: inputs.pop(name)[:, 1:] for name in TOKEN_COLUMNS if name in inputs
         }  # (B, T-1): of the targets
+        if "seq_idx" in inputs:  # padding-free: one row holds several examples
+            columns["segment_ids"] = inputs["seq_idx"][:, 1:]
 
         def weighted(**model_inputs):
             outputs = model(**model_inputs)
@@ -130,44 +143,49 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
 
         return super().compute_loss(weighted, inputs, return_outputs, num_items_in_batch)
 
-    def token_weights(self, log_probs: torch.Tensor, behavior_log_probs: torch.Tensor) -> torch.Tensor:
-        """
-        The weight of each token's negative log-likelihood. Override for an objective of your own.
-
-        Args:
-            log_probs (`torch.Tensor` of shape `(B, T)`): log π of the targets, detached; 0 where a token is not trained on.
-            behavior_log_probs (`torch.Tensor` of shape `(B, T)`): log μ of the targets, float32, NaN where it is unknown.
-
-        Returns:
-            `torch.Tensor` of shape `(B, T)`, float32.
-        """
-        if self.args.objective == "nll":
-            return nll_weights(log_probs)
-        if self.args.objective == "dft":
-            return dft_weights(log_probs)
-        return importance_weights(
-            log_probs, behavior_log_probs, self.args.clip_min, self.args.clip_max, self.args.expert_weighting
-        )
-
     def _weights(self, outputs, columns: dict[str, torch.Tensor]) -> torch.Tensor:
-        log_probs = outputs.log_probs.detach()
-        behavior = columns.get("behavior_log_probs")
-        if behavior is None:
-            behavior = torch.full_like(log_probs, torch.nan, dtype=torch.float32)
-        # Prompt-learning PEFT puts virtual tokens in front of the sequence.
-        behavior = torch.nn.functional.pad(behavior, (log_probs.shape[1] - behavior.shape[1], 0), value=torch.nan)
-        weights = self.token_weights(log_probs, behavior)
-        groups = [outputs.label_mask.bool()]  # all tokens, then each source's
-        if "source_ids" in columns:
-            source = torch.nn.functional.pad(
-                columns["source_ids"], (log_probs.shape[1] - columns["source_ids"].shape[1], 0), value=-1
+        log_probs, mask = outputs.log_probs.detach(), outputs.label_mask.bool()
+        rows = torch.arange(len(log_probs), device=log_probs.device)[:, None].expand_as(log_probs)
+
+        def column(name, missing):
+            if name not in columns:
+                return torch.full_like(log_probs, missing, dtype=torch.float32)
+            # Prompt-learning PEFT puts virtual tokens in front of the sequence.
+            return torch.nn.functional.pad(
+                columns[name], (log_probs.shape[1] - columns[name].shape[1], 0), value=missing
             )
-            groups += [groups[0] & (source == i) for i in SOURCE_IDS.values()]
+
+        behavior, source = column("behavior_log_probs", torch.nan), column("source_ids", -1)
+        known = {
+            "log_probs": log_probs,
+            "behavior_log_probs": behavior,
+            "mask": mask,
+            "entropy": outputs.entropy.detach(),
+            "segment_ids": column("segment_ids", 0) if "segment_ids" in columns else rows,
+        }
+        weights = self._token_weights(known, source) * column("weight", 1.0)
+        groups = [mask, *(mask & (source == i) for i in SOURCE_IDS.values())]  # all tokens, then each source's
         sums = torch.stack(
-            [weight_diagnostics(weights, log_probs, behavior, mask) for mask in groups]
+            [weight_diagnostics(weights, log_probs, behavior, group) for group in groups]
         )  # (groups, 5, 2)
         mode = "train" if self.model.training else "eval"
         self._sums[mode] = sums + self._sums.get(mode, 0.0)  # stays on the device until the next log
+        return weights
+
+    def _token_weights(self, known: dict[str, torch.Tensor], source: torch.Tensor) -> torch.Tensor:
+        settings = {
+            name: getattr(self.args, name)
+            for name in ("clip_min", "clip_max", "clip_mode", "expert_weighting", "alpha")
+        }
+
+        def weights_of(objective):
+            return objective(**known) if callable(objective) else TOKEN_WEIGHTS[objective](**known, **settings)
+
+        if not isinstance(self.objective, dict):
+            return weights_of(self.objective)
+        weights = weights_of("nll")
+        for name, objective in self.objective.items():
+            weights = torch.where(source == SOURCE_IDS[name], weights_of(objective), weights)
         return weights
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -186,7 +204,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
 
 def align_row(example: dict, processing_class, chat_template: str | None, completion_only: bool) -> dict:
     """
-    `input_ids`, `labels`, `behavior_log_probs` and `source_ids` of one row, all of the same length.
+    `input_ids`, `labels`, `behavior_log_probs`, `source_ids` and `weight` of one row, all of the same length.
 
     A row with `completion_ids` becomes prompt + those ids; any other keeps what TRL made of it, with μ unknown.
     """
@@ -212,12 +230,13 @@ def align_row(example: dict, processing_class, chat_template: str | None, comple
             "from. Sample with temperature=1.0, or drop the column `behavior_log_probs`."
         )
     unknown = [float("nan")] * (len(input_ids) - len(log_probs))
-    source = SOURCE_IDS.get(example.get("source"), -1)
+    source, weight = SOURCE_IDS.get(example.get("source"), -1), example.get("weight")
     return {
         "input_ids": input_ids,
         "labels": labels,
         "behavior_log_probs": unknown + log_probs,
         "source_ids": [source] * len(input_ids),
+        "weight": [1.0 if weight is None else float(weight)] * len(input_ids),
     }
 
 

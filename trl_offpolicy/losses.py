@@ -1,25 +1,39 @@
 """Token weights and their diagnostics, as pure functions over tensors.
 
-Every objective here is a weighted negative log-likelihood, `-Σ sg(w_t)·log π(y_t) / N`, so an objective is its weights:
-a function of `log_probs` (…, T), log π of each target token (no gradient needed), and of `behavior_log_probs` (…, T),
-log μ of the same tokens, NaN where μ is unknown. Weights are (…, T) float32 without gradient.
+Every objective here is a weighted negative log-likelihood, `-Σ sg(w_t)·log π(y_t) / N`, so an objective is its weights: a
+function of what is known of each target token. All arguments are (B, T) and passed by name; a function takes those it
+needs and `**_` for the rest, and so does one of a user's own:
+
+    log_probs            log π(y_t), detached; 0 where a token is not trained on
+    behavior_log_probs   log μ(y_t), float32; NaN where μ is unknown
+    mask                 bool, true where a token is trained on
+    entropy              entropy of π(·|y_<t) in nats
+    segment_ids          int, equal for the tokens of one example (packed examples are told apart)
+
+Weights are (B, T) float32 without gradient.
 """
 
 import torch
 
 
-OBJECTIVES = ("nll", "dft", "iw")
+OBJECTIVES = ("nll", "dft", "p_alpha", "iw", "iw_sequence")
 EXPERT_WEIGHTINGS = ("one", "dft")
+CLIP_MODES = ("truncate", "mask")
 
 
-def nll_weights(log_probs: torch.Tensor) -> torch.Tensor:
+def nll_weights(log_probs: torch.Tensor, **_) -> torch.Tensor:
     """1 everywhere: plain SFT."""
     return torch.ones_like(log_probs, dtype=torch.float32)
 
 
-def dft_weights(log_probs: torch.Tensor) -> torch.Tensor:
+def dft_weights(log_probs: torch.Tensor, **_) -> torch.Tensor:
     """π(y_t): Dynamic Fine-Tuning (arXiv 2508.05629, eq. 9), importance weights with μ ≡ 1."""
-    return log_probs.detach().float().exp()
+    return log_probs.float().exp()
+
+
+def p_alpha_weights(log_probs: torch.Tensor, alpha: float = 1.0, **_) -> torch.Tensor:
+    """π(y_t)^α: the gradient of (1 - π^α)/α (arXiv 2510.00526). α = 0 is `nll`, α = 1 is `dft`."""
+    return (alpha * log_probs.float()).exp()
 
 
 def importance_weights(
@@ -27,20 +41,62 @@ def importance_weights(
     behavior_log_probs: torch.Tensor,
     clip_min: float | None = None,
     clip_max: float | None = None,
+    clip_mode: str = "truncate",
     expert_weighting: str = "one",
+    **_,
 ) -> torch.Tensor:
     """
-    π(y_t)/μ(y_t), truncated to [`clip_min`, `clip_max`] ("Mind the Gap", eq. 5, per token and with the real denominator).
+    π(y_t)/μ(y_t) ("Mind the Gap", eq. 5, per token and with the real denominator).
 
-    Where μ is unknown (NaN: tokens of an expert's demonstration) there is no ratio, and `expert_weighting` decides: `"one"`
-    trains them as SFT does, `"dft"` takes μ ≡ 1 as DFT does.
+    Outside [`clip_min`, `clip_max`] it is truncated to the bound, or masked to 0 (`clip_mode`). Where μ is unknown (a
+    demonstration's tokens) there is no ratio, and `expert_weighting` decides: `"one"` as SFT does, `"dft"` takes μ ≡ 1.
     """
-    log_ratio = log_probs.detach().float() - behavior_log_probs.float()
-    weights = log_ratio.exp()
-    if clip_min is not None or clip_max is not None:
-        weights = weights.clamp(min=clip_min, max=clip_max)
-    fallback = nll_weights(log_probs) if expert_weighting == "one" else dft_weights(log_probs)
-    return torch.where(torch.isnan(log_ratio), fallback, weights)
+    log_ratio = log_probs.float() - behavior_log_probs.float()
+    return _clipped(log_ratio, log_probs, clip_min, clip_max, clip_mode, expert_weighting)
+
+
+def sequence_importance_weights(
+    log_probs: torch.Tensor,
+    behavior_log_probs: torch.Tensor,
+    mask: torch.Tensor,
+    segment_ids: torch.Tensor,
+    clip_min: float | None = None,
+    clip_max: float | None = None,
+    clip_mode: str = "truncate",
+    expert_weighting: str = "one",
+    **_,
+) -> torch.Tensor:
+    """
+    exp(mean_t log π/μ) for all tokens of an example: the length-normalised sequence ratio of iw-SFT (arXiv 2507.12856).
+
+    The mean is over the example's trained tokens with known μ; clipping and unknown μ as in `importance_weights`.
+    """
+    known = mask.bool() & ~torch.isnan(behavior_log_probs)
+    log_ratio = torch.where(known, log_probs.float() - behavior_log_probs.float(), 0.0)
+    _, index = segment_ids.reshape(-1).unique(return_inverse=True)
+    sums = torch.zeros(2, int(index.max()) + 1, device=log_ratio.device)  # log-ratio and tokens of each example
+    sums[0].index_add_(0, index, log_ratio.reshape(-1))
+    sums[1].index_add_(0, index, known.reshape(-1).float())
+    mean = (sums[0] / sums[1])[index].view_as(log_ratio)  # 0/0 = NaN: no token of the example has a known μ
+    return _clipped(mean, log_probs, clip_min, clip_max, clip_mode, expert_weighting)
+
+
+def _clipped(log_ratio, log_probs, clip_min, clip_max, clip_mode, expert_weighting) -> torch.Tensor:
+    ratio = log_ratio.exp()
+    weights = ratio if clip_min is None and clip_max is None else ratio.clamp(min=clip_min, max=clip_max)
+    if clip_mode == "mask":
+        weights = torch.where(weights == ratio, ratio, 0.0)
+    unknown = nll_weights(log_probs) if expert_weighting == "one" else dft_weights(log_probs)
+    return torch.where(torch.isnan(log_ratio), unknown, weights)
+
+
+TOKEN_WEIGHTS = {
+    "nll": nll_weights,
+    "dft": dft_weights,
+    "p_alpha": p_alpha_weights,
+    "iw": importance_weights,
+    "iw_sequence": sequence_importance_weights,
+}
 
 
 DIAGNOSTICS = ("nll", "weight", "weight_sq", "log_ratio", "kl")
