@@ -87,6 +87,10 @@ def _evaluate(
             while waiting and len(requests) - len(waiting) - len(completions) < sampler.capacity:
                 sampler.submit(waiting.pop())
             finished = sampler.poll()
+            if not finished:
+                raise RuntimeError(
+                    f"{sampler.name}: the sampler has {len(requests) - len(waiting) - len(completions)} requests but returned none."
+                )
             completions += finished
             bar.update(len(finished))
     whole = [c for c in completions if c.finish_reason == "stop"]
