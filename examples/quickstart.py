@@ -256,6 +256,9 @@ def main():
     parser.add_argument("--seeds", type=int, default=3, help="fine-tuning seeds at the chosen learning rate")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument(
+        "--control", action="store_true", help="also draw 2K further unguided attempts where self-alignment failed"
+    )
+    parser.add_argument(
         "--processes", type=int, default=2, help="trainings and evaluations at a time, one thread each"
     )
     args = parser.parse_args()
