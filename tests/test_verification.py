@@ -11,7 +11,7 @@ from trl_offpolicy import MathVerifier, Verdict
 
 @pytest.fixture(scope="module")
 def verifier():
-    with MathVerifier(timeout=1.0, num_workers=2) as verifier:
+    with MathVerifier(timeout=2.0, num_workers=2) as verifier:
         yield verifier
 
 
