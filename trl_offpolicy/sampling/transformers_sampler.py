@@ -3,7 +3,8 @@
 `generate` draws a batch from one random stream, so a completion would depend on its neighbours. Here each row's tokens
 are drawn from its own uniform numbers by inverting the cumulative distribution, so that a seed means the same completion
 in whatever batch it lands (exact up to the rounding of the model's forward). Continuous batching (`generate_batch`) has
-no per-request seeds and ran at 0.4 × the speed of `generate` on CPU; `benchmarks/sampling_transformers.py` measures it.
+no per-request seeds and is slower than `generate` on CPU, by a factor of ten for a small model; the ratios are printed by
+`benchmarks/sampling_transformers.py`.
 """
 
 import hashlib
