@@ -10,7 +10,7 @@ Full training with importance weights:
         --model_name_or_path Qwen/Qwen2.5-Math-1.5B \
         --dataset_name runs/gsm8k/dataset \
         --objective iw \
-        --learning_rate 5e-5 --num_train_epochs 1 --lr_scheduler_type cosine --warmup_ratio 0.1 \
+        --learning_rate 5e-5 --num_train_epochs 1 --lr_scheduler_type cosine --warmup_steps 0.1 \
         --per_device_train_batch_size 4 --gradient_accumulation_steps 32 --max_length 2048 \
         --report_to wandb --output_dir runs/gsm8k-iw
 

@@ -94,3 +94,31 @@ def test_no_function_is_long_and_modules_look_upwards_only():
             if isinstance(node, ast.ImportFrom) and node.level and node.module and room != "__init__":
                 target = node.module.split(".")[0]
                 assert order.index(target) < order.index(room) or target == room, f"{path} imports {node.module}"
+
+
+def test_documented_commands_parse(tmp_path):
+    """Every full command of README, the examples and the command line's own last words takes the flags it is shown with."""
+    import re
+    import shlex
+
+    from trl import ModelConfig, ScriptArguments, TrlParser
+
+    from trl_offpolicy import ImportanceWeightedSFTConfig, RewriteConfig
+    from trl_offpolicy.cli import RewriteArguments
+
+    parsers = {
+        "accelerate launch examples/train.py": (ScriptArguments, ImportanceWeightedSFTConfig, ModelConfig),
+        "trl-offpolicy rewrite": (RewriteArguments, RewriteConfig),
+    }
+    found = 0
+    for name in ("README.md", "examples/train.py", "examples/quickstart.py", "trl_offpolicy/cli.py"):
+        text = re.sub(r"\\+\n", " ", (ROOT / name).read_text())
+        for command, types in parsers.items():
+            for line in re.findall(re.escape(command) + r"(?: +[^\n#`\"]*)--model_name_or_path[^\n#`\"]*", text):
+                if "{" in line:
+                    continue
+                argv = shlex.split(line.removeprefix(command))
+                cpu = ["--use_cpu", "--bf16", "False"] if ImportanceWeightedSFTConfig in types else []
+                TrlParser(types, allow_abbrev=False).parse_args_and_config([*argv, *cpu])
+                found += 1
+    assert found >= 6
