@@ -240,11 +240,10 @@ def main():
             history.append(entry)
             print(json.dumps(entry), flush=True)
             recipe = {
-                **{k: str(v) if k == "output_dir" else v for k, v in vars(args).items()},
+                **{k: v for k, v in vars(args).items() if k != "output_dir"},
                 "mixture": mixture,
                 "history": history,
             }
-            recipe.pop("output_dir")
             save(model, tokenizer, args.output_dir, recipe)
 
 

@@ -20,7 +20,8 @@ TOKEN_COLUMNS = {
 class RewriteDataCollator(DataCollatorForLanguageModeling):
     """
     TRL's language-modelling batch plus, where the examples have them, `behavior_log_probs` (B, T) float32, NaN where μ is
-    unknown, `source_ids` (B, T) int8, -1 on padding, and `weight` (B, T) float32, the example's own weight; aligned with `input_ids` padded, padding-free and packed.
+    unknown, `source_ids` (B, T) int8, -1 on padding, and `weight` (B, T) float32, the example's own weight;
+    aligned with `input_ids` padded, padding-free and packed.
 
     Raises `ValueError` when a column does not have one value per token.
     """

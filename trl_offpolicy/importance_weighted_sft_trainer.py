@@ -21,12 +21,8 @@ from .rows import Source, encode_prompt
 
 
 SOURCE_IDS = {str(source): i for i, source in enumerate(Source)}
-ROW_COLUMNS = {
-    "completion_ids",
-    "behavior_log_probs",
-    "source",
-    "weight",
-}  # any makes a dataset one that we have to align
+# Any of them makes a dataset one that we have to align.
+ROW_COLUMNS = {"completion_ids", "behavior_log_probs", "source", "weight"}
 
 
 class ImportanceWeightedSFTTrainer(SFTTrainer):
@@ -45,8 +41,8 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         args ([`ImportanceWeightedSFTConfig`], *optional*): An `SFTConfig` or `TrainingArguments` is accepted too.
 
     Raises:
-        ValueError: The combination has no defined importance weight (`compute_loss_func`, context or sequence parallelism, a
-            vision dataset with behaviour log-probs), or a row's columns contradict each other (named).
+        ValueError: The combination has no defined importance weight (`compute_loss_func`, context or sequence
+            parallelism), or a row's columns contradict each other (named).
     """
 
     _tag_names = ["trl", "sft", "importance-weighted-sft"]

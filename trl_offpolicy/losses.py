@@ -16,7 +16,6 @@ Weights are (B, T) float32 without gradient.
 import torch
 
 
-OBJECTIVES = ("nll", "dft", "p_alpha", "iw", "iw_sequence")
 EXPERT_WEIGHTINGS = ("one", "dft")
 CLIP_MODES = ("truncate", "mask")
 
@@ -97,6 +96,7 @@ TOKEN_WEIGHTS = {
     "iw": importance_weights,
     "iw_sequence": sequence_importance_weights,
 }
+OBJECTIVES = tuple(TOKEN_WEIGHTS)
 
 
 DIAGNOSTICS = ("nll", "weight", "weight_sq", "log_ratio", "kl")

@@ -6,6 +6,7 @@ short targets, so the mean per token and the length stand beside it, and the pro
 
 import torch
 from tqdm.auto import tqdm
+from trl.data_utils import common_prefix_length
 
 from .rows import Source, demonstration, encode_prompt
 
@@ -29,11 +30,12 @@ def target_log_probs(
     pad = processing_class.pad_token_id or 0
     was_training = model.training
     model.eval()
+    start = 0
     with tqdm(total=len(pairs), desc="log-probs", unit="row", leave=False) as bar:
-        while order:
-            width = sum(map(len, pairs[order[0]]))
-            size = max(1, batch_tokens // width)
-            batch, order = order[:size], order[size:]
+        while start < len(order):
+            width = sum(map(len, pairs[order[start]]))
+            batch = order[start : start + max(1, batch_tokens // width)]
+            start += len(batch)
             # Left padding: the targets end together, so only the last positions need logits.
             rows = [pairs[i][0] + pairs[i][1] for i in batch]
             ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
@@ -112,8 +114,7 @@ def _target_ids(processing_class, prompt: list[dict], text: str, prompt_ids: lis
     whole = processing_class.apply_chat_template(
         [*prompt, {"role": "assistant", "content": text}], tokenize=True, return_dict=True
     )["input_ids"]
-    same = next((i for i, (a, b) in enumerate(zip(prompt_ids, whole, strict=False)) if a != b), len(prompt_ids))
-    return whole[same:]
+    return whole[common_prefix_length(prompt_ids, whole) :]  # where TRL says that the completion starts
 
 
 def _summary(log_probs: list[torch.Tensor]) -> dict:

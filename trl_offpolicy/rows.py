@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -175,7 +175,7 @@ def read_rows(
         problem = read_row(row, index, answer_column, solve_prompt)
         count[problem.id] = seen = count.get(problem.id, 0) + 1
         if seen > 1:
-            problem = Problem(f"{problem.id}-{seen}", *(getattr(problem, f) for f in list(Problem.__slots__)[1:]))
+            problem = replace(problem, id=f"{problem.id}-{seen}")
         yield problem
 
 
@@ -229,7 +229,9 @@ def load_rows(dataset_name: str, dataset_config: str | None = None, dataset_spli
     if path.is_file():
         if path.suffix not in builders:
             raise ValueError(f"You passed dataset_name={dataset_name!r}; a file must end in {', '.join(builders)}.")
-        if not path.read_bytes()[:1024].strip():
+        with path.open("rb") as file:
+            head = file.read(1024)
+        if not head.strip():
             raise ValueError(f"You passed dataset_name={dataset_name!r}, but that file is empty.")
         return load_dataset(builders[path.suffix], data_files={dataset_split: str(path)}, split=dataset_split)
     if path.is_dir() and any((path / f).exists() for f in ("dataset_dict.json", "state.json")):

@@ -194,8 +194,7 @@ class _Worker:
         chunk = self.process.stdout.read()
         if chunk == b"":
             code = self.process.wait()
-            was_ready = self.ready
-            if not was_ready:
+            if not self.ready:
                 raise RuntimeError(
                     f"A verifier worker ended with exit code {code} before its first task; its message is above. "
                     f"Try it by hand: {sys.executable} -m trl_offpolicy.verification < /dev/null"
