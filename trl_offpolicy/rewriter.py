@@ -372,6 +372,9 @@ class DataRewriter:
             "model": self.sampler.name,
             "model_revision": self.sampler.revision,
             "temperature": self.args.temperature,
+            "top_p": self.args.top_p,
+            "top_k": self.args.top_k,
+            "behavior_prompt": self._prompt(problem, outcome.source) if outcome.source == Source.GUIDED else [],
             **problem.extra,
         }
 

@@ -5,7 +5,9 @@ An output row, ready for `SFTTrainer` (`completion_ids` and `behavior_log_probs`
     {"prompt": [{"role": "user", "content": "2+2?"}], "completion": [{"role": "assistant", "content": "\\boxed{4}"}],
      "id": "9f86d081884c7d65", "source": "self", "answer": "4", "num_sampled": 2, "num_correct": 1,
      "completion_ids": [76, 123, 19, 125, 2], "behavior_log_probs": [-0.1, -0.0, -0.3, -0.0, -0.0],
-     "model": "me/policy", "model_revision": "a1b2c3", "temperature": 1.0}
+     "model": "me/policy", "model_revision": "a1b2c3", "temperature": 1.0, "top_p": 1.0, "top_k": 0, "behavior_prompt": []}
+
+`behavior_prompt` is what the sampler was asked where that is not `prompt`: in guided rows, with the reference in it.
 """
 
 import hashlib
@@ -61,7 +63,7 @@ FORMATS = (
 # Names that our output or TRL's data preparation gives a meaning: an input column of that name moves to `input_<name>`.
 _TAKEN = {
     "prompt", "completion", "id", "source", "answer", "num_sampled", "num_correct", "completion_ids", "behavior_log_probs", "model",
-    "model_revision", "temperature", "messages", "conversations", "text", "input_ids", "labels", "attention_mask", "seq_lengths",
+    "model_revision", "temperature", "top_p", "top_k", "behavior_prompt", "messages", "conversations", "text", "input_ids", "labels", "attention_mask", "seq_lengths",
     "completion_mask", "assistant_masks", "weight",
 }  # fmt: skip
 
@@ -215,6 +217,9 @@ def output_features(input_features=None, columns: Iterable[str] = ()):
         "model": Value("string"),
         "model_revision": Value("string"),
         "temperature": Value("float32"),
+        "top_p": Value("float32"),
+        "top_k": Value("int32"),
+        "behavior_prompt": List(turn),
     }
     carried = {new: input_features[old] for old, new in carried_columns(columns).items()} if input_features else {}
     return Features({**ours, **carried})
