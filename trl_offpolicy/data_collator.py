@@ -1,4 +1,4 @@
-"""`RewriteDataCollator`: TRL's collator plus per-token columns that stay aligned with `input_ids`."""
+"""Per-token columns (log μ, source, weight): aligned with a row's `input_ids`, and kept so by `RewriteDataCollator`."""
 
 from dataclasses import dataclass, fields
 from typing import Any
@@ -7,21 +7,27 @@ import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import pad
 
+from .rows import Source, encode_prompt
+
 
 # column → (padding value, dtype): one value per token of `input_ids`
 TOKEN_COLUMNS = {
     "behavior_log_probs": (float("nan"), torch.float32),
+    "reference_log_probs": (float("nan"), torch.float32),
     "source_ids": (-1, torch.int8),
     "weight": (1.0, torch.float32),
 }
+SOURCE_IDS = {str(source): i for i, source in enumerate(Source)}
+# Any of them makes a dataset one that we have to align.
+ROW_COLUMNS = {"completion_ids", "behavior_log_probs", "source", "weight"}
 
 
 @dataclass
 class RewriteDataCollator(DataCollatorForLanguageModeling):
     """
     TRL's language-modelling batch plus, where the examples have them, `behavior_log_probs` (B, T) float32, NaN where μ is
-    unknown, `source_ids` (B, T) int8, -1 on padding, and `weight` (B, T) float32, the example's own weight;
-    aligned with `input_ids` padded, padding-free and packed.
+    unknown, `reference_log_probs` (B, T) float32 likewise, `source_ids` (B, T) int8, -1 on padding, and `weight` (B, T) float32,
+    the example's own weight; aligned with `input_ids` padded, padding-free and packed.
 
     Raises `ValueError` when a column does not have one value per token.
     """
@@ -49,3 +55,54 @@ class RewriteDataCollator(DataCollatorForLanguageModeling):
                 columns, padding_value=padding, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of
             )
         return output
+
+
+def align_row(
+    example: dict, processing_class, chat_template: str | None, completion_only: bool, recompute: bool = False
+) -> dict:
+    """
+    `input_ids`, `labels`, `behavior_log_probs`, `source_ids` and `weight` of one row, all of the same length.
+
+    A row with `completion_ids` becomes prompt + those ids; any other keeps what TRL made of it, with μ unknown. With
+    `recompute` the row's own log-probs are left out, and it is only checked that they can be computed.
+    """
+    completion_ids = example.get("completion_ids") or []
+    log_probs = [] if recompute else example.get("behavior_log_probs") or []
+    input_ids, labels = example["input_ids"], example["labels"]
+    if completion_ids:
+        prompt_ids = encode_prompt(processing_class, example["prompt"], chat_template)
+        input_ids = prompt_ids + completion_ids
+        labels = [-100] * len(prompt_ids) + completion_ids if completion_only else input_ids
+        if log_probs and len(log_probs) != len(completion_ids):
+            raise ValueError(
+                f"A row has {len(completion_ids)} `completion_ids` but {len(log_probs)} `behavior_log_probs`: {example['prompt']!r:.200}"
+            )
+    elif log_probs:
+        raise ValueError(
+            "A row has `behavior_log_probs` but no `completion_ids`: a text tokenised again need not give the sampled tokens, so "
+            f"the log-probs cannot be matched. Store the sampled ids in `completion_ids`, or drop the log-probs: {example['prompt']!r:.200}"
+        )
+    _check_sampling(example, bool(log_probs), recompute and bool(completion_ids))
+    unknown = [float("nan")] * (len(input_ids) - len(log_probs))
+    source, weight = SOURCE_IDS.get(example.get("source"), -1), example.get("weight")
+    return {
+        "input_ids": input_ids,
+        "labels": labels,
+        "behavior_log_probs": unknown + log_probs,
+        "source_ids": [source] * len(input_ids),
+        "weight": [1.0 if weight is None else float(weight)] * len(input_ids),
+    }
+
+
+def _check_sampling(example: dict, stored: bool, recompute: bool) -> None:
+    """A log-prob of the model is log μ only for plain sampling; computed again, it can follow a temperature too."""
+    for name, plain in (("temperature", 1.0), ("top_p", 1.0), ("top_k", 0)):
+        value = example.get(name)
+        if value in (None, plain) or (recompute and name == "temperature" and value > 0):
+            continue
+        if stored or recompute:
+            raise ValueError(
+                f"A row was sampled at {name}={value}, so the model's log-probs (temperature 1, whole vocabulary) are not those of the "
+                f"distribution it was drawn from. Sample with {name}={plain}, or drop the column `behavior_log_probs`"
+                + (" or set precompute_behavior_log_probs=True." if stored and name == "temperature" else ".")
+            )

@@ -18,14 +18,27 @@ class ImportanceWeightedSFTConfig(SFTConfig):
         objective (`str`, `dict` or `Callable`, *optional*, defaults to `"iw"`): Weight of each token's negative log-likelihood, in the
             place of TRL's `loss_type`. `"nll"`: 1 (SFT). `"dft"`: π (arXiv 2508.05629). `"p_alpha"`: π^α (arXiv 2510.00526). `"iw"`: π/μ,
             clipped, with μ from the column `behavior_log_probs` (arXiv 2509.15157, eq. 5, per token). `"iw_sequence"`: the
-            length-normalised sequence ratio (arXiv 2507.12856). A dict chooses by source, `{"self": "iw", "expert": "dft"}`, with
-            `nll` for what it does not name. A function of your own gets the arguments that `losses.py` lists and returns weights.
+            length-normalised sequence ratio (arXiv 2507.12856). `"psft"`: π/π_ref, 0 above 1 + `epsilon_high` (arXiv 2508.17784).
+            `"asft"`: `dft` plus `beta`·KL(π_ref‖π) over the vocabulary (arXiv 2509.23753). `"eaft"`: normalised entropy of the 20
+            likeliest tokens, to the power `alpha` (arXiv 2601.02151). A dict chooses by source, `{"self": "iw", "expert": "dft"}`,
+            with `nll` for what it does not name. A function of your own gets the arguments that `losses.py` lists and returns weights.
         clip_min (`float`, *optional*): Smallest importance weight; named as in `GRPOConfig`.
         clip_max (`float`, *optional*, defaults to `3.0`): Largest importance weight; GRPO's name and value. `None` for no limit.
         clip_mode (`str`, *optional*, defaults to `"truncate"`): Weights outside the limits become the limit, or 0 (`"mask"`).
         expert_weighting (`str`, *optional*, defaults to `"one"`): Under `iw` and `iw_sequence`, the weight of tokens without a
-            behaviour log-prob (demonstrations): `"one"` (as SFT) or `"dft"` (π).
-        alpha (`float`, *optional*, defaults to `1.0`): Exponent of `p_alpha`.
+            behaviour log-prob (demonstrations): `"one"` (as SFT), `"dft"` (π), or `"base"` (π/π_ref).
+        precompute_behavior_log_probs (`bool`, *optional*, defaults to `False`): Before training, compute the `behavior_log_probs` of rows with
+            `completion_ids` with the model as it is then, under the prompt and temperature that they were sampled with (`behavior_prompt`,
+            `temperature`), in the place of what the column holds. For data whose engine gave no log-probs, or whose rounding is not to
+            be trusted; it is exact only if this model is the one that was sampled.
+        alpha (`float`, *optional*, defaults to `1.0`): Exponent of `p_alpha` and `eaft`.
+        beta (`float`, *optional*, defaults to `0.1`): KL coefficient of `asft` (the paper uses 0.05 to 0.1).
+        epsilon_high (`float`, *optional*, defaults to `0.28`): Under `psft`, a ratio above 1 + `epsilon_high` gives no gradient.
+        steps_per_reference (`int`, *optional*, defaults to `8`): Under `psft`, the optimizer steps of an outer batch: π_ref is the policy at its
+            start (the paper takes 64 rows in mini-batches of 8). 0: π_ref is the policy before training.
+
+    π_ref is the policy before training unless said otherwise: with LoRA the model without its adapter. `asft` keeps a frozen copy
+    of the model when there is no adapter to switch off; the others compute log π_ref once, before training, and cache it.
     """
 
     _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["objective"]
@@ -49,17 +62,30 @@ class ImportanceWeightedSFTConfig(SFTConfig):
     expert_weighting: str = field(
         default="one",
         metadata={
-            "help": "Weight of tokens without a behaviour log-prob under iw: one (as SFT) or dft.",
+            "help": "Weight of tokens without a behaviour log-prob under iw: one (as SFT), dft, or base (ratio to the initial policy).",
             "choices": EXPERT_WEIGHTINGS,
         },
     )
-
-    alpha: float = field(default=1.0, metadata={"help": "Exponent of p_alpha."})
+    precompute_behavior_log_probs: bool = field(
+        default=False,
+        metadata={
+            "help": "Compute behavior_log_probs with the initial model before training, whatever the column holds."
+        },
+    )
+    alpha: float = field(default=1.0, metadata={"help": "Exponent of p_alpha and eaft."})
+    beta: float = field(default=0.1, metadata={"help": "KL coefficient of asft."})
+    epsilon_high: float = field(
+        default=0.28, metadata={"help": "Under psft, a ratio above 1 + this gives no gradient."}
+    )
+    steps_per_reference: int = field(
+        default=8,
+        metadata={"help": "Optimizer steps of psft's outer batch; 0 takes the initial policy as the reference."},
+    )
 
     def __post_init__(self):
         super().__post_init__()
         by_source = self.objective if isinstance(self.objective, dict) else {}
-        for objective in by_source.values() if by_source else [self.objective]:
+        for objective in self.objectives:
             if not callable(objective) and objective not in OBJECTIVES:
                 raise ValueError(
                     f"You passed objective={self.objective!r}; use one of {list(OBJECTIVES)}, a dict of them by source, or a function."
@@ -72,11 +98,7 @@ class ImportanceWeightedSFTConfig(SFTConfig):
         for name, values in (("expert_weighting", EXPERT_WEIGHTINGS), ("clip_mode", CLIP_MODES)):
             if getattr(self, name) not in values:
                 raise ValueError(f"You passed {name}={getattr(self, name)!r}; use one of {list(values)}.")
-        if (
-            self.packing
-            and self.packing_strategy == "wrapped"
-            and "iw_sequence" in [self.objective, *by_source.values()]
-        ):
+        if self.packing and self.packing_strategy == "wrapped" and "iw_sequence" in self.objectives:
             raise ValueError(
                 "objective='iw_sequence' needs to know where an example ends, but packing_strategy='wrapped' cuts examples in two. "
                 "Use packing_strategy='bfd'."
@@ -86,13 +108,21 @@ class ImportanceWeightedSFTConfig(SFTConfig):
                 f"You passed loss_type={self.loss_type!r} together with objective={self.objective!r}; the objective is what "
                 f"weights the loss here. Drop loss_type and write objective={self.loss_type!r} instead."
             )
-        if self.label_smoothing_factor:
+        if self.label_smoothing_factor and self.objectives != ["nll"]:
             raise ValueError(
                 f"You passed label_smoothing_factor={self.label_smoothing_factor}: smoothing spreads the loss over tokens that "
-                "were not sampled, for which no importance weight is defined. Drop it."
+                "were not sampled, for which no importance weight is defined. Drop it, or write objective='nll'."
             )
+        for name, low in (("beta", 0), ("epsilon_high", 0), ("steps_per_reference", 0), ("alpha", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"You passed {name}={getattr(self, name)}; it must be at least {low}.")
         if self.clip_min is not None and self.clip_max is not None and self.clip_min > self.clip_max:
             raise ValueError(f"You passed clip_min={self.clip_min} above clip_max={self.clip_max}; swap them.")
+
+    @property
+    def objectives(self) -> list:
+        """The objectives that the run mixes."""
+        return list(self.objective.values()) if isinstance(self.objective, dict) else [self.objective]
 
     @classmethod
     def of(cls, args: TrainingArguments) -> "ImportanceWeightedSFTConfig":
@@ -102,6 +132,8 @@ class ImportanceWeightedSFTConfig(SFTConfig):
         """
         known = {f.name for f in fields(cls) if f.init}
         values = {f.name: getattr(args, f.name) for f in fields(args) if f.init and f.name in known}
-        if values.get("loss_type") == "dft" and isinstance(args, SFTConfig):
+        if values.get("loss_type") == "dft":
             values |= {"loss_type": "nll", "objective": "dft"}
+        elif values.get("label_smoothing_factor"):
+            values["objective"] = "nll"
         return cls(**values)

@@ -4,25 +4,27 @@ Two things are added to TRL's trainer, and nothing is copied from it. Per-token 
 travel from the dataset through tokenisation, truncation, packing and collation to the loss. And the model that
 `SFTTrainer.compute_loss` calls hands back log-probs already multiplied by a detached weight, so that TRL's own
 normalisation, gradient accumulation, MoE loss and metrics stay what they are (the canary tests hold it to that).
+
+Objectives that compare with a reference policy π_ref get its log-probs as one more column: computed before training for
+the initial policy (the model without its adapter, if it has one), or at the start of each outer batch of `psft`.
 """
 
 import copy
+import math
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import is_peft_model
 from transformers import TrainingArguments
 from trl import SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from .data_collator import TOKEN_COLUMNS, RewriteDataCollator
+from .data_collator import ROW_COLUMNS, SOURCE_IDS, TOKEN_COLUMNS, RewriteDataCollator, align_row
 from .importance_weighted_sft_config import ImportanceWeightedSFTConfig
-from .losses import TOKEN_WEIGHTS, diagnostic_means, weight_diagnostics
-from .rows import Source, encode_prompt
-
-
-SOURCE_IDS = {str(source): i for i, source in enumerate(Source)}
-# Any of them makes a dataset one that we have to align.
-ROW_COLUMNS = {"completion_ids", "behavior_log_probs", "source", "weight"}
+from .initial_policy import InitialPolicy, without_training
+from .losses import NO_LIMITS, TOKEN_WEIGHTS, diagnostic_means, weight_diagnostics
+from .rows import encode_prompt
+from .scoring import causal_lm, hidden_states, kl_divergence, lm_head, top_k_entropy
 
 
 class ImportanceWeightedSFTTrainer(SFTTrainer):
@@ -31,9 +33,8 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
 
     Rows that carry `completion_ids` (what `DataRewriter` writes) are trained on exactly those ids, after their `prompt`
     rendered with the training chat template, and `behavior_log_probs` are aligned with them. Other rows go through
-    TRL's own preparation. Beside TRL's metrics it logs `nll` (what SFT would report), `weight` (mean), `ess` (effective
-    sample size as a share of the tokens) and, where μ is known, `log_ratio` and `kl` to it: over all tokens, and for each
-    source there is (`nll/self`).
+    TRL's own preparation. Beside TRL's metrics it logs what `losses.diagnostic_means` lists (`nll`, `weight`, `ess`, `kl`
+    to μ, …), over all tokens and for each source there is (`nll/self`), and under `asft` its `reference_kl`.
 
     A column `weight` multiplies an example's weights (its tokens still count as before in the denominator).
 
@@ -41,8 +42,8 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         args ([`ImportanceWeightedSFTConfig`], *optional*): An `SFTConfig` or `TrainingArguments` is accepted too.
 
     Raises:
-        ValueError: The combination has no defined importance weight (`compute_loss_func`, context or sequence
-            parallelism), or a row's columns contradict each other (named).
+        ValueError: The combination has no defined importance weight (`compute_loss_func`, context or sequence parallelism,
+            an image dataset with our columns, …), or a row's columns contradict each other (named).
     """
 
     _tag_names = ["trl", "sft", "importance-weighted-sft"]
@@ -59,23 +60,68 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
             args = self._config_class(f"{name.split('/')[-1]}-{self._tag_names[-1]}")
         elif not isinstance(args, ImportanceWeightedSFTConfig):
             args = self._config_class.of(args)
-        if kwargs.get("compute_loss_func") is not None:
+            if kwargs.get("compute_loss_func") is not None and args.objective != "dft":
+                args.objective = "nll"  # a plain SFT script with a loss of its own
+        if kwargs.get("compute_loss_func") is not None and args.objective != "nll":
             raise ValueError(
-                "You passed `compute_loss_func`; here the `objective` of the config is the loss. Use `SFTTrainer` for your own."
+                f"You passed `compute_loss_func` together with objective={args.objective!r}: the objective weights the loss here, and "
+                "a loss of your own would ignore it. Write objective='nll', or give your weights as a function in `objective`."
             )
-        self._sums: dict[str, torch.Tensor] = {}  # train and eval: diagnostics since the last log
+        # Train and eval: diagnostics since the last log.
+        self._diagnostics: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.objective = args.objective
+        self.objectives = args.objectives
+        ratio_to_base = any(o in ("iw", "iw_sequence") or callable(o) for o in self.objectives)
+        reference = ("psft" in self.objectives and not args.steps_per_reference) or (
+            args.expert_weighting == "base" and ratio_to_base
+        )
+        # What the initial policy is asked for before training.
+        self._scored_columns = ["behavior_log_probs"] * args.precompute_behavior_log_probs
+        self._scored_columns += ["reference_log_probs"] * reference
+        self._outer: list = []  # what is left of psft's outer batch, and the epoch's iterator that it came from
+        self._outer_source = None
         if callable(self.objective):  # what is saved with a checkpoint must be plain data
             args = copy.copy(args)
             args.objective = getattr(self.objective, "__name__", type(self.objective).__name__)
         super().__init__(model, args, data_collator, *other_args, **kwargs)
         if type(self.data_collator) is DataCollatorForLanguageModeling:
             self.data_collator = RewriteDataCollator.like(self.data_collator)
+        self._refuse_what_has_no_weights()
+        self.initial_policy = InitialPolicy(self.model, self.accelerator)
+        if "asft" in self.objectives:
+            self.initial_policy.freeze()
+        if self._scored_columns:  # now that there is a model to ask
+            if self.train_dataset is not None:
+                self.train_dataset = self._finish(self.train_dataset, self.args, self.args.packing, "train")
+            packing = args.packing if args.eval_packing is None else args.eval_packing
+            finished = {name: self._finish(data, self.args, packing, name) for name, data in self._eval_sets().items()}
+            self.eval_dataset = finished if isinstance(self.eval_dataset, dict) else finished.get("eval")
+
+    def _eval_sets(self) -> dict:
+        if isinstance(self.eval_dataset, dict):
+            return self.eval_dataset
+        return {} if self.eval_dataset is None else {"eval": self.eval_dataset}
+
+    def _refuse_what_has_no_weights(self) -> None:
         parallelism = getattr(self.accelerator, "parallelism_config", None)
         if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
             raise ValueError(
                 "Context and sequence parallelism shard the tokens but not our per-token columns, so weights would be misaligned. "
                 "Set cp_size=1 and sp_size=1 in the accelerate config (FSDP2 and ZeRO are fine)."
+            )
+        if self._is_vision_dataset:
+            datasets = [self.train_dataset, *self._eval_sets().values()]
+            columns = {c for data in datasets if data is not None for c in data.column_names or ()} & ROW_COLUMNS
+            if columns or self._scored_columns or {"asft", "eaft", "psft"}.intersection(self.objectives):
+                raise ValueError(
+                    "The dataset has images: TRL tokenises those in the collator, where our per-token columns cannot be aligned with "
+                    f"them. Train on text, or drop the columns {sorted(columns)} and use the objective nll, dft or p_alpha."
+                )
+        plugin = self.accelerator.state.deepspeed_plugin
+        if plugin is not None and plugin.zero_stage == 3 and (self._scored_columns or "asft" in self.objectives):
+            raise ValueError(
+                "ZeRO stage 3 shards the weights before the initial policy can be asked. Use ZeRO stage 2 or FSDP2, or an objective "
+                "that does not ask it (nll, dft, p_alpha, eaft, iw with the column `behavior_log_probs`)."
             )
 
     # ---- columns ----
@@ -84,13 +130,12 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         columns = set(dataset.column_names or next(iter(dataset)))
         if "seq_lengths" in columns:
             return dataset  # packed already: TRL would pack it a second time and merge its documents
-        if not columns & ROW_COLUMNS:
+        if not columns & ROW_COLUMNS and not self._scored_columns:
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         whole = copy.copy(args)
         whole.max_length, whole.shuffle_dataset = None, False  # cut, packed and shuffled below, with all columns
         dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
         map_kwargs = {"num_proc": args.dataset_num_proc} if hasattr(dataset, "num_rows") else {}
-        token_columns = ["input_ids", "labels", *TOKEN_COLUMNS]
         with PartialState().local_main_process_first():
             dataset = dataset.map(
                 align_row,
@@ -98,10 +143,23 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
                     "processing_class": processing_class,
                     "chat_template": self.chat_template,
                     "completion_only": self.completion_only_loss or args.assistant_only_loss,
+                    "recompute": args.precompute_behavior_log_probs,
                 },
                 **map_kwargs,
                 **({"desc": f"Aligning {dataset_name} dataset"} if map_kwargs else {}),
             )
+        if self._scored_columns and not hasattr(self, "accelerator"):
+            return dataset  # whole rows: `__init__` has them scored, cut and packed once there is a model
+        return self._finish(dataset, args, packing, dataset_name)
+
+    def _finish(self, dataset, args, packing: bool, dataset_name: str):
+        """Scores the rows if an objective asks for it, then cuts, packs and shuffles them, all columns alike."""
+        if self._scored_columns:
+            dataset = self._score(dataset, dataset_name)
+        map_kwargs = {"num_proc": args.dataset_num_proc} if hasattr(dataset, "num_rows") else {}
+        absent = {"reference_log_probs"}.difference(self._scored_columns)
+        token_columns = ["input_ids", "labels", *(name for name in TOKEN_COLUMNS if name not in absent)]
+        with PartialState().local_main_process_first():
             if args.max_length is not None and not packing:
                 cut = (
                     slice(None, args.max_length)
@@ -117,9 +175,65 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
                 dataset = pack_dataset(dataset, args.max_length, args.packing_strategy, map_kwargs)
         return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
 
+    def _score(self, dataset, dataset_name: str):
+        if not hasattr(dataset, "num_rows"):
+            raise ValueError(
+                f"{' and '.join(self._scored_columns)} must be computed before training, which a streaming dataset does not allow. "
+                "Load it without streaming=True, or use an objective that does not ask the initial policy."
+            )
+        if self.state.global_step and not is_peft_model(self.model):
+            raise ValueError(
+                f"The {dataset_name} dataset came after training had begun, when the initial policy was gone. Pass it as `eval_dataset` to "
+                "the constructor."
+            )
+
+        def pairs_of(row: dict) -> dict:
+            pairs = {}
+            if "reference_log_probs" in self._scored_columns:
+                ids = row["input_ids"]
+                start = next((t for t, label in enumerate(row["labels"]) if label != -100), len(ids))
+                pairs["reference_log_probs"] = ids[:start], ids[start:], 1.0
+            if "behavior_log_probs" in self._scored_columns and row.get("completion_ids"):
+                prompt = row.get("behavior_prompt") or row["prompt"]
+                temperature = 1.0 if row.get("temperature") is None else row["temperature"]
+                ids = encode_prompt(self._tokenizer, prompt, self.chat_template)
+                pairs["behavior_log_probs"] = ids, row["completion_ids"], temperature
+            return pairs
+
+        settings, description = (self._scored_columns, self.chat_template), f"Scoring {dataset_name} dataset"
+        return self.initial_policy.score(dataset, self._scored_columns, pairs_of, settings, description)
+
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         self._signature_columns = list(dict.fromkeys([*self._signature_columns, *TOKEN_COLUMNS]))
+
+    def _prepare_inputs(self, inputs):
+        # DeepSpeed casts every float input to its dtype; in bfloat16 a log-prob has two digits.
+        columns = {name: inputs.pop(name).to(self.args.device) for name in TOKEN_COLUMNS if name in inputs}
+        return {**super()._prepare_inputs(inputs), **columns}
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Under `psft`, an outer batch at a time: its rows are scored by the policy as it is before the first of them trains it."""
+        steps = self.args.steps_per_reference
+        if "psft" not in self.objectives or not steps:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not self._outer or self._outer_source is not epoch_iterator:
+            self._outer, self._outer_source = [], epoch_iterator
+            # Outer batches start at multiples of `steps`: a run resumed at one goes on as if it had not stopped.
+            for _ in range(steps - self.state.global_step % steps):
+                batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+                self._outer.append(([self._with_own_log_probs(batch) for batch in batches], num_items))
+                if len(batches) < num_batches:
+                    break
+        return self._outer.pop(0)
+
+    def _with_own_log_probs(self, batch: dict) -> dict:
+        inputs = self._prepare_inputs(dict(batch))
+        model_inputs = {name: value for name, value in inputs.items() if name not in TOKEN_COLUMNS}
+        with without_training(self.model), self.compute_loss_context_manager():
+            outputs = self.model_wrapped(**model_inputs, use_cache=False, fused_lm_head=True)
+        log_probs = outputs.log_probs[:, 1 - inputs["input_ids"].shape[1] :].float()  # without virtual tokens
+        return {**batch, "reference_log_probs": torch.nn.functional.pad(log_probs, (1, 0), value=math.nan)}
 
     # ---- loss ----
 
@@ -132,14 +246,52 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
             columns["segment_ids"] = inputs["seq_idx"][:, 1:]
 
         def weighted(**model_inputs):
-            outputs = model(**model_inputs)
-            if model_inputs.get("fused_lm_head"):
-                outputs.log_probs = outputs.log_probs * self._weights(outputs, columns)  # (B, T-1)
+            if not model_inputs.get("fused_lm_head"):
+                if "weight" in columns and self.objective == "nll":
+                    raise ValueError(
+                        "A column `weight` has no effect on label smoothing or a loss of your own. Drop one of them."
+                    )
+                return model(**model_inputs)
+            outputs, extra = self._forward(model, model_inputs)
+            weights, penalty = self._weights(outputs, columns, extra)
+            outputs.log_probs = outputs.log_probs * weights - penalty  # (B, T-1); the loss is minus their sum
             return outputs
 
         return super().compute_loss(weighted, inputs, return_outputs, num_items_in_batch)
 
-    def _weights(self, outputs, columns: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _forward(self, model, model_inputs: dict):
+        """TRL's fused forward, and what `asft` and `eaft` need beside it: the KL to π_ref, the entropy of the likeliest tokens."""
+        extra: dict[str, torch.Tensor | None] = {"kl": None, "top_k_entropy": None}
+        if not {"asft", "eaft"}.intersection(self.objectives):
+            return model(**model_inputs), extra
+        if "asft" in self.objectives:
+            with self.initial_policy.asked(model) as initial:
+                base = causal_lm(self.accelerator.unwrap_model(initial))
+                with hidden_states(base) as initial_states:
+                    initial(**model_inputs)
+                initial_head = lm_head(base)
+        policy = causal_lm(self.model)
+        with hidden_states(policy) as states:
+            outputs = model(**model_inputs)
+        mask, hidden, head = outputs.label_mask.bool(), states[-1][:, :-1], lm_head(policy)
+
+        def spread(values, where):
+            return torch.zeros(mask.shape, device=values.device).masked_scatter(where, values)
+
+        if "eaft" in self.objectives:
+            extra["top_k_entropy"] = spread(top_k_entropy(head, hidden[mask].detach()), mask)
+        if "asft" in self.objectives:
+            initial_hidden = initial_states[-1][:, :-1]
+            virtual = hidden.shape[1] - initial_hidden.shape[1]  # tokens that prompt-learning peft puts in front
+            shared = mask & (torch.arange(mask.shape[1], device=mask.device) >= virtual)
+            kl = kl_divergence(head, hidden[shared], initial_head, initial_hidden[shared[:, virtual:]])
+            extra["kl"] = spread(kl, shared)
+        return outputs, extra
+
+    def _weights(
+        self, outputs, columns: dict[str, torch.Tensor], extra: dict
+    ) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """The weight of each token, and what `asft` subtracts from its weighted log-prob: both (B, T-1)."""
         log_probs, mask = outputs.log_probs.detach(), outputs.label_mask.bool()
         rows = torch.arange(len(log_probs), device=log_probs.device)[:, None].expand_as(log_probs)
 
@@ -155,24 +307,40 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         known = {
             "log_probs": log_probs,
             "behavior_log_probs": behavior,
+            "reference_log_probs": column("reference_log_probs", torch.nan),
             "mask": mask,
             "entropy": outputs.entropy.detach(),
+            "top_k_entropy": extra["top_k_entropy"],
             "segment_ids": column("segment_ids", 0) if "segment_ids" in columns else rows,
         }
-        weights = self._token_weights(known, source) * column("weight", 1.0)
-        groups = [mask, *(mask & (source == i) for i in SOURCE_IDS.values())]  # all tokens, then each source's
-        sums = torch.stack(
-            [weight_diagnostics(weights, log_probs, behavior, group) for group in groups]
-        )  # (groups, 5, 2)
+        own = column("weight", 1.0)
+        # Zero where a token is not trained on: its log-prob is 0, and a ratio to it may be infinite.
+        weights = torch.where(mask, self._token_weights(known, source, {}) * own, 0.0)
+        unlimited = weights
+        if {"iw", "iw_sequence", "psft"}.intersection(self.objectives):
+            unlimited = torch.where(mask, self._token_weights(known, source, NO_LIMITS) * own, 0.0)
+        groups = torch.stack([mask, *(mask & (source == i) for i in SOURCE_IDS.values())])  # all, then each source's
+        sums, extremes = weight_diagnostics(
+            weights, unlimited, log_probs, behavior, known["entropy"], outputs.is_top1, groups
+        )
         mode = "train" if self.model.training else "eval"
-        self._sums[mode] = sums + self._sums.get(mode, 0.0)  # stays on the device until the next log
-        return weights
+        if mode in self._diagnostics:  # stays on the device until the next log
+            before = self._diagnostics[mode]
+            sums, extremes = before[0] + sums, torch.maximum(before[1], extremes)
+        self._diagnostics[mode] = sums, extremes
+        if extra["kl"] is None:
+            return weights, 0.0
+        if isinstance(self.objective, dict):
+            named = [SOURCE_IDS[name] for name, objective in self.objective.items() if objective == "asft"]
+            mask = mask & torch.isin(source, torch.tensor(named, device=source.device))
+        kl = torch.where(mask, extra["kl"], 0.0)
+        total = self.accelerator.gather(torch.stack([kl.detach().sum(), mask.sum()])[None]).sum(0)
+        self._metrics[mode]["reference_kl"].append((total[0] / total[1].clamp(min=1)).item())
+        return weights, self.args.beta * own * kl
 
-    def _token_weights(self, known: dict[str, torch.Tensor], source: torch.Tensor) -> torch.Tensor:
-        settings = {
-            name: getattr(self.args, name)
-            for name in ("clip_min", "clip_max", "clip_mode", "expert_weighting", "alpha")
-        }
+    def _token_weights(self, known: dict[str, torch.Tensor], source: torch.Tensor, limits: dict) -> torch.Tensor:
+        names = ("clip_min", "clip_max", "clip_mode", "expert_weighting", "alpha", "epsilon_high")
+        settings = {name: getattr(self.args, name) for name in names} | limits
 
         def weights_of(objective):
             return objective(**known) if callable(objective) else TOKEN_WEIGHTS[objective](**known, **settings)
@@ -187,53 +355,16 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
         metrics = {key: sum(values) / len(values) for key, values in self._metrics[mode].items()}
-        if mode in self._sums:
-            sums = self.accelerator.reduce(self._sums.pop(mode), "sum")
-            for suffix, group in zip(["", *(f"/{name}" for name in SOURCE_IDS)], sums, strict=False):
-                metrics |= {name + suffix: value for name, value in diagnostic_means(group).items()}
+        if mode in self._diagnostics:
+            sums, extremes = (self.accelerator.gather(x[None]) for x in self._diagnostics.pop(mode))  # (processes, …)
+            groups = zip(["", *(f"/{name}" for name in SOURCE_IDS)], sums.sum(0), extremes.amax(0), strict=True)
+            for suffix, *group in groups:
+                metrics = {name + suffix: value for name, value in diagnostic_means(*group).items()} | metrics
         # Each eval set under its own prefix: TRL writes `eval_entropy` for all of them, and the last one wins.
         timed = next((key for key in logs if mode == "eval" and key.endswith("_runtime")), "")
         self._metrics[mode].clear()
         logs.update({timed.removesuffix("runtime") + key: value for key, value in metrics.items()})
         super().log(logs, start_time)
-
-
-def align_row(example: dict, processing_class, chat_template: str | None, completion_only: bool) -> dict:
-    """
-    `input_ids`, `labels`, `behavior_log_probs`, `source_ids` and `weight` of one row, all of the same length.
-
-    A row with `completion_ids` becomes prompt + those ids; any other keeps what TRL made of it, with μ unknown.
-    """
-    completion_ids = example.get("completion_ids") or []
-    log_probs = example.get("behavior_log_probs") or []
-    input_ids, labels = example["input_ids"], example["labels"]
-    if completion_ids:
-        prompt_ids = encode_prompt(processing_class, example["prompt"], chat_template)
-        input_ids = prompt_ids + completion_ids
-        labels = [-100] * len(prompt_ids) + completion_ids if completion_only else input_ids
-        if log_probs and len(log_probs) != len(completion_ids):
-            raise ValueError(
-                f"A row has {len(completion_ids)} `completion_ids` but {len(log_probs)} `behavior_log_probs`: {example['prompt']!r:.200}"
-            )
-    elif log_probs:
-        raise ValueError(
-            "A row has `behavior_log_probs` but no `completion_ids`: a text tokenised again need not give the sampled tokens, so "
-            f"the log-probs cannot be matched. Store the sampled ids in `completion_ids`, or drop the log-probs: {example['prompt']!r:.200}"
-        )
-    if log_probs and example.get("temperature", 1.0) != 1.0:
-        raise ValueError(
-            f"A row was sampled at temperature={example['temperature']}, so its `behavior_log_probs` (temperature 1) are not what it was drawn "
-            "from. Sample with temperature=1.0, or drop the column `behavior_log_probs`."
-        )
-    unknown = [float("nan")] * (len(input_ids) - len(log_probs))
-    source, weight = SOURCE_IDS.get(example.get("source"), -1), example.get("weight")
-    return {
-        "input_ids": input_ids,
-        "labels": labels,
-        "behavior_log_probs": unknown + log_probs,
-        "source_ids": [source] * len(input_ids),
-        "weight": [1.0 if weight is None else float(weight)] * len(input_ids),
-    }
 
 
 def _cut(example: dict, columns: list[str], cut: slice) -> dict:

@@ -1,14 +1,18 @@
 """Token weights and their diagnostics, as pure functions over tensors.
 
 Every objective here is a weighted negative log-likelihood, `-Σ sg(w_t)·log π(y_t) / N`, so an objective is its weights: a
-function of what is known of each target token. All arguments are (B, T) and passed by name; a function takes those it
-needs and `**_` for the rest, and so does one of a user's own:
+function of what is known of each target token (`asft` adds a KL to them, which the trainer has from `scoring.py`). All
+arguments are (B, T) and passed by name; a function takes those it needs and `**_` for the rest, and so does one of a
+user's own:
 
-    log_probs            log π(y_t), detached; 0 where a token is not trained on
-    behavior_log_probs   log μ(y_t), float32; NaN where μ is unknown
-    mask                 bool, true where a token is trained on
-    entropy              entropy of π(·|y_<t) in nats
-    segment_ids          int, equal for the tokens of one example (packed examples are told apart)
+    log_probs             log π(y_t), detached; 0 where a token is not trained on
+    behavior_log_probs    log μ(y_t), float32; NaN where μ is unknown
+    reference_log_probs   log π_ref(y_t), float32: under the policy before training (or, for `psft`, at the start of the
+                          outer batch); NaN where no objective of the run asked for it
+    mask                  bool, true where a token is trained on
+    entropy               entropy of π(·|y_<t) in nats
+    top_k_entropy         entropy of π's 20 likeliest tokens, renormalised, over ln 20; None unless `eaft` is in the run
+    segment_ids           int, equal for the tokens of one example (packed examples are told apart)
 
 Weights are (B, T) float32 without gradient.
 """
@@ -16,7 +20,7 @@ Weights are (B, T) float32 without gradient.
 import torch
 
 
-EXPERT_WEIGHTINGS = ("one", "dft")
+EXPERT_WEIGHTINGS = ("one", "dft", "base")
 CLIP_MODES = ("truncate", "mask")
 
 
@@ -35,6 +39,24 @@ def p_alpha_weights(log_probs: torch.Tensor, alpha: float = 1.0, **_) -> torch.T
     return (alpha * log_probs.float()).exp()
 
 
+def psft_weights(
+    log_probs: torch.Tensor, reference_log_probs: torch.Tensor, epsilon_high: float = 0.28, **_
+) -> torch.Tensor:
+    """
+    r_t if r_t <= 1 + ε_high else 0, with r_t = π(y_t)/π_ref(y_t): the gradient of Proximal SFT's min(r, clip(r, 1-ε, 1+ε_high))
+    (arXiv 2508.17784), whose lower bound never binds since every advantage is 1.
+
+    Without a reference (an evaluation has no outer batch) r_t is 1.
+    """
+    ratio = (log_probs.float() - reference_log_probs).exp()
+    return torch.where(torch.isnan(ratio), 1.0, torch.where(ratio <= 1 + epsilon_high, ratio, 0.0))
+
+
+def eaft_weights(log_probs: torch.Tensor, top_k_entropy: torch.Tensor, alpha: float = 1.0, **_) -> torch.Tensor:
+    """H̃_t^α, the entropy of the 20 likeliest tokens over ln 20: Entropy-Adaptive Fine-Tuning (arXiv 2601.02151)."""
+    return top_k_entropy.float() ** alpha
+
+
 def importance_weights(
     log_probs: torch.Tensor,
     behavior_log_probs: torch.Tensor,
@@ -42,14 +64,17 @@ def importance_weights(
     clip_max: float | None = None,
     clip_mode: str = "truncate",
     expert_weighting: str = "one",
+    reference_log_probs: torch.Tensor | None = None,
     **_,
 ) -> torch.Tensor:
     """
     π(y_t)/μ(y_t) ("Mind the Gap", eq. 5, per token and with the real denominator).
 
     Outside [`clip_min`, `clip_max`] it is truncated to the bound, or masked to 0 (`clip_mode`). Where μ is unknown (a
-    demonstration's tokens) there is no ratio, and `expert_weighting` decides: `"one"` as SFT does, `"dft"` takes μ ≡ 1.
+    demonstration's tokens) `expert_weighting` decides: `"one"` as SFT does, `"dft"` takes μ ≡ 1, `"base"` takes the policy
+    before training for μ (`reference_log_probs`), as iw-SFT does for all rows.
     """
+    behavior_log_probs = _with_base(behavior_log_probs, reference_log_probs, expert_weighting)
     log_ratio = log_probs.float() - behavior_log_probs.float()
     return _clipped(log_ratio, log_probs, clip_min, clip_max, clip_mode, expert_weighting)
 
@@ -63,6 +88,7 @@ def sequence_importance_weights(
     clip_max: float | None = None,
     clip_mode: str = "truncate",
     expert_weighting: str = "one",
+    reference_log_probs: torch.Tensor | None = None,
     **_,
 ) -> torch.Tensor:
     """
@@ -70,6 +96,7 @@ def sequence_importance_weights(
 
     The mean is over the example's trained tokens with known μ; clipping and unknown μ as in `importance_weights`.
     """
+    behavior_log_probs = _with_base(behavior_log_probs, reference_log_probs, expert_weighting)
     known = mask.bool() & ~torch.isnan(behavior_log_probs)
     log_ratio = torch.where(known, log_probs.float() - behavior_log_probs.float(), 0.0)
     _, index = segment_ids.reshape(-1).unique(return_inverse=True)
@@ -80,12 +107,18 @@ def sequence_importance_weights(
     return _clipped(mean, log_probs, clip_min, clip_max, clip_mode, expert_weighting)
 
 
+def _with_base(behavior_log_probs, reference_log_probs, expert_weighting) -> torch.Tensor:
+    if expert_weighting != "base":
+        return behavior_log_probs
+    return torch.where(torch.isnan(behavior_log_probs), reference_log_probs, behavior_log_probs)
+
+
 def _clipped(log_ratio, log_probs, clip_min, clip_max, clip_mode, expert_weighting) -> torch.Tensor:
     ratio = log_ratio.exp()
     weights = ratio if clip_min is None and clip_max is None else ratio.clamp(min=clip_min, max=clip_max)
     if clip_mode == "mask":
         weights = torch.where(weights == ratio, ratio, 0.0)
-    unknown = nll_weights(log_probs) if expert_weighting == "one" else dft_weights(log_probs)
+    unknown = dft_weights(log_probs) if expert_weighting == "dft" else nll_weights(log_probs)
     return torch.where(torch.isnan(log_ratio), unknown, weights)
 
 
@@ -95,47 +128,73 @@ TOKEN_WEIGHTS = {
     "p_alpha": p_alpha_weights,
     "iw": importance_weights,
     "iw_sequence": sequence_importance_weights,
+    "psft": psft_weights,
+    "asft": dft_weights,  # plus β·KL(π_ref‖π), arXiv 2509.23753
+    "eaft": eaft_weights,
 }
 OBJECTIVES = tuple(TOKEN_WEIGHTS)
 
+NO_LIMITS = {"clip_min": None, "clip_max": None, "epsilon_high": float("inf")}  # with these no weight is clipped
 
-DIAGNOSTICS = ("nll", "weight", "weight_sq", "log_ratio", "kl")
+
+DIAGNOSTICS = (
+    "nll", "weight", "weight_sq", "clip_fraction", "entropy", "mean_token_accuracy", "log_ratio", "kl",
+)  # fmt: skip
 
 
 def weight_diagnostics(
-    weights: torch.Tensor, log_probs: torch.Tensor, behavior_log_probs: torch.Tensor, mask: torch.Tensor
-) -> torch.Tensor:
+    weights: torch.Tensor,
+    unlimited: torch.Tensor,
+    log_probs: torch.Tensor,
+    behavior_log_probs: torch.Tensor,
+    entropy: torch.Tensor,
+    is_top1: torch.Tensor,
+    groups: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    (sum, count) of each of `DIAGNOSTICS` over the tokens where `mask` (…, T) is true: (5, 2) float64.
+    What is logged of a batch, for each group of tokens, in a form that micro-batches and processes can add up.
 
-    Sums, so that micro-batches and processes can be added up and the means stay means over tokens.
+    Args:
+        weights, unlimited, log_probs, behavior_log_probs, entropy, is_top1 (`torch.Tensor` of shape (B, T)): `unlimited` are the
+            weights that `NO_LIMITS` would give; where they differ from `weights`, a weight was clipped. Finite, or 0 outside all groups.
+        groups (`torch.Tensor` of shape (G, B, T), bool): The tokens of each group.
+
+    Returns:
+        (sum, count) of each of `DIAGNOSTICS`, float64 of shape (G, 8, 2), and (max of -weight, max of weight), of shape (G, 2).
     """
     dtype = torch.float32 if weights.device.type == "mps" else torch.float64  # MPS has no float64
-    mask = mask.bool()
+    known = groups.any(0) & ~torch.isnan(behavior_log_probs)
     log_probs, weights = log_probs.detach().float(), weights.float()
-    known = mask & ~torch.isnan(behavior_log_probs)
     log_ratio = torch.where(known, log_probs - behavior_log_probs, 0.0)  # log π/μ
-    values = (
-        (-log_probs, mask),
-        (weights, mask),
-        (weights.square(), mask),
-        (log_ratio, known),
-        (log_ratio.exp() - 1 - log_ratio, known),  # k3 (joschu.net/blog/kl-approx.html)
-    )
-    return torch.stack(
-        [torch.stack([torch.where(where, v, 0.0).sum(dtype=dtype), where.sum()]) for v, where in values]
-    )
+    values = [
+        -log_probs,
+        weights,
+        weights.square(),
+        weights != unlimited,
+        entropy,
+        is_top1,
+        log_ratio,
+        torch.where(known, log_ratio.exp() - 1 - log_ratio, 0.0),  # k3 (joschu.net/blog/kl-approx.html)
+    ]
+    members = groups.flatten(1).to(dtype).T  # (B·T, G)
+    sums = torch.stack([v.flatten().to(dtype) for v in values]) @ members  # (8, G)
+    counts = torch.stack([members.sum(0)] * 6 + [known.flatten().to(dtype) @ members] * 2)
+    extremes = torch.stack([-weights, weights], -1)[None].masked_fill(~groups[..., None], -torch.inf)
+    return torch.stack([sums, counts], -1).transpose(0, 1), extremes.flatten(1, 2).amax(1)
 
 
-def diagnostic_means(sums: torch.Tensor) -> dict[str, float]:
+def diagnostic_means(sums: torch.Tensor, extremes: torch.Tensor) -> dict[str, float]:
     """
-    Summed `weight_diagnostics` as what is logged.
+    One group's `weight_diagnostics`, added up, as what is logged.
 
-    `nll` is what SFT would report and `weight` the mean weight; `ess` is the effective sample size (Σw)²/(n·Σw²), a share of
-    the tokens. Only where μ is known: `log_ratio`, the mean of log π/μ, and `kl`, the k3 estimate of KL(μ‖π).
+    `nll` is what SFT would report; `weight`, `weight_min`, `weight_max` the mean and extreme weight; `ess` the effective sample size
+    (Σw)²/(n·Σw²), a share of the tokens; `clip_fraction` the share whose weight a limit changed; `entropy` and
+    `mean_token_accuracy` as TRL's. Only where μ is known: `log_ratio`, the mean of log π/μ, and `kl`, the k3 estimate of KL(μ‖π).
     """
     means = {name: value / count for name, (value, count) in zip(DIAGNOSTICS, sums.tolist(), strict=True) if count}
     if "weight_sq" in means:
         second_moment = means.pop("weight_sq")
         means["ess"] = means["weight"] ** 2 / second_moment if second_moment else 0.0
+        low, means["weight_max"] = extremes.tolist()
+        means["weight_min"] = -low
     return means

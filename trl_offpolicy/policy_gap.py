@@ -5,54 +5,10 @@ short targets, so the mean per token and the length stand beside it, and the pro
 """
 
 import torch
-from tqdm.auto import tqdm
 from trl.data_utils import common_prefix_length
 
 from .rows import Source, demonstration, encode_prompt
-
-
-@torch.no_grad()
-def target_log_probs(
-    model, processing_class, pairs: list[tuple[list[int], list[int]]], batch_tokens: int = 8192
-) -> list[torch.Tensor]:
-    """
-    log π of each target token given its prompt.
-
-    Args:
-        pairs (`list`): (prompt ids, target ids) of each row.
-        batch_tokens (`int`, *optional*, defaults to `8192`): Tokens of one forward, padding included.
-
-    Returns:
-        `list` of float32 `torch.Tensor`, each of the length of its target.
-    """
-    results: list[torch.Tensor | None] = [None] * len(pairs)
-    order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
-    pad = processing_class.pad_token_id or 0
-    was_training = model.training
-    model.eval()
-    start = 0
-    with tqdm(total=len(pairs), desc="log-probs", unit="row", leave=False) as bar:
-        while start < len(order):
-            width = sum(map(len, pairs[order[start]]))
-            batch = order[start : start + max(1, batch_tokens // width)]
-            start += len(batch)
-            # Left padding: the targets end together, so only the last positions need logits.
-            rows = [pairs[i][0] + pairs[i][1] for i in batch]
-            ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
-            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
-            keep = max(len(pairs[i][1]) for i in batch)
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)
-            logits = (
-                model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=keep + 1)
-                .logits[:, :-1]
-                .float()
-            )
-            log_probs = logits.gather(-1, ids[:, -keep:, None])[..., 0] - logits.logsumexp(-1)  # (batch, keep)
-            for i, row in zip(batch, log_probs.cpu(), strict=True):
-                results[i] = row[keep - len(pairs[i][1]) :]
-            bar.update(len(batch))
-    model.train(was_training)
-    return results
+from .scoring import target_log_probs
 
 
 def measure_policy_gap(model, dataset, processing_class=None, batch_tokens: int = 8192) -> dict:
@@ -95,7 +51,7 @@ def measure_policy_gap(model, dataset, processing_class=None, batch_tokens: int 
         if row["completion_ids"]:
             pairs.append((prompt, row["completion_ids"]))
         after.append(len(pairs) - 1)  # an expert's row is its demonstration, scored once
-    log_probs = target_log_probs(model, processing_class, pairs, batch_tokens)
+    log_probs = target_log_probs(model, pairs, batch_tokens)
     groups = {str(source): [i for i, row in enumerate(rows) if row["source"] == source] for source in Source}
     groups["total"] = list(range(len(rows)))
     return {

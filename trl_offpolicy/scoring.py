@@ -1,0 +1,150 @@
+"""What a model says of given tokens: log-probs of targets, entropy of the likeliest tokens, KL to another model.
+
+Everything starts from the backbone's hidden states and goes through the LM head a few thousand tokens at a time, so that
+no (tokens, vocabulary) tensor of a whole batch ever exists.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils import is_peft_model
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+
+CHUNK = 2048  # tokens that go through the LM head together
+TOP_K = 20  # EAFT's
+
+
+def causal_lm(model) -> PreTrainedModel:
+    """The model under peft's wrapper."""
+    return model.get_base_model() if is_peft_model(model) else model
+
+
+class LMHead(NamedTuple):
+    """What turns hidden states into logits."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    config: Any
+
+
+def lm_head(model: PreTrainedModel) -> LMHead:
+    """The head of `model` as it is now (peft swaps a saved one for the original while the adapter is off)."""
+    head = model.get_output_embeddings()
+    weight, bias = (p.full_tensor() if isinstance(p, DTensor) else p for p in (head.weight, head.bias))
+    return LMHead(weight, bias, model.config.get_text_config())
+
+
+def head_logits(head: LMHead, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits (N, V) in float32 of hidden states (N, H), scaled and capped as the model's own forward does."""
+    weight, bias, config = head
+    with maybe_gather_lm_head_ctx(weight, bias):
+        logits = torch.nn.functional.linear(hidden, weight, bias).float()
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            logits = logits * getattr(config, name)
+    if getattr(config, "logits_scaling", None) is not None:
+        logits = (
+            logits * config.logits_scaling if config.model_type == "hyperclovax" else logits / config.logits_scaling
+        )
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+@contextmanager
+def hidden_states(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+    """Collects the last hidden states (B, T, H) of every forward of `model`'s backbone, whoever calls it."""
+    seen: list[torch.Tensor] = []
+    handle = model.base_model.register_forward_hook(lambda _, args, output: seen.append(output.last_hidden_state))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def top_k_entropy(head: LMHead, hidden: torch.Tensor, k: int = TOP_K) -> torch.Tensor:
+    """Entropy of each next-token distribution's `k` likeliest tokens, renormalised, over ln k: (N,) float32 in [0, 1]."""
+    result = []
+    for chunk in hidden.split(CHUNK):
+        logits = head_logits(head, chunk)
+        log_p = logits.topk(min(k, logits.shape[-1])).values.log_softmax(-1)
+        result.append(-(log_p.exp() * log_p).sum(-1) / math.log(k))
+    return torch.cat(result) if result else hidden.new_zeros(0, dtype=torch.float32)
+
+
+def kl_divergence(
+    head: LMHead, hidden: torch.Tensor, reference: LMHead, reference_hidden: torch.Tensor
+) -> torch.Tensor:
+    """KL(π_ref‖π) over the whole vocabulary in nats, (N,) float32; differentiable in `hidden` (N, H) and `head`."""
+
+    def of_chunk(h, reference_h):
+        with torch.no_grad():
+            reference_log_p = head_logits(reference, reference_h).log_softmax(-1)
+        return (reference_log_p.exp() * (reference_log_p - head_logits(head, h).log_softmax(-1))).sum(-1)
+
+    # Each chunk's logits are computed again in the backward pass rather than kept.
+    pairs = zip(hidden.split(CHUNK), reference_hidden.split(CHUNK), strict=True)
+    return torch.cat([checkpoint(of_chunk, h, r, use_reentrant=False) for h, r in pairs])
+
+
+@torch.no_grad()
+def target_log_probs(
+    model,
+    pairs: list[tuple[list[int], list[int]]],
+    batch_tokens: int = 8192,
+    temperatures: list[float] | None = None,
+    progress: bool = True,
+) -> list[torch.Tensor]:
+    """
+    log π of each target token given its prompt.
+
+    Args:
+        pairs (`list`): (prompt ids, target ids) of each row; a first token without a prompt has no log-prob, and gets NaN.
+        batch_tokens (`int`, *optional*, defaults to `8192`): Tokens of one forward, padding included.
+        temperatures (`list[float]`, *optional*): By which each row's logits are divided; 1 by default.
+        progress (`bool`, *optional*, defaults to `True`): Show a bar.
+
+    Returns:
+        `list` of float32 `torch.Tensor`, each of the length of its target.
+    """
+    results: list[torch.Tensor | None] = [None] * len(pairs)
+    order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
+    base = causal_lm(model)
+    head = lm_head(base)
+    was_training = model.training
+    model.eval()
+    start = 0
+    with tqdm(total=len(pairs), desc="log-probs", unit="row", leave=False, disable=not progress) as bar:
+        while start < len(order):
+            width = max(1, sum(map(len, pairs[order[start]])))
+            batch = order[start : start + max(1, batch_tokens // width)]
+            start += len(batch)
+            rows = [pairs[i][0] + pairs[i][1] for i in batch]
+            # Padded on the right, where a causal model does not look; so no token needs to be a padding token.
+            ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
+            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
+            hidden = base.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            first = [max(1, len(pairs[i][0])) for i in batch]  # position of the first target that has a log-prob
+            places = [(b, t) for b, row in enumerate(rows) for t in range(first[b], len(row))]
+            b, t = torch.tensor(places, dtype=torch.long, device=model.device).view(-1, 2).T
+            divisors = torch.tensor([1.0 if temperatures is None else temperatures[i] for i in batch]).to(model.device)
+            chunks = zip(hidden[b, t - 1].split(CHUNK), ids[b, t].split(CHUNK), divisors[b].split(CHUNK), strict=True)
+            scored = [
+                (head_logits(head, h) / d[:, None]).log_softmax(-1).gather(-1, label[:, None])[:, 0]
+                for h, label, d in chunks
+            ]
+            scored = torch.cat(scored).cpu() if scored else torch.zeros(0)
+            for i, row, begin in zip(batch, rows, first, strict=True):
+                own, scored = scored[: len(row) - begin], scored[len(row) - begin :]
+                results[i] = torch.nn.functional.pad(own, (len(pairs[i][1]) - len(own), 0), value=math.nan)
+            bar.update(len(batch))
+    model.train(was_training)
+    return results
