@@ -14,6 +14,7 @@ from .rows import Source, encode_prompt
 TOKEN_COLUMNS = {
     "behavior_log_probs": (float("nan"), torch.float32),
     "reference_log_probs": (float("nan"), torch.float32),
+    "old_log_probs": (float("nan"), torch.float32),
     "source_ids": (-1, torch.int8),
     "weight": (1.0, torch.float32),
 }

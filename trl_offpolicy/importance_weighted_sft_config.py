@@ -18,15 +18,15 @@ class ImportanceWeightedSFTConfig(SFTConfig):
         objective (`str`, `dict` or `Callable`, *optional*, defaults to `"iw"`): Weight of each token's negative log-likelihood, in the
             place of TRL's `loss_type`. `"nll"`: 1 (SFT). `"dft"`: π (arXiv 2508.05629). `"p_alpha"`: π^α (arXiv 2510.00526). `"iw"`: π/μ,
             clipped, with μ from the column `behavior_log_probs` (arXiv 2509.15157, eq. 5, per token). `"iw_sequence"`: the
-            length-normalised sequence ratio (arXiv 2507.12856). `"psft"`: π/π_ref, 0 above 1 + `epsilon_high` (arXiv 2508.17784).
-            `"asft"`: `dft` plus `beta`·KL(π_ref‖π) over the vocabulary (arXiv 2509.23753). `"eaft"`: normalised entropy of the 20
+            length-normalised sequence ratio (arXiv 2507.12856). `"psft"`: π/π_old, 0 above 1 + `epsilon_high` (arXiv 2508.17784).
+            `"asft"`: `dft` plus `beta`·KL(π_0‖π) over the vocabulary (arXiv 2509.23753). `"eaft"`: normalised entropy of the 20
             likeliest tokens, to the power `alpha` (arXiv 2601.02151). A dict chooses by source, `{"self": "iw", "expert": "dft"}`,
             with `nll` for what it does not name. A function of your own gets the arguments that `losses.py` lists and returns weights.
         clip_min (`float`, *optional*): Smallest importance weight; named as in `GRPOConfig`.
         clip_max (`float`, *optional*, defaults to `3.0`): Largest importance weight; GRPO's name and value. `None` for no limit.
         clip_mode (`str`, *optional*, defaults to `"truncate"`): Weights outside the limits become the limit, or 0 (`"mask"`).
         expert_weighting (`str`, *optional*, defaults to `"one"`): Under `iw` and `iw_sequence`, the weight of tokens without a
-            behaviour log-prob (demonstrations): `"one"` (as SFT), `"dft"` (π), or `"base"` (π/π_ref).
+            behaviour log-prob (demonstrations): `"one"` (as SFT), `"dft"` (π), or `"base"` (π/π_0).
         precompute_behavior_log_probs (`bool`, *optional*, defaults to `False`): Before training, compute the `behavior_log_probs` of rows with
             `completion_ids` with the model as it is then, under the prompt and temperature that they were sampled with (`behavior_prompt`,
             `temperature`), in the place of what the column holds. For data whose engine gave no log-probs, or whose rounding is not to
@@ -34,11 +34,11 @@ class ImportanceWeightedSFTConfig(SFTConfig):
         alpha (`float`, *optional*, defaults to `1.0`): Exponent of `p_alpha` and `eaft`.
         beta (`float`, *optional*, defaults to `0.1`): KL coefficient of `asft` (the paper uses 0.05 to 0.1).
         epsilon_high (`float`, *optional*, defaults to `0.28`): Under `psft`, a ratio above 1 + `epsilon_high` gives no gradient.
-        steps_per_reference (`int`, *optional*, defaults to `8`): Under `psft`, the optimizer steps of an outer batch: π_ref is the policy at its
-            start (the paper takes 64 rows in mini-batches of 8). 0: π_ref is the policy before training.
+        steps_per_outer_batch (`int`, *optional*, defaults to `8`): Under `psft`, the optimizer steps of an outer batch: π_old is the policy at its
+            start (the paper takes 64 rows in mini-batches of 8). 0: π_old is π_0.
 
-    π_ref is the policy before training unless said otherwise: with LoRA the model without its adapter. `asft` keeps a frozen copy
-    of the model when there is no adapter to switch off; the others compute log π_ref once, before training, and cache it.
+    π_0 is the policy before training: with LoRA the model without its adapter. `asft` keeps a frozen copy
+    of the model when there is no adapter to switch off; the others compute log π_0 once, before training, and cache it.
     """
 
     _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["objective"]
@@ -77,7 +77,7 @@ class ImportanceWeightedSFTConfig(SFTConfig):
     epsilon_high: float = field(
         default=0.28, metadata={"help": "Under psft, a ratio above 1 + this gives no gradient."}
     )
-    steps_per_reference: int = field(
+    steps_per_outer_batch: int = field(
         default=8,
         metadata={"help": "Optimizer steps of psft's outer batch; 0 takes the initial policy as the reference."},
     )
@@ -113,7 +113,7 @@ class ImportanceWeightedSFTConfig(SFTConfig):
                 f"You passed label_smoothing_factor={self.label_smoothing_factor}: smoothing spreads the loss over tokens that "
                 "were not sampled, for which no importance weight is defined. Drop it, or write objective='nll'."
             )
-        for name, low in (("beta", 0), ("epsilon_high", 0), ("steps_per_reference", 0), ("alpha", 0)):
+        for name, low in (("beta", 0), ("epsilon_high", 0), ("steps_per_outer_batch", 0), ("alpha", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"You passed {name}={getattr(self, name)}; it must be at least {low}.")
         if self.clip_min is not None and self.clip_max is not None and self.clip_min > self.clip_max:

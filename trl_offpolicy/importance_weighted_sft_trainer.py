@@ -5,8 +5,8 @@ travel from the dataset through tokenisation, truncation, packing and collation 
 `SFTTrainer.compute_loss` calls hands back log-probs already multiplied by a detached weight, so that TRL's own
 normalisation, gradient accumulation, MoE loss and metrics stay what they are (the canary tests hold it to that).
 
-Objectives that compare with a reference policy π_ref get its log-probs as one more column: computed before training for
-the initial policy (the model without its adapter, if it has one), or at the start of each outer batch of `psft`.
+Objectives that compare with another policy get its log-probs as one more column: `reference_log_probs`, computed before
+training, or `old_log_probs`, computed at the start of each outer batch of `psft`.
 """
 
 import copy
@@ -72,7 +72,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         self.objective = args.objective
         self.objectives = args.objectives
         ratio_to_base = any(o in ("iw", "iw_sequence") or callable(o) for o in self.objectives)
-        reference = ("psft" in self.objectives and not args.steps_per_reference) or (
+        reference = ("psft" in self.objectives and not args.steps_per_outer_batch) or (
             args.expert_weighting == "base" and ratio_to_base
         )
         # What the initial policy is asked for before training.
@@ -157,7 +157,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         if self._scored_columns:
             dataset = self._score(dataset, dataset_name)
         map_kwargs = {"num_proc": args.dataset_num_proc} if hasattr(dataset, "num_rows") else {}
-        absent = {"reference_log_probs"}.difference(self._scored_columns)
+        absent = {"reference_log_probs", "old_log_probs"}.difference(self._scored_columns)
         token_columns = ["input_ids", "labels", *(name for name in TOKEN_COLUMNS if name not in absent)]
         with PartialState().local_main_process_first():
             if args.max_length is not None and not packing:
@@ -214,7 +214,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Under `psft`, an outer batch at a time: its rows are scored by the policy as it is before the first of them trains it."""
-        steps = self.args.steps_per_reference
+        steps = self.args.steps_per_outer_batch
         if "psft" not in self.objectives or not steps:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         if not self._outer or self._outer_source is not epoch_iterator:
@@ -233,7 +233,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         with without_training(self.model), self.compute_loss_context_manager():
             outputs = self.model_wrapped(**model_inputs, use_cache=False, fused_lm_head=True)
         log_probs = outputs.log_probs[:, 1 - inputs["input_ids"].shape[1] :].float()  # without virtual tokens
-        return {**batch, "reference_log_probs": torch.nn.functional.pad(log_probs, (1, 0), value=math.nan)}
+        return {**batch, "old_log_probs": torch.nn.functional.pad(log_probs, (1, 0), value=math.nan)}
 
     # ---- loss ----
 
@@ -260,7 +260,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         return super().compute_loss(weighted, inputs, return_outputs, num_items_in_batch)
 
     def _forward(self, model, model_inputs: dict):
-        """TRL's fused forward, and what `asft` and `eaft` need beside it: the KL to π_ref, the entropy of the likeliest tokens."""
+        """TRL's fused forward, and what `asft` and `eaft` need beside it: the KL to π_0, the entropy of the likeliest tokens."""
         extra: dict[str, torch.Tensor | None] = {"kl": None, "top_k_entropy": None}
         if not {"asft", "eaft"}.intersection(self.objectives):
             return model(**model_inputs), extra
@@ -308,6 +308,9 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
             "log_probs": log_probs,
             "behavior_log_probs": behavior,
             "reference_log_probs": column("reference_log_probs", torch.nan),
+            "old_log_probs": column(
+                "old_log_probs" if self.args.steps_per_outer_batch else "reference_log_probs", torch.nan
+            ),
             "mask": mask,
             "entropy": outputs.entropy.detach(),
             "top_k_entropy": extra["top_k_entropy"],

@@ -7,8 +7,8 @@ user's own:
 
     log_probs             log π(y_t), detached; 0 where a token is not trained on
     behavior_log_probs    log μ(y_t), float32; NaN where μ is unknown
-    reference_log_probs   log π_ref(y_t), float32: under the policy before training (or, for `psft`, at the start of the
-                          outer batch); NaN where no objective of the run asked for it
+    reference_log_probs   log π_0(y_t), float32, under the policy before training; NaN where no objective of the run asked for it
+    old_log_probs         log π_old(y_t), float32, under the policy at the start of `psft`'s outer batch; NaN likewise
     mask                  bool, true where a token is trained on
     entropy               entropy of π(·|y_<t) in nats
     top_k_entropy         entropy of π's 20 likeliest tokens, renormalised, over ln 20; None unless `eaft` is in the run
@@ -40,15 +40,15 @@ def p_alpha_weights(log_probs: torch.Tensor, alpha: float = 1.0, **_) -> torch.T
 
 
 def psft_weights(
-    log_probs: torch.Tensor, reference_log_probs: torch.Tensor, epsilon_high: float = 0.28, **_
+    log_probs: torch.Tensor, old_log_probs: torch.Tensor, epsilon_high: float = 0.28, **_
 ) -> torch.Tensor:
     """
-    r_t if r_t <= 1 + ε_high else 0, with r_t = π(y_t)/π_ref(y_t): the gradient of Proximal SFT's min(r, clip(r, 1-ε, 1+ε_high))
+    r_t if r_t <= 1 + ε_high else 0, with r_t = π(y_t)/π_old(y_t): the gradient of Proximal SFT's min(r, clip(r, 1-ε, 1+ε_high))
     (arXiv 2508.17784), whose lower bound never binds since every advantage is 1.
 
-    Without a reference (an evaluation has no outer batch) r_t is 1.
+    Without π_old (an evaluation has no outer batch) r_t is 1.
     """
-    ratio = (log_probs.float() - reference_log_probs).exp()
+    ratio = (log_probs.float() - old_log_probs).exp()
     return torch.where(torch.isnan(ratio), 1.0, torch.where(ratio <= 1 + epsilon_high, ratio, 0.0))
 
 
@@ -129,7 +129,7 @@ TOKEN_WEIGHTS = {
     "iw": importance_weights,
     "iw_sequence": sequence_importance_weights,
     "psft": psft_weights,
-    "asft": dft_weights,  # plus β·KL(π_ref‖π), arXiv 2509.23753
+    "asft": dft_weights,  # plus β·KL(π_0‖π), arXiv 2509.23753
     "eaft": eaft_weights,
 }
 OBJECTIVES = tuple(TOKEN_WEIGHTS)

@@ -1,0 +1,292 @@
+"""The policy before training, however it is reached: scored before, adapter off, frozen copy, start of an outer batch."""
+
+import copy
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+from peft import LoraConfig, PromptTuningConfig
+from test_trainers import config, demonstrations, rewritten, train
+
+from trl_offpolicy import ImportanceWeightedSFTConfig, ImportanceWeightedSFTTrainer
+from trl_offpolicy.scoring import head_logits, lm_head, target_log_probs
+
+
+FAMILIES = {
+    "Qwen2": {"tie_word_embeddings": True},
+    "Llama": {},
+    "Gemma2": {"head_dim": 16, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 16},
+    "Cohere": {"logit_scale": 0.3},
+    "Granite": {"logits_scaling": 4.0},
+}
+
+
+def tiny(family, **kwargs):
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 48,
+    }
+    special = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0, "initializer_range": 0.3}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(vocab_size=100, **{**sizes, **special, **kwargs})
+    return getattr(transformers, f"{family}ForCausalLM")(config).eval()  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_head_scales_and_caps_like_the_model(family):
+    model, ids = tiny(family, **FAMILIES[family]), torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        ours = head_logits(lm_head(model), model.base_model(ids).last_hidden_state[0])
+        torch.testing.assert_close(ours, model(ids).logits[0], atol=1e-5, rtol=1e-5)
+
+
+def naive_log_probs(model, prompt, target, temperature=1.0):
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + target])).logits[0].double() / temperature
+    return [logits[len(prompt) + t - 1].log_softmax(-1)[y].item() for t, y in enumerate(target)]
+
+
+def test_target_log_probs_equal_a_forward_of_each_row():
+    model = tiny("Llama")
+    pairs = [([1, 2, 3], [4, 5]), ([9], [8, 7, 6, 5, 4]), ([3] * 40, [2] * 30), ([1, 2], [])]
+    temperatures = [1.0, 0.7, 1.3, 1.0]
+    for batch_tokens in (1, 10_000):
+        scored = target_log_probs(model, pairs, batch_tokens, temperatures, progress=False)
+        for x, (prompt, target), t in zip(scored, pairs, temperatures, strict=True):
+            assert x.tolist() == pytest.approx(naive_log_probs(model, prompt, target, t), abs=1e-5)
+    (unprompted,) = target_log_probs(model, [([], [4, 5])], progress=False)
+    assert math.isnan(unprompted[0]) and unprompted[1].item() == pytest.approx(
+        naive_log_probs(model, [4], [5])[0], abs=1e-5
+    )
+
+
+def sampled_elsewhere(tokenizer):
+    """Guided rows were drawn under another prompt than they train on, each row at its own temperature; the stored log-probs are wrong."""
+    data = rewritten(tokenizer).to_list()
+    for i, row in enumerate(data):
+        guided = row["source"] == "guided"
+        asked = [{"role": "user", "content": f"Reference {i}. {row['prompt'][0]['content']}"}]
+        row |= {"behavior_prompt": asked if guided else [], "temperature": 0.5 + 0.25 * i}
+    return Dataset.from_list(data)
+
+
+@pytest.mark.parametrize("adapter", [None, "lora", "prompt_tuning"])
+def test_behavior_log_probs_computed_again(tmp_path, tiny_model, tokenizer, adapter):
+    """Under the prompt and the temperature that were really used, by the model without its adapter."""
+    base, data = copy.deepcopy(tiny_model), sampled_elsewhere(tokenizer)
+    peft_config = {
+        None: None,
+        "lora": LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False),
+        "prompt_tuning": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    }[adapter]
+    args = config(
+        ImportanceWeightedSFTConfig,
+        tmp_path,
+        precompute_behavior_log_probs=True,
+        expert_weighting="base",
+        max_steps=1,
+    )
+    trainer = ImportanceWeightedSFTTrainer(
+        tiny_model,
+        args,
+        train_dataset=data,
+        eval_dataset=data,
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
+    for row in trainer.train_dataset:
+        target = [t for t in row["labels"] if t != -100]
+        behavior, reference = ([x for x in row[c] if x == x] for c in ("behavior_log_probs", "reference_log_probs"))
+        prompts = [
+            tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+            for p in (row["behavior_prompt"] or row["prompt"], row["prompt"])
+        ]
+        if row["source"] == "expert":
+            assert not behavior
+        else:
+            expected = naive_log_probs(base, prompts[0], target, row["temperature"])
+            assert behavior == pytest.approx(expected, abs=1e-5)
+        assert reference == pytest.approx(naive_log_probs(base, prompts[1], target), abs=1e-5)
+    again = trainer.evaluate(data)["eval_loss"]
+    assert again == pytest.approx(trainer.evaluate()["eval_loss"], abs=1e-6)
+    train(trainer)
+    if adapter is None:
+        with pytest.raises(ValueError, match="after training had begun"):
+            trainer.evaluate(data)
+    else:  # switched off, the adapter leaves the initial policy as it was
+        assert trainer.evaluate(data)["eval_loss"] != pytest.approx(again, abs=1e-6)
+
+
+def test_scores_are_cached(tmp_path, tiny_model, tokenizer, monkeypatch):
+    rewritten(tokenizer).save_to_disk(tmp_path / "data")
+    data = Dataset.load_from_disk(tmp_path / "data")
+    args = config(ImportanceWeightedSFTConfig, tmp_path, objective="psft", steps_per_outer_batch=0)
+    columns = []
+    for attempt in range(3):
+        if attempt == 1:  # the second time nothing is scored
+            monkeypatch.setattr("trl_offpolicy.initial_policy.target_log_probs", None)
+        if attempt == 2:
+            with torch.no_grad():
+                tiny_model.model.norm.weight.mul_(1.5)
+            with pytest.raises(TypeError):  # other weights: it has to be
+                ImportanceWeightedSFTTrainer(tiny_model, args, train_dataset=data, processing_class=tokenizer)
+            break
+        trainer = ImportanceWeightedSFTTrainer(
+            copy.deepcopy(tiny_model), args, train_dataset=data, processing_class=tokenizer
+        )
+        columns.append(trainer.train_dataset["reference_log_probs"][0])
+    assert torch.equal(*(torch.tensor(c).nan_to_num(-1e9) for c in columns))
+
+
+@pytest.mark.parametrize("layout", [{}, {"packing": True, "max_length": 64}])
+def test_asft_with_an_adapter_and_a_saved_head(tmp_path, tiny_model, tokenizer, layout):
+    """KL to the model without adapter, whose original head comes back, against full logits."""
+    tiny_model.config.tie_word_embeddings = False
+    tiny_model.lm_head.weight = torch.nn.Parameter(tiny_model.lm_head.weight.detach().clone())
+    base = copy.deepcopy(tiny_model)
+    args = config(
+        ImportanceWeightedSFTConfig, tmp_path, objective="asft", beta=0.5, per_device_train_batch_size=10, **layout
+    )
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+    trainer = ImportanceWeightedSFTTrainer(
+        tiny_model, args, train_dataset=demonstrations(), processing_class=tokenizer, peft_config=lora
+    )
+    torch.manual_seed(1)
+    head = trainer.model.get_output_embeddings()
+    with torch.no_grad():
+        head.weight.add_(0.05 * torch.randn_like(head.weight))
+    batches = list(trainer.get_train_dataloader())
+    loss = sum(trainer.compute_loss(trainer.model, dict(b), num_items_in_batch=torch.tensor(40.0)) for b in batches)
+    loss.backward()
+    gradients = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.model.zero_grad()
+
+    total = 0.0
+    for row in demonstrations():
+        ids = tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=True, return_dict=True)[
+            "input_ids"
+        ]
+        prompt = tokenizer.apply_chat_template(
+            row["prompt"], add_generation_prompt=True, tokenize=True, return_dict=True
+        )["input_ids"]
+        places, targets = slice(len(prompt) - 1, len(ids) - 1), ids[len(prompt) :]
+        log_p = trainer.model(torch.tensor([ids])).logits[0, places].log_softmax(-1)
+        with torch.no_grad():
+            log_p0 = base(torch.tensor([ids])).logits[0, places].log_softmax(-1)
+        log_pi = log_p[range(len(targets)), targets]
+        total = total - (log_pi.detach().exp() * log_pi).sum() / 40
+        total = total + 0.5 * (log_p0.exp() * (log_p0 - log_p)).sum() / 40
+    total.backward()
+    torch.testing.assert_close(loss, total, atol=1e-5, rtol=1e-5)
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-5, rtol=1e-4, msg=name)
+    assert trainer._metrics["train"]["reference_kl"][0] > 0
+
+
+def naive_psft(model, batches, outer, learning_rate, epsilon_high):
+    """The paper's loop with SGD: π_old at the start of each outer batch, -min(r, clip(r)) averaged over the tokens of a step."""
+
+    def log_probs(m, row):
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
+        log_pi = m(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+        return log_pi[labels[1:] != -100]
+
+    for step, rows in enumerate(batches):
+        if step % outer == 0:
+            old = copy.deepcopy(model)
+        losses = []
+        for row in rows:
+            ratio = (log_probs(model, row) - log_probs(old, row).detach()).exp()
+            losses.append(-torch.minimum(ratio, ratio.clamp(0.8, 1 + epsilon_high)))
+        model.zero_grad()
+        torch.cat(losses).mean().backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.sub_(learning_rate * p.grad)
+    return model
+
+
+def test_psft_takes_the_policy_at_the_start_of_each_outer_batch(tmp_path, tiny_model, tokenizer):
+    """Two epochs of five steps in outer batches of two (the last of an epoch is cut short), against the paper's loop."""
+    expected = copy.deepcopy(tiny_model)
+    args = config(
+        ImportanceWeightedSFTConfig, tmp_path, objective="psft", steps_per_outer_batch=2, epsilon_high=0.02, max_steps=10, optim="sgd",
+        learning_rate=0.3, lr_scheduler_type="constant", max_grad_norm=0.0, per_device_train_batch_size=1, gradient_accumulation_steps=2,
+        train_sampling_strategy="sequential",
+    )  # fmt: skip
+    trainer = ImportanceWeightedSFTTrainer(
+        tiny_model, args, train_dataset=demonstrations(), processing_class=tokenizer
+    )
+    _, history = train(trainer)
+    rows = list(trainer.train_dataset)
+    batches = [rows[i : i + 2] for i in range(0, 10, 2)]
+    for epoch in range(2):  # global steps 0-4 and 5-9: outer batches start at 0, 2, 4 | 5, 6, 8
+        if epoch == 0:
+            expected = naive_psft(expected, batches, 2, 0.3, 0.02)
+        else:
+            expected = naive_psft(expected, batches[:1], 1, 0.3, 0.02)
+            expected = naive_psft(expected, batches[1:], 2, 0.3, 0.02)
+    for p, q in zip(trainer.model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=5e-5, rtol=1e-4)  # ten steps of rounding
+    assert [e["clip_fraction"] > 0 for e in history] == [
+        False,
+        True,
+        False,
+        True,
+        False,
+        False,
+        False,
+        True,
+        False,
+        True,
+    ]
+
+
+def test_psft_resumes_at_the_start_of_an_outer_batch(tmp_path, tiny_model, tokenizer):
+    def trainer(model, name):
+        args = config(
+            ImportanceWeightedSFTConfig, tmp_path / name, objective="psft", steps_per_outer_batch=2, max_steps=6, save_strategy="steps",
+            save_steps=2, per_device_train_batch_size=2,
+        )  # fmt: skip
+        return ImportanceWeightedSFTTrainer(model, args, train_dataset=demonstrations(), processing_class=tokenizer)
+
+    whole, resumed = (trainer(copy.deepcopy(tiny_model), name) for name in ("whole", "resumed"))
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert all(torch.equal(p, q) for p, q in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
+
+
+def test_what_cannot_be_weighted_is_refused(tmp_path, tiny_model, tokenizer):
+    def trainer(data, **kwargs):
+        args = config(ImportanceWeightedSFTConfig, tmp_path, **kwargs)
+        return ImportanceWeightedSFTTrainer(tiny_model, args, train_dataset=data, processing_class=tokenizer)
+
+    with pytest.raises(ValueError, match="reference_log_probs must be computed before training, which a streaming"):
+        trainer(rewritten(tokenizer).to_iterable_dataset(), expert_weighting="base")
+    reshaped = rewritten(tokenizer).map(lambda _: {"top_p": 0.9})
+    with pytest.raises(ValueError, match="sampled at top_p=0.9"):
+        trainer(reshaped, precompute_behavior_log_probs=True)
+    greedy = sampled_elsewhere(tokenizer).map(lambda _: {"temperature": 0.0})
+    with pytest.raises(ValueError, match=r"sampled at temperature=0\.0"):
+        trainer(greedy, precompute_behavior_log_probs=True)
+
+    # What needs hardware or a vision model to reach, by the flag that it sets.
+    built = trainer(rewritten(tokenizer), objective="asft")
+    built._is_vision_dataset = True
+    with pytest.raises(ValueError, match=r"drop the columns \['behavior_log_probs', 'completion_ids', 'source'"):
+        built._refuse_what_has_no_weights()
+    built._is_vision_dataset = False
+    for state, message in (
+        ({"parallelism_config": SimpleNamespace(cp_enabled=True, sp_enabled=False)}, "cp_size=1"),
+        ({"state": SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3))}, "ZeRO stage 2 or FSDP2"),
+    ):
+        built.accelerator = SimpleNamespace(**{"state": SimpleNamespace(deepspeed_plugin=None), **state})
+        with pytest.raises(ValueError, match=message):
+            built._refuse_what_has_no_weights()
