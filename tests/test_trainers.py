@@ -317,7 +317,7 @@ def test_every_eval_set_logs_under_its_own_name(tmp_path, tiny_model, tokenizer)
 
 
 def test_metrics_per_source_equal_a_naive_count(tmp_path, tiny_model, tokenizer):
-    args = config(ImportanceWeightedSFTConfig, tmp_path, per_device_eval_batch_size=3, clip_max=0.02)
+    args = config(ImportanceWeightedSFTConfig, tmp_path, per_device_eval_batch_size=3, clip_max=0.001)
     trainer = ImportanceWeightedSFTTrainer(
         tiny_model,
         args,
@@ -335,7 +335,7 @@ def test_metrics_per_source_equal_a_naive_count(tmp_path, tiny_model, tokenizer)
                 lp = log_pi[t - 1, label].item()
                 entropy = -(log_pi[t - 1].exp() * log_pi[t - 1]).sum().item()
                 right = log_pi[t - 1].argmax().item() == label
-                w = 1.0 if mu != mu else min(math.exp(lp - mu), 0.02)
+                w = 1.0 if mu != mu else min(math.exp(lp - mu), 0.001)
                 values[row["source"]].append((-lp, w, lp - mu, entropy, right))
     for name, tokens in values.items():
         nll, w, log_ratio, entropy, right = zip(*tokens, strict=True)
@@ -343,7 +343,7 @@ def test_metrics_per_source_equal_a_naive_count(tmp_path, tiny_model, tokenizer)
             assert metrics[f"eval_{key}/{name}"] == pytest.approx(sum(values_of) / len(tokens), rel=1e-4), key
         assert metrics[f"eval_weight_min/{name}"] == pytest.approx(min(w), rel=1e-3)
         assert metrics[f"eval_weight_max/{name}"] == pytest.approx(max(w), rel=1e-3)
-        clipped = sum(r == r and math.exp(r) > 0.02 for r in log_ratio)
+        clipped = sum(r == r and math.exp(r) > 0.001 for r in log_ratio)
         assert metrics[f"eval_clip_fraction/{name}"] == pytest.approx(clipped / len(tokens), rel=1e-6)
         assert (clipped > 0) == (name != "expert")
         assert metrics[f"eval_weight/{name}"] == pytest.approx(sum(w) / len(w), rel=1e-3)
