@@ -11,6 +11,7 @@ training, or `old_log_probs`, computed at the start of each outer batch of `psft
 
 import copy
 import math
+from collections import Counter
 
 import torch
 from accelerate import PartialState
@@ -19,10 +20,11 @@ from transformers import TrainingArguments
 from trl import SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from . import hub
 from .data_collator import ROW_COLUMNS, SOURCE_IDS, TOKEN_COLUMNS, RewriteDataCollator, align_row
 from .importance_weighted_sft_config import ImportanceWeightedSFTConfig
 from .initial_policy import InitialPolicy, without_training
-from .losses import NO_LIMITS, TOKEN_WEIGHTS, diagnostic_means, weight_diagnostics
+from .losses import NO_LIMITS, OBJECTIVES, diagnostic_means, weight_diagnostics
 from .rows import encode_prompt
 from .scoring import causal_lm, hidden_states, kl_divergence, lm_head, top_k_entropy
 
@@ -78,11 +80,16 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         # What the initial policy is asked for before training.
         self._scored_columns = ["behavior_log_probs"] * args.precompute_behavior_log_probs
         self._scored_columns += ["reference_log_probs"] * reference
+        self.train_sources, self.num_train_rows = {}, 0  # for the model card
         self._outer: list = []  # what is left of psft's outer batch, and the epoch's iterator that it came from
         self._outer_source = None
-        if callable(self.objective):  # what is saved with a checkpoint must be plain data
+        if any(map(callable, self.objectives)):  # what is saved with a checkpoint must be plain data
             args = copy.copy(args)
-            args.objective = getattr(self.objective, "__name__", type(self.objective).__name__)
+            args.objective = (
+                {source: _name(o) for source, o in self.objective.items()}
+                if isinstance(self.objective, dict)
+                else _name(self.objective)
+            )
         super().__init__(model, args, data_collator, *other_args, **kwargs)
         if type(self.data_collator) is DataCollatorForLanguageModeling:
             self.data_collator = RewriteDataCollator.like(self.data_collator)
@@ -128,6 +135,9 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         columns = set(dataset.column_names or next(iter(dataset)))
+        if dataset_name == "train" and hasattr(dataset, "num_rows"):
+            self.train_sources = Counter(dataset["source"]) if "source" in columns else {}
+            self.num_train_rows = dataset.num_rows
         if "seq_lengths" in columns:
             return dataset  # packed already: TRL would pack it a second time and merge its documents
         if not columns & ROW_COLUMNS and not self._scored_columns:
@@ -342,11 +352,11 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         return weights, self.args.beta * own * kl
 
     def _token_weights(self, known: dict[str, torch.Tensor], source: torch.Tensor, limits: dict) -> torch.Tensor:
-        names = ("clip_min", "clip_max", "clip_mode", "expert_weighting", "alpha", "epsilon_high")
-        settings = {name: getattr(self.args, name) for name in names} | limits
-
         def weights_of(objective):
-            return objective(**known) if callable(objective) else TOKEN_WEIGHTS[objective](**known, **settings)
+            if callable(objective):
+                return objective(**known)
+            settings = {name: getattr(self.args, name) for name in OBJECTIVES[objective].settings}
+            return OBJECTIVES[objective].weights(**known, **{**settings, **limits})
 
         if not isinstance(self.objective, dict):
             return weights_of(self.objective)
@@ -368,6 +378,15 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         self._metrics[mode].clear()
         logs.update({timed.removesuffix("runtime") + key: value for key, value in metrics.items()})
         super().log(logs, start_time)
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        """Writes `output_dir/README.md`: base model, data by source, objective with its equation, hyper-parameters, results, versions."""
+        if self.is_world_process_zero():
+            hub.trained_model_card(self, model_name, dataset_name, tags).save(f"{self.args.output_dir}/README.md")
+
+
+def _name(objective) -> str:
+    return objective if isinstance(objective, str) else getattr(objective, "__name__", type(objective).__name__)
 
 
 def _cut(example: dict, columns: list[str], cut: slice) -> dict:

@@ -17,6 +17,9 @@ user's own:
 Weights are (B, T) float32 without gradient.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 
 
@@ -122,18 +125,30 @@ def _clipped(log_ratio, log_probs, clip_min, clip_max, clip_mode, expert_weighti
     return torch.where(torch.isnan(log_ratio), unknown, weights)
 
 
-TOKEN_WEIGHTS = {
-    "nll": nll_weights,
-    "dft": dft_weights,
-    "p_alpha": p_alpha_weights,
-    "iw": importance_weights,
-    "iw_sequence": sequence_importance_weights,
-    "psft": psft_weights,
-    "asft": dft_weights,  # plus β·KL(π_0‖π), arXiv 2509.23753
-    "eaft": eaft_weights,
-}
-OBJECTIVES = tuple(TOKEN_WEIGHTS)
+class Objective(NamedTuple):
+    """The function that weights tokens, what it computes, the paper (arXiv id), and the config fields it takes."""
 
+    weights: Callable[..., torch.Tensor]
+    equation: str
+    paper: str | None = None
+    settings: tuple[str, ...] = ()
+
+
+_CLIPPING = ("clip_min", "clip_max", "clip_mode", "expert_weighting")
+OBJECTIVES = {
+    "nll": Objective(nll_weights, "1"),
+    "dft": Objective(dft_weights, "π(y_t)", "2508.05629"),
+    "p_alpha": Objective(p_alpha_weights, "π(y_t)^alpha", "2510.00526", ("alpha",)),
+    "iw": Objective(importance_weights, "π(y_t)/μ(y_t) within [clip_min, clip_max]", "2509.15157", _CLIPPING),
+    "iw_sequence": Objective(
+        sequence_importance_weights, "exp(mean_t log π/μ) within [clip_min, clip_max]", "2507.12856", _CLIPPING
+    ),
+    "psft": Objective(
+        psft_weights, "π/π_old(y_t), 0 above 1 + epsilon_high", "2508.17784", ("epsilon_high", "steps_per_outer_batch")
+    ),
+    "asft": Objective(dft_weights, "π(y_t), and beta·KL(π_0‖π) is added to the loss", "2509.23753", ("beta",)),
+    "eaft": Objective(eaft_weights, "(entropy of the 20 likeliest tokens / ln 20)^alpha", "2601.02151", ("alpha",)),
+}
 NO_LIMITS = {"clip_min": None, "clip_max": None, "epsilon_high": float("inf")}  # with these no weight is clipped
 
 
