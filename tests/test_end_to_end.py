@@ -65,6 +65,23 @@ def test_train_script_on_a_rewritten_dataset(tmp_path):
     assert "'ess'" in result.stdout and (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.parametrize("name", ["fsdp2", "zero2", "zero3"])
+def test_accelerate_configs_load(name):
+    """As `accelerate launch --config_file` reads them, and every key is one that it knows."""
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    path = str(ROOT / "examples" / "accelerate" / f"{name}.yaml")
+    assert load_config_from_file(path).num_processes == 8
+    parser = launch_command_parser()
+    args, loaded, _ = _validate_launch_command(parser.parse_args(["--config_file", path, "examples/train.py"]))
+    assert (args.use_fsdp, args.use_deepspeed) == (
+        name == "fsdp2",
+        name != "fsdp2",
+    ) and loaded.mixed_precision == "bf16"
+    assert args.zero_stage == {"zero2": 2, "zero3": 3}.get(name, args.zero_stage)
+
+
 def test_import_is_lazy_and_help_needs_no_torch():
     code = "import sys, trl_offpolicy.cli as c; c.main(['--help']); assert not {'torch', 'trl', 'datasets'} & set(sys.modules)"
     result = run("-c", code)

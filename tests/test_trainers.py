@@ -4,6 +4,7 @@ import copy
 import math
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -429,14 +430,24 @@ LAYERS = {
     ),
     "Llama": ({}, dict),
     "Gemma2": ({}, dict),
+    "Llama_in_4_bit": ({}, lambda: {"peft_config": LoraConfig(r=4, target_modules="all-linear")}),
 }
 
 
 def in_family(family, tiny_model):
-    """The tiny model, or one of the same size of another family."""
+    """The tiny model, or one of the same size of another family, or that in bitsandbytes' NF4 (QLoRA)."""
+    import transformers
+
+    if family.endswith("_in_4_bit"):
+        model = in_family(family.split("_")[0], tiny_model)
+        quantization = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        )
+        with tempfile.TemporaryDirectory() as saved:
+            model.save_pretrained(saved)
+            return type(model).from_pretrained(saved, quantization_config=quantization)
     if family not in ("Llama", "Gemma2"):
         return copy.deepcopy(tiny_model)
-    import transformers
 
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "eos_token_id", "pad_token_id", "bos_token_id", "initializer_range")  # fmt: skip
     own = {"final_logit_softcapping": 5.0, "head_dim": 16} if family == "Gemma2" else {}
@@ -534,13 +545,47 @@ args = t.config(
 )
 trainer = t.ImportanceWeightedSFTTrainer(model, args, train_dataset=t.rewritten(tokenizer, 16), processing_class=tokenizer)
 trainer.train()
+if {processes} == 2:
+    t.compare_sharded_gradients(tokenizer, {model!r}, {out!r})
 if trainer.accelerator.is_main_process:
     torch.save((trainer.accelerator.num_processes, trainer.state.log_history, model.state_dict()), {out!r} + ".pt")
 """
 
 
+def compare_sharded_gradients(tokenizer, model_name, out):
+    """FSDP2's `fully_shard` over the processes: loss and gradients of what the trainer computes, initial policy included, stay the same."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_name)
+    objective = {"self": "iw", "guided": "asft", "expert": "eaft"}
+    args = config(ImportanceWeightedSFTConfig, out, objective=objective, per_device_train_batch_size=8)
+    trainer = ImportanceWeightedSFTTrainer(model, args, train_dataset=rewritten(tokenizer), processing_class=tokenizer)
+    batch = next(iter(trainer.get_train_dataloader()))  # all rows, in every process
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.sin(torch.arange(p.numel()).view(p.shape).float()))
+
+    def gradients():
+        model.zero_grad()
+        loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=torch.tensor(50.0))
+        loss.backward()
+        return loss, [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in model.parameters()]
+
+    expected = gradients()
+    mesh = init_device_mesh("cpu", (2,))
+    for whole in (model, trainer.accelerator.unwrap_model(trainer.initial_policy.frozen)):
+        for layer in whole.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(whole, mesh=mesh)
+    assert isinstance(next(model.parameters()), DTensor)
+    torch.testing.assert_close(gradients(), expected, atol=1e-6, rtol=1e-5)
+
+
 def test_two_processes_equal_one(tmp_path, tiny_model, tokenizer):
-    """torchrun with two CPU processes (gloo): the same updates and the same logged diagnostics as one process."""
+    """torchrun with two CPU processes (gloo): the same updates and the same logged diagnostics as one process; FSDP2 on top."""
     tiny_model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     results = []
@@ -548,7 +593,11 @@ def test_two_processes_equal_one(tmp_path, tiny_model, tokenizer):
         script, out = tmp_path / f"run{processes}.py", tmp_path / f"out{processes}"
         script.write_text(
             TWO_PROCESSES.format(
-                tests=str(Path(__file__).parent), model=str(tmp_path / "model"), out=str(out), batch=batch
+                tests=str(Path(__file__).parent),
+                model=str(tmp_path / "model"),
+                out=str(out),
+                batch=batch,
+                processes=processes,
             )
         )
         command = [
