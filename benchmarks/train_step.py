@@ -2,8 +2,9 @@
 
     python benchmarks/train_step.py [--vocab_sizes 32000 152000] [--rounds 7]
 
-Every line is a process of its own: both trainers step on the same rows in turn, order alternating, and the medians are
-compared. Memory is how far the peak of the resident set rises above what is held before the first step, measured with one
+Every line is a process of its own: both trainers step on the same rows in turn, order alternating, and the median of the
+rounds' ratios is printed. Time is the processor time of the one thread on a CPU (others may be using the machine), wall time
+on a GPU. Memory is how far the peak of the resident set rises above what is held before the first step, measured with one
 trainer in the process (CPU; on a GPU it is `torch.cuda.max_memory_allocated`).
 """
 
@@ -112,16 +113,19 @@ def child(job: dict) -> None:
                 step()
             result = peak_bytes() - before
         else:
+            clock = time.perf_counter if torch.cuda.is_available() else time.process_time
             steps = {ours: make_trainer(ours, *kind)[1] for ours in (True, False)}
             times = {True: [], False: []}
             for round_number in range(job["rounds"] + 1):
                 for ours in sorted(steps, reverse=bool(round_number % 2)):
-                    began = time.perf_counter()
+                    began = clock()
                     steps[ours]()
                     if torch.cuda.is_available():
                         torch.cuda.synchronize()
-                    times[ours].append(time.perf_counter() - began)
-            result = [statistics.median(times[ours][1:]) for ours in (True, False)]
+                    times[ours].append(clock() - began)
+            mine, trl = times[True][1:], times[False][1:]
+            ratios = [a / b for a, b in zip(mine, trl, strict=True)]
+            result = [statistics.median(x) for x in (mine, trl, ratios)]
     print(json.dumps(result))
 
 
@@ -150,11 +154,11 @@ def main():
         for layout in LAYOUTS:
             for objective, theirs in PAIRS.items():
                 kind = {"objective": objective, "vocab_size": vocab_size, "layout": layout}
-                mine, trl = measure(what="time", rounds=args.rounds, **kind)
+                mine, trl, ratio_of_times = measure(what="time", rounds=args.rounds, **kind)
                 memory = [measure(what="memory", ours=ours, **kind) for ours in (True, False)]
                 ratio = memory[0] / memory[1] if memory[1] else float("nan")
                 print(
-                    f"{vocab_size:10d}  {layout:8s}{objective:5s}{theirs:5s}{1000 * mine:9.1f}{1000 * trl:9.1f}{mine / trl:7.3f}x{ratio:8.3f}x",
+                    f"{vocab_size:10d}  {layout:8s}{objective:5s}{theirs:5s}{1000 * mine:9.1f}{1000 * trl:9.1f}{ratio_of_times:7.3f}x{ratio:8.3f}x",
                     flush=True,
                 )
 
