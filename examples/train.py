@@ -19,6 +19,11 @@ LoRA with the DFT objective:
     accelerate launch examples/train.py --model_name_or_path Qwen/Qwen2.5-Math-1.5B --dataset_name runs/gsm8k/dataset \
         --objective dft --use_peft --lora_r 32 --lora_alpha 16 --learning_rate 2e-4 --output_dir runs/gsm8k-dft-lora
 
+QLoRA (`pip install trl-offpolicy[qlora]`), anchored to the model without its adapter:
+
+    accelerate launch examples/train.py --model_name_or_path Qwen/Qwen2.5-Math-1.5B --dataset_name runs/gsm8k/dataset \
+        --objective asft --beta 0.1 --use_peft --load_in_4bit --learning_rate 2e-4 --output_dir runs/gsm8k-asft-qlora
+
 On a machine without a GPU, add `--use_cpu --bf16 False`. `--config file.yaml` takes the same keys.
 """
 

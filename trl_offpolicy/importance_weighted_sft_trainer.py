@@ -136,7 +136,10 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         columns = set(dataset.column_names or next(iter(dataset)))
         if dataset_name == "train" and hasattr(dataset, "num_rows"):
-            self.train_sources = Counter(dataset["source"]) if "source" in columns else {}
+            sources = Counter(dataset["source"]) if "source" in columns else {}
+            self.train_sources = (
+                sources if SOURCE_IDS.keys() >= sources.keys() else {}
+            )  # else a column of the user's own
             self.num_train_rows = dataset.num_rows
         if "seq_lengths" in columns:
             return dataset  # packed already: TRL would pack it a second time and merge its documents
@@ -249,15 +252,14 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
-        columns = {
-            name: inputs.pop(name)[:, 1:] for name in TOKEN_COLUMNS if name in inputs
-        }  # (B, T-1): of the targets
+        # (B, T-1): of the targets
+        columns = {name: inputs.pop(name)[:, 1:] for name in TOKEN_COLUMNS if name in inputs}
         if "seq_idx" in inputs:  # padding-free: one row holds several examples
             columns["segment_ids"] = inputs["seq_idx"][:, 1:]
 
         def weighted(**model_inputs):
             if not model_inputs.get("fused_lm_head"):
-                if "weight" in columns and self.objective == "nll":
+                if "weight" in columns and (columns["weight"] != 1).any():
                     raise ValueError(
                         "A column `weight` has no effect on label smoothing or a loss of your own. Drop one of them."
                     )
