@@ -423,6 +423,7 @@ LAYERS = {
     "bf16": ({"bf16": True}, dict),
     "two_workers": ({"dataset_num_proc": 2}, dict),
     "text": ({}, lambda: {"train_dataset": text_rows()}),
+    "streaming": ({}, lambda: {"train_dataset": demonstrations().to_iterable_dataset()}),
     "assistant_only": ({"assistant_only_loss": True}, lambda: {"train_dataset": chats()}),
     "assistant_only_packed": (
         {"assistant_only_loss": True, "packing": True, "max_length": 96},
@@ -471,6 +472,28 @@ def test_same_updates_as_trl_with(tmp_path, tiny_model, tokenizer, case):
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), atol=1e-6, rtol=1e-6)
     for p, q in zip(*(t.model.parameters() for t in trainers), strict=True):
         torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-6)
+
+
+def test_same_evaluation_as_trl(tmp_path, tiny_model, tokenizer):
+    """Several eval sets, a metric computed from logits, and rows as they come: the numbers that TRL's trainer gives."""
+    sets = {"a": demonstrations(6), "b": text_rows()}
+
+    def compute_metrics(predictions):
+        return {"logits": float(predictions.predictions.mean()), "labels": int((predictions.label_ids != -100).sum())}
+
+    results = []
+    for cls, conf, kwargs in ((DFTTrainer, DFTConfig, {}), (SFTTrainer, SFTConfig, {"loss_type": "dft"})):
+        trainer = cls(
+            copy.deepcopy(tiny_model),
+            config(conf, tmp_path, per_device_eval_batch_size=3, **kwargs),
+            train_dataset=demonstrations(),
+            eval_dataset=sets,
+            processing_class=tokenizer,
+            compute_metrics=compute_metrics,
+        )
+        metrics = {**trainer.evaluate(), **trainer.evaluate(demonstrations(4), metric_key_prefix="eval_raw")}
+        results.append({k: v for k, v in metrics.items() if k.endswith(("_loss", "_logits", "_labels"))})
+    assert len(results[1]) == 9 and results[0] == pytest.approx(results[1], rel=1e-6)
 
 
 def test_same_updates_as_trl_on_a_mixture_of_experts(tmp_path, tokenizer):
