@@ -15,6 +15,7 @@ from trl_offpolicy.rows import (
     find_format,
     last_boxed,
     load_rows,
+    number_copies,
     output_features,
     read_rows,
 )
@@ -98,8 +99,12 @@ def test_row_without_problem_is_named():
 
 def test_duplicates_get_ids_of_their_own():
     row = {"prompt": USER, "completion": ASSISTANT}
-    ids = [p.id for p in read_rows([row, row, row])]
-    assert ids == [ids[0], f"{ids[0]}-2", f"{ids[0]}-3"]
+    other = {"prompt": USER, "completion": ASSISTANT, "answer": "other"}
+    rows = [row, other, row, row, other]
+    first, second = [p.id for p in read_rows(rows[:2])]
+    copies = number_copies([int(p.id, 16) for p in read_rows(rows)])
+    ids = [p.id for p in read_rows(rows, copies=copies)]
+    assert ids == [first, second, f"{first}-2", f"{first}-3", f"{second}-2"] and len(number_copies([])) == 0
 
 
 def test_nothing_of_the_input_is_lost():

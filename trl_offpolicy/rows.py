@@ -11,9 +11,11 @@ An output row, ready for `SFTTrainer` (`completion_ids` and `behavior_log_probs`
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import lru_cache
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +119,11 @@ def carried_columns(columns: Iterable[str]) -> dict[str, str]:
     return {c: f"input_{c}" if c in _TAKEN else c for c in columns if c not in same}
 
 
+@lru_cache(16)  # the same for every row of a dataset
+def _layout(columns: tuple[str, ...]) -> tuple[str, str, dict[str, str]]:
+    return *find_format(columns), carried_columns(columns)
+
+
 def _messages(value, role: str, what: str) -> list[dict[str, str]]:
     if isinstance(value, str):
         return [{"role": role, "content": value}] if value.strip() else []
@@ -136,7 +143,7 @@ def read_row(row: dict, index: int, answer_column: str, solve_prompt: str) -> Pr
 
     Raises `ValueError` with the row's number when it has no problem or no demonstration: such a row has no fallback.
     """
-    prompt_column, demonstration_column = find_format(row)
+    prompt_column, demonstration_column, carried = _layout(tuple(row))
     if prompt_column == "messages":
         *prompt, last = _messages(row["messages"], "user", f"Row {index}: `messages`") or [{"role": "", "content": ""}]
         demonstration = last["content"] if last["role"] == "assistant" else ""
@@ -162,21 +169,34 @@ def read_row(row: dict, index: int, answer_column: str, solve_prompt: str) -> Pr
     row_id = content_id(prompt, answer)
     if prompt_column in ("problem", "question"):
         prompt = [{"role": "user", "content": fill(solve_prompt, problem=user_turns[-1])}]
-    extra = {new: row[old] for old, new in carried_columns(row).items()}
+    extra = {new: row[old] for old, new in carried.items()}
     return Problem(row_id, prompt, user_turns[-1], demonstration, answer, extra)
 
 
 def read_rows(
-    rows: Iterable[dict], answer_column: str = "answer", solve_prompt: str = "{problem}"
+    rows: Iterable[dict],
+    answer_column: str = "answer",
+    solve_prompt: str = "{problem}",
+    copies: Iterable[int] | None = None,
 ) -> Iterator[Problem]:
-    """Every row as a `Problem` with an id of its own: the second row with the same problem and answer is `<id>-2`, and so on."""
-    count: dict[str, int] = {}
-    for index, row in enumerate(rows):
+    """Every row as a `Problem`; with the `copies` that [`number_copies`] counts, each has an id of its own."""
+    for index, (row, copy) in enumerate(zip(rows, repeat(1) if copies is None else copies, strict=copies is not None)):
         problem = read_row(row, index, answer_column, solve_prompt)
-        count[problem.id] = seen = count.get(problem.id, 0) + 1
-        if seen > 1:
-            problem = replace(problem, id=f"{problem.id}-{seen}")
-        yield problem
+        yield problem if copy == 1 else replace(problem, id=f"{problem.id}-{copy}")
+
+
+def number_copies(ids: Sequence[int]):
+    """For each content id (as a number), the how-manieth row with it this is: 1, and 2 for the second row with the same problem
+    and answer, whose id becomes `<id>-2`. An array of uint32, 4 bytes a row."""
+    import numpy as np
+
+    ids = np.asarray(ids, dtype=np.uint64)
+    order = ids.argsort(kind="stable")
+    place = np.arange(len(ids))
+    is_first = np.append(True, ids[order][1:] != ids[order][:-1])[: len(ids)]
+    copies = np.empty(len(ids), dtype=np.uint32)
+    copies[order] = place - np.maximum.accumulate(np.where(is_first, place, 0)) + 1
+    return copies
 
 
 def encode_prompt(processing_class, prompt: list[dict[str, str]] | str, chat_template: str | None = None) -> list[int]:
