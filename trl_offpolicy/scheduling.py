@@ -8,7 +8,7 @@ the order in which attempts finish; keeping the first *finished* one instead wou
 
 import random
 import struct
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -91,7 +91,7 @@ class Scheduler:
         self._fresh, self._known = enumerate(problems), known
         self._all_needed = args.selection != "first"
         self._ready: deque[Progress] = deque()
-        self._open: dict[int, Progress] = {}
+        self._open: OrderedDict[int, Progress] = OrderedDict()
         self._sources = [*args.stages, str(Source.EXPERT)]
         types = [("source", "u1"), ("offset", "i8"), ("num_sampled", "u2"), ("num_correct", "u2")]
         self._outcomes = np.zeros(total, types)  # 13 bytes a row
@@ -115,9 +115,10 @@ class Scheduler:
             progress.queued = False
         else:
             narrow = (p for p in self._open.values() if len(p.in_flight) < self.args.max_concurrent_attempts)
-            progress = min((p for p in narrow if self._wanted(p)), key=lambda p: len(p.in_flight), default=None)
+            progress = next((p for p in narrow if self._wanted(p)), None)
             if progress is None:
                 return None
+            self._open.move_to_end(progress.row)  # a second attempt for every problem before a third for any
         attempt, *more = self._wanted(progress)
         progress.in_flight.add(attempt)
         progress.sampled = True
