@@ -9,6 +9,7 @@ Needs some 3 GB of disk.
 """
 
 import argparse
+import contextlib
 import json
 import shutil
 import subprocess
@@ -36,7 +37,7 @@ class Stopwatch(ScriptedSampler):
         self.stop, self.first = stop, None
 
     def submit(self, request):
-        self.first = self.first or time.monotonic()
+        self.first = self.first or (time.monotonic(), time.process_time())
         if self.stop:
             raise KeyboardInterrupt
         super().submit(request)
@@ -61,15 +62,14 @@ def phase(name: str, num_rows: int, output_dir: Path) -> None:
                 peak = max(peak, anonymous_mib())
 
     threading.Thread(target=watch, daemon=True).start()
-    began = time.monotonic()
-    try:
+    began, cpu = time.monotonic(), time.process_time()
+    with contextlib.suppress(KeyboardInterrupt):
         rewriter.rewrite(dataset)
-    except KeyboardInterrupt:
-        pass
     done.set()
     result = {
         "seconds": time.monotonic() - began,
-        "first": sampler.first - began,
+        "first": sampler.first[0] - began,
+        "cpu": sampler.first[1] - cpu,
         "peak": peak - before,
         **rewriter.metrics,
     }
@@ -102,7 +102,9 @@ def main():
     print(f"{args.rows:,} rows, {whole['sampling']['sampled']:,} attempts: {whole['seconds']:.0f} s")
     for name, result in (("memory", whole), ("memory of a resume, until it samples", resume)):
         print(f"{name}: {result['peak']:.0f} MiB, {result['peak'] * 2**20 / args.rows:.0f} bytes a row")
-    print(f"a resume with {attempts:,} attempts in the journal samples after {resume['first']:.1f} s")
+    print(
+        f"a resume with {attempts:,} attempts in the journal samples after {resume['first']:.1f} s ({resume['cpu']:.1f} s of CPU)"
+    )
     print(f"journal: {size / attempts:.0f} bytes an attempt (of some three tokens and thirty characters)")
 
 

@@ -1,5 +1,6 @@
 """Every input format is read, every bad row is named, ids depend on content only."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -95,6 +96,13 @@ def test_row_without_problem_is_named():
         list(read_rows([{"problem": " ", "solution": "\\boxed{1}"}]))
     with pytest.raises(ValueError, match="Row 0 has no demonstration"):
         list(read_rows([{"messages": USER}]))
+
+
+def test_content_id_is_the_hash_of_the_plain_json():
+    prompt = [{"role": "system", "content": 'a "b"\\\n\ud800'}, {"role": "user", "content": "ü€ 2+2?"}]
+    for turns, answer in ((prompt, "4"), (prompt[1:], None), ([], "\\frac{1}{2}")):
+        content = json.dumps([[[m["role"], m["content"]] for m in turns], answer or ""]).encode()
+        assert content_id(turns, answer) == hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def test_duplicates_get_ids_of_their_own():

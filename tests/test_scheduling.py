@@ -15,7 +15,7 @@ from scripted import ScriptedSampler, rows
 from test_rewriter import config, naive, rewrite
 
 from trl_offpolicy.journal import Journal
-from trl_offpolicy.rows import read_rows
+from trl_offpolicy.rows import Verdict, read_rows
 from trl_offpolicy.run_log import status
 from trl_offpolicy.sampling import Completion, attempt_seed
 from trl_offpolicy.scheduling import KnownAttempts
@@ -267,7 +267,7 @@ def test_known_attempts_equal_the_journal(tmp_path):
         row_id = f"{rng.choice([1, 2**63, 2**64 - 1]):016x}" + rng.choice(["", "-2", "-13"])
         stage, attempt = rng.choice(["self", "guided"]), rng.randrange(40)
         entry = {
-            "id": row_id, "stage": stage, "attempt": attempt, "verdict": rng.choice(["correct", "wrong", "timeout"]),
+            "id": row_id, "stage": stage, "attempt": attempt, "verdict": rng.choice(list(Verdict)),
             "finish_reason": rng.choice(["stop", "length", "error"]), "num_tokens": rng.randrange(100_000),
             "log_prob": rng.choice([-0.25, -1e-6]), "reason": 'a "reason": {', "text": "x",
         }  # fmt: skip

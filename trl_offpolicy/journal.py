@@ -73,7 +73,8 @@ class Journal:
                 whole = end < 0 or not line.endswith(b"}\n")  # a damaged line is parsed in full, to say what is wrong
                 yield offset, _parse(self.path, line if whole else line[:end] + b"}", number)
                 offset += len(line)
-                bar.update(len(line))
+                if number % 4096 == 0:
+                    bar.update(offset - bar.n)
 
     def read(self, offset: int) -> dict:
         """The entry that `append` or `entries` gave this offset for."""

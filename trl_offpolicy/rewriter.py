@@ -105,10 +105,7 @@ class DataRewriter:
             files = [shard.file(self.output_dir, "metrics.json") for shard in self.shard.siblings()]
             total = _sum([json.loads(file.read_text()) for file in files])
             (self.output_dir / "metrics.json").write_text(json.dumps(total, indent=1) + "\n")
-        from datasets import load_dataset
-
-        directory = self.output_dir / ("dataset.partial" if self.missing_shards else "dataset")
-        return load_dataset("parquet", data_files=str(directory / self.shard.parquet), split="train")
+        return self._load(self.output_dir / ("dataset.partial" if self.missing_shards else "dataset"))
 
     # ---- set-up ----
 
@@ -355,6 +352,15 @@ class DataRewriter:
                 rows = [self._row(problem, scheduler.outcome(i), journal) for i, problem in chunk]
                 writer.write_table(Dataset.from_list(rows, features=features).data.table)
         return file
+
+    def _load(self, directory: Path):
+        import pyarrow.parquet as pq
+        from datasets import Dataset, load_dataset
+
+        file = directory / self.shard.parquet
+        if pq.read_metadata(file).num_rows == 0:  # more shards than rows; `load_dataset` refuses a file without any
+            return Dataset(pq.read_table(file))
+        return load_dataset("parquet", data_files=str(file), split="train")
 
     @property
     def _plain(self) -> bool:

@@ -233,13 +233,15 @@ class KnownAttempts:
     _FINISH_REASONS = ["stop", "length", "error"]
 
     def __init__(self, entries: Iterator[tuple[int, dict]], stages: list[str]):
-        self._stages, packed = stages, bytearray()
-        for offset, entry in entries:
-            log_prob = entry["log_prob"]
+        self._stages, packed, nan = stages, bytearray(), float("nan")
+        stage, verdict, finish_reason = (
+            {name: i for i, name in enumerate(names)} for names in (stages, self._VERDICTS, self._FINISH_REASONS)
+        )
+        for offset, e in entries:
+            log_prob = nan if e["log_prob"] is None else e["log_prob"]
             packed += self._RECORD.pack(
-                *_split(entry["id"]), stages.index(entry["stage"]), entry["attempt"], self._VERDICTS.index(entry["verdict"]),
-                self._FINISH_REASONS.index(entry["finish_reason"]), entry["num_tokens"],
-                float("nan") if log_prob is None else log_prob, offset,
+                *_split(e["id"]), stage[e["stage"]], e["attempt"], verdict[e["verdict"]], finish_reason[e["finish_reason"]],
+                e["num_tokens"], log_prob, offset,
             )  # fmt: skip
         table = np.frombuffer(packed, self._TYPES)
         self._table = table[np.argsort(table["id"], kind="stable")]
