@@ -98,7 +98,8 @@ def test_an_engine_that_invents_a_completion_is_an_error(tmp_path):
         rewrite(tmp_path, rows(5), sampler=Twice())
 
 
-def test_errors_end_a_stage_whatever_is_in_flight(tmp_path):
+@pytest.mark.parametrize("selection", ["first", "random"])
+def test_errors_end_a_stage_whatever_is_in_flight(tmp_path, selection):
     """Attempt 1 of the first stage cannot be drawn: 0 counts, and nothing after it does."""
 
     class Broken(ScriptedSampler):
@@ -106,10 +107,14 @@ def test_errors_end_a_stage_whatever_is_in_flight(tmp_path):
             whole = super().completion(request)
             return Completion(request.id, "", [], [], "error", "no") if request.id.endswith("self/1") else whole
 
-    runs = [rewrite(tmp_path / str(capacity), rows(40), sampler=Broken(capacity=capacity)) for capacity in (1, 7, 500)]
-    assert runs[0][0].to_list() == runs[1][0].to_list() == runs[2][0].to_list()
-    assert runs[0][1]["verdicts"] == runs[2][1]["verdicts"] and runs[0][1]["verdicts"]["error"] > 0
-    assert all(n == 1 for n, s in zip(runs[2][0]["num_sampled"], runs[2][0]["source"], strict=True) if s == "self")
+    runs = [
+        rewrite(tmp_path / str(capacity), rows(40), sampler=Broken(capacity=capacity), selection=selection)
+        for capacity in (1, 2, 3, 7, 500)
+    ]
+    for rewritten, metrics in runs[1:]:
+        assert rewritten.to_list() == runs[0][0].to_list() and metrics["verdicts"] == runs[0][1]["verdicts"]
+    assert metrics["verdicts"]["error"] > 0
+    assert all(n == 1 for n, s in zip(rewritten["num_sampled"], rewritten["source"], strict=True) if s == "self")
 
 
 CHILD = """
@@ -333,7 +338,7 @@ def test_status_line_counts_what_happened(tmp_path):
 
 
 def test_eta_and_rate_leave_out_what_the_journal_knew():
-    counts = Counter(self=60, expert=20, rows_from_journal=40, drawn_tokens=500, sampled=100, tokens=3000, fixed_k=320)
+    counts = Counter(self=60, expert=20, rows_not_sampled=40, drawn_tokens=500, sampled=100, tokens=3000, fixed_k=320)
     line = status(counts, total=200, seconds=10.0, sampling=3, verifying=2)
     assert line["eta_seconds"] == 30.0 and line["tokens_per_second"] == 50.0  # 40 rows in 10 s, 120 to go
     assert line["tokens_saved"] == 320 * 30 - 3000 and (line["sampling"], line["verifying"]) == (3, 2)
