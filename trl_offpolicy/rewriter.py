@@ -103,8 +103,9 @@ class DataRewriter:
         self.missing_shards = publish(file, self.output_dir, self.shard, run)
         if self.shard.count > 1 and not self.missing_shards:
             files = [shard.file(self.output_dir, "metrics.json") for shard in self.shard.siblings()]
-            total = _sum([json.loads(file.read_text()) for file in files])
-            (self.output_dir / "metrics.json").write_text(json.dumps(total, indent=1) + "\n")
+            if all(file.exists() for file in files):
+                total = _sum([json.loads(file.read_text()) for file in files])
+                (self.output_dir / "metrics.json").write_text(json.dumps(total, indent=1) + "\n")
         return self._load(self.output_dir / ("dataset.partial" if self.missing_shards else "dataset"))
 
     # ---- set-up ----
