@@ -330,6 +330,7 @@ def test_status_line_counts_what_happened(tmp_path):
         mine = [e for (_, s), es in needed.items() if s == stage for e in es]
         accepted = sum(e["verdict"] == "correct" for e in mine)
         assert line[f"acceptance/{stage}"] == pytest.approx(accepted / len(mine), abs=1e-4)
+    assert {k for k in line if "/" in k} == {"acceptance/self", "acceptance/guided"}
     mine = [e for es in needed.values() for e in es]
     assert line["truncated"] == sum(e["finish_reason"] == "length" for e in mine)
     fixed_k = 4 * len(needed) * sum(e["num_tokens"] for e in mine) / len(mine)
@@ -338,7 +339,7 @@ def test_status_line_counts_what_happened(tmp_path):
 
 
 def test_eta_and_rate_leave_out_what_the_journal_knew():
-    counts = Counter(self=60, expert=20, rows_not_sampled=40, drawn_tokens=500, sampled=100, tokens=3000, fixed_k=320)
+    counts = Counter(self=60, expert=20, undrawn_rows=40, drawn_tokens=500, sampled=100, tokens=3000, fixed_k=320)
     line = status(counts, total=200, seconds=10.0, sampling=3, verifying=2)
     assert line["eta_seconds"] == 30.0 and line["tokens_per_second"] == 50.0  # 40 rows in 10 s, 120 to go
     assert line["tokens_saved"] == 320 * 30 - 3000 and (line["sampling"], line["verifying"]) == (3, 2)

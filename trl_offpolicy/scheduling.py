@@ -213,7 +213,7 @@ class Scheduler:
     def _settle(self, progress: Progress, outcome: Outcome) -> None:
         progress.stage = len(self.args.stages)
         self._outcomes[progress.row] = (self._sources.index(outcome.source), *outcome[1:])
-        self.counts.update({str(outcome.source): 1, "rows_not_sampled": not progress.sampled})
+        self.counts.update({str(outcome.source): 1, "undrawn_rows": not progress.sampled})
         del self._open[progress.row]
 
 
