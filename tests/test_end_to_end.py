@@ -99,9 +99,9 @@ def test_no_function_is_long_and_modules_look_upwards_only():
     import ast
 
     order = [
-        "prompts", "rows", "sampling", "verification", "journal", "rewrite_config", "rewriter", "data_collator", "losses", "hub",
-        "importance_weighted_sft_config", "scoring", "initial_policy", "importance_weighted_sft_trainer", "dft_trainer", "policy_gap",
-        "evaluation", "cli",
+        "prompts", "rows", "sampling", "verification", "journal", "shards", "rewrite_config", "scheduling", "run_log", "rewriter",
+        "data_collator", "losses", "hub", "importance_weighted_sft_config", "scoring", "initial_policy", "importance_weighted_sft_trainer",
+        "dft_trainer", "policy_gap", "evaluation", "cli",
     ]  # fmt: skip
     for path in (ROOT / "trl_offpolicy").rglob("*.py"):
         tree = ast.parse(path.read_text())
@@ -119,6 +119,7 @@ def test_documented_commands_parse(tmp_path):
     import re
     import shlex
 
+    from rewrite_ray import RayArguments
     from trl import ModelConfig, ScriptArguments, TrlParser
 
     from trl_offpolicy import ImportanceWeightedSFTConfig, RewriteConfig
@@ -127,9 +128,12 @@ def test_documented_commands_parse(tmp_path):
     parsers = {
         "accelerate launch examples/train.py": (ScriptArguments, ImportanceWeightedSFTConfig, ModelConfig),
         "trl-offpolicy rewrite": (RewriteArguments, RewriteConfig),
+        "python examples/rewrite_ray.py": (RayArguments, RewriteConfig),
     }
     found = 0
-    for name in ("README.md", "examples/train.py", "examples/quickstart.py", "trl_offpolicy/cli.py"):
+    for name in (
+        "README.md", "examples/train.py", "examples/quickstart.py", "examples/rewrite_ray.py", "trl_offpolicy/cli.py",
+    ):  # fmt: skip
         text = re.sub(r"\\+\n", " ", (ROOT / name).read_text())
         for command, types in parsers.items():
             for line in re.findall(re.escape(command) + r"(?: +[^\n#`\"]*)--model_name_or_path[^\n#`\"]*", text):
@@ -139,4 +143,4 @@ def test_documented_commands_parse(tmp_path):
                 cpu = ["--use_cpu", "--bf16", "False"] if ImportanceWeightedSFTConfig in types else []
                 TrlParser(types, allow_abbrev=False).parse_args_and_config([*argv, *cpu])
                 found += 1
-    assert found >= 6
+    assert found >= 7
