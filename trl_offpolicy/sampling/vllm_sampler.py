@@ -7,6 +7,7 @@ are rendered and completions decoded here, as in every engine, so vLLM only ever
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from ..rows import encode_prompt
 from . import Completion, Request, SamplerError, beyond_context, load_processing_class, weights_digest
@@ -67,20 +68,24 @@ class VLLMSampler:
         self._failed: list[Completion] = []
 
     def submit(self, request: Request) -> None:
+        prompt, params = self.vllm_request(request)
+        num_tokens = len(prompt["prompt_token_ids"])
+        if num_tokens >= self.context:
+            self._failed.append(beyond_context(request, num_tokens, self.context))
+        else:
+            self.engine.add_request(request.id, prompt, params, lora_request=self._lora)
+
+    def vllm_request(self, request: Request) -> tuple[dict, Any]:
+        """The prompt and the `vllm.SamplingParams` with which vLLM draws what is asked for."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        ids = encode_prompt(self.processing_class, request.prompt)
-        if len(ids) >= self.context:
-            self._failed.append(beyond_context(request, len(ids), self.context))
-            return
-        eos, params = self.processing_class.eos_token_id, request.params
-        drawn_with = SamplingParams(
+        prompt = {"type": "token", "prompt_token_ids": encode_prompt(self.processing_class, request.prompt)}
+        params, eos = request.params, self.processing_class.eos_token_id
+        return prompt, SamplingParams(
             temperature=params.temperature, top_p=params.top_p, top_k=params.top_k, max_tokens=params.max_completion_length, seed=request.seed,
             stop_token_ids=[] if eos is None else [eos], logprobs=0, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
         )  # fmt: skip
-        prompt = {"type": "token", "prompt_token_ids": ids}
-        self.engine.add_request(request.id, prompt, drawn_with, lora_request=self._lora)
 
     def poll(self) -> list[Completion]:
         finished, self._failed = self._failed, []
