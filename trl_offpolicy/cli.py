@@ -157,8 +157,7 @@ def _sampler(arguments: RewriteArguments):
 
             if not arguments.base_url:
                 raise ValueError("--sampler openai needs --base_url, for example http://127.0.0.1:8000/v1.")
-            init = {"revision": arguments.model_revision or "unknown", "batch_size": arguments.batch_size or 128}
-            return OpenAISampler(model, **given, **init)
+            return OpenAISampler(model, batch_size=arguments.batch_size or 128, **given, **init)
         init |= {"dtype": arguments.dtype, "trust_remote_code": arguments.trust_remote_code}
         if arguments.sampler == "vllm":
             from .sampling.vllm_sampler import VLLMSampler

@@ -11,7 +11,8 @@ import os
 import queue
 import threading
 import warnings
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -49,6 +50,19 @@ class _Server:
     context: int = 1 << 30
 
 
+@dataclass(eq=False, slots=True)
+class _Job:
+    """A request on its way."""
+
+    request: Request
+    ids: list[int] | None
+    answered: int  # how many answers there had been when it was last at fault
+    tries: int = 0
+    failed: set[_Server] = field(default_factory=set)
+    task: asyncio.Task | None = None
+    aborted: bool = False
+
+
 class OpenAISampler:
     """
     A [`Sampler`] on one or many OpenAI-compatible servers. The API key is `OPENAI_API_KEY`, if the servers want one.
@@ -58,7 +72,7 @@ class OpenAISampler:
         base_url (`str` or `list[str]`): Where it is served, for example `"http://127.0.0.1:8000/v1"`.
         processing_class (`PreTrainedTokenizerBase`, *optional*): Tokenizer with a chat template; by default the model's.
         served_model_name (`str`, *optional*): What the servers call the model; by default as `model`.
-        revision (`str`, *optional*, defaults to `"unknown"`): Revision that rows carry; no server tells.
+        revision (`str`, *optional*): Revision that rows carry and the tokenizer is taken from; no server tells its own.
         batch_size (`int`, *optional*, defaults to `128`): Requests in flight at each server.
         request_timeout (`float`, *optional*, defaults to `600.0`): Seconds for one completion, the SDK's retries included.
         give_up_after (`float`, *optional*, defaults to `300.0`): Seconds of failures without a single answer after which
@@ -76,31 +90,31 @@ class OpenAISampler:
         base_url: str | list[str],
         processing_class=None,
         served_model_name: str | None = None,
-        revision: str = "unknown",
+        revision: str | None = None,
         batch_size: int = 128,
         request_timeout: float = 600.0,
         give_up_after: float = 300.0,
     ):
-        self.name, self.revision, self.served_model_name = model, revision, served_model_name or model
+        self.name, self.revision, self.served_model_name = model, revision or "unknown", served_model_name or model
         self.batch_size, self.request_timeout, self.give_up_after = batch_size, request_timeout, give_up_after
         self.processing_class = processing_class
         self._key = os.environ.get("OPENAI_API_KEY") or "EMPTY"
         self._servers = [self._server(url) for url in ([base_url] if isinstance(base_url, str) else base_url)]
         # As many again wait here, so that no slot is idle while finished ones are verified.
         self.capacity = 2 * batch_size * len(self._servers)
-        self._under_way: dict[str, Any] = {}  # request id -> future
+        self._under_way: dict[str, _Job | None] = {}  # by request id; `None` for one that no server is asked for
+        self._waiting: deque[_Job] = deque()
         self._finished: queue.SimpleQueue = queue.SimpleQueue()  # of completions, or of the exception that ends it all
         self._answered = 0
         self._failing_since: float | None = None  # the first failure after the last answer
         self._last_error = ""
         self._loop = asyncio.new_event_loop()
-        self._freed = asyncio.Condition()  # a slot or a server became free
         self._thread = threading.Thread(target=self._loop.run_forever, name="openai-sampler", daemon=True)
         self._thread.start()
         try:
             self._wait(self._connect())
             if self._dialect == "token_ids":
-                self.processing_class = load_processing_class(model, processing_class)
+                self.processing_class = load_processing_class(model, processing_class, revision=revision)
             else:
                 warnings.warn(
                     f"{self._servers[0].url} returns no token ids: rows will carry no `completion_ids` and no `behavior_log_probs`.",
@@ -125,9 +139,8 @@ class OpenAISampler:
                 self._under_way[request.id] = None
                 self._finished.put(beyond_context(request, len(ids), context))
                 return
-        future = asyncio.run_coroutine_threadsafe(self._draw(request, ids), self._loop)
-        self._under_way[request.id] = future
-        future.add_done_callback(self._report)
+        job = self._under_way[request.id] = _Job(request, ids, self._answered)
+        self._loop.call_soon_threadsafe(self._enqueue, job)
 
     def poll(self) -> list[Completion]:
         finished: list[Completion] = []
@@ -144,9 +157,9 @@ class OpenAISampler:
         return finished
 
     def abort(self, request_id: str) -> None:
-        future = self._under_way.pop(request_id, None)
-        if future is not None:
-            future.cancel()  # closes the connection, and the server stops generating
+        job = self._under_way.pop(request_id, None)
+        if job is not None:
+            self._loop.call_soon_threadsafe(self._cancel, job)
 
     def close(self) -> None:
         if self._loop.is_closed():
@@ -162,9 +175,14 @@ class OpenAISampler:
     def _wait(self, coroutine):
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
-    def _report(self, future) -> None:
-        if not future.cancelled():
-            self._finished.put(future.exception() or future.result())
+    def _enqueue(self, job: _Job) -> None:
+        self._waiting.append(job)
+        self._dispatch()
+
+    def _cancel(self, job: _Job) -> None:
+        job.aborted = True
+        if job.task is not None:
+            job.task.cancel()  # closes the connection, and the server stops generating
 
     async def _hang_up(self) -> None:
         others = asyncio.all_tasks() - {asyncio.current_task()}
@@ -174,47 +192,48 @@ class OpenAISampler:
         for server in self._servers:
             await server.client.close()
 
-    async def _draw(self, request: Request, ids: list[int] | None) -> Completion:
-        """One completion, from whichever server answers."""
-        tries, failed, answered = 0, set(), self._answered
-        while True:
-            server = await self._acquire(failed)
-            try:
-                completion = await self._ask(server, request, ids, self._dialect)
-            except _FAILURES as error:
-                if getattr(error, "status_code", None) in (400, 413, 422):
-                    return Completion(request.id, "", [], [], "error", self._told(error))
-                self._set_aside(server, error)
-                failed.add(server)
-                if self._answered > answered:  # while nobody is answered, it is no fault of this request
-                    tries, answered = tries + 1, self._answered
-                if tries == MAX_TRIES:
-                    return Completion(request.id, "", [], [], "error", f"{tries} tries failed: {self._told(error)}")
-            else:
-                self._count_answer(server)
-                return completion
-            finally:
-                server.outstanding -= 1
-                await self._notify()
+    def _dispatch(self) -> None:
+        """Sends what waits to the ready servers with the fewest requests outstanding, as far as they have room."""
+        while self._waiting and (free := [s for s in self._servers if s.ready and s.outstanding < self.batch_size]):
+            job = self._waiting.popleft()
+            if not job.aborted:
+                # One that has failed this request before comes last.
+                server = min(free, key=lambda s: (s in job.failed, s.outstanding))
+                server.outstanding += 1
+                job.task = self._loop.create_task(self._try(job, server))
+
+    async def _try(self, job: _Job, server: _Server) -> None:
+        try:
+            completion = await self._ask(server, job.request, job.ids, self._dialect)
+            self._count_answer(server)
+        except _FAILURES as error:
+            completion = self._fault(job, server, error)
+        except Exception as error:
+            completion = error  # ours: `poll` raises it
+        finally:
+            server.outstanding -= 1
+            self._loop.call_soon(self._dispatch)
+        if completion is None:
+            self._waiting.appendleft(job)
+        else:
+            self._finished.put(completion)
+
+    def _fault(self, job: _Job, server: _Server, error: Exception) -> Completion | None:
+        """What to answer when a try has failed: nothing if it is the server's fault, and another may do better."""
+        reason = self._told(error)
+        if getattr(error, "status_code", None) not in (400, 413, 422):
+            self._set_aside(server, error)
+            job.failed.add(server)
+            if self._answered > job.answered:  # while nobody is answered, it is no fault of this request
+                job.tries, job.answered = job.tries + 1, self._answered
+            if job.tries < MAX_TRIES:
+                return None
+            reason = f"{job.tries} tries failed: {reason}"
+        return Completion(job.request.id, "", [], [], "error", reason)
 
     def _count_answer(self, server: _Server) -> None:
         self._answered += 1
         self._failing_since, server.failures = None, 0
-
-    async def _acquire(self, failed: set[_Server]) -> _Server:
-        """The ready server with the fewest requests outstanding, one that has not failed this request if there is a choice."""
-        async with self._freed:
-            while True:
-                free = [s for s in self._servers if s.ready and s.outstanding < self.batch_size]
-                if free:
-                    server = min(free, key=lambda s: (s in failed, s.outstanding))
-                    server.outstanding += 1
-                    return server
-                await self._freed.wait()
-
-    async def _notify(self) -> None:
-        async with self._freed:
-            self._freed.notify_all()
 
     def _set_aside(self, server: _Server, error: Exception) -> None:
         self._last_error = f"{server.url}: {self._told(error)}"
@@ -243,7 +262,7 @@ class OpenAISampler:
             else:
                 server.ready = True
                 self._count_answer(server)
-                await self._notify()
+                self._dispatch()
 
     # ---- one server ----
 
@@ -349,4 +368,5 @@ class OpenAISampler:
 
     def _told(self, error: BaseException) -> str:
         """An error in one line, without the key (a server may quote it)."""
-        return f"{type(error).__name__}: {error}".replace(self._key, "***").replace("\n", " ")[:300]
+        said = str(error) or "no answer in time"
+        return f"{type(error).__name__}: {said}".replace(self._key, "***").replace("\n", " ")[:300]
