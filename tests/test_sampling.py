@@ -1,12 +1,15 @@
-"""TransformersSampler against the model's own forward, against `generate`, and against itself in other batches."""
+"""Every engine against the model's own forward, against `generate`, and against itself with another number of requests in flight."""
+
+import copy
 
 import pytest
 import torch
-from conftest import POLICY
+from conftest import VLLM_KWARGS, needs_vllm
+from transformers import AutoModelForCausalLM
 
-from trl_offpolicy import TransformersSampler
+from trl_offpolicy import OpenAISampler, TransformersSampler, VLLMSampler
 from trl_offpolicy.rows import encode_prompt
-from trl_offpolicy.sampling import Request, SamplingParams, attempt_seed
+from trl_offpolicy.sampling import Request, SamplerError, SamplingParams, attempt_seed
 
 
 QUESTIONS = [
@@ -35,36 +38,77 @@ def drain(sampler, wanted):
     return {c.id: c for c in completions}
 
 
+def drawn_ids(completions):
+    return {c.id: c.completion_ids for c in completions.values()}
+
+
 @pytest.fixture(scope="module")
-def sampler():
-    return TransformersSampler(POLICY, batch_size=4)
+def engine(policy, request):
+    """`make(name, in_flight)`: the engine of that name, on `policy` in float32.
+
+    vLLM engines end with the process: several in one share what closing any of them takes down.
+    """
+    made = []
+
+    def make(name, in_flight=8, **kwargs):
+        if name == "transformers":
+            return TransformersSampler(policy, batch_size=in_flight)
+        if name == "vllm":
+            return VLLMSampler(kwargs.pop("model", policy), max_num_seqs=in_flight, **VLLM_KWARGS, **kwargs)
+        made.append(OpenAISampler(policy, request.getfixturevalue("vllm_server"), batch_size=in_flight))
+        return made[-1]
+
+    yield make
+    for sampler in made:
+        sampler.close()
 
 
-def test_log_probs_equal_the_models_own_forward(sampler):
-    wanted = requests(10)
-    for request in wanted:
-        completion = drain(sampler, [request])[request.id]
-        prompt = encode_prompt(sampler.processing_class, request.prompt)
-        ids = torch.tensor([prompt + completion.completion_ids])
-        with torch.no_grad():
-            log_pi = sampler.model(ids).logits[0, :-1].float().log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
-        torch.testing.assert_close(torch.tensor(completion.log_probs), log_pi[len(prompt) - 1 :], atol=1e-4, rtol=1e-4)
+@pytest.fixture(
+    scope="module", params=["transformers", *(pytest.param(e, marks=needs_vllm) for e in ("vllm", "openai"))]
+)
+def sampler(request, engine):
+    return engine(request.param, 4)
 
 
-def test_a_seed_gives_the_same_completion_in_any_batch(sampler):
+@pytest.fixture(scope="module")
+def model(policy):
+    return AutoModelForCausalLM.from_pretrained(policy, dtype="float32")
+
+
+def forward_log_probs(model, prompt_ids, completion_ids):
+    ids = torch.tensor([prompt_ids + completion_ids])
+    with torch.no_grad():
+        log_pi = model(ids).logits[0, :-1].float().log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+    return log_pi[len(prompt_ids) - 1 :]
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 1.7, "top_k": 20, "top_p": 0.9}])
+def test_log_probs_equal_the_models_own_forward(sampler, model, params):
+    """At temperature 1 whatever the draw was made with; 1e-4 is ten times the largest difference seen in float32."""
+    for completion in drain(
+        sampler, wanted := requests(10, SamplingParams(max_completion_length=24, **params))
+    ).values():
+        prompt = encode_prompt(sampler.processing_class, wanted[int(completion.id[1:])].prompt)
+        expected = forward_log_probs(model, prompt, completion.completion_ids)
+        torch.testing.assert_close(torch.tensor(completion.log_probs), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_seed_gives_the_same_completion_in_any_company(sampler, engine):
     wanted = requests(12)
     together = drain(sampler, wanted)
-    for batch_size in (1, 3, 12):
-        other = TransformersSampler(sampler.model, sampler.processing_class, batch_size=batch_size)
-        alone = drain(other, wanted[::-1])
-        assert {k: c.completion_ids for k, c in alone.items()} == {k: c.completion_ids for k, c in together.items()}
-    assert (
-        len(
-            {tuple(c.completion_ids) for c in drain(sampler, requests(12, seed=2)).values()}
-            & {tuple(c.completion_ids) for c in together.values()}
-        )
-        < 12
-    )
+    name = {TransformersSampler: "transformers", VLLMSampler: "vllm", OpenAISampler: "openai"}[type(sampler)]
+    for in_flight in (1, 3, 12):
+        alone = drain(engine(name, in_flight), wanted[::-1])
+        assert drawn_ids(alone) == drawn_ids(together)
+        assert {k: c.text for k, c in alone.items()} == {k: c.text for k, c in together.items()}
+    other_seed = {tuple(ids) for ids in drawn_ids(drain(sampler, requests(12, seed=2))).values()}
+    assert len(other_seed & {tuple(ids) for ids in drawn_ids(together).values()}) < 12
+
+
+@needs_vllm
+def test_a_served_engine_draws_what_the_engine_in_process_draws(engine):
+    wanted = requests(30)
+    assert drawn_ids(drain(engine("vllm"), wanted)) == drawn_ids(drain(engine("openai", 5), wanted))
 
 
 def test_stop_length_and_text(sampler):
@@ -74,13 +118,15 @@ def test_stop_length_and_text(sampler):
         )
         assert completion.finish_reason == "stop" or len(completion.completion_ids) == 9
         assert sampler.processing_class.eos_token_id not in completion.completion_ids[:-1]
+        assert len(completion.log_probs) == len(completion.completion_ids)
         assert completion.text == sampler.processing_class.decode(completion.completion_ids, skip_special_tokens=True)
 
 
-def test_greedy_equals_generate(sampler):
+def test_greedy_equals_generate(sampler, model):
     (completion,) = drain(sampler, requests(1, SamplingParams(temperature=0.0, max_completion_length=16))).values()
     ids = torch.tensor([encode_prompt(sampler.processing_class, requests(1)[0].prompt)])
-    expected = sampler.model.generate(ids, do_sample=False, max_new_tokens=16)[0, ids.shape[1] :].tolist()
+    plain = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "repetition_penalty": 1.0}
+    expected = model.generate(ids, max_new_tokens=16, **plain)[0, ids.shape[1] :].tolist()
     assert completion.completion_ids == expected
 
 
@@ -93,10 +139,18 @@ def test_greedy_equals_generate(sampler):
         SamplingParams(max_completion_length=1, top_p=0.8),
     ],
 )
-def test_first_token_has_the_right_distribution(tiny_model, tokenizer, params):
+@pytest.mark.parametrize("name", ["transformers", pytest.param("vllm", marks=needs_vllm)])
+def test_first_token_has_the_right_distribution(engine, tiny_model, tokenizer, tmp_path, name, params):
     """4,000 draws against the softmax written out; a deviation of 5 standard errors anywhere fails (p < 1e-3 over 500 tokens)."""
     prompt = [{"role": "user", "content": "2+2?"}]
-    sampler = TransformersSampler(tiny_model, tokenizer, batch_size=1000)
+    # vLLM's CPU attention takes no heads of 16.
+    tiny_model = type(tiny_model)(type(tiny_model.config)(**tiny_model.config.to_dict() | {"num_attention_heads": 1}))
+    if name == "transformers":
+        sampler = TransformersSampler(tiny_model, tokenizer, batch_size=1000)
+    else:
+        tiny_model.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        sampler = engine("vllm", 256, model=str(tmp_path))
     n = 4000
     drawn = drain(sampler, [Request(f"{i}", prompt, attempt_seed(0, "p", "self", i), params) for i in range(n)])
     counts = torch.bincount(
@@ -122,39 +176,94 @@ def test_the_models_own_generation_config_is_neither_used_nor_changed(tiny_model
     tiny_model.generation_config.top_k = 1
     tiny_model.train()
     again = drain(TransformersSampler(tiny_model, tokenizer), requests(4))
-    assert {k: c.completion_ids for k, c in again.items()} == {k: c.completion_ids for k, c in plain.items()}
+    assert drawn_ids(again) == drawn_ids(plain)
     assert tiny_model.generation_config.repetition_penalty == 5.0 and tiny_model.training
 
 
-def test_prompt_beyond_the_context_is_said_not_raised(tiny_model, tokenizer):
-    sampler = TransformersSampler(tiny_model, tokenizer)  # context 512
-    params = SamplingParams(max_completion_length=600)
-    long, short = [{"role": "user", "content": "1 " * 400}], [{"role": "user", "content": "1 " * 200}]
+def test_prompt_beyond_the_context_is_said_not_raised(sampler):
+    """The policy's context is 4,096; a prompt just below it gets what room there is."""
+    params, processing_class = SamplingParams(max_completion_length=600), sampler.processing_class
+    long, short = [{"role": "user", "content": "1 " * 4100}], [{"role": "user", "content": "1 " * 2000}]
     completions = drain(sampler, [Request("long", long, 1, params), Request("short", short, 1, params)])
-    assert completions["long"].finish_reason == "error" and "context is 512" in completions["long"].error
-    room = 512 - len(encode_prompt(tokenizer, short))
-    assert len(completions["short"].completion_ids) <= room
+    assert completions["long"].finish_reason == "error" and "context is 4096" in completions["long"].error
+    num_tokens = len(encode_prompt(processing_class, short))
+    assert 4096 - 600 < num_tokens < 4096, "a prompt that leaves room, but not all that is asked for"
+    assert 0 < len(completions["short"].completion_ids) <= 4096 - num_tokens
 
 
-def test_abort_and_revision(sampler, tiny_model, tokenizer):
-    wanted = requests(3)
+def test_abort(sampler):
+    wanted = requests(3, SamplingParams(max_completion_length=200))
     for request in wanted:
         sampler.submit(request)
     sampler.abort("r1")
     sampler.abort("never there")
-    assert set(drain(sampler, [])) == {"r0", "r2"}
+    assert set(drain(sampler, [])) == {"r0", "r2"} and sampler.poll() == []
+
+
+def test_the_revision_is_the_weights(tiny_model, tokenizer):
     before = TransformersSampler(tiny_model, tokenizer).revision
     with torch.no_grad():
         tiny_model.model.layers[1].mlp.up_proj.weight.add_(1e-3)
     assert TransformersSampler(tiny_model, tokenizer).revision != before
 
 
-def test_missing_template_or_directory_says_what_to_do(tiny_model, tokenizer, tmp_path):
-    import copy
+@needs_vllm
+def test_vllm_samples_with_an_adapter(engine, policy, model, tokenizer, tmp_path):
+    """Log-probs are those of the adapted model, and the row says which adapter it was."""
+    from peft import LoraConfig, get_peft_model
 
+    torch.manual_seed(0)
+    # A rank that is none of vLLM's, and weights that are not the zeros an adapter starts from.
+    config = LoraConfig(r=5, target_modules=["q_proj", "up_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = get_peft_model(copy.deepcopy(model), config).eval()
+    adapted.save_pretrained(tmp_path)
+    plain, sampler = engine("vllm"), engine("vllm", adapter=str(tmp_path))
+    assert sampler.name == str(tmp_path) and sampler.revision.startswith(plain.revision + "+")
+    assert plain.revision == TransformersSampler(policy).revision, "the same weights, whichever engine loads them"
+    wanted = requests(6)
+    completions = drain(sampler, wanted)
+    for request in wanted:
+        ids = completions[request.id].completion_ids
+        prompt = encode_prompt(tokenizer, request.prompt)
+        drawn = torch.tensor(completions[request.id].log_probs)
+        torch.testing.assert_close(drawn, forward_log_probs(adapted, prompt, ids), atol=1e-4, rtol=1e-4)
+    assert drawn_ids(completions) != drawn_ids(drain(plain, wanted))
+
+
+@needs_vllm
+def test_a_dead_vllm_engine_is_a_sampler_error(engine, monkeypatch):
+    sampler = engine("vllm")
+    worker = sampler.engine.model_executor.driver_worker.worker
+    monkeypatch.setattr(worker.model_runner, "execute_model", lambda *_: 1 / 0)
+    sampler.submit(requests(1)[0])
+    with pytest.raises(SamplerError, match="ZeroDivisionError"):
+        sampler.poll()
+
+
+def test_missing_template_or_directory_says_what_to_do(tiny_model, tokenizer, tmp_path):
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
         TransformersSampler(tiny_model, bare)
     with pytest.raises(FileNotFoundError, match="no such directory"):
         TransformersSampler(str(tmp_path / "nothing"))
+
+
+@needs_vllm
+def test_an_engine_argument_that_vllm_does_not_have(policy):
+    with pytest.raises(ValueError, match="max_num_sequences"):
+        VLLMSampler(policy, max_num_sequences=3)
+    with pytest.raises(FileNotFoundError, match="no such directory"):
+        VLLMSampler("/nothing/here")
+
+
+def test_missing_engines_are_named_with_the_command(policy, monkeypatch):
+    import sys
+
+    monkeypatch.setattr("trl_offpolicy.sampling.vllm_sampler.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'trl-offpolicy\[vllm\]'"):
+        VLLMSampler(policy)
+    monkeypatch.setitem(sys.modules, "openai", None)
+    monkeypatch.delitem(sys.modules, "trl_offpolicy.sampling.openai_sampler", raising=False)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'trl-offpolicy\[openai\]'"):
+        import trl_offpolicy.sampling.openai_sampler  # noqa: F401

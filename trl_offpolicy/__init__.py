@@ -13,6 +13,8 @@ _HOME = {
     "DataRewriter": "rewriter",
     "RewriteConfig": "rewrite_config",
     "TransformersSampler": "sampling.transformers_sampler",
+    "VLLMSampler": "sampling.vllm_sampler",
+    "OpenAISampler": "sampling.openai_sampler",
     "MathVerifier": "verification",
     "Verdict": "rows",
     "Source": "rows",
@@ -36,7 +38,9 @@ if TYPE_CHECKING:
     from .rewrite_config import RewriteConfig
     from .rewriter import DataRewriter
     from .rows import Source, Verdict
+    from .sampling.openai_sampler import OpenAISampler
     from .sampling.transformers_sampler import TransformersSampler
+    from .sampling.vllm_sampler import VLLMSampler
     from .verification import MathVerifier
 
 

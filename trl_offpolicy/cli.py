@@ -4,8 +4,11 @@ Every flag is also a key of `--config file.yaml`. The first line printed is the 
 command to run. Exit codes: 0 done, 2 bad input, 3 stopped early and resumable.
 """
 
+import json
 import sys
 from dataclasses import dataclass, field
+
+from .sampling import SamplerError
 
 
 USAGE = """\
@@ -26,6 +29,9 @@ examples:
   trl-offpolicy rewrite --model_name_or_path M --dataset_name demos.parquet --output_dir runs/ablation --stages self
   trl-offpolicy rewrite --config rewrite.yaml --max_rows 100
   trl-offpolicy rewrite --config rewrite.yaml --shard 0/4     # on the first of four machines, 1/4 on the second, …
+  trl-offpolicy rewrite --model_name_or_path M --dataset_name D --output_dir runs/d --sampler vllm --tensor_parallel_size 2
+  trl-offpolicy rewrite --model_name_or_path M --dataset_name D --output_dir runs/d --sampler openai \\
+      --base_url http://node1:8000/v1 http://node2:8000/v1          # two `vllm serve M`; the key is OPENAI_API_KEY, if they want one
 
 An interrupted run resumes: run the same command again.
 """
@@ -48,9 +54,40 @@ class RewriteArguments:
         default=None, metadata={"help": "Only the first rows; a later run may take more of them."}
     )
     sampler: str = field(
-        default="transformers", metadata={"help": "Engine that samples.", "choices": ["transformers"]}
+        default="transformers",
+        metadata={"help": "Engine that samples.", "choices": ["transformers", "vllm", "openai"]},
     )
-    batch_size: int = field(default=64, metadata={"help": "Completions drawn at a time."})
+    batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Completions drawn at a time: 64 with transformers, 128 at each server with openai, by default what vLLM chooses."
+        },
+    )
+    base_url: list[str] | None = field(
+        default=None,
+        metadata={"help": "openai: where the model is served, one or many, e.g. http://127.0.0.1:8000/v1."},
+    )
+    served_model_name: str | None = field(
+        default=None, metadata={"help": "openai: what the servers call the model, if not model_name_or_path."}
+    )
+    request_timeout: float | None = field(
+        default=None, metadata={"help": "openai: seconds for one completion (default: 600)."}
+    )
+    give_up_after: float | None = field(
+        default=None,
+        metadata={"help": "openai: stop, resumably, after so many seconds without any answer (default: 300)."},
+    )
+    adapter: str | None = field(
+        default=None, metadata={"help": "vllm: LoRA adapter to sample with, Hub id or local directory."}
+    )
+    tensor_parallel_size: int | None = field(default=None, metadata={"help": "vllm: GPUs that share the model."})
+    gpu_memory_utilization: float | None = field(
+        default=None, metadata={"help": "vllm: share of the GPU's memory it may take."}
+    )
+    max_model_len: int | None = field(default=None, metadata={"help": "vllm: context, if less than the model's."})
+    engine_kwargs: str | None = field(
+        default=None, metadata={"help": """vllm: further engine arguments as JSON, e.g. '{"quantization": "fp8"}'."""}
+    )
 
 
 def rewrite(argv: list[str]) -> int:
@@ -81,10 +118,14 @@ def rewrite(argv: list[str]) -> int:
     rewriter = DataRewriter(arguments.model_name_or_path, config, sampler=sampler)
     try:
         rewritten = rewriter.rewrite(dataset)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SamplerError) as error:
         journal = rewriter.shard.file(rewriter.output_dir, "journal.jsonl")
-        print(f"\nstopped; every finished attempt is in {journal}. Run the same command again to resume.")
+        print(f"\nstopped; every finished attempt is in {journal}. {error}".rstrip())
+        print("Run the same command again to resume.")
         return 3
+    finally:
+        if sampler is not None:
+            sampler.close()
     if rewritten is None:
         print("nothing was sampled; drop --dry_run to start")
         return 0
@@ -103,21 +144,51 @@ def rewrite(argv: list[str]) -> int:
     return 0
 
 
-def _sampler(arguments: RewriteArguments):
-    from .sampling.transformers_sampler import TransformersSampler
+_ENGINE_OF = {
+    **dict.fromkeys(("base_url", "served_model_name", "request_timeout", "give_up_after"), "openai"),
+    **dict.fromkeys(
+        ("adapter", "tensor_parallel_size", "gpu_memory_utilization", "max_model_len", "engine_kwargs"), "vllm"
+    ),
+}
 
-    init = {
-        "dtype": arguments.dtype,
-        "revision": arguments.model_revision,
-        "trust_remote_code": arguments.trust_remote_code,
-    }
+
+def _sampler(arguments: RewriteArguments):
+    given = {name: value for name in _ENGINE_OF if (value := getattr(arguments, name)) is not None}
+    for name, value in given.items():
+        if _ENGINE_OF[name] != arguments.sampler:
+            raise ValueError(
+                f"You passed {name}={value!r} with sampler={arguments.sampler!r}; it is an option of --sampler {_ENGINE_OF[name]}."
+            )
+    model, init = arguments.model_name_or_path, {"revision": arguments.model_revision}
     try:
-        return TransformersSampler(
-            arguments.model_name_or_path, batch_size=arguments.batch_size, model_init_kwargs=init
-        )
+        if arguments.sampler == "openai":
+            from .sampling.openai_sampler import OpenAISampler
+
+            if not arguments.base_url:
+                raise ValueError("--sampler openai needs --base_url, for example http://127.0.0.1:8000/v1.")
+            return OpenAISampler(model, batch_size=arguments.batch_size or 128, **given, **init)
+        init |= {"dtype": arguments.dtype, "trust_remote_code": arguments.trust_remote_code}
+        if arguments.sampler == "vllm":
+            from .sampling.vllm_sampler import VLLMSampler
+
+            given |= _mapping(given.pop("engine_kwargs", {}))
+            if arguments.batch_size is not None:
+                given["max_num_seqs"] = arguments.batch_size
+            return VLLMSampler(model, **given, **init)
+        from .sampling.transformers_sampler import TransformersSampler
+
+        return TransformersSampler(model, batch_size=arguments.batch_size or 64, model_init_kwargs=init)
     except OSError as error:  # how transformers says that there is no such model, or none that may be read
+        raise ValueError(f"You passed model_name_or_path={model!r}, which cannot be loaded: {error}") from error
+
+
+def _mapping(engine_kwargs: dict | str) -> dict:
+    """From a config file it comes as a mapping, from the command line as JSON."""
+    try:
+        return dict(json.loads(engine_kwargs) if isinstance(engine_kwargs, str) else engine_kwargs)
+    except (ValueError, TypeError) as error:
         raise ValueError(
-            f"You passed model_name_or_path={arguments.model_name_or_path!r}, which cannot be loaded: {error}"
+            f"""You passed engine_kwargs={engine_kwargs!r}; write a JSON object such as '{{"max_num_seqs": 256}}'."""
         ) from error
 
 
@@ -172,11 +243,14 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         return commands[argv[0]](argv[1:])
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
         print(f"trl-offpolicy {argv[0]}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped before anything was sampled.", file=sys.stderr)
+        return 3
+    except SamplerError as error:  # no server answers yet
+        print(f"trl-offpolicy {argv[0]}: {error}", file=sys.stderr)
         return 3
 
 

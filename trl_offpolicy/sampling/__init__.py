@@ -2,7 +2,12 @@
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
+
+
+class SamplerError(RuntimeError):
+    """The engine cannot go on (it died, no server answers). What it finished before is not lost: run again to resume."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,3 +77,43 @@ def attempt_seed(seed: int, problem_id: str, stage: str, attempt: int) -> int:
     """
     key = f"{seed}|{problem_id}|{stage}|{attempt}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
+
+
+def load_processing_class(model: str, processing_class=None, **kwargs):
+    """`processing_class`, or else the tokenizer of `model`; every engine renders its prompts with it.
+
+    Raises:
+        FileNotFoundError: `model` is a path at which there is no directory.
+        ValueError: The tokenizer has no chat template.
+    """
+    if processing_class is None:
+        from transformers import AutoTokenizer
+
+        if model.startswith((".", "/", "~")) and not Path(model).is_dir():
+            raise FileNotFoundError(f"You passed model={model!r}, but there is no such directory.")
+        processing_class = AutoTokenizer.from_pretrained(model, **kwargs)
+    if processing_class.chat_template is None:
+        raise ValueError(
+            f"The tokenizer of {model!r} has no chat template, so neither sampling nor SFT knows how to write down a "
+            "conversation. Pass a `processing_class` that has one (`trl.clone_chat_template` copies another model's)."
+        )
+    return processing_class
+
+
+def beyond_context(request: Request, num_tokens: int, context: int) -> Completion:
+    """The answer to a request whose prompt of `num_tokens` leaves no room for a completion."""
+    reason = f"the prompt has {num_tokens} tokens, but the model's context is {context}"
+    return Completion(request.id, "", [], [], "error", reason)
+
+
+def weights_digest(named_tensors) -> str:
+    """12 hex digits that change when the weights do: the revision of a model that no Hub commit names.
+
+    Args:
+        named_tensors (`Iterable[tuple[str, torch.Tensor]]`): Parameters in any order; the head of each is looked at.
+    """
+    digest = hashlib.blake2b(digest_size=6)
+    for name, tensor in sorted(named_tensors, key=lambda pair: pair[0]):
+        head = tensor.detach().flatten()[:1024].float().cpu().numpy().tobytes()
+        digest.update(f"{name}{tuple(tensor.shape)}".encode() + head)
+    return digest.hexdigest()

@@ -7,13 +7,9 @@ no per-request seeds and is slower than `generate` on CPU, by a factor of ten fo
 `benchmarks/sampling_transformers.py`.
 """
 
-import hashlib
-from pathlib import Path
-
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -24,7 +20,7 @@ from transformers import (
 )
 
 from ..rows import encode_prompt
-from . import Completion, Request, SamplingParams
+from . import Completion, Request, SamplingParams, beyond_context, load_processing_class, weights_digest
 
 
 class _SeededDraw(LogitsProcessor):
@@ -80,26 +76,20 @@ class TransformersSampler:
         batch_tokens: int = 16384,
         model_init_kwargs: dict | None = None,
     ):
+        init = model_init_kwargs or {}
+        self.name = model if isinstance(model, str) else model.config._name_or_path or type(model).__name__
+        shared = {k: v for k, v in init.items() if k in ("revision", "trust_remote_code")}
+        self.processing_class = load_processing_class(self.name, processing_class, **shared)
         if isinstance(model, PreTrainedModel):
             self.model = model
-        elif model.startswith((".", "/", "~")) and not Path(model).is_dir():
-            raise FileNotFoundError(f"You passed model={model!r}, but there is no such directory.")
         else:
-            kwargs = {"dtype": "auto", **(model_init_kwargs or {})}
+            kwargs = {"dtype": "auto", **init}
             if torch.cuda.is_available():
                 kwargs.setdefault("device_map", "auto")
             self.model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
-        self.name = model if isinstance(model, str) else self.model.config._name_or_path or type(self.model).__name__
-        if processing_class is None:
-            shared = {k: v for k, v in (model_init_kwargs or {}).items() if k in ("revision", "trust_remote_code")}
-            processing_class = AutoTokenizer.from_pretrained(self.name, **shared)
-        self.processing_class = processing_class
-        if self.processing_class.chat_template is None:
-            raise ValueError(
-                f"The tokenizer of {self.name!r} has no chat template, so neither sampling nor SFT knows how to write down a "
-                "conversation. Pass a `processing_class` that has one (`trl.clone_chat_template` copies another model's)."
-            )
-        self.revision = getattr(self.model.config, "_commit_hash", None) or weights_digest(self.model)
+        self.revision = getattr(self.model.config, "_commit_hash", None) or weights_digest(
+            self.model.named_parameters()
+        )
         self.batch_size, self.batch_tokens = batch_size, batch_tokens
         self.capacity = 2 * batch_size  # what waits is sorted by length, so a batch has little padding
         self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
@@ -112,8 +102,7 @@ class TransformersSampler:
     def submit(self, request: Request) -> None:
         ids = encode_prompt(self.processing_class, request.prompt)
         if len(ids) >= self.context:
-            reason = f"the prompt has {len(ids)} tokens, but the model's context is {self.context}"
-            self._failed.append(Completion(request.id, "", [], [], "error", reason))
+            self._failed.append(beyond_context(request, len(ids), self.context))
         else:
             self._pending.append((request, ids))
 
@@ -176,12 +165,3 @@ class TransformersSampler:
         length = room if stop is None else stop + 1
         text = self.processing_class.decode(ids[:length], skip_special_tokens=True)
         return Completion(request.id, text, ids[:length], log_probs[:length], "length" if stop is None else "stop")
-
-
-def weights_digest(model: PreTrainedModel) -> str:
-    """12 hex digits that change when the weights do: the revision of a model that no Hub commit names."""
-    digest = hashlib.blake2b(digest_size=6)
-    for name, parameter in model.named_parameters():
-        head = parameter.detach().flatten()[:1024].float().cpu().numpy().tobytes()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode() + head)
-    return digest.hexdigest()

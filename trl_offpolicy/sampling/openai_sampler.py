@@ -1,0 +1,372 @@
+"""Sampling from servers that speak OpenAI's API: one `vllm serve`, a fleet of them, SGLang, or whatever answers.
+
+The requests run on an event loop in a thread of their own, through the `openai` SDK, which retries and backs off. A server
+that still fails is set aside and asked again later; its requests go to the others. Where a server takes token ids and
+returns them (vLLM), prompts are rendered here and rows carry ids and log-probs, the same as from the engine in process.
+Elsewhere the server's own chat template renders, and rows carry the text alone.
+"""
+
+import asyncio
+import os
+import queue
+import threading
+import warnings
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from ..rows import encode_prompt
+
+
+try:
+    import openai
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "OpenAISampler needs the `openai` SDK, which is not installed: `pip install 'trl-offpolicy[openai]'`."
+    ) from error
+
+from . import Completion, Request, SamplerError, SamplingParams, beyond_context, load_processing_class
+
+
+# What is tried on a server, best first: prompts as token ids and ids back; messages with the fields that undo the defaults of
+# a model's generation config (vLLM and SGLang know them); messages with nothing but OpenAI's own fields.
+DIALECTS = ("token_ids", "chat_extended", "chat")
+CANARY = Request("canary", [{"role": "user", "content": "Hi"}], 1, SamplingParams(max_completion_length=1))
+MAX_TRIES = 3  # of one request while others are answered: then it is the request that no server can answer
+
+# What a server at fault looks like from here; `NotImplementedError` is ours, for one that keeps the token ids to itself.
+_FAILURES = (openai.OpenAIError, TimeoutError, ValueError, NotImplementedError)
+
+
+@dataclass(eq=False, slots=True)
+class _Server:
+    client: Any
+    url: str  # without user and password: it is printed
+    outstanding: int = 0
+    ready: bool = False
+    failures: int = 0  # since its last answer
+    reviving: asyncio.Task | None = None
+    context: int = 1 << 30
+
+
+@dataclass(eq=False, slots=True)
+class _Job:
+    """A request on its way."""
+
+    request: Request
+    ids: list[int] | None
+    answered: int  # how many answers there had been when it was last at fault
+    tries: int = 0
+    failed: set[_Server] = field(default_factory=set)
+    task: asyncio.Task | None = None
+    aborted: bool = False
+
+
+class OpenAISampler:
+    """
+    A [`Sampler`] on one or many OpenAI-compatible servers. The API key is `OPENAI_API_KEY`, if the servers want one.
+
+    Args:
+        model (`str`): The model that will be trained, Hub id or local directory; rows carry its name.
+        base_url (`str` or `list[str]`): Where it is served, for example `"http://127.0.0.1:8000/v1"`.
+        processing_class (`PreTrainedTokenizerBase`, *optional*): Tokenizer with a chat template; by default the model's.
+        served_model_name (`str`, *optional*): What the servers call the model; by default as `model`.
+        revision (`str`, *optional*): Revision that rows carry and the tokenizer is taken from; no server tells its own.
+        batch_size (`int`, *optional*, defaults to `128`): Requests in flight at each server.
+        request_timeout (`float`, *optional*, defaults to `600.0`): Seconds for one completion, the SDK's retries included.
+        give_up_after (`float`, *optional*, defaults to `300.0`): Seconds of failures without a single answer after which
+            `poll` raises.
+
+    Raises:
+        ModuleNotFoundError: The `openai` SDK is not installed.
+        SamplerError: No server answers, at the start or for `give_up_after` seconds.
+        ValueError: A URL that is none, or servers that refuse us or do not serve the model.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        base_url: str | list[str],
+        processing_class=None,
+        served_model_name: str | None = None,
+        revision: str | None = None,
+        batch_size: int = 128,
+        request_timeout: float = 600.0,
+        give_up_after: float = 300.0,
+    ):
+        self.name, self.revision, self.served_model_name = model, revision or "unknown", served_model_name or model
+        self.batch_size, self.request_timeout, self.give_up_after = batch_size, request_timeout, give_up_after
+        self.processing_class = processing_class
+        self._key = os.environ.get("OPENAI_API_KEY") or "EMPTY"
+        self._servers = [self._server(url) for url in ([base_url] if isinstance(base_url, str) else base_url)]
+        # As many again wait here, so that no slot is idle while finished ones are verified.
+        self.capacity = 2 * batch_size * len(self._servers)
+        self._under_way: dict[str, _Job | None] = {}  # by request id; `None` for one that no server is asked for
+        self._waiting: deque[_Job] = deque()
+        self._finished: queue.SimpleQueue = queue.SimpleQueue()  # of completions, or of the exception that ends it all
+        self._answered = 0
+        self._failing_since: float | None = None  # the first failure after the last answer
+        self._last_error = ""
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="openai-sampler", daemon=True)
+        self._thread.start()
+        try:
+            self._wait(self._connect())
+            if self._dialect == "token_ids":
+                self.processing_class = load_processing_class(model, processing_class, revision=revision)
+            else:
+                warnings.warn(
+                    f"{self._servers[0].url} returns no token ids: rows will carry no `completion_ids` and no `behavior_log_probs`.",
+                    stacklevel=2,
+                )
+        except BaseException:
+            self.close()
+            raise
+
+    # ---- the four calls ----
+
+    def submit(self, request: Request) -> None:
+        ids = None
+        if self._dialect == "chat" and request.params.top_k > 0:
+            raise ValueError(
+                f"You passed top_k={request.params.top_k}, which {self._servers[0].url} does not take; use 0."
+            )
+        if self._dialect == "token_ids":
+            ids = encode_prompt(self.processing_class, request.prompt)
+            context = min(server.context for server in self._servers)
+            if len(ids) >= context:
+                self._under_way[request.id] = None
+                self._finished.put(beyond_context(request, len(ids), context))
+                return
+        job = self._under_way[request.id] = _Job(request, ids, self._answered)
+        self._loop.call_soon_threadsafe(self._enqueue, job)
+
+    def poll(self) -> list[Completion]:
+        finished: list[Completion] = []
+        while self._under_way and not (finished and self._finished.empty()):
+            completion = self._finished.get()
+            if isinstance(completion, BaseException):
+                self._finished.put(completion)  # for the next poll
+                if finished:
+                    break
+                raise completion
+            if completion.id in self._under_way:  # or it was aborted just now
+                del self._under_way[completion.id]
+                finished.append(completion)
+        return finished
+
+    def abort(self, request_id: str) -> None:
+        job = self._under_way.pop(request_id, None)
+        if job is not None:
+            self._loop.call_soon_threadsafe(self._cancel, job)
+
+    def close(self) -> None:
+        if self._loop.is_closed():
+            return
+        self._under_way = {}
+        self._wait(self._hang_up())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    # ---- on the event loop ----
+
+    def _wait(self, coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    def _enqueue(self, job: _Job) -> None:
+        self._waiting.append(job)
+        self._dispatch()
+
+    def _cancel(self, job: _Job) -> None:
+        job.aborted = True
+        if job.task is not None:
+            job.task.cancel()  # closes the connection, and the server stops generating
+
+    async def _hang_up(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        for server in self._servers:
+            await server.client.close()
+
+    def _dispatch(self) -> None:
+        """Sends what waits to the ready servers with the fewest requests outstanding, as far as they have room."""
+        while self._waiting and (free := [s for s in self._servers if s.ready and s.outstanding < self.batch_size]):
+            job = self._waiting.popleft()
+            if not job.aborted:
+                # One that has failed this request before comes last.
+                server = min(free, key=lambda s: (s in job.failed, s.outstanding))
+                server.outstanding += 1
+                job.task = self._loop.create_task(self._try(job, server))
+
+    async def _try(self, job: _Job, server: _Server) -> None:
+        try:
+            completion = await self._ask(server, job.request, job.ids, self._dialect)
+            self._count_answer(server)
+        except _FAILURES as error:
+            completion = self._fault(job, server, error)
+        except Exception as error:
+            completion = error  # ours: `poll` raises it
+        finally:
+            server.outstanding -= 1
+            self._loop.call_soon(self._dispatch)
+        if completion is None:
+            self._waiting.appendleft(job)
+        else:
+            self._finished.put(completion)
+
+    def _fault(self, job: _Job, server: _Server, error: Exception) -> Completion | None:
+        """What to answer when a try has failed: nothing if it is the server's fault, and another may do better."""
+        reason = self._told(error)
+        if getattr(error, "status_code", None) not in (400, 413, 422):
+            self._set_aside(server, error)
+            job.failed.add(server)
+            if self._answered > job.answered:  # while nobody is answered, it is no fault of this request
+                job.tries, job.answered = job.tries + 1, self._answered
+            if job.tries < MAX_TRIES:
+                return None
+            reason = f"{job.tries} tries failed: {reason}"
+        return Completion(job.request.id, "", [], [], "error", reason)
+
+    def _count_answer(self, server: _Server) -> None:
+        self._answered += 1
+        self._failing_since, server.failures = None, 0
+
+    def _set_aside(self, server: _Server, error: Exception) -> None:
+        self._last_error = f"{server.url}: {self._told(error)}"
+        if self._failing_since is None:
+            self._failing_since = self._loop.time()
+        if server.ready:
+            server.ready = False
+            server.failures += 1
+            server.reviving = self._loop.create_task(self._revive(server))
+
+    async def _revive(self, server: _Server) -> None:
+        """Tries a failed server ever more seldom until it answers; opens the circuit if none has answered for too long."""
+        while not server.ready:
+            since = self._failing_since
+            if since is not None and self._loop.time() - since > self.give_up_after:
+                told = f"no server has answered for {self.give_up_after:g} s; the last one said: {self._last_error}"
+                self._finished.put(SamplerError(told))
+                return
+            await asyncio.sleep(min(30.0, self.give_up_after / 4, 0.25 * 2 ** min(server.failures, 8)))
+            try:
+                await self._greet(server)
+                await self._ask(server, CANARY, [1, 2, 3], self._dialect)
+            except _FAILURES as error:
+                self._last_error = f"{server.url}: {self._told(error)}"
+                server.failures += 1
+            else:
+                server.ready = True
+                self._count_answer(server)
+                self._dispatch()
+
+    # ---- one server ----
+
+    def _server(self, url: str) -> _Server:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"You passed base_url={url!r}; write it as http://host:port/v1.")
+        if parts.path in ("", "/"):
+            url = parts._replace(path="/v1").geturl()
+        shown = urlsplit(url)._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
+        timeout = openai.Timeout(self.request_timeout, connect=10.0)
+        return _Server(openai.AsyncOpenAI(base_url=url, api_key=self._key, timeout=timeout), shown)
+
+    async def _connect(self) -> None:
+        """Greets all servers and settles the best dialect that those who answer have in common."""
+        errors = await asyncio.gather(*(self._greet(s) for s in self._servers), return_exceptions=True)
+        told = [f"{s.url}: {self._told(e)}" for s, e in zip(self._servers, errors, strict=True) if e is not None]
+        for error in errors:
+            if getattr(error, "status_code", None) in (401, 403):
+                raise ValueError(f"A server refuses us; is OPENAI_API_KEY set, and right? {'; '.join(told)}")
+            if error is not None and not isinstance(error, (openai.OpenAIError, TimeoutError)):
+                raise error
+        there = [s for s, error in zip(self._servers, errors, strict=True) if error is None]
+        if not there:
+            raise SamplerError(f"no server answers. {'; '.join(told)}")
+        if told:
+            warnings.warn(f"Not every server answers; starting with {len(there)}. {'; '.join(told)}", stacklevel=2)
+        self._dialect = await self._common_dialect(there)
+        for server in self._servers:
+            server.ready = server in there
+            if not server.ready:
+                server.reviving = self._loop.create_task(self._revive(server))
+
+    async def _common_dialect(self, servers: list[_Server]) -> str:
+        for dialect in DIALECTS:
+            answers = await asyncio.gather(
+                *(self._ask(s, CANARY, [1, 2, 3], dialect) for s in servers), return_exceptions=True
+            )
+            failed = [(s, a) for s, a in zip(servers, answers, strict=True) if isinstance(a, BaseException)]
+            for server, error in failed:
+                if not isinstance(error, NotImplementedError) and not 400 <= getattr(error, "status_code", 0) < 429:
+                    raise SamplerError(f"{server.url} has trouble: {self._told(error)}") from error
+            if not failed:
+                return dialect
+        raise ValueError(f"{failed[0][0].url} cannot draw a completion: {self._told(failed[0][1])}")
+
+    async def _greet(self, server: _Server) -> None:
+        """Asks a server whether it serves the model."""
+        try:
+            async with asyncio.timeout(min(30.0, self.request_timeout)):
+                models = {model.id: model async for model in await server.client.models.list()}
+        except openai.NotFoundError:
+            return  # has no such route; what it serves shows when it is asked for a completion
+        except (AttributeError, ValueError) as error:
+            raise openai.OpenAIError("it sent something that is no list of models") from error
+        if self.served_model_name not in models:
+            raise ValueError(
+                f"{server.url} does not serve {self.served_model_name!r} but {sorted(models)}; pass one of them as `served_model_name`."
+            )
+        server.context = getattr(models[self.served_model_name], "max_model_len", None) or 1 << 30
+
+    async def _ask(self, server: _Server, request: Request, ids: list[int] | None, dialect: str) -> Completion:
+        params, client = request.params, server.client
+        fields = {
+            "model": self.served_model_name, "temperature": params.temperature, "top_p": params.top_p, "seed": request.seed,
+            "max_tokens": params.max_completion_length,
+        }  # fmt: skip
+        # Said in so many words, or the model's generation config would decide.
+        extra = {} if dialect == "chat" else {"top_k": params.top_k, "min_p": 0.0, "repetition_penalty": 1.0}
+        async with asyncio.timeout(self.request_timeout):
+            if dialect == "token_ids":
+                fields["max_tokens"] = min(fields["max_tokens"], server.context - len(ids))
+                response = await client.completions.create(
+                    prompt=ids, logprobs=0, extra_body={**extra, "return_token_ids": True}, **fields
+                )
+            else:
+                response = await client.chat.completions.create(messages=request.prompt, extra_body=extra, **fields)
+        return self._read(request, response, dialect)
+
+    def _read(self, request: Request, response, dialect: str) -> Completion:
+        """
+        Raises:
+            ValueError: The answer is no completion (a proxy's error page, half a JSON).
+            NotImplementedError: It is one, without the token ids that were asked for.
+        """
+        try:
+            (choice,) = response.choices
+            reason = choice.finish_reason
+            if reason not in ("stop", "length"):
+                return Completion(request.id, "", [], [], "error", f"the server ended it: {reason}")
+            if dialect != "token_ids":
+                return Completion(request.id, choice.message.content or "", [], [], reason)
+            ids = getattr(choice, "token_ids", None)
+            if ids is None:
+                raise NotImplementedError("it returns no token ids")
+            log_probs = choice.logprobs.token_logprobs
+            if len(ids) != len(log_probs):
+                raise ValueError(f"{len(ids)} token ids with {len(log_probs)} log-probs")
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"it sent something that is no completion ({error}): {str(response)[:200]!r}") from error
+        text = self.processing_class.decode(ids, skip_special_tokens=True) if self.processing_class else choice.text
+        return Completion(request.id, text, ids, log_probs, reason)
+
+    def _told(self, error: BaseException) -> str:
+        """An error in one line, without the key (a server may quote it)."""
+        said = str(error) or "no answer in time"
+        return f"{type(error).__name__}: {said}".replace(self._key, "***").replace("\n", " ")[:300]
