@@ -9,7 +9,6 @@ These functions may run for ever or exhaust memory on hostile input: `verificati
 """
 
 import functools
-import math
 import re
 import unicodedata
 from fractions import Fraction
@@ -41,11 +40,14 @@ def grade(
 
     The options are those of `math_verify.verify`, and mean the same.
     """
-    gold = normalize(final_answer(answer) or answer)
-    if not gold:
-        return Verdict.UNPARSABLE, "the gold answer is empty"
     compare = _Comparison(float_rounding, numeric_precision, strict, allow_set_relation_comp)
     try:
+        try:
+            gold = normalize(final_answer(answer) or answer)
+        except Unparsable as error:
+            raise UnparsableGold from error
+        if not gold:
+            return Verdict.UNPARSABLE, "the gold answer is empty"
         if completion is None:
             compare.readable(gold)
             return Verdict.CORRECT, ""
@@ -56,7 +58,7 @@ def grade(
         if compare.same(prediction, gold):
             return Verdict.CORRECT, ""
         # A sentence without a box that is not the gold word need not be an answer at all.
-        return (Verdict.WRONG, "") if surely or not _words(prediction) else (Verdict.UNPARSABLE, NO_ANSWER)
+        return (Verdict.WRONG, "") if surely or not words(prediction) else (Verdict.UNPARSABLE, NO_ANSWER)
     except UnparsableGold:
         return Verdict.UNPARSABLE, "the gold answer cannot be parsed"
     except Unparsable:
@@ -67,10 +69,14 @@ def grade(
 
 # ---- what a completion states ----
 
-_END = re.compile(r"<\|(?:im_end|im_start|endoftext|eot_id|end_of_text)\|>|</s>|I hope (?:it|this)\b")
-_PHRASE = re.compile(r"\b(final )?(?:answer|solution|result)\W{0,4}?(?:\s(?:is|are)\b|[:=])[\s*:=]*|^A:\s*", re.M | re.I)
+_END = re.compile(r"<\|(?:im_end|im_start|endoftext|eot_id|end_of_text)\|>|</s>")
+_PHRASE = re.compile(
+    r"\b(final )?(?:answer|solution|result)\W{0,4}?(?:\s(?:is|are)\b|[:=])[\s*:=]*|^A:\s*", re.M | re.I
+)
 _MATH = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<![\\$])\$([^$\n]+?)(?<!\\)\$(?!\d)", re.S)
-_ASIDE = re.compile(r"[,;.]? (?:not|which|because|since|as|instead|rather|where|so|when) |(?<=[^\s\d])\. |(?<=\d)\. |\n")
+_ASIDE = re.compile(
+    r"[,;.]? (?:not|which|because|since|as|instead|rather|where|so|when) |(?<=[^\s\d])\. |(?<=\d)\. |\n"
+)
 _LEADS = re.compile(r"\W{0,3}(?:\$|\\[\[(]|[-+−(\[{]*[\d.]|[A-Za-z] ?=|[√π])")
 
 
@@ -83,7 +89,7 @@ def stated_answer(completion: str) -> tuple[str | None, bool]:
     """
     text = completion.rpartition("</think>")[2] if completion.rpartition("</think>")[2].strip() else completion
     text = _END.split(text, maxsplit=1)[0] or text
-    phrases = [m for m in _PHRASE.finditer(text)][-1:]
+    phrases = list(_PHRASE.finditer(text))[-1:]
     box = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
     if box >= 0:
         last = phrases[0] if phrases and phrases[0][1] and phrases[0].start() > box else None
@@ -101,7 +107,7 @@ def stated_answer(completion: str) -> tuple[str | None, bool]:
 
 def _from_sentence(text: str, first: bool) -> str | None:
     """The answer in a sentence: what it begins with (if `first`), else what stands behind its last "is"."""
-    text = text.strip()
+    text = text.partition("I hope it is correct")[0].strip()
     if (whole := _MATH.match(text)) and whole[0][:2] in ("$$", "\\["):
         return whole[0]
     if first and _LEADS.match(text):
@@ -112,7 +118,8 @@ def _from_sentence(text: str, first: bool) -> str | None:
     pieces = re.split(r"\b(?:is|are|equals|be)\b", _ASIDE.split(text, maxsplit=1)[0] if first else text)
     said = [p for p in pieces if re.search(r"\d|[√π]", p) or any(len(g) > 1 for g in _math_groups(p))]
     if not said:
-        return pieces[-1].strip() or None
+        spelt = re.findall(rf"\b(?:{'|'.join(list(_NUMBER_WORDS)[2:])})\b", text.casefold())
+        return spelt[0] if len(spelt) == 1 else pieces[-1].strip() or None
     if groups := _math_groups(said[-1]):
         return groups[-1]
     piece = said[-1].strip()
@@ -140,7 +147,7 @@ def _math_groups(text: str) -> list[str]:
 # ---- text, without what never changes its value ----
 
 _GREEK = (
-    "alpha|beta|gamma|delta|epsilon|varepsilon|zeta|eta|theta|kappa|lambda|mu|nu|xi|rho|sigma|tau|phi|varphi|chi|psi|omega"
+    "hbar|alpha|beta|gamma|delta|epsilon|varepsilon|zeta|eta|theta|kappa|lambda|mu|nu|xi|rho|sigma|tau|phi|varphi|chi|psi|omega"
     "|Gamma|Delta|Theta|Lambda|Xi|Sigma|Phi|Psi|Omega|ell"
 )
 _UNICODE = {
@@ -154,7 +161,7 @@ _REWRITES = [
     for pattern, replacement in (
         (r"\\(?:left|right|displaystyle|textstyle|limits|bigl?|bigr|Bigl?|Bigr|mathopen|mathclose)(?![A-Za-z])", ""),
         (r"(?<=\d)(?:\\!)?(?:\\,|\{,\}|,\\!|\\ |,\\ (?=\d{3})|~)(?=\d{3}(?!\d))", ","),
-        (r"\\(?:qquad|quad|hspace\{[^{}]*\}|phantom\{?[^{}]*\}?|[,;: !>])|~", " "),
+        (r"\\(?:qquad|quad|hspace\{[^{}]*\}|[hv]?phantom\s*(?:\{[^{}]*\}|.)|[,;: !>])|~", " "),
         (r"\\(?:textbf|textit|textrm|textnormal|textup|mbox|hbox|mathrm|mathbf|mathit|mathsf|boldsymbol|operatorname\*?|rm|bf)(?=\s*\{)", r"\\text"),
         (r"\{\\(?:rm|bf|it)\s+([^{}]*)\}", r"\\text{\1}"),
         (r"\\[dtc]frac", r"\\frac"),
@@ -175,7 +182,10 @@ _REWRITES = [
         (r"[\[(]\s*(\\begin\{pmatrix\}[^()\[\]]*\\end\{pmatrix\})\s*[\])]", r"\1"),
         (r"\\(?:cr|hline)\s*(?=\\end|\\hline)|\\hline", ""),
         (rf"(?<![\\A-Za-z])(?:np\.|numpy\.|math\.)?({_FUNCTIONS})(?=[\s(^_\d{{]|$)", r"\\\1 "),
-        (r"\\emptyset|\\varnothing|\\text\{\s*(?:empty set|no solutions?)\s*\}", r"\\emptyset "),
+        (r"\\langle|\\lparen", "("),
+        (r"\\rangle|\\rparen", ")"),
+        (r"\\begin\{cases\}([^&]*)\\end\{cases\}", lambda m: m[1].replace("\\cr", ",")),
+        (r"\\\{\s*\\\}|\\emptyset|\\varnothing|\\text\{ *(?i:the )?(?i:empty set|no (?:real )?solutions?) *\}", r"\\emptyset "),
         (r"(?<![\w.])(\d+(?:\.\d*)?|\.\d+)[eE]([+-]?\d+)(?!\w)", r"\1\\times 10^{\2}"),
         (r"(?<=\d)\s*(?:\\cdot|\*)\s*10\s*\^", r"\\times 10^"),
         (rf"((?<![\\A-Za-z])[A-Za-z]|\\(?:{_GREEK}))\s*_\s*(\{{[^{{}}]*\}}|\{{\\text\s*\{{[^{{}}]*\}}\s*\}}|\\[A-Za-z]+|\w)", lambda m: f"{m[1]}_{{{_plain(m[2])}}}"),
@@ -196,7 +206,8 @@ def normalize(answer: str) -> str:
     text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻ⁿ]+", lambda m: f"^{{{unicodedata.normalize('NFKC', m[0])}}}", answer)
     text = re.sub(r"[₀-₉]+", lambda m: f"_{{{unicodedata.normalize('NFKC', m[0])}}}", text)
     text = "".join(_ascii(c) if ord(c) > 127 else c for c in text)
-    text = re.sub(r"\\\$\s?(?=[\d.])", "", text).replace("\\$", "").replace("$", "").strip()
+    text = re.sub(r"\\\$ ?(\d[\d,.]*\d|\d)(?![\d.,{\\]| ?[a-z])", r"\1\\text{ dollars}", text)
+    text = text.replace("\\$", "").replace("$", "").strip()
     text = re.sub(r"\\\\(?:\[[^\]]*\])?", r"\\cr ", text)  # or the second backslash would begin a command
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
@@ -206,7 +217,11 @@ def normalize(answer: str) -> str:
     text = re.sub(r"^(?:[=:]|\\approx)\s*|[.,;:\\\s]+$", "", text)
     # `\text{204 minutes}`, `\text{(B)}`: text around a value, not words
     if wrapped := re.fullmatch(r"\\text\{([^{}]*)\}", text):
-        text = wrapped[1].strip() if re.search(r"[^A-Za-z ]", wrapped[1]) else text
+        text = (
+            wrapped[1].strip()
+            if re.search(r"[^A-Za-z ]", wrapped[1]) or wrapped[1].casefold() in _NUMBER_WORDS
+            else text
+        )
     return text
 
 
@@ -215,7 +230,11 @@ def _ascii(char: str) -> str:
         return _UNICODE[char]
     name = unicodedata.name(char, "")
     if greek := re.fullmatch(r"GREEK (SMALL|CAPITAL) LETTER (\w+)", name):
-        return "\\" + (greek[2].lower() if greek[1] == "SMALL" else greek[2].capitalize()).replace("lamda", "lambda") + " "
+        return (
+            "\\"
+            + (greek[2].lower() if greek[1] == "SMALL" else greek[2].capitalize()).replace("lamda", "lambda")
+            + " "
+        )
     if name.startswith("VULGAR FRACTION"):
         numerator, _, denominator = unicodedata.normalize("NFKC", char).partition("⁄")
         return f"\\frac{{{numerator}}}{{{denominator}}}"
@@ -256,7 +275,7 @@ def _argument_end(text: str, start: int) -> int:
 
 _INTEGER = r"\d{1,3}(?:,\d{3})+|\d+"
 _NUMBER = re.compile(
-    rf"(?P<sign>[+-]?)\(?(?:(?:(?P<whole>{_INTEGER}) ?)?(?:\\frac\{{(?P<top>-?\d+)\}}\{{(?P<bottom>-?\d+)\}}|(?<![\d,])(?P<up>\d+)/(?P<down>\d+))"
+    rf"(?P<sign>[+-]?)\(?(?:(?:(?P<whole>{_INTEGER}) ?)?(?:\\frac\{{(?P<top>-?(?:{_INTEGER}))\}}\{{(?P<bottom>-?(?:{_INTEGER}))\}}|(?<![\d,])(?P<up>{_INTEGER})\.?/(?P<down>{_INTEGER}))"
     rf"|(?P<int>{_INTEGER})?(?P<dec>\.\d*)?(?:\\overline\{{(?P<rep>\d+)\}})?(?:\\times ?10\^(?:\{{(?P<exp>[+-]?\d{{1,3}})\}}|(?P<exp1>\d)))?"
     r"|10\^(?:\{(?P<power>[+-]?\d{1,3})\}|(?P<power1>\d)))\)?"
 )
@@ -269,14 +288,20 @@ def number(text: str) -> tuple[Fraction, bool] | None:
     whether it was written as a decimal (and may be rounded); `None` for anything else."""
     if text.casefold() in _NUMBER_WORDS:
         return Fraction(_NUMBER_WORDS[text.casefold()]), False
-    if len(text) > 400 or not (match := _NUMBER.fullmatch(text)) or not re.search(r"\d", text) or text.count("(") != text.count(")"):
+    if (
+        len(text) > 400
+        or not (match := _NUMBER.fullmatch(text))
+        or not re.search(r"\d", text)
+        or text.count("(") != text.count(")")
+    ):
         return None
     part = match.groupdict()
     top, bottom = part["top"] or part["up"], part["bottom"] or part["down"]
     if bottom:
-        if int(bottom) == 0:
+        top, bottom = int(top.replace(",", "")), int(bottom.replace(",", ""))
+        if bottom == 0:
             return None
-        value = Fraction(int(top), int(bottom)) + int((part["whole"] or "0").replace(",", ""))
+        value = Fraction(top, bottom) + int((part["whole"] or "0").replace(",", ""))
     elif part["power"] or part["power1"]:
         value = Fraction(10) ** int(part["power"] or part["power1"])
     else:
@@ -292,14 +317,14 @@ def number(text: str) -> tuple[Fraction, bool] | None:
     return (-value if part["sign"] == "-" else value), bool(part["dec"]) and not part["rep"]
 
 
-def _words(text: str) -> str | None:
+def words(text: str) -> str | None:
     """The words of a text answer, for comparison; `None` for mathematics. Up to three bare letters are a product."""
     bare = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text)
     if not re.fullmatch(r"[A-Za-z][A-Za-z'’.,!?\- ]*(?: ?\d{1,4}(?:st|nd|rd|th)?)?", bare.strip()):
         return None
     if bare == text and not re.search(r"[A-Za-z]{4}|[A-Za-z] [A-Za-z]+ |^(?i:yes|no|odd|two)$", text):
         return None
-    return re.sub(r"[^a-z0-9]+", " ", re.sub(r"^(?:the|an?)\b", "", bare.casefold().strip())).strip() or None
+    return re.sub(r"^(?:the|an?)\b|[^a-z0-9]|s\b", "", bare.casefold().strip()) or None
 
 
 # What is converted: (dimension, factor). Any other unit is a word that says what was counted, and is dropped.
@@ -338,7 +363,9 @@ def _split_unit(text: str) -> tuple[str, tuple[str, Fraction] | None]:
 
 # ---- structure: taken apart in the text, compared piece by piece ----
 
-_ASSIGNED = re.compile(r"((?:\\?[A-Za-z|:\\]+(?:_\{[^{}]*\})?'*|\([A-Za-z,]+\)|\\angle [A-Z ]+)(?:\([^()=]*\))?)=(?!=)(.*)")
+_ASSIGNED = re.compile(
+    r"((?:\\?[A-Za-z|:\\]+(?:_\{[^{}]*\})?'*|\([A-Za-z,]+\)|\\angle [A-Z ]+)(?:\([^()=]*\))?)=(?!=)(.*)"
+)
 
 
 def _split(text: str, separator: str) -> list[str]:
@@ -376,7 +403,6 @@ def _items(text: str) -> list[str]:
 
 def _tuple(text: str) -> tuple[str, list[str]] | None:
     """(brackets, elements) of a bracketed pair, tuple or interval."""
-    text = text.replace("\\langle", "(").replace("\\rangle", ")")
     if text[:1] not in ("(", "[") or text[-1:] not in (")", "]"):
         return None
     depth = 0
@@ -391,6 +417,19 @@ def _tuple(text: str) -> tuple[str, list[str]] | None:
 def _matrix(text: str) -> list[list[str]] | None:
     match = re.fullmatch(r"\\begin\{pmatrix\}((?:(?!\\begin).)*?)(?:\\cr ?)?\\end\{pmatrix\}", text, re.S)
     return match and [[cell.strip() for cell in row.split("&")] for row in match[1].split("\\cr")]
+
+
+def _same_argument(prediction: str, gold: str) -> str:
+    """`f(t)=t^2` as `f(x)=x^2`, where that is how the gold answer calls its variable."""
+    told, wanted = (re.match(r"([A-Za-z])\(([A-Za-z])\)=", text) for text in (prediction, gold))
+    if (
+        not told
+        or not wanted
+        or told[1] != wanted[1]
+        or re.search(rf"(?<![\\A-Za-z]){wanted[2]}", prediction[told.end() :])
+    ):
+        return prediction
+    return re.sub(r"\\[A-Za-z]+|[A-Za-z]", lambda m: wanted[2] if m[0] == told[2] else m[0], prediction)
 
 
 class _Comparison:
@@ -410,7 +449,7 @@ class _Comparison:
             pair, matrix = _tuple(item), _matrix(item)
             for piece in pair[1] if pair else sum(matrix, []) if matrix else [item]:
                 value = _split_unit(piece)[0].removesuffix("%").replace("^\\circ", "")
-                if not (number(value) or _words(value) or _choice(piece) or _time(piece) or _base(value)):
+                if not (number(value) or words(value) or _choice(piece) or _time(piece) or _base(value)):
                     parse_latex(value, gold=True)
 
     def same(self, prediction: str, gold: str) -> bool:
@@ -419,10 +458,9 @@ class _Comparison:
         told, wanted = number(prediction), number(gold)
         if told and wanted:
             return self._close(told, wanted)
-        if (words := _words(gold)) and not wanted:
-            said = _words(prediction)
-            return said == words or (said is not None and said.replace(" ", "") == words.replace(" ", ""))
         golds, predictions = _items(gold), _items(prediction)
+        if (text := words(gold)) and not wanted and ((said := words(prediction)) == text or len(golds) == 1):
+            return said == text
         if len(golds) > 1 or len(predictions) > 1:
             return self._same_items(predictions, golds)
         if not golds or not predictions:
@@ -438,12 +476,17 @@ class _Comparison:
         return difference == 0 or ((told[1] or wanted[1]) and rounded)
 
     def _same_items(self, predictions: list[str], golds: list[str]) -> bool:
-        names = [[m[1] if (m := _ASSIGNED.fullmatch(item)) else None for item in items] for items in (predictions, golds)]
+        names = [
+            [m[1] if (m := _ASSIGNED.fullmatch(item)) else None for item in items] for items in (predictions, golds)
+        ]
         named = [None not in n and len(set(n)) == len(n) > 1 for n in names]
         for items, others, is_named, other_named in ((predictions, golds, *named), (golds, predictions, *named[::-1])):
             # `x=1,y=2` gives the positions of `1,2` and of `(1,2)` their names
             if is_named and not other_named:
-                bare = _tuple(others[0])[1] if len(others) == 1 and _tuple(others[0]) else others
+                bare = others
+                if len(others) == 1:
+                    value = m[2] if (m := _ASSIGNED.fullmatch(others[0])) else others[0]
+                    bare = pair[1] if (pair := _tuple(value)) else others
                 values = [_ASSIGNED.fullmatch(item)[2] for item in items]
                 told, wanted = (values, bare) if items is predictions else (bare, values)
                 return len(told) == len(wanted) and all(map(self.same, told, wanted))
@@ -451,6 +494,12 @@ class _Comparison:
             return all(map(self.same, predictions, pair[1]))
         if len(predictions) == 1 and (pair := _tuple(predictions[0])) and pair[0] == "()":
             predictions = pair[1]
+        if len(golds) == 1 and all(self.same(p, golds[0]) for p in predictions):
+            return True  # one answer in several forms
+        if len(predictions) == 1 or len(golds) == 1:  # `x<1 or x>2` and a union
+            predictions, golds = (
+                [piece for item in items for piece in _split(item, r"\\cup")] for items in (predictions, golds)
+            )
         left = list(dict.fromkeys(predictions))
         for gold in dict.fromkeys(golds):
             match = next((p for p in left if self.same(p, gold)), None)
@@ -460,12 +509,17 @@ class _Comparison:
         return not left
 
     def _same_item(self, prediction: str, gold: str) -> bool:
-        told, wanted = _ASSIGNED.fullmatch(prediction), _ASSIGNED.fullmatch(gold)
-        if wanted and (not told or told[1].replace(" ", "") == wanted[1].replace(" ", "")):
-            if told or not re.search(r"[=<>]|\\(?:le|ge|neq)\b", prediction):
-                return self.same(told[2] if told else prediction, wanted[2])
+        told, wanted = _ASSIGNED.fullmatch(_same_argument(prediction, gold)), _ASSIGNED.fullmatch(gold)
+        if wanted and told and told[1].replace(" ", "") == wanted[1].replace(" ", ""):
+            return self.same(told[2], wanted[2])
+        if wanted and not re.search(r"[=<>]|\\(?:le|ge|neq)\b", prediction):
+            return self.same(prediction, wanted[2])
         sides = _split(prediction, "=")
-        if len(sides) > 1 and not re.search(r"[<>]|\\(?:le|ge|neq)\b", gold + prediction) and len(_split(gold, "=")) == 1:
+        if (
+            len(sides) > 1
+            and not re.search(r"[<>]|\\(?:le|ge|neq)\b", gold + prediction)
+            and len(_split(gold, "=")) == 1
+        ):
             return self.same(sides[-1], gold)
         if "\\approx" in prediction and "\\approx" not in gold:
             return any(self.same(side, gold) for side in prediction.split("\\approx") if side)
@@ -473,7 +527,9 @@ class _Comparison:
         if all(pairs):
             (told_as, told_items), (wanted_as, wanted_items) = pairs
             return (
-                told_as == wanted_as and len(told_items) == len(wanted_items) and all(map(self.same, told_items, wanted_items))
+                told_as == wanted_as
+                and len(told_items) == len(wanted_items)
+                and all(map(self.same, told_items, wanted_items))
             )
         matrices = _matrix(prediction), _matrix(gold)
         if all(matrices):
@@ -484,7 +540,11 @@ class _Comparison:
             matrix, (_, elements) = matrices[0] or matrices[1], pairs[0] or pairs[1]
             cells = [cell for row in matrix for cell in row]
             told_items, wanted_items = (cells, elements) if matrices[0] else (elements, cells)
-            return 1 in (len(matrix), len(matrix[0])) and len(cells) == len(elements) and all(map(self.same, told_items, wanted_items))
+            return (
+                1 in (len(matrix), len(matrix[0]))
+                and len(cells) == len(elements)
+                and all(map(self.same, told_items, wanted_items))
+            )
         unions = _split(prediction, r"\\cup"), _split(gold, r"\\cup")
         if len(unions[0]) == len(unions[1]) > 1 and self._same_items(*unions):
             return True
@@ -501,7 +561,7 @@ class _Comparison:
             return True
         for reader in (_time, _base):
             told, wanted = reader(prediction), reader(gold)
-            if wanted and told:
+            if wanted and told and (told[-1] or wanted[-1] or reader is _time):
                 return all(a == b or a is None or b is None for a, b in zip(told, wanted, strict=True))
         (told, told_unit), (wanted, wanted_unit) = _split_unit(prediction), _split_unit(gold)
         if told_unit and wanted_unit and told_unit != wanted_unit:
@@ -518,13 +578,24 @@ class _Comparison:
                 return ("%" in prediction) == ("%" in gold) or value is None or abs(value[0]) >= 1
             if ("%" in prediction) == ("%" in gold):
                 return False
-            told, wanted = (f"\\frac{{{told}}}{{100}}" if "%" in prediction else told), (f"\\frac{{{wanted}}}{{100}}" if "%" in gold else wanted)
+            told, wanted = (
+                (f"\\frac{{{told}}}{{100}}" if "%" in prediction else told),
+                (f"\\frac{{{wanted}}}{{100}}" if "%" in gold else wanted),
+            )
             return self._same_value(told, wanted)
         if "^\\circ" in prediction + gold:
-            as_radians = [re.sub(r"(\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\})\^\\circ", r"(\1\\frac{\\pi}{180})", t) for t in (prediction, gold)]
+            as_radians = [
+                re.sub(r"(\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\})\^\\circ", r"(\1\\frac{\\pi}{180})", t)
+                for t in (prediction, gold)
+            ]
             bare = [t.replace("^\\circ", "") for t in (prediction, gold)]
-            in_function = re.search(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)", prediction + gold)
-            return (not in_function and self.same(*bare)) or (bare[0] != prediction or bool(in_function)) and self.same(*as_radians)
+            in_function = bool(re.search(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)", prediction + gold))
+            return (
+                (in_function or "\\pi" in prediction + gold)
+                and self.same(*as_radians)
+                or not in_function
+                and self.same(*bare)
+            )
         return self._same_value(prediction, gold)
 
     def _same_value(self, prediction: str, gold: str) -> bool:
@@ -544,10 +615,11 @@ def _choice(text: str) -> tuple[str, str] | None:
 def _time(text: str) -> tuple | None:
     """(hour, minute, second, "a" or "p") of a time of day."""
     bare = re.sub(r"\\text|[{}\s]", "", text).casefold()
-    match = re.fullmatch(r"(\d{1,2})(?::(\d\d))?(?::(\d\d))?(?:([ap])\.?m\.?)?", bare)
-    if not match or not (match[2] and (match[4] or match[3]) or match[4]):
-        return (int(match[1]), int(match[2]), 0, None) if match and match[2] else None
-    return int(match[1]), int(match[2] or 0), int(match[3] or 0), match[4]
+    match = re.fullmatch(r"(\d{1,2})(?::([0-5]\d))?(?::([0-5]\d))?(?:([ap])\.?m\.?)?", bare)
+    if not match or not (match[2] or match[4]):
+        return None
+    hour, half = int(match[1]), match[4]
+    return (hour - 12, *match.group(2, 3), "p") if hour > 12 and not half else (hour, *match.group(2, 3), half)
 
 
 def _base(text: str) -> tuple | None:
@@ -570,6 +642,7 @@ def _sympy(text: str):
     from math_verify.grader import should_treat_as_complex
 
     config = NormalizationConfig(basic_latex=True, units=False, malformed_operators=False, nits=False, boxed="none")
+    text = re.sub(r"(?<![\\A-Za-z])E_", r"\\mathcal{E}_", text)  # not the base of the natural logarithm
     text = normalize_latex(re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text).replace("\\cr", "\\\\"), config)
     try:
         return latex2sympy(
@@ -586,9 +659,15 @@ def _sympy(text: str):
 def parse_latex(text: str, gold: bool = False):
     """A sympy object for all of `text`, never for a part of it; cached, since many samples share a gold answer."""
     parsed = _sympy(text)
-    if parsed is None:
+    if parsed is None or (hasattr(parsed, "has") and parsed.has(*_undefined())):
         raise UnparsableGold if gold else Unparsable
     return parsed
+
+
+def _undefined() -> tuple:
+    import sympy
+
+    return sympy.nan, sympy.zoo
 
 
 def _same_expression(told, wanted, options: dict) -> bool:
@@ -604,9 +683,20 @@ def _same_expression(told, wanted, options: dict) -> bool:
     relations = (sympy.Eq, sympy.Ne, sympy.Gt, sympy.Ge, sympy.Lt, sympy.Le)
     if isinstance(told, relations) and isinstance(wanted, relations) and _proportional(told, wanted):
         return True
-    if isinstance(told, sympy.Eq) and isinstance(wanted, sympy.Eq) and not sympy.solve(wanted, wanted.free_symbols):
-        return False  # two equations without solutions are the same to math-verify
-    return verify(wanted, told, timeout_seconds=None, raise_on_error=True, **options)
+    if verify(wanted, told, timeout_seconds=None, raise_on_error=True, **options):
+        # two equations without solutions are the same to math-verify
+        return not (isinstance(told, sympy.Eq) and isinstance(wanted, sympy.Eq)) or bool(
+            sympy.solve(wanted, wanted.free_symbols)
+        )
+    inequalities = (sympy.Gt, sympy.Ge, sympy.Lt, sympy.Le, sympy.And, sympy.Or)
+    if (
+        isinstance(told, inequalities)
+        and isinstance(wanted, inequalities)
+        and told.free_symbols == wanted.free_symbols
+        and len(told.free_symbols) == 1
+    ):
+        return told.as_set() == wanted.as_set()
+    return False
 
 
 def _points(*expressions):
@@ -622,12 +712,15 @@ def _points(*expressions):
         for e in expressions
     )
     rng = random.Random(0)
-    for low in (0.3, 1.1, 0.1, -3.1, -1.7):
-        values = {
-            s: sympy.I if s.name == "i" else sympy.Integer(rng.randint(2, 40)) if whole else sympy.Float(low + 2 * rng.random(), 50)
-            for s in symbols
+    for low, start in ((0.3, 2), (1.1, 3), (0.1, 7), (-3.1, 10), (-1.7, 13)):
+        yield {
+            s: sympy.I
+            if s.name == "i"
+            else sympy.Integer(start + i)
+            if whole
+            else sympy.Float(low + 2 * rng.random(), 50)
+            for i, s in enumerate(symbols)
         }
-        yield values
 
 
 def _value(expression, values: dict):
@@ -638,17 +731,24 @@ def _value(expression, values: dict):
         value = expression.xreplace(values).evalf(40, maxn=200)
     except (TypeError, ValueError, AttributeError, ZeroDivisionError, NotImplementedError):
         return None
-    return value if value.is_number and value.is_finite and (value.is_Float or value.is_Rational or value.is_Add or value.is_Mul or value == sympy.I) else None
+    return (
+        value
+        if value.is_number
+        and value.is_finite
+        and (value.is_Float or value.is_Rational or value.is_Add or value.is_Mul or value == sympy.I)
+        else None
+    )
 
 
 def _same_at_points(told, wanted, places: int) -> bool | None:
     """Whether two expressions agree in value, at every point where both are real if they have symbols; `None`: cannot be told."""
     import sympy
-
     from math_verify.grader import unwrap_fcs
 
     told, wanted = unwrap_fcs(told), unwrap_fcs(wanted)
-    unsure = any(e.has(sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit, sympy.Derivative) for e in (told, wanted))
+    unsure = any(
+        e.has(sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit, sympy.Derivative) for e in (told, wanted)
+    )
     rounded = told.has(sympy.Float) or wanted.has(sympy.Float)
     symbols = told.free_symbols | wanted.free_symbols
     imaginary = any(s.name == "i" for s in symbols) or told.has(sympy.I) or wanted.has(sympy.I)
@@ -657,7 +757,10 @@ def _same_at_points(told, wanted, places: int) -> bool | None:
         a, b = _value(told, values), _value(wanted, values)
         if a is None or b is None or (symbols and not imaginary and not (a.is_real and b.is_real)):
             continue
-        difference, size = abs((a - b).evalf(40)), max(abs(a), abs(b)).evalf(40) if a.is_real and b.is_real else (abs(a) + abs(b)).evalf(40)
+        difference, size = (
+            abs((a - b).evalf(40)),
+            max(abs(a), abs(b)).evalf(40) if a.is_real and b.is_real else (abs(a) + abs(b)).evalf(40),
+        )
         if rounded:
             near = difference * 2 * 10**places <= 1 and difference * 10 ** (places - 1) <= size
         else:

@@ -10,10 +10,8 @@ CUDA, and a user's script needs no `__main__` guard) with a CPU-time budget insi
 verdict, and a wall deadline with SIGKILL outside, for code in C that no signal interrupts.
 """
 
-import functools
 import json
 import os
-import re
 import selectors
 import signal
 import subprocess
@@ -21,12 +19,14 @@ import sys
 import threading
 import time
 from collections import deque
-from fractions import Fraction
 
-from .rows import Verdict, final_answer, last_boxed
+from .math_grading import NO_ANSWER, grade
+from .rows import Verdict, final_answer
 
 
-MEMORY_LIMIT = 3 << 30  # bytes of address space of one worker
+MEMORY_LIMIT = 2 << 30  # bytes of address space of one worker
+WALL = 1.8  # x `timeout`: when a verification is ended from outside, so that its verdict is there within 2 x
+BATCH, BATCH_CHARACTERS = 32, 1 << 20  # of the tasks that one line hands to a worker
 TASKS_PER_WORKER = 2000  # then a fresh process: sympy's caches grow without bound
 START_SECONDS = 120.0  # a worker imports sympy before its first task; that time is nobody's answer's
 
@@ -36,16 +36,37 @@ class MathVerifier:
     Verifies final answers of mathematical problems; also a reward function for `GRPOTrainer`.
 
     Args:
-        timeout (`float`, *optional*, defaults to `4.0`): CPU seconds one verification may take. Three times as many seconds on
+        timeout (`float`, *optional*, defaults to `4.0`): CPU seconds one verification may take. 1.8 times as many seconds on
             the wall clock (for code that cannot be interrupted) end it as well; either is `Verdict.TIMEOUT`, never `WRONG`.
-        num_workers (`int`, *optional*): Worker processes; by default one for each core, at most 8.
+        num_workers (`int`, *optional*): Worker processes; by default one for each core.
+        float_rounding (`int`, *optional*, defaults to `6`): Decimal places to which a decimal may stand for another number
+            (`0.333333` for 1/3); it must keep five significant digits of it, too.
+        numeric_precision (`int`, *optional*, defaults to `50`): Digits of math-verify's numeric comparisons.
+        strict (`bool`, *optional*, defaults to `True`): Names of variables count (math-verify's `strict`).
+        allow_set_relation_comp (`bool`, *optional*, defaults to `True`): `1 < x < 2` answers `(1, 2)`, as the other way round.
     """
 
-    def __init__(self, timeout: float = 4.0, num_workers: int | None = None):
+    def __init__(
+        self,
+        timeout: float = 4.0,
+        num_workers: int | None = None,
+        float_rounding: int = 6,
+        numeric_precision: int = 50,
+        strict: bool = True,
+        allow_set_relation_comp: bool = True,
+    ):
         if timeout <= 0:
             raise ValueError(f"You passed timeout={timeout}; a verification needs a positive number of CPU seconds.")
         self.timeout = timeout
-        self.num_workers = num_workers or min(8, os.cpu_count() or 1)
+        self.num_workers = num_workers or len(
+            os.sched_getaffinity(0) if sys.platform == "linux" else range(os.cpu_count() or 1)
+        )
+        self.options = {
+            "float_rounding": float_rounding,
+            "numeric_precision": numeric_precision,
+            "strict": strict,
+            "allow_set_relation_comp": allow_set_relation_comp,
+        }
         self.__name__ = "math_verifier"  # what GRPOTrainer calls its reward in the logs
         self._workers: list[_Worker] = []
         self._lock = threading.Lock()  # one batch at a time
@@ -124,7 +145,7 @@ class MathVerifier:
 
     def _dispatch(self, tasks: list[list]) -> list[tuple[Verdict, str]]:
         results: list[tuple[Verdict, str] | None] = [None] * len(tasks)
-        waiting = deque(enumerate(tasks))
+        waiting = deque(range(len(tasks)))
         busy: set[_Worker] = set()
         while len(self._workers) < min(self.num_workers, len(tasks)):
             self._workers.append(_Worker())
@@ -132,9 +153,8 @@ class MathVerifier:
             while waiting or busy:
                 for worker in self._workers:
                     if waiting and worker not in busy:
-                        if worker.tasks_left == 0:
-                            worker.restart()
-                        worker.start_task(*waiting.popleft(), self.timeout)
+                        batch = self._batch(waiting, tasks)
+                        worker.start(batch, [tasks[i] for i in batch], self.timeout, self.options)
                         selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
                         busy.add(worker)
                 wait = min(worker.deadline for worker in busy) - time.monotonic()
@@ -142,21 +162,33 @@ class MathVerifier:
                 if self._closing:
                     raise RuntimeError("The verifier was closed while it was verifying.")
                 for worker in list(busy):
-                    result = worker.result() if worker in ready else None
-                    if result is None and time.monotonic() > worker.deadline:
-                        result = worker.overdue()
-                    if result is not None:
-                        selector.unregister(worker.registered)
+                    pipe = worker.process.stdout
+                    for index, result in worker.results(worker in ready):
+                        results[index] = result
+                    if not worker.tasks or worker.process.stdout is not pipe:
+                        selector.unregister(pipe)
                         busy.discard(worker)
-                        results[worker.task] = result
+                        waiting.extendleft(
+                            reversed(worker.tasks)
+                        )  # what a process that had to be killed was not at yet
+                        worker.tasks.clear()
         return results
+
+    def _batch(self, waiting: deque[int], tasks: list[list]) -> list[int]:
+        """The next tasks for one worker: many at a time, but so that all workers stay busy to the end."""
+        size, characters, batch = max(1, min(BATCH, len(waiting) // (2 * self.num_workers))), 0, []
+        while waiting and len(batch) < size and characters < BATCH_CHARACTERS:
+            batch.append(waiting.popleft())
+            characters += len(tasks[batch[-1]][0] or "")
+        return batch
 
 
 class _Worker:
-    """One process and the task it is at; restarted when it had to be killed, died, or has served long enough."""
+    """One process and the tasks it was handed; restarted when it had to be killed, died, or has served long enough."""
 
     def __init__(self):
         self.process = None
+        self.tasks: deque[int] = deque()  # that it has not answered; it is at the first
         self.restart()
 
     def restart(self):
@@ -178,20 +210,33 @@ class _Worker:
             self.process.wait()
             self.process = None
 
-    def start_task(self, index: int, task: list, timeout: float):
-        self.task, self.budget, self.registered = index, timeout, self.process.stdout
-        self.deadline = time.monotonic() + (3 * timeout if self.ready else START_SECONDS)
-        self.tasks_left -= 1
-        try:
-            self.process.stdin.write(
-                json.dumps([*task, timeout]).encode() + b"\n"
-            )  # ASCII: a lone surrogate travels as \udXXX
+    def start(self, indices: list[int], tasks: list[list], timeout: float, options: dict):
+        """Hands an idle worker its next tasks; it reads them all before it begins, so that this cannot block."""
+        if self.tasks_left <= 0:
+            self.restart()
+        self.tasks.extend(indices)
+        self.tasks_left -= len(tasks)
+        self.timeout = timeout
+        self.deadline = time.monotonic() + (WALL * timeout if self.ready else START_SECONDS)
+        try:  # ASCII: a lone surrogate travels as \udXXX
+            self.process.stdin.write(json.dumps([tasks, timeout, options]).encode() + b"\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            pass  # it died while idle: its closed stdout says so to `result`
+            pass  # it died while idle: its closed stdout says so to `results`
 
-    def result(self) -> tuple[Verdict, str] | None:
-        chunk = self.process.stdout.read()
+    def results(self, readable: bool) -> list[tuple[int, tuple[Verdict, str]]]:
+        """What it has answered; where it died or is overdue that is the verdict on the task it was at, in a new process."""
+        chunk = self.process.stdout.read() if readable else None
+        *lines, self.buffer = (self.buffer + (chunk or b"")).split(b"\n")
+        told = []
+        for line in lines:
+            if self.ready:
+                verdict, reason = json.loads(line)
+                told.append((self.tasks.popleft(), (Verdict(verdict), reason)))
+            self.ready = (
+                True  # the first line only says that the imports are done: the first task's own clock starts here
+            )
+            self.deadline = time.monotonic() + WALL * self.timeout
         if chunk == b"":
             code = self.process.wait()
             if not self.ready:
@@ -199,121 +244,31 @@ class _Worker:
                     f"A verifier worker ended with exit code {code} before its first task; its message is above. "
                     f"Try it by hand: {sys.executable} -m trl_offpolicy.verification < /dev/null"
                 )
-            self.restart()
-            return Verdict.ERROR, f"the verifier's worker process died with exit code {code}"
-        self.buffer += chunk or b""
-        *lines, self.buffer = self.buffer.split(b"\n")
-        for line in lines:
-            if not self.ready:  # the first line only says that the imports are done: the task's own clock starts here
-                self.ready, self.deadline = True, time.monotonic() + 3 * self.budget
-            else:
-                verdict, reason = json.loads(line)
-                return Verdict(verdict), reason
-        return None
-
-    def overdue(self) -> tuple[Verdict, str]:
-        if not self.ready:
-            self.kill()
-            raise RuntimeError(
-                f"A verifier worker was not ready after {START_SECONDS:.0f} s. Is the machine out of memory?"
-            )
+            end = Verdict.ERROR, f"the verifier's worker process died with exit code {code}"
+        elif self.tasks and time.monotonic() > self.deadline:
+            if not self.ready:
+                self.kill()
+                raise RuntimeError(
+                    f"A verifier worker was not ready after {START_SECONDS:.0f} s. Is the machine out of memory?"
+                )
+            end = Verdict.TIMEOUT, f"killed after {WALL * self.timeout:g} s"
+        else:
+            return told
+        if self.tasks:
+            told.append((self.tasks.popleft(), end))
         self.restart()
-        return Verdict.TIMEOUT, f"killed after {3 * self.budget:g} s"
+        return told
 
 
 # ---- what runs inside a worker ----
-
-NO_ANSWER = "the completion states no answer that can be parsed"
 
 
 class _OverBudget(BaseException):
     """Not an `Exception`: math-verify catches those."""
 
 
-def grade(completion: str | None, answer: str) -> tuple[Verdict, str]:
-    """The verdict on one completion; with `completion=None`, on whether the gold answer can be compared with at all."""
-    gold = normalize(last_boxed(answer) or answer)
-    if not gold:
-        return Verdict.UNPARSABLE, "the gold answer is empty"
-    plain = (
-        re.fullmatch(r"[A-Za-z]{2,}(?: [A-Za-z]+)*", gold) is not None
-    )  # a word: letters are not factors of a product
-    if completion is None:
-        parsable = plain or _number(gold) is not None or bool(_parse(gold))
-        return (Verdict.CORRECT, "") if parsable else (Verdict.UNPARSABLE, "the gold answer cannot be parsed")
-    stated = final_answer(completion)
-    prediction = None if stated is None else normalize(stated)
-    if prediction is not None and _same(prediction, gold):
-        return Verdict.CORRECT, ""
-    if plain:
-        return (Verdict.UNPARSABLE, NO_ANSWER) if prediction is None else (Verdict.WRONG, "")
-    from math_verify import parse, verify
-
-    gold_parsed = _parse(gold)
-    if not gold_parsed:
-        return Verdict.UNPARSABLE, "the gold answer cannot be parsed"
-    if prediction is None and not (prediction := _tail(completion)):
-        return Verdict.UNPARSABLE, NO_ANSWER
-    predicted = _parse(prediction) if stated else parse(prediction, parsing_timeout=None, fallback_mode="no_fallback")
-    if not predicted:
-        return Verdict.UNPARSABLE, NO_ANSWER
-    same = verify(gold_parsed, predicted, timeout_seconds=None, raise_on_error=True)
-    return (Verdict.CORRECT if same else Verdict.WRONG), ""
-
-
-def _tail(completion: str) -> str:
-    """Where a completion without a box states its answer: after the last "answer is" or "A:", or all of a single line.
-
-    Not the last number of whatever came out: a rambling sample would be right by chance, and be trained on.
-    """
-    text = completion.strip()
-    starts = [
-        m.start()
-        for m in re.finditer(r"\b(?:answer|solution|result)\s*(?:is|are|:|=)|^A:", text, re.MULTILINE | re.IGNORECASE)
-    ]
-    if starts:
-        text = text[starts[-1] :].split("\n")[0]  # with the phrase: math-verify reads on from there
-    return "" if "\n" in text else text[:1000]
-
-
-@functools.lru_cache(4096)
-def _parse(answer: str) -> list:
-    """The gold as math-verify reads it in a box; cached, since many samples share a gold answer."""
-    from math_verify import parse
-
-    return parse(f"$\\boxed{{{answer}}}$", parsing_timeout=None, fallback_mode="no_fallback")
-
-
-def normalize(answer: str) -> str:
-    r"""An answer without what never changes its value: `$`, `\left`, `\!`, `\text{}` around a word, spaces beside symbols."""
-    answer = re.sub(r"\\(?:text|mbox|textbf|mathrm)\s*\{([^{}]*)\}", r"\1", answer.strip().strip("$").strip())
-    answer = (
-        re.sub(r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\[!,;:]|\\\$", "", answer)
-        .replace("\\dfrac", "\\frac")
-        .replace("\\tfrac", "\\frac")
-    )
-    answer = re.sub(r"\s+", " ", answer).strip()
-    answer = re.sub(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])", "", answer)
-    return answer.removesuffix(".") if not answer.endswith("..") else answer
-
-
-def _number(text: str) -> Fraction | None:
-    """The exact value of a plain decimal (thousands separators allowed), else `None`."""
-    if len(text) > 200 or not re.fullmatch(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[+-]?\.\d+", text):
-        return None
-    return Fraction(text.replace(",", ""))
-
-
-def _same(prediction: str, gold: str) -> bool:
-    """Equality that needs no algebra; it can only prove `correct`."""
-    if prediction == gold or (prediction.casefold() == gold.casefold() and len(gold) > 1 and gold.isalpha()):
-        return True
-    number = _number(gold)
-    return number is not None and number == _number(prediction)
-
-
 def _work() -> None:
-    """Reads one JSON task a line from stdin and answers one JSON verdict a line, until stdin closes."""
+    """Reads one JSON batch of tasks a line from stdin and answers one JSON verdict a line and task, until stdin closes."""
     import logging
     import resource
 
@@ -332,19 +287,20 @@ def _work() -> None:
     signal.signal(signal.SIGPROF, over_budget)
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
-        completion, answer, budget = json.loads(line)
-        try:
-            signal.setitimer(signal.ITIMER_PROF, budget, 0.5)  # fires again, should a library swallow the first
-            verdict, reason = grade(completion, answer)
+        tasks, budget, options = json.loads(line)
+        for completion, answer in tasks:
+            try:
+                signal.setitimer(signal.ITIMER_PROF, budget, 0.5)  # fires again, should a library swallow the first
+                verdict, reason = grade(completion, answer, **options)
+                signal.setitimer(signal.ITIMER_PROF, 0)
+            except _OverBudget:
+                verdict, reason = Verdict.TIMEOUT, f"stopped after {budget:g} CPU seconds"
+            except MemoryError:
+                verdict, reason = Verdict.ERROR, f"out of memory ({MEMORY_LIMIT >> 20} MiB)"
+            except Exception as error:  # not ours to hide: it travels to the caller as a verdict with its reason
+                verdict, reason = Verdict.ERROR, f"{type(error).__name__}: {error}"[:500]
             signal.setitimer(signal.ITIMER_PROF, 0)
-        except _OverBudget:
-            verdict, reason = Verdict.TIMEOUT, f"stopped after {budget:g} CPU seconds"
-        except MemoryError:
-            verdict, reason = Verdict.ERROR, f"out of memory ({MEMORY_LIMIT >> 20} MiB)"
-        except Exception as error:  # not ours to hide: it travels to the caller as a verdict with its reason
-            verdict, reason = Verdict.ERROR, f"{type(error).__name__}: {error}"[:500]
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        print(json.dumps([verdict, reason]), file=answers, flush=True)
+            print(json.dumps([verdict, reason]), file=answers, flush=True)
 
 
 if __name__ == "__main__":
