@@ -9,23 +9,23 @@ These functions may run for ever or exhaust memory on hostile input: `verificati
 """
 
 import functools
+import random
 import re
-import unicodedata
 from fractions import Fraction
 
-from .rows import Verdict, final_answer, last_boxed
+import sympy
+from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig
+from math_verify import verify
+from math_verify.grader import should_treat_as_complex, unwrap_fcs
+from sympy.logic.boolalg import Boolean
 
-
-MAX_ANSWER = 5000  # characters; what is longer is no final answer, and some of what follows is quadratic
-NO_ANSWER = "the completion states no answer that can be parsed"
-
-
-class Unparsable(Exception):
-    """One side cannot be read as mathematics, so that nothing can be said."""
+from .answers import NO_ANSWER, NUMBER_WORDS, Unparsable, normalize, number, split_unit, stated_answer, words
+from .rows import Verdict, final_answer
 
 
 class UnparsableGold(Unparsable):
-    pass
+    """The gold answer is what cannot be read."""
 
 
 def grade(
@@ -65,300 +65,6 @@ def grade(
         return Verdict.UNPARSABLE, NO_ANSWER
     except RecursionError:
         return Verdict.UNPARSABLE, "an answer is nested too deeply"
-
-
-# ---- what a completion states ----
-
-_END = re.compile(r"<\|(?:im_end|im_start|endoftext|eot_id|end_of_text)\|>|</s>")
-_PHRASE = re.compile(
-    r"\b(final )?(?:answer|solution|result)\W{0,4}?(?:\s(?:is|are)\b|[:=])[\s*:=]*|^A:\s*", re.M | re.I
-)
-_MATH = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<![\\$])\$([^$\n]+?)(?<!\\)\$(?!\d)", re.S)
-_ASIDE = re.compile(
-    r"[,;.]? (?:not|which|because|since|as|instead|rather|where|so|when) |(?<=[^\s\d])\. |(?<=\d)\. |\n"
-)
-_LEADS = re.compile(r"\W{0,3}(?:\$|\\[\[(]|[-+−(\[{]*[\d.]|[A-Za-z] ?=|[√π])")
-
-
-def stated_answer(completion: str) -> tuple[str | None, bool]:
-    """The text of the final answer, and whether it surely was meant as one.
-
-    In this order: what follows "final answer is" behind the last box; the last box (with those that only "and", "or" or a
-    comma separate from it), which must be closed; GSM8K's `####`; what follows "answer is", "answer:" or "A:"; a completion
-    that is a single line. Never the last number of whatever came out: a rambling sample would be right by chance, and be trained on.
-    """
-    text = completion.rpartition("</think>")[2] if completion.rpartition("</think>")[2].strip() else completion
-    text = _END.split(text, maxsplit=1)[0] or text
-    phrases = list(_PHRASE.finditer(text))[-1:]
-    box = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
-    if box >= 0:
-        last = phrases[0] if phrases and phrases[0][1] and phrases[0].start() > box else None
-        told = last and _from_sentence(text[last.end() : last.end() + 1000], first=True)
-        if told and re.search(r"\d", told):
-            return told, True
-        return final_answer(text) if last_boxed(text) else None, True
-    if answer := final_answer(text):
-        return answer, True
-    if phrases and (told := _from_sentence(text[phrases[0].end() : phrases[0].end() + 1000], first=True)):
-        return told, True
-    line = text.strip()
-    return (_from_sentence(line, first=False), False) if "\n" not in line or _MATH.fullmatch(line) else (None, False)
-
-
-def _from_sentence(text: str, first: bool) -> str | None:
-    """The answer in a sentence: what it begins with (if `first`), else what stands behind its last "is"."""
-    text = text.partition("I hope it is correct")[0].strip()
-    if (whole := _MATH.match(text)) and whole[0][:2] in ("$$", "\\["):
-        return whole[0]
-    if first and _LEADS.match(text):
-        text = _ASIDE.split(text, maxsplit=1)[0]
-        if not (groups := _math_groups(text)):
-            return text
-        return groups[0] if text.startswith(("$", "\\")) else text if len(groups) == 1 else groups[-1]
-    pieces = re.split(r"\b(?:is|are|equals|be)\b", _ASIDE.split(text, maxsplit=1)[0] if first else text)
-    said = [p for p in pieces if re.search(r"\d|[√π]", p) or any(len(g) > 1 for g in _math_groups(p))]
-    if not said:
-        spelt = re.findall(rf"\b(?:{'|'.join(list(_NUMBER_WORDS)[2:])})\b", text.casefold())
-        return spelt[0] if len(spelt) == 1 else pieces[-1].strip() or None
-    if groups := _math_groups(said[-1]):
-        return groups[-1]
-    piece = said[-1].strip()
-    if _LEADS.match(piece):
-        return _ASIDE.split(piece, maxsplit=1)[0]
-    numbers = re.findall(r"(?<![\w.])-?\$?[\d,]*\.?\d+(?:/\d+)?(?:\s?\\?%)?", piece)
-    return (numbers[0] if len(numbers) == 1 else None) if numbers else piece
-
-
-def _math_groups(text: str) -> list[str]:
-    """Formulas of a text, those joined where only a comma, "and" or "or" is between: `$1$ and $2$` is one answer."""
-    groups, end = [], None
-    for match in _MATH.finditer(text):
-        content = next(g for g in match.groups() if g is not None).strip()
-        if end is not None and re.fullmatch(r"[\s,;]*(?:and|or)?\s*", text[end : match.start()]):
-            groups[-1] += ", " + content
-        else:
-            groups.append(content)
-        end = match.end()
-        if percent := re.match(r"\s*\\?(?:%|percent|pct)", text[end:]):
-            groups[-1] += percent[0]
-    return groups
-
-
-# ---- text, without what never changes its value ----
-
-_GREEK = (
-    "hbar|alpha|beta|gamma|delta|epsilon|varepsilon|zeta|eta|theta|kappa|lambda|mu|nu|xi|rho|sigma|tau|phi|varphi|chi|psi|omega"
-    "|Gamma|Delta|Theta|Lambda|Xi|Sigma|Phi|Psi|Omega|ell"
-)
-_UNICODE = {
-    "−": "-", "–": "-", "—": "-", "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "÷": "/", "∞": "\\infty ", "≤": "\\le ", "≥": "\\ge ",
-    "≠": "\\neq ", "°": "^\\circ ", "∪": "\\cup ", "∩": "\\cap ", "∈": "\\in ", "±": "\\pm ", "∅": "\\emptyset ", "ℝ": "\\mathbb{R}",
-    "ℤ": "\\mathbb{Z}", "≈": "\\approx ", "√": "\\sqrt", "∛": "\\sqrt[3]", "…": "\\ldots", "∖": "\\setminus ", "€": "", "£": "", "⟨": "\\langle ", "⟩": "\\rangle ",
-}  # fmt: skip
-_FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|exp|sqrt|pi"
-_REWRITES = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"\\(?:left|right|displaystyle|textstyle|limits|bigl?|bigr|Bigl?|Bigr|mathopen|mathclose)(?![A-Za-z])", ""),
-        (r"(?<=\d)(?:\\!)?(?:\\,|\{,\}|,\\!|\\ |,\\ (?=\d{3})|~)(?=\d{3}(?!\d))", ","),
-        (r"\\(?:qquad|quad|hspace\{[^{}]*\}|[hv]?phantom\s*(?:\{[^{}]*\}|.)|[,;: !>])|~", " "),
-        (r"\\(?:textbf|textit|textrm|textnormal|textup|mbox|hbox|mathrm|mathbf|mathit|mathsf|boldsymbol|operatorname\*?|rm|bf)(?=\s*\{)", r"\\text"),
-        (r"\{\\(?:rm|bf|it)\s+([^{}]*)\}", r"\\text{\1}"),
-        (r"\\[dtc]frac", r"\\frac"),
-        (r"\\(?:lt|gt)(?![A-Za-z])", lambda m: "<" if m[0] == "\\lt" else ">"),
-        (r"\\(?:leqslant|leq)(?![A-Za-z])|<=|=<", r"\\le "),
-        (r"\\(?:geqslant|geq)(?![A-Za-z])|>=|=>", r"\\ge "),
-        (r"\\ne(?![A-Za-z])|!=", r"\\neq "),
-        (r"\*\*(?=[\w({-])", "^"),
-        (r"\*\*|__", ""),
-        (r"\\?\b(?:infinity|infty|inf)\b", r"\\infty "),
-        (r"\\(?:degree|deg)(?![A-Za-z])|\^\{?\\circ\}?|\\text\{\s*degrees?\}|(?<=[\d}]) ?degrees?\b", r"^\\circ "),
-        (r"\\text\s*\{\s*(?:percent|pct|percentage)\s*\}|\s(?:percent(?:age)?|pct)\b|\\%", "%"),
-        (r"\\(?:lbrace|rbrace)(?![A-Za-z])", lambda m: "\\{" if "l" in m[0][:3] else "\\}"),
-        (r"\\(?:backslash|smallsetminus)(?![A-Za-z])", r"\\setminus "),
-        (r"\\(?:lvert|rvert|vert|mid)(?![A-Za-z])", "|"),
-        (r"\\begin\{(?:[bB]matrix|matrix|smallmatrix|array)\}(?:\{[clr|]+\})?", r"\\begin{pmatrix}"),
-        (r"\\end\{(?:[bB]matrix|matrix|smallmatrix|array)\}", r"\\end{pmatrix}"),
-        (r"[\[(]\s*(\\begin\{pmatrix\}[^()\[\]]*\\end\{pmatrix\})\s*[\])]", r"\1"),
-        (r"\\(?:cr|hline)\s*(?=\\end|\\hline)|\\hline", ""),
-        (rf"(?<![\\A-Za-z])(?:np\.|numpy\.|math\.)?({_FUNCTIONS})(?=[\s(^_\d{{]|$)", r"\\\1 "),
-        (r"\\langle|\\lparen", "("),
-        (r"\\rangle|\\rparen", ")"),
-        (r"\\begin\{cases\}([^&]*)\\end\{cases\}", lambda m: m[1].replace("\\cr", ",")),
-        (r"\\\{\s*\\\}|\\emptyset|\\varnothing|\\text\{ *(?i:the )?(?i:empty set|no (?:real )?solutions?) *\}", r"\\emptyset "),
-        (r"(?<![\w.])(\d+(?:\.\d*)?|\.\d+)[eE]([+-]?\d+)(?!\w)", r"\1\\times 10^{\2}"),
-        (r"(?<=\d)\s*(?:\\cdot|\*)\s*10\s*\^", r"\\times 10^"),
-        (rf"((?<![\\A-Za-z])[A-Za-z]|\\(?:{_GREEK}))\s*_\s*(\{{[^{{}}]*\}}|\{{\\text\s*\{{[^{{}}]*\}}\s*\}}|\\[A-Za-z]+|\w)", lambda m: f"{m[1]}_{{{_plain(m[2])}}}"),
-        (r"\s+", " "),
-    )
-]  # fmt: skip
-
-
-def _plain(subscript: str) -> str:
-    return re.sub(r"\\text|[\\{}\s]", "", subscript)
-
-
-@functools.lru_cache(4096)
-def normalize(answer: str) -> str:
-    r"""An answer in one spelling: no `$`, `\left` or thin spaces, ASCII and LaTeX for unicode, `\frac{1}{2}` for `\frac12`."""
-    if len(answer) > MAX_ANSWER:
-        raise Unparsable
-    text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻ⁿ]+", lambda m: f"^{{{unicodedata.normalize('NFKC', m[0])}}}", answer)
-    text = re.sub(r"[₀-₉]+", lambda m: f"_{{{unicodedata.normalize('NFKC', m[0])}}}", text)
-    text = "".join(_ascii(c) if ord(c) > 127 else c for c in text)
-    text = re.sub(r"\\\$ ?(\d[\d,.]*\d|\d)(?![\d.,{\\]| ?[a-z])", r"\1\\text{ dollars}", text)
-    text = text.replace("\\$", "").replace("$", "").strip()
-    text = re.sub(r"\\\\(?:\[[^\]]*\])?", r"\\cr ", text)  # or the second backslash would begin a command
-    for pattern, replacement in _REWRITES:
-        text = pattern.sub(replacement, text)
-    text = _brace_arguments(text)
-    text = re.sub(r" ?([-+*/^_=<>(),;|{}\[\]&]) ?", r"\1", text)
-    text = re.sub(r"(\\[A-Za-z]+) (?![A-Za-z])", r"\1", text).strip()
-    text = re.sub(r"^(?:[=:]|\\approx)\s*|[.,;:\\\s]+$", "", text)
-    # `\text{204 minutes}`, `\text{(B)}`: text around a value, not words
-    if wrapped := re.fullmatch(r"\\text\{([^{}]*)\}", text):
-        text = (
-            wrapped[1].strip()
-            if re.search(r"[^A-Za-z ]", wrapped[1]) or wrapped[1].casefold() in _NUMBER_WORDS
-            else text
-        )
-    return text
-
-
-def _ascii(char: str) -> str:
-    if char in _UNICODE:
-        return _UNICODE[char]
-    name = unicodedata.name(char, "")
-    if greek := re.fullmatch(r"GREEK (SMALL|CAPITAL) LETTER (\w+)", name):
-        return (
-            "\\"
-            + (greek[2].lower() if greek[1] == "SMALL" else greek[2].capitalize()).replace("lamda", "lambda")
-            + " "
-        )
-    if name.startswith("VULGAR FRACTION"):
-        numerator, _, denominator = unicodedata.normalize("NFKC", char).partition("⁄")
-        return f"\\frac{{{numerator}}}{{{denominator}}}"
-    return "" if unicodedata.category(char) in ("Cf", "Mn") else unicodedata.normalize("NFKC", char)
-
-
-def _brace_arguments(text: str) -> str:
-    r"""`\frac12`, `\frac\pi 2`, `\sqrt2`, `\sqrt(x+1)` and `2^(x+1)` with braces around each argument."""
-    out, position = [], 0
-    for match in re.finditer(r"\\(frac|sqrt|binom)(\[[^\]]*\])?\s*|\^\s*(?=\()", text):
-        if match.start() < position:
-            continue  # inside an argument that was copied as a whole: it is done by the call below
-        out.append(text[position : match.start()] + match[0].rstrip())
-        position = match.end()
-        for _ in range(2 if match[1] in ("frac", "binom") else 1):
-            end = _argument_end(text, position)
-            argument = text[position:end].strip()
-            if argument[:1] == "{" or (argument[:1] == "(" and match[1] not in ("frac", "binom")):
-                argument = argument[1:-1]
-            out.append(f"{{{_brace_arguments(argument)}}}")
-            position = end
-    return "".join(out) + text[position:]
-
-
-def _argument_end(text: str, start: int) -> int:
-    """Where one LaTeX argument ends: a group in balanced brackets, a command or a single character."""
-    if match := re.compile(r"\s*(\\[A-Za-z]+|\d(?=\d?(?!\d))|[^\s{(\\])").match(text, start):
-        return match.end()
-    depth = 0
-    for match in re.compile(r"\\.|[{}()]", re.S).finditer(text, start):
-        depth += {"{": 1, "(": 1, "}": -1, ")": -1}.get(match[0], 0)
-        if depth <= 0:
-            return match.end()
-    raise Unparsable
-
-
-# ---- numbers, words, units ----
-
-_INTEGER = r"\d{1,3}(?:,\d{3})+|\d+"
-_NUMBER = re.compile(
-    rf"(?P<sign>[+-]?)\(?(?:(?:(?P<whole>{_INTEGER}) ?)?(?:\\frac\{{(?P<top>-?(?:{_INTEGER}))\}}\{{(?P<bottom>-?(?:{_INTEGER}))\}}|(?<![\d,])(?P<up>{_INTEGER})\.?/(?P<down>{_INTEGER}))"
-    rf"|(?P<int>{_INTEGER})?(?P<dec>\.\d*)?(?:\\overline\{{(?P<rep>\d+)\}})?(?:\\times ?10\^(?:\{{(?P<exp>[+-]?\d{{1,3}})\}}|(?P<exp1>\d)))?"
-    r"|10\^(?:\{(?P<power>[+-]?\d{1,3})\}|(?P<power1>\d)))\)?"
-)
-_WORDS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty"
-_NUMBER_WORDS = {word: value for value, word in enumerate(_WORDS.split())}
-
-
-def number(text: str) -> tuple[Fraction, bool] | None:
-    r"""The exact value of `-3`, `1,234.5`, `\frac{1}{2}`, `3/4`, `3\frac{1}{7}`, `0.\overline{3}`, `4.5\times 10^{33}` or `ten`, and
-    whether it was written as a decimal (and may be rounded); `None` for anything else."""
-    if text.casefold() in _NUMBER_WORDS:
-        return Fraction(_NUMBER_WORDS[text.casefold()]), False
-    if (
-        len(text) > 400
-        or not (match := _NUMBER.fullmatch(text))
-        or not re.search(r"\d", text)
-        or text.count("(") != text.count(")")
-    ):
-        return None
-    part = match.groupdict()
-    top, bottom = part["top"] or part["up"], part["bottom"] or part["down"]
-    if bottom:
-        top, bottom = int(top.replace(",", "")), int(bottom.replace(",", ""))
-        if bottom == 0:
-            return None
-        value = Fraction(top, bottom) + int((part["whole"] or "0").replace(",", ""))
-    elif part["power"] or part["power1"]:
-        value = Fraction(10) ** int(part["power"] or part["power1"])
-    else:
-        if part["int"] is None and part["dec"] in (None, "."):
-            return None
-        digits = (part["dec"] or ".")[1:]
-        value = Fraction((part["int"] or "0").replace(",", "") + "." + (digits or "0"))
-        if part["rep"]:
-            if part["dec"] is None:
-                return None
-            value += Fraction(int(part["rep"]), 10 ** len(digits) * (10 ** len(part["rep"]) - 1))
-        value *= Fraction(10) ** int(part["exp"] or part["exp1"] or 0)
-    return (-value if part["sign"] == "-" else value), bool(part["dec"]) and not part["rep"]
-
-
-def words(text: str) -> str | None:
-    """The words of a text answer, for comparison; `None` for mathematics. Up to three bare letters are a product."""
-    bare = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text)
-    if not re.fullmatch(r"[A-Za-z][A-Za-z'’.,!?\- ]*(?: ?\d{1,4}(?:st|nd|rd|th)?)?", bare.strip()):
-        return None
-    if bare == text and not re.search(r"[A-Za-z]{4}|[A-Za-z] [A-Za-z]+ |^(?i:yes|no|odd|two)$", text):
-        return None
-    return re.sub(r"^(?:the|an?)\b|[^a-z0-9]|s\b", "", bare.casefold().strip()) or None
-
-
-# What is converted: (dimension, factor). Any other unit is a word that says what was counted, and is dropped.
-_UNITS = {
-    name: (dimension, Fraction(factor))
-    for dimension, units in {
-        "length": "mm .001 millimeter .001 cm .01 centimeter .01 m 1 meter 1 metre 1 km 1000 kilometer 1000 in .0254 inch .0254 inche .0254 "
-        "ft .3048 foot .3048 feet .3048 yd .9144 yard .9144 mi 1609.344 mile 1609.344",
-        "time": "s 1 sec 1 second 1 min 60 minute 60 h 3600 hr 3600 hour 3600 day 86400 week 604800",
-        "mass": "mg .000001 g .001 gm .001 gram .001 kg 1 kilogram 1",
-        "volume": "ml .001 milliliter .001 l 1 liter 1 litre 1",
-        "money": "cent .01 dollar 1 usd 1",
-    }.items()
-    for name, factor in zip(units.split()[::2], units.split()[1::2], strict=True)
-}  # fmt: skip
-_UNIT = re.compile(
-    r"(?P<value>.*?[\d)}a-z%])\s*(?:\\text\s*\{\s*(?P<text>[A-Za-z][^{}]*)\}|(?<=[\d})])\s*(?P<bare>[A-Za-z]{2,}(?:[ -][A-Za-z]+)*|(?<=\d )[A-Za-z]+(?: [A-Za-z]+)+))"
-    r"(?:\^\{?(?P<power>-?\d)\}?)?\.?(?:/\\text\s*\{[^{}]*\})?"
-)
-
-
-def _split_unit(text: str) -> tuple[str, tuple[str, Fraction] | None]:
-    """A value without its unit, and the unit's (dimension, factor) if it is one that can be converted."""
-    if not re.search(r"[A-Za-z]{2}|\\text", text) or not (match := _UNIT.fullmatch(text)):
-        return text, None
-    name = (match["text"] or match["bare"]).strip().casefold().rstrip(".")
-    if re.search(r"\b(?:or|and|base|if|for|when)\b", name) or (match["bare"] and not number(match["value"].strip())):
-        return text, None
-    power = int(match["power"] or 1)
-    for word, value in (("square", 2), ("sq", 2), ("cubic", 3), ("cu", 3)):
-        if found := re.fullmatch(rf"{word}\.? (.*)", name):
-            name, power = found[1], value
-    known = _UNITS.get(name) or _UNITS.get(name.removesuffix("s"))
-    return match["value"].strip(), known and (f"{known[0]}^{power}", known[1] ** power)
 
 
 # ---- structure: taken apart in the text, compared piece by piece ----
@@ -448,7 +154,7 @@ class _Comparison:
         for item in _items(gold):
             pair, matrix = _tuple(item), _matrix(item)
             for piece in pair[1] if pair else sum(matrix, []) if matrix else [item]:
-                value = _split_unit(piece)[0].removesuffix("%").replace("^\\circ", "")
+                value = split_unit(piece)[0].removesuffix("%").replace("^\\circ", "")
                 if not (number(value) or words(value) or _choice(piece) or _time(piece) or _base(value)):
                     parse_latex(value, gold=True)
 
@@ -458,6 +164,8 @@ class _Comparison:
         told, wanted = number(prediction), number(gold)
         if told and wanted:
             return self._close(told, wanted)
+        if "\\{" in (gold[:2], prediction[:2]) and (_tuple(gold) or _tuple(prediction)):
+            return False  # a set is no tuple
         golds, predictions = _items(gold), _items(prediction)
         if (text := words(gold)) and not wanted and ((said := words(prediction)) == text or len(golds) == 1):
             return said == text
@@ -490,7 +198,7 @@ class _Comparison:
                 values = [_ASSIGNED.fullmatch(item)[2] for item in items]
                 told, wanted = (values, bare) if items is predictions else (bare, values)
                 return len(told) == len(wanted) and all(map(self.same, told, wanted))
-        if len(golds) == 1 and (pair := _tuple(golds[0])) and len(pair[1]) == len(predictions):
+        if len(golds) == 1 and (pair := _tuple(golds[0])) and pair[0] == "()" and len(pair[1]) == len(predictions):
             return all(map(self.same, predictions, pair[1]))
         if len(predictions) == 1 and (pair := _tuple(predictions[0])) and pair[0] == "()":
             predictions = pair[1]
@@ -553,6 +261,8 @@ class _Comparison:
     def _same_quantity(self, prediction: str, gold: str) -> bool:
         """Choices, times, bases, units, per cent and degrees around a value."""
         choices = _choice(prediction), _choice(gold)
+        if len(prediction) == len(gold) == 1 and gold.upper() in "ABCDEFGHIJ" and prediction.upper() == gold.upper():
+            return True
         if choices[1]:
             if choices[0] and (choices[0][0] == choices[1][0] or len(gold) <= 3):
                 return choices[0][0] == choices[1][0]
@@ -563,7 +273,7 @@ class _Comparison:
             told, wanted = reader(prediction), reader(gold)
             if wanted and told and (told[-1] or wanted[-1] or reader is _time):
                 return all(a == b or a is None or b is None for a, b in zip(told, wanted, strict=True))
-        (told, told_unit), (wanted, wanted_unit) = _split_unit(prediction), _split_unit(gold)
+        (told, told_unit), (wanted, wanted_unit) = split_unit(prediction), split_unit(gold)
         if told_unit and wanted_unit and told_unit != wanted_unit:
             if told_unit[0] != wanted_unit[0]:
                 return False
@@ -624,9 +334,11 @@ def _time(text: str) -> tuple | None:
 
 def _base(text: str) -> tuple | None:
     """(digits, base) of `204_5`; a number without a base has `None` there."""
-    bare = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text).replace(" ", "")
-    if match := re.fullmatch(r"(\d[\dA-F]*|[A-F][\dA-F]*\d[\dA-F]*|[A-F]{2,})(?:_\{?(?:base)?(\w+)\}?)?", bare):
-        base = match[2] and (_NUMBER_WORDS.get(match[2]) or (int(match[2]) if match[2].isdecimal() else None))
+    bare = re.sub(r"\\text\s*\{([^{}]*)\}|[ ()]", r"\1", text).replace(" ", "")
+    if match := re.fullmatch(
+        r"(\d[\dA-F]*|[A-F][\dA-F]*\d[\dA-F]*|[A-F]{2,})(?:(?:_\{?(?:base)?|base)(\w+)\}?)?", bare
+    ):
+        base = match[2] and (NUMBER_WORDS.get(match[2]) or (int(match[2]) if match[2].isdecimal() else None))
         if base or match[2] is None:
             return match[1].lstrip("0"), base
     return None
@@ -634,21 +346,21 @@ def _base(text: str) -> tuple | None:
 
 # ---- mathematics ----
 
+_LATEX = NormalizationConfig(basic_latex=True, units=False, malformed_operators=False, nits=False, boxed="none")
+_INEQUALITIES = (sympy.Gt, sympy.Ge, sympy.Lt, sympy.Le)
+_EVALUATED_LATE = (sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit, sympy.Derivative)
+_OF_WHOLE_NUMBERS = (sympy.floor, sympy.ceiling, sympy.Mod, sympy.factorial, sympy.binomial)
+
 
 @functools.lru_cache(4096)
 def _sympy(text: str):
-    from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
-    from latex2sympy2_extended.latex2sympy2 import ConversionConfig
-    from math_verify.grader import should_treat_as_complex
-
-    config = NormalizationConfig(basic_latex=True, units=False, malformed_operators=False, nits=False, boxed="none")
+    text = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text).replace("\\cr", "\\\\")
     text = re.sub(r"(?<![\\A-Za-z])E_", r"\\mathcal{E}_", text)  # not the base of the natural logarithm
-    text = normalize_latex(re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text).replace("\\cr", "\\\\"), config)
+    text = normalize_latex(text, _LATEX)
     try:
         return latex2sympy(
             text,
             is_real=not should_treat_as_complex(text),
-            convert_degrees=False,
             normalization_config=None,
             conversion_config=ConversionConfig(lowercase_symbols=False),
         )
@@ -659,39 +371,29 @@ def _sympy(text: str):
 def parse_latex(text: str, gold: bool = False):
     """A sympy object for all of `text`, never for a part of it; cached, since many samples share a gold answer."""
     parsed = _sympy(text)
-    if parsed is None or (hasattr(parsed, "has") and parsed.has(*_undefined())):
+    if parsed is None or (hasattr(parsed, "has") and parsed.has(sympy.nan, sympy.zoo)):
         raise UnparsableGold if gold else Unparsable
     return parsed
 
 
-def _undefined() -> tuple:
-    import sympy
-
-    return sympy.nan, sympy.zoo
-
-
 def _same_expression(told, wanted, options: dict) -> bool:
-    import sympy
-    from math_verify import verify
-
     if told == wanted:
         return True
     if isinstance(told, sympy.Expr) and isinstance(wanted, sympy.Expr):
         same = _same_at_points(told, wanted, options["float_rounding"])
         if same is not None:
             return same
-    relations = (sympy.Eq, sympy.Ne, sympy.Gt, sympy.Ge, sympy.Lt, sympy.Le)
-    if isinstance(told, relations) and isinstance(wanted, relations) and _proportional(told, wanted):
+    truths = [isinstance(e, Boolean) for e in (told, wanted)]  # relations, and what "and" makes of them
+    if all(truths) and _proportional(told, wanted):
         return True
+    if any(truths) and not all(truths) and not any(isinstance(e, sympy.Set) for e in (told, wanted)):
+        return False  # math-verify reads `x+y=1` as an assignment to x+y
     if verify(wanted, told, timeout_seconds=None, raise_on_error=True, **options):
-        # two equations without solutions are the same to math-verify
-        return not (isinstance(told, sympy.Eq) and isinstance(wanted, sympy.Eq)) or bool(
-            sympy.solve(wanted, wanted.free_symbols)
-        )
-    inequalities = (sympy.Gt, sympy.Ge, sympy.Lt, sympy.Le, sympy.And, sympy.Or)
+        # ... and takes any two equations without solutions for the same
+        return not (isinstance(told, sympy.Eq) and isinstance(wanted, sympy.Eq)) or bool(sympy.solve(wanted))
     if (
-        isinstance(told, inequalities)
-        and isinstance(wanted, inequalities)
+        all(truths)
+        and not told.has(sympy.Eq)
         and told.free_symbols == wanted.free_symbols
         and len(told.free_symbols) == 1
     ):
@@ -699,76 +401,59 @@ def _same_expression(told, wanted, options: dict) -> bool:
     return False
 
 
-def _points(*expressions):
-    """Five substitutions for all symbols: some negative, whole numbers where `n` in `\\lfloor n/2\\rfloor` or `(-1)^n` must be whole."""
-    import random
-
-    import sympy
-
-    symbols = sorted(set().union(*(e.free_symbols for e in expressions)), key=str)
-    whole = any(
-        e.has(sympy.floor, sympy.ceiling, sympy.Mod, sympy.factorial, sympy.binomial)
-        or any(p.base.is_negative for p in e.atoms(sympy.Pow))
-        for e in expressions
-    )
+def _points(symbols: set, whole: bool):
+    """Five values for each symbol, some negative; where numbers must be whole, all but t ... z are."""
     rng = random.Random(0)
     for low, start in ((0.3, 2), (1.1, 3), (0.1, 7), (-3.1, 10), (-1.7, 13)):
-        yield {
-            s: sympy.I
-            if s.name == "i"
-            else sympy.Integer(start + i)
-            if whole
-            else sympy.Float(low + 2 * rng.random(), 50)
-            for i, s in enumerate(symbols)
-        }
+        values = {}
+        for index, symbol in enumerate(sorted(symbols, key=str)):
+            real = sympy.Float(low + 2 * rng.random(), 50)
+            values[symbol] = sympy.Integer(start + index) if whole and symbol.name[0] not in "tuvwxyz" else real
+            if symbol.name == "i":
+                values[symbol] = sympy.I
+        yield values
 
 
 def _value(expression, values: dict):
     """A number of 40 digits, or `None` where there is none."""
-    import sympy
-
     try:
         value = expression.xreplace(values).evalf(40, maxn=200)
     except (TypeError, ValueError, AttributeError, ZeroDivisionError, NotImplementedError):
         return None
-    return (
-        value
-        if value.is_number
-        and value.is_finite
-        and (value.is_Float or value.is_Rational or value.is_Add or value.is_Mul or value == sympy.I)
-        else None
-    )
+    return value if value.is_number and value.is_finite and not value.has(*_EVALUATED_LATE) else None
+
+
+def _values(told, wanted) -> list[tuple]:
+    """Pairs of values at the points where both have one, and (unless `i` occurs) a real one."""
+    told, wanted = unwrap_fcs(told), unwrap_fcs(wanted)
+    symbols = told.free_symbols | wanted.free_symbols
+    if not symbols:
+        pairs = [(_value(told, {}), _value(wanted, {}))]
+    else:
+        powers = told.atoms(sympy.Pow) | wanted.atoms(sympy.Pow)
+        whole = (
+            told.has(*_OF_WHOLE_NUMBERS) or wanted.has(*_OF_WHOLE_NUMBERS) or any(p.base.is_negative for p in powers)
+        )
+        pairs = [(_value(told, values), _value(wanted, values)) for values in _points(symbols, whole)]
+        if not any(s.name == "i" for s in symbols) and not told.has(sympy.I) and not wanted.has(sympy.I):
+            pairs = [(a, b) for a, b in pairs if a is not None and b is not None and a.is_real and b.is_real]
+    return [(a, b) for a, b in pairs if a is not None and b is not None]
 
 
 def _same_at_points(told, wanted, places: int) -> bool | None:
-    """Whether two expressions agree in value, at every point where both are real if they have symbols; `None`: cannot be told."""
-    import sympy
-    from math_verify.grader import unwrap_fcs
-
-    told, wanted = unwrap_fcs(told), unwrap_fcs(wanted)
-    unsure = any(
-        e.has(sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit, sympy.Derivative) for e in (told, wanted)
-    )
-    rounded = told.has(sympy.Float) or wanted.has(sympy.Float)
+    """Whether two expressions agree in value, at every point if they have symbols; `None`: it cannot be told."""
+    pairs = _values(told, wanted)
     symbols = told.free_symbols | wanted.free_symbols
-    imaginary = any(s.name == "i" for s in symbols) or told.has(sympy.I) or wanted.has(sympy.I)
-    agreed = 0
-    for values in _points(told, wanted) if symbols else [{}]:
-        a, b = _value(told, values), _value(wanted, values)
-        if a is None or b is None or (symbols and not imaginary and not (a.is_real and b.is_real)):
-            continue
-        difference, size = (
-            abs((a - b).evalf(40)),
-            max(abs(a), abs(b)).evalf(40) if a.is_real and b.is_real else (abs(a) + abs(b)).evalf(40),
-        )
+    rounded = told.has(sympy.Float) or wanted.has(sympy.Float)
+    for a, b in pairs:
+        difference, size = abs(sympy.N(a - b, 40)), sympy.N(abs(a) + abs(b), 40)
         if rounded:
-            near = difference * 2 * 10**places <= 1 and difference * 10 ** (places - 1) <= size
+            near = difference * 2 * 10**places <= 1 and difference * 2 * 10 ** (places - 1) <= size
         else:
             near = difference <= size * sympy.Float("1e-25") or (symbols and difference <= sympy.Float("1e-30"))
-        if not near:
-            return None if unsure else False
-        agreed += 1
-    if not agreed or (symbols and agreed < 3):
+        if not near:  # numeric integration and summation may also have failed
+            return None if told.has(*_EVALUATED_LATE) or wanted.has(*_EVALUATED_LATE) else False
+    if len(pairs) < (3 if symbols else 1):
         return None
     if not symbols and not rounded:
         told, wanted = told.doit(), wanted.doit()
@@ -779,24 +464,17 @@ def _same_at_points(told, wanted, places: int) -> bool | None:
 
 def _proportional(told, wanted) -> bool:
     """Whether one relation is a constant multiple of the other: then both say the same."""
-    import sympy
-
     flip = {sympy.Gt: sympy.Lt, sympy.Ge: sympy.Le}
-    sides = []
+    kinds, sides = [], []
     for relation in (told, wanted):
+        if not isinstance(relation, sympy.core.relational.Relational) or not isinstance(relation.lhs, sympy.Expr):
+            return False
         kind, difference = type(relation), relation.lhs - relation.rhs
-        if kind in flip:
-            kind, difference = flip[kind], -difference
-        sides.append((kind, difference))
-    (kind, a), (other, b) = sides
-    if kind is not other or not all(isinstance(e, sympy.Expr) for e in (a, b)):
+        kinds.append(flip.get(kind, kind))
+        sides.append(-difference if kind in flip else difference)
+    if kinds[0] is not kinds[1] or not isinstance(sides[0], sympy.Expr) or not isinstance(sides[1], sympy.Expr):
         return False
-    ratios = []
-    for values in _points(a, b):
-        x, y = _value(a, values), _value(b, values)
-        if x is None or y is None or not (x.is_real and y.is_real) or abs(y) < 1e-30 or abs(x) < 1e-30:
-            continue
-        ratios.append(x / y)
+    ratios = [a / b for a, b in _values(*sides) if abs(b) > 1e-30]
     if len(ratios) < 3 or any(abs(r - ratios[0]) > abs(ratios[0]) * sympy.Float("1e-20") for r in ratios):
         return False
-    return kind in (sympy.Eq, sympy.Ne) or ratios[0] > 0
+    return ratios[0] > 0 if kinds[0] in _INEQUALITIES else ratios[0] != 0

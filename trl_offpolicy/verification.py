@@ -20,7 +20,7 @@ import threading
 import time
 from collections import deque
 
-from .math_grading import NO_ANSWER, grade
+from .answers import NO_ANSWER
 from .rows import Verdict, final_answer
 
 
@@ -277,7 +277,7 @@ def _work() -> None:
     if sys.platform == "linux":  # macOS refuses this limit
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     sys.set_int_max_str_digits(0)  # bounded by the CPU budget instead of by an exception
-    import math_verify  # noqa: F401  (the slow import, before the first task's clock starts)
+    from .math_grading import grade  # the slow import, before the first task's clock starts
 
     logging.disable(logging.CRITICAL)  # math-verify warns that we took over its time-outs
 
