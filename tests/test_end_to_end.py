@@ -82,7 +82,7 @@ def test_no_function_is_long_and_modules_look_upwards_only():
     import ast
 
     order = [
-        "prompts", "rows", "sampling", "verification", "journal", "rewrite_config", "rewriter", "data_collator", "losses",
+        "prompts", "rows", "sampling", "answers", "math_grading", "verification", "code_verifier", "verifiers", "journal", "rewrite_config", "rewriter", "data_collator", "losses",
         "importance_weighted_sft_config", "importance_weighted_sft_trainer", "dft_trainer", "policy_gap", "evaluation", "cli",
     ]  # fmt: skip
     for path in (ROOT / "trl_offpolicy").rglob("*.py"):

@@ -12,6 +12,7 @@ verdict, and a wall deadline with SIGKILL outside, for code in C that no signal 
 
 import json
 import os
+import re
 import selectors
 import signal
 import subprocess
@@ -21,7 +22,7 @@ import time
 from collections import deque
 
 from .answers import NO_ANSWER
-from .rows import Verdict, final_answer
+from .rows import Verdict
 
 
 MEMORY_LIMIT = 2 << 30  # bytes of address space of one worker
@@ -31,7 +32,65 @@ TASKS_PER_WORKER = 2000  # then a fresh process: sympy's caches grow without bou
 START_SECONDS = 120.0  # a worker imports sympy before its first task; that time is nobody's answer's
 
 
-class MathVerifier:
+def explain_with(verifier, completions: list[str], answers: list) -> list[tuple[Verdict, str]]:
+    """(verdict, reason) of each completion by anything that verifies: a [`Verifier`], an object with `verify`, a function."""
+    if not completions:
+        return []
+    if hasattr(verifier, "explain"):
+        told = verifier.explain(completions, answers)
+    else:
+        told = [(Verdict(v), "") for v in getattr(verifier, "verify", verifier)(completions, answers)]
+    if len(told) != len(completions):
+        raise ValueError(
+            f"The verifier returned {len(told)} verdicts for {len(completions)} completions; it must return one for each."
+        )
+    return told
+
+
+class Verifier:
+    """What all verifiers share; a new one needs `_explain`. Usable as a context manager, and as a reward for `GRPOTrainer`."""
+
+    @property
+    def __name__(self) -> str:  # what GRPOTrainer calls its reward in the logs
+        return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower()
+
+    def _explain(self, completions: list[str], answers: list) -> list[tuple[Verdict, str]]:
+        raise NotImplementedError
+
+    def explain(self, completions: list[str], answers: list) -> list[tuple[Verdict, str]]:
+        """Verdicts with the reason beside each: what could not be parsed, which test failed; empty for `correct`."""
+        if len(completions) != len(answers):
+            raise ValueError(
+                f"You passed {len(completions)} completions and {len(answers)} answers; each completion needs its own answer."
+            )
+        return self._explain(completions, answers)
+
+    def verify(self, completions: list[str], answers: list) -> list[Verdict]:
+        """One verdict for each completion against the gold answer of the same position."""
+        return [verdict for verdict, _ in self.explain(completions, answers)]
+
+    def __call__(self, completions, answer=None, solution=None, **kwargs) -> list[float | None]:
+        """TRL's reward signature: 1.0 correct, 0.0 wrong or no answer, `None` where it could not be told."""
+        golds = answer if answer is not None else solution
+        if golds is None:
+            raise ValueError(
+                f"The dataset needs a column `answer` (or `solution`) with gold answers; it has {sorted(kwargs)}."
+            )
+        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+        rewards = {Verdict.CORRECT: 1.0, Verdict.WRONG: 0.0}
+        return [0.0 if reason == NO_ANSWER else rewards.get(verdict) for verdict, reason in self.explain(texts, golds)]
+
+    def close(self) -> None:
+        """Ends what it holds (processes, engines), if anything."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+
+class MathVerifier(Verifier):
     """
     Verifies final answers of mathematical problems; also a reward function for `GRPOTrainer`.
 
@@ -67,22 +126,12 @@ class MathVerifier:
             "strict": strict,
             "allow_set_relation_comp": allow_set_relation_comp,
         }
-        self.__name__ = "math_verifier"  # what GRPOTrainer calls its reward in the logs
         self._workers: list[_Worker] = []
         self._lock = threading.Lock()  # one batch at a time
         self._gate = threading.Lock()  # held by `close`, so that a new batch waits for it
         self._closing = False
 
-    def verify(self, completions: list[str], answers: list[str]) -> list[Verdict]:
-        """One verdict for each completion against the gold answer of the same position."""
-        return [verdict for verdict, _ in self.explain(completions, answers)]
-
-    def explain(self, completions: list[str], answers: list[str]) -> list[tuple[Verdict, str]]:
-        """Verdicts with the reason beside each: what could not be parsed, how a worker died; empty for `correct` and `wrong`."""
-        if len(completions) != len(answers):
-            raise ValueError(
-                f"You passed {len(completions)} completions and {len(answers)} answers; each completion needs its own answer."
-            )
+    def _explain(self, completions: list[str], answers: list[str]) -> list[tuple[Verdict, str]]:
         return self._run(
             [
                 [completion, "" if answer is None else str(answer)]
@@ -93,18 +142,6 @@ class MathVerifier:
     def check_answers(self, answers: list[str]) -> list[Verdict]:
         """`CORRECT` for each gold answer that can be compared with at all, else `UNPARSABLE` (or why it could not be told)."""
         return [verdict for verdict, _ in self._run([[None, answer or ""] for answer in answers])]
-
-    def __call__(self, completions, answer=None, solution=None, **kwargs) -> list[float | None]:
-        """TRL's reward signature: 1.0 correct, 0.0 wrong or no answer, `None` where it could not be told."""
-        golds = answer if answer is not None else solution
-        if golds is None:
-            raise ValueError(
-                f"The dataset needs a column `answer` (or `solution`) with gold answers; it has {sorted(kwargs)}."
-            )
-        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-        golds = [final_answer(g) or g for g in golds]
-        rewards = {Verdict.CORRECT: 1.0, Verdict.WRONG: 0.0}
-        return [0.0 if reason == NO_ANSWER else rewards.get(verdict) for verdict, reason in self.explain(texts, golds)]
 
     def close(self) -> None:
         """Ends the worker processes, whatever they are at; a later call starts new ones."""
@@ -117,12 +154,6 @@ class MathVerifier:
             with self._lock:
                 self._drop_workers()
                 self._closing = False
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc):
-        self.close()
 
     def __del__(self):
         if hasattr(self, "_gate"):  # not when `__init__` refused its arguments
