@@ -32,29 +32,30 @@ _ASIDE = re.compile(
 _LEADS = re.compile(r"\W{0,3}(?:\$|\\[\[(]|[-+−(\[{]*[\d.]|[A-Za-z] ?=|[√π])")
 
 
-def stated_answer(completion: str) -> tuple[str | None, bool]:
-    """The text of the final answer, and whether it surely was meant as one.
+def stated_answer(completion: str) -> tuple[str | None, str]:
+    """The text of the final answer, and where it was: `"box"`, `"phrase"` or `"line"`.
 
     In this order: what follows "final answer is" behind the last box; the last box (with those that only "and", "or" or a
     comma separate from it), which must be closed; GSM8K's `####`; what follows "answer is", "answer:" or "A:"; a completion
     that is a single line. Never the last number of whatever came out: a rambling sample would be right by chance, and be trained on.
     """
-    text = completion.rpartition("</think>")[2] if completion.rpartition("</think>")[2].strip() else completion
+    visible = completion.rpartition("</think>")[2]
+    text = visible if visible.strip() else completion
     text = _END.split(text, maxsplit=1)[0] or text
-    phrases = list(_PHRASE.finditer(text))[-1:]
+    phrases = list(_PHRASE.finditer(text))
+    said = _from_sentence(text[phrases[-1].end() : phrases[-1].end() + 1000], first=True) if phrases else None
     box = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
     if box >= 0:
-        last = phrases[0] if phrases and phrases[0][1] and phrases[0].start() > box else None
-        told = last and _from_sentence(text[last.end() : last.end() + 1000], first=True)
-        if told and re.search(r"\d", told):
-            return told, True
-        return final_answer(text) if last_boxed(text) else None, True
+        final = phrases and phrases[-1][1] and phrases[-1].start() > box
+        if final and said and re.search(r"\d", said):
+            return said, "phrase"
+        return final_answer(text) if last_boxed(text) else None, "box"
     if answer := final_answer(text):
-        return answer, True
-    if phrases and (told := _from_sentence(text[phrases[0].end() : phrases[0].end() + 1000], first=True)):
-        return told, True
+        return answer, "box"
+    if said:
+        return said, "phrase"
     line = text.strip()
-    return (_from_sentence(line, first=False), False) if "\n" not in line or _MATH.fullmatch(line) else (None, False)
+    return _from_sentence(line, first=False) if "\n" not in line or _MATH.fullmatch(line) else None, "line"
 
 
 def _from_sentence(text: str, first: bool) -> str | None:
@@ -120,6 +121,7 @@ _REWRITES = [
         (r"\\(?:qquad|quad|hspace\{[^{}]*\}|[hv]?phantom\s*(?:\{[^{}]*\}|.)|[,;: !>])|~", " "),
         (r"\\(?:textbf|textit|textrm|textnormal|textup|mbox|hbox|mathrm|mathbf|mathit|mathsf|boldsymbol|operatorname\*?|rm|bf)(?=\s*\{)", r"\\text"),
         (r"\{\\(?:rm|bf|it)\s+([^{}]*)\}", r"\\text{\1}"),
+        (r"(?<=\\text\{)\s*-? ?\d(?: [\d.])+\s*(?=\})", lambda m: m[0].replace(" ", "")),  # bold digits, read by OCR
         (r"\\[dtc]frac", r"\\frac"),
         (r"\\(?:lt|gt)(?![A-Za-z])", lambda m: "<" if m[0] == "\\lt" else ">"),
         (r"\\(?:leqslant|leq)(?![A-Za-z])|<=|=<", r"\\le "),

@@ -51,14 +51,15 @@ def grade(
         if completion is None:
             compare.readable(gold)
             return Verdict.CORRECT, ""
-        stated, surely = stated_answer(completion)
+        stated, where = stated_answer(completion)
         prediction = normalize(stated) if stated else ""
         if not prediction:
             return Verdict.UNPARSABLE, NO_ANSWER
         if compare.same(prediction, gold):
             return Verdict.CORRECT, ""
-        # A sentence without a box that is not the gold word need not be an answer at all.
-        return (Verdict.WRONG, "") if surely or not words(prediction) else (Verdict.UNPARSABLE, NO_ANSWER)
+        if words(prediction) and (where == "line" or (where == "phrase" and not words(gold))):
+            return Verdict.UNPARSABLE, NO_ANSWER  # a sentence that is not the gold word need not be an answer at all
+        return Verdict.WRONG, ""
     except UnparsableGold:
         return Verdict.UNPARSABLE, "the gold answer cannot be parsed"
     except Unparsable:
@@ -69,6 +70,7 @@ def grade(
 
 # ---- structure: taken apart in the text, compared piece by piece ----
 
+_RELATION = re.compile(r"[<>]|\\(?:le|ge|neq)\b")
 _ASSIGNED = re.compile(
     r"((?:\\?[A-Za-z|:\\]+(?:_\{[^{}]*\})?'*|\([A-Za-z,]+\)|\\angle [A-Z ]+)(?:\([^()=]*\))?)=(?!=)(.*)"
 )
@@ -220,14 +222,11 @@ class _Comparison:
         told, wanted = _ASSIGNED.fullmatch(_same_argument(prediction, gold)), _ASSIGNED.fullmatch(gold)
         if wanted and told and told[1].replace(" ", "") == wanted[1].replace(" ", ""):
             return self.same(told[2], wanted[2])
-        if wanted and not re.search(r"[=<>]|\\(?:le|ge|neq)\b", prediction):
+        if wanted and "=" not in prediction and not _RELATION.search(prediction):
             return self.same(prediction, wanted[2])
         sides = _split(prediction, "=")
-        if (
-            len(sides) > 1
-            and not re.search(r"[<>]|\\(?:le|ge|neq)\b", gold + prediction)
-            and len(_split(gold, "=")) == 1
-        ):
+        equation = sides[-1] == "0" and re.search(r"[xyz]", re.sub(r"\\[A-Za-z]+", "", sides[0])) and not told
+        if len(sides) > 1 and not equation and len(_split(gold, "=")) == 1 and not _RELATION.search(gold + prediction):
             return self.same(sides[-1], gold)
         if "\\approx" in prediction and "\\approx" not in gold:
             return any(self.same(side, gold) for side in prediction.split("\\approx") if side)
@@ -355,7 +354,9 @@ _OF_WHOLE_NUMBERS = (sympy.floor, sympy.ceiling, sympy.Mod, sympy.factorial, sym
 @functools.lru_cache(4096)
 def _sympy(text: str):
     text = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text).replace("\\cr", "\\\\")
-    text = re.sub(r"(?<![\\A-Za-z])E_", r"\\mathcal{E}_", text)  # not the base of the natural logarithm
+    # letters that latex2sympy takes for e, the imaginary unit or the gamma function
+    text = re.sub(r"(?<![\\A-Za-z])([EeI](?=_)|I(?![A-Za-z]))", r"\\mathcal{\1}", text)
+    text = re.sub(r"\\(?:gamma|Gamma(?! ?\())(?![A-Za-z])", lambda m: f"\\mathcal{{{m[0][1]}}}", text)
     text = normalize_latex(text, _LATEX)
     try:
         return latex2sympy(
