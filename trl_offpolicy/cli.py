@@ -257,20 +257,24 @@ def _verifier(arguments: VerifyArguments):
 
 
 def _to_verify(dataset, arguments: VerifyArguments):
-    """(index, row, completion, gold answer) of each row."""
-    from .rows import read_row
+    """(index, row, completion, gold answer) of each row; `ValueError` at once if a column is missing."""
+    from .rows import find_format, read_row
 
     named = [arguments.completion_column, arguments.answer_column] if arguments.completion_column else []
     if missing := [column for column in named if column not in dataset.column_names]:
         raise ValueError(f"The dataset has the columns {dataset.column_names}, but no {' and no '.join(missing)}.")
-    for index, row in enumerate(dataset):
+    if not named:
+        find_format(dataset.column_names)
+
+    def read(index: int, row: dict):
         answer = row.get(arguments.answer_column)
-        if arguments.completion_column:
+        if named:
             value = row[arguments.completion_column] or ""
-            yield index, row, value if isinstance(value, str) else value[-1]["content"], answer
-        else:
-            problem = read_row(row, index, arguments.answer_column, "{problem}")
-            yield index, row, problem.demonstration, answer if isinstance(answer, (list, dict)) else problem.answer
+            return index, row, value if isinstance(value, str) else value[-1]["content"], answer
+        problem = read_row(row, index, arguments.answer_column, "{problem}")
+        return index, row, problem.demonstration, answer if isinstance(answer, (list, dict)) else problem.answer
+
+    return (read(index, row) for index, row in enumerate(dataset))
 
 
 def _print_verdicts(counts: Counter) -> None:
