@@ -90,8 +90,7 @@ def test_hang_is_a_timeout_and_order_is_kept(verifier):
 
 def test_killed_worker_is_an_error_not_a_wrong_answer(verifier):
     verifier.verify(["1"] * 4, ["1"] * 4)  # both workers are up
-    victim = verifier._workers[0].process
-    threading.Timer(0.1, os.kill, (victim.pid, signal.SIGKILL)).start()
+    threading.Timer(0.1, os.kill, (verifier._workers[0].pid, signal.SIGKILL)).start()
     results = verifier.explain(["\\boxed{9^{9^{9^9}}}"] * 2, ["1"] * 2)
     assert sorted(v for v, _ in results) == ["error", "timeout"]
     assert any("exit code -9" in reason for _, reason in results)
@@ -102,7 +101,7 @@ def test_uninterruptible_code_is_killed_from_outside():
     """A worker that ignores its own budget (as C code does) is ended by the wall deadline."""
     with MathVerifier(timeout=0.3, num_workers=1) as verifier:
         verifier.verify(["1"], ["1"])
-        os.kill(verifier._workers[0].process.pid, signal.SIGSTOP)
+        os.kill(verifier._workers[0].pid, signal.SIGSTOP)
         assert verifier.explain(["\\boxed{1}"], ["1"]) == [(Verdict.TIMEOUT, "killed after 0.54 s")]
 
 
@@ -195,7 +194,7 @@ def test_hostile_inputs_among_normal_ones():
     mixed = [pair for i, pair in enumerate(bad) for pair in (pair, normal[i % len(normal)])]
     with MathVerifier(timeout=0.3, num_workers=2) as verifier:
         results = verifier.explain([p for p, _ in mixed], [g for _, g in mixed])
-        limits = {resource.prlimit(w.process.pid, resource.RLIMIT_AS)[0] for w in verifier._workers if w.ready}
+        limits = {resource.prlimit(w.process.pid, resource.RLIMIT_AS)[0] for w in verifier._workers}
     assert len(results) == len(mixed) and all(isinstance(v, Verdict) for v, _ in results)
     assert [v == "correct" for v, _ in results[1::2]] == [rows[i % len(rows)]["label"] for i in range(len(bad))]
     assert "timeout" in [v for v, _ in results[::2]]

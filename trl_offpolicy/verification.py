@@ -10,6 +10,7 @@ CUDA, and a user's script needs no `__main__` guard) with a CPU-time budget insi
 verdict, and a wall deadline with SIGKILL outside, for code in C that no signal interrupts.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -28,7 +29,7 @@ from .rows import Verdict
 MEMORY_LIMIT = 2 << 30  # bytes of address space of one worker
 WALL = 1.8  # x `timeout`: when a verification is ended from outside, so that its verdict is there within 2 x
 BATCH, BATCH_CHARACTERS = 32, 1 << 20  # of the tasks that one line hands to a worker
-TASKS_PER_WORKER = 2000  # then a fresh process: sympy's caches grow without bound
+TASKS_PER_WORKER = 2000  # then a fresh fork: sympy's caches grow without bound
 START_SECONDS = 120.0  # a worker imports sympy before its first task; that time is nobody's answer's
 
 
@@ -149,8 +150,7 @@ class MathVerifier(Verifier):
             # Another thread may be in `_run`: its worker's end wakes it, and it gives up the lock.
             self._closing = True
             for worker in self._workers:
-                if worker.process is not None:
-                    worker.process.kill()
+                worker.signal_all()
             with self._lock:
                 self._drop_workers()
                 self._closing = False
@@ -193,15 +193,12 @@ class MathVerifier(Verifier):
                 if self._closing:
                     raise RuntimeError("The verifier was closed while it was verifying.")
                 for worker in list(busy):
-                    pipe = worker.process.stdout
                     for index, result in worker.results(worker in ready):
                         results[index] = result
-                    if not worker.tasks or worker.process.stdout is not pipe:
-                        selector.unregister(pipe)
+                    if worker.lost or not worker.tasks:
+                        selector.unregister(worker.registered)
                         busy.discard(worker)
-                        waiting.extendleft(
-                            reversed(worker.tasks)
-                        )  # what a process that had to be killed was not at yet
+                        waiting.extendleft(reversed(worker.tasks))  # what the lost one was not at yet
                         worker.tasks.clear()
         return results
 
@@ -215,15 +212,18 @@ class MathVerifier(Verifier):
 
 
 class _Worker:
-    """One process and the tasks it was handed; restarted when it had to be killed, died, or has served long enough."""
+    """
+    One process and the tasks it was handed.
+
+    What is started imports sympy and then only forks: the fork does the work, and another takes its place within milliseconds
+    (not after the second that the import takes) when it had to be killed, died, or has served long enough.
+    """
 
     def __init__(self):
-        self.process = None
         self.tasks: deque[int] = deque()  # that it has not answered; it is at the first
-        self.restart()
+        self.spawn()
 
-    def restart(self):
-        self.kill()
+    def spawn(self):
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "trl_offpolicy.verification"]
         # Its own session: a ctrl-C meant for the parent does not kill it in the middle of a task.
@@ -231,63 +231,91 @@ class _Worker:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
         )
         os.set_blocking(self.process.stdout.fileno(), False)
-        self.ready, self.buffer, self.tasks_left = False, b"", TASKS_PER_WORKER
+        self.pid = None  # of the fork, as soon as it is ready
+        self.started, self.buffer, self.tasks_left = False, b"", 0
+
+    def signal_all(self):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     def kill(self):
-        if self.process is not None:
-            self.process.kill()
-            self.process.stdin.close()
-            self.process.stdout.close()
-            self.process.wait()
-            self.process = None
+        self.signal_all()
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait()
+
+    def kill_fork(self):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        self.pid = None
 
     def start(self, indices: list[int], tasks: list[list], timeout: float, options: dict):
-        """Hands an idle worker its next tasks; it reads them all before it begins, so that this cannot block."""
-        if self.tasks_left <= 0:
-            self.restart()
+        """Hands an idle worker its next tasks."""
+        if self.pid is not None and self.tasks_left <= 0:
+            self.kill_fork()
         self.tasks.extend(indices)
-        self.tasks_left -= len(tasks)
-        self.timeout = timeout
-        self.deadline = time.monotonic() + (WALL * timeout if self.ready else START_SECONDS)
-        try:  # ASCII: a lone surrogate travels as \udXXX
-            self.process.stdin.write(json.dumps([tasks, timeout, options]).encode() + b"\n")
+        self.timeout, self.registered, self.lost = timeout, self.process.stdout, False
+        # ASCII: a lone surrogate travels as \udXXX
+        self.batch = json.dumps([tasks, timeout, options]).encode() + b"\n"
+        self.reading = False  # the fork's own clock starts when it says that it has read the batch
+        self.deadline = time.monotonic() + START_SECONDS
+        if self.pid is not None:
+            self._send()
+
+    def _send(self):
+        """The fork reads all of it before it begins, so that this cannot block."""
+        self.deadline = time.monotonic() + WALL * self.timeout
+        self.tasks_left -= len(self.tasks)
+        with contextlib.suppress(BrokenPipeError):  # it died while idle: its closed stdout says so to `results`
+            self.process.stdin.write(self.batch)
             self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it died while idle: its closed stdout says so to `results`
+        self.batch = None
 
     def results(self, readable: bool) -> list[tuple[int, tuple[Verdict, str]]]:
-        """What it has answered; where it died or is overdue that is the verdict on the task it was at, in a new process."""
+        """What it has answered; where its fork died or is overdue (`lost`), that is the verdict on the task it was at."""
         chunk = self.process.stdout.read() if readable else None
         *lines, self.buffer = (self.buffer + (chunk or b"")).split(b"\n")
-        told = []
+        told, died = [], None
         for line in lines:
-            if self.ready:
-                verdict, reason = json.loads(line)
-                told.append((self.tasks.popleft(), (Verdict(verdict), reason)))
-            self.ready = (
-                True  # the first line only says that the imports are done: the first task's own clock starts here
-            )
-            self.deadline = time.monotonic() + WALL * self.timeout
+            what, *rest = json.loads(line)
+            if (
+                what == "ready"
+            ):  # the first, or in the place of one that died; an unread batch is still in the pipe for it
+                if self.reading and self.pid is not None:
+                    died = rest[1]
+                self.pid, self.tasks_left, self.started = rest[0], TASKS_PER_WORKER, True
+                if self.batch is not None and not self.lost:
+                    self._send()
+            elif what == "reading":
+                self.reading, self.deadline = True, time.monotonic() + WALL * self.timeout
+            else:
+                told.append((self.tasks.popleft(), (Verdict(what), rest[0])))
+                self.reading, self.deadline = bool(self.tasks), time.monotonic() + WALL * self.timeout
         if chunk == b"":
-            code = self.process.wait()
-            if not self.ready:
+            died = self.process.wait()
+            if not self.started:
                 raise RuntimeError(
-                    f"A verifier worker ended with exit code {code} before its first task; its message is above. "
+                    f"A verifier worker ended with exit code {died} before its first task; its message is above. "
                     f"Try it by hand: {sys.executable} -m trl_offpolicy.verification < /dev/null"
                 )
-            end = Verdict.ERROR, f"the verifier's worker process died with exit code {code}"
-        elif self.tasks and time.monotonic() > self.deadline:
-            if not self.ready:
-                self.kill()
-                raise RuntimeError(
-                    f"A verifier worker was not ready after {START_SECONDS:.0f} s. Is the machine out of memory?"
-                )
+            self.kill()
+            self.spawn()
+        overdue = self.tasks and time.monotonic() > self.deadline
+        if overdue and self.pid is None:
+            raise RuntimeError(
+                f"A verifier worker was not ready after {START_SECONDS:.0f} s. Is the machine out of memory?"
+            )
+        if self.tasks and (died is not None or overdue):
             end = Verdict.TIMEOUT, f"killed after {WALL * self.timeout:g} s"
-        else:
-            return told
-        if self.tasks:
+            if died is not None:
+                end = Verdict.ERROR, f"the verifier's worker process died with exit code {died}"
+            elif self.reading:
+                self.kill_fork()
+            else:  # the next fork would read this batch, which is still in the pipe
+                self.kill()
+                self.spawn()
             told.append((self.tasks.popleft(), end))
-        self.restart()
+            self.lost = True
         return told
 
 
@@ -298,8 +326,8 @@ class _OverBudget(BaseException):
     """Not an `Exception`: math-verify catches those."""
 
 
-def _work() -> None:
-    """Reads one JSON batch of tasks a line from stdin and answers one JSON verdict a line and task, until stdin closes."""
+def _serve() -> None:
+    """Imports what is slow and forks; another fork for each that dies, until one ends by itself (stdin was closed)."""
     import logging
     import resource
 
@@ -308,17 +336,31 @@ def _work() -> None:
     if sys.platform == "linux":  # macOS refuses this limit
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     sys.set_int_max_str_digits(0)  # bounded by the CPU budget instead of by an exception
-    from .math_grading import grade  # the slow import, before the first task's clock starts
+    from . import math_grading  # noqa: F401  (the slow import, before the first task's clock starts)
 
     logging.disable(logging.CRITICAL)  # math-verify warns that we took over its time-outs
+    status = None
+    while status != 0:
+        pid = os.fork()  # nothing else runs here: no thread, no CUDA
+        if pid == 0:
+            with contextlib.suppress(BrokenPipeError):  # nobody is there to be answered
+                _work(answers)
+            os._exit(0)
+        print(json.dumps(["ready", pid, status]), file=answers, flush=True)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def _work(answers) -> None:
+    """Reads one JSON batch of tasks a line from stdin and answers one JSON verdict a line and task, until stdin closes."""
+    from .math_grading import grade
 
     def over_budget(*_):
         raise _OverBudget
 
     signal.signal(signal.SIGPROF, over_budget)
-    print("ready", file=answers, flush=True)
     for line in sys.stdin:
         tasks, budget, options = json.loads(line)
+        print(json.dumps(["reading"]), file=answers, flush=True)
         for completion, answer in tasks:
             try:
                 signal.setitimer(signal.ITIMER_PROF, budget, 0.5)  # fires again, should a library swallow the first
@@ -335,4 +377,4 @@ def _work() -> None:
 
 
 if __name__ == "__main__":
-    _work()
+    _serve()
