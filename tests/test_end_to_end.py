@@ -104,21 +104,23 @@ def test_documented_commands_parse(tmp_path):
     from trl import ModelConfig, ScriptArguments, TrlParser
 
     from trl_offpolicy import ImportanceWeightedSFTConfig, RewriteConfig
-    from trl_offpolicy.cli import RewriteArguments
+    from trl_offpolicy.cli import RewriteArguments, VerifyArguments
 
     parsers = {
         "accelerate launch examples/train.py": (ScriptArguments, ImportanceWeightedSFTConfig, ModelConfig),
         "trl-offpolicy rewrite": (RewriteArguments, RewriteConfig),
+        "trl-offpolicy verify": (VerifyArguments,),
     }
     found = 0
     for name in ("README.md", "examples/train.py", "examples/quickstart.py", "trl_offpolicy/cli.py"):
         text = re.sub(r"\\+\n", " ", (ROOT / name).read_text())
         for command, types in parsers.items():
-            for line in re.findall(re.escape(command) + r"(?: +[^\n#`\"]*)--model_name_or_path[^\n#`\"]*", text):
-                if "{" in line:
+            flags = r" +--(?:model_name_or_path|dataset_name) (?:[^\n#`\"']|'[^'\n]*')*"
+            for line in re.findall(re.escape(command) + flags, text):
+                if re.search(r"\{[a-z]", line):  # a field of an f-string
                     continue
                 argv = shlex.split(line.removeprefix(command))
                 cpu = ["--use_cpu", "--bf16", "False"] if ImportanceWeightedSFTConfig in types else []
                 TrlParser(types, allow_abbrev=False).parse_args_and_config([*argv, *cpu])
                 found += 1
-    assert found >= 6
+    assert found >= 12
