@@ -99,9 +99,9 @@ def test_no_function_is_long_and_modules_look_upwards_only():
     import ast
 
     order = [
-        "prompts", "rows", "sampling", "verification", "journal", "shards", "rewrite_config", "scheduling", "run_log", "rewriter",
-        "data_collator", "losses", "hub", "importance_weighted_sft_config", "scoring", "initial_policy", "importance_weighted_sft_trainer",
-        "dft_trainer", "policy_gap", "evaluation", "cli",
+        "prompts", "rows", "sampling", "answers", "math_grading", "verification", "code_verifier", "verifiers", "journal", "shards",
+        "rewrite_config", "scheduling", "run_log", "rewriter", "data_collator", "losses", "hub", "importance_weighted_sft_config", "scoring",
+        "initial_policy", "importance_weighted_sft_trainer", "dft_trainer", "policy_gap", "evaluation", "cli",
     ]  # fmt: skip
     for path in (ROOT / "trl_offpolicy").rglob("*.py"):
         tree = ast.parse(path.read_text())
@@ -123,12 +123,13 @@ def test_documented_commands_parse(tmp_path):
     from trl import ModelConfig, ScriptArguments, TrlParser
 
     from trl_offpolicy import ImportanceWeightedSFTConfig, RewriteConfig
-    from trl_offpolicy.cli import RewriteArguments
+    from trl_offpolicy.cli import RewriteArguments, VerifyArguments
 
     parsers = {
         "accelerate launch examples/train.py": (ScriptArguments, ImportanceWeightedSFTConfig, ModelConfig),
         "trl-offpolicy rewrite": (RewriteArguments, RewriteConfig),
         "python examples/rewrite_ray.py": (RayArguments, RewriteConfig),
+        "trl-offpolicy verify": (VerifyArguments,),
     }
     found = 0
     for name in (
@@ -136,11 +137,12 @@ def test_documented_commands_parse(tmp_path):
     ):  # fmt: skip
         text = re.sub(r"\\+\n", " ", (ROOT / name).read_text())
         for command, types in parsers.items():
-            for line in re.findall(re.escape(command) + r"(?: +[^\n#`\"]*)--model_name_or_path[^\n#`\"]*", text):
-                if "{" in line:
+            flags = r" +--(?:model_name_or_path|dataset_name) (?:[^\n#`\"']|'[^'\n]*')*"
+            for line in re.findall(re.escape(command) + flags, text):
+                if re.search(r"\{[a-z]", line):  # a field of an f-string
                     continue
                 argv = shlex.split(line.removeprefix(command))
                 cpu = ["--use_cpu", "--bf16", "False"] if ImportanceWeightedSFTConfig in types else []
                 TrlParser(types, allow_abbrev=False).parse_args_and_config([*argv, *cpu])
                 found += 1
-    assert found >= 7
+    assert found >= 14

@@ -1,13 +1,19 @@
 """The `trl-offpolicy` command. Training stays `accelerate launch examples/train.py`.
 
-Every flag is also a key of `--config file.yaml`. The first line printed is the run directory, the last one the next
+Every flag is also a key of `--config file.yaml`. The first line printed is where the results go, the last one the next
 command to run. Exit codes: 0 done, 2 bad input, 3 stopped early and resumable.
 """
 
 import json
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
 
+from tqdm.auto import tqdm
+
+from .rows import Source, Verdict
 from .sampling import SamplerError
 
 
@@ -16,10 +22,12 @@ usage: trl-offpolicy COMMAND [options]
 
 commands:
   rewrite    rewrite a dataset of demonstrations into what the model could have written itself
+  verify     check the answers of a dataset: a table of verdicts, and the rows that are not correct
 
   trl-offpolicy rewrite --model_name_or_path Qwen/Qwen2.5-Math-1.5B --dataset_name openai/gsm8k --dataset_config main \\
       --output_dir runs/gsm8k --num_generations 8 --dry_run          # first prompts and the estimate, nothing is sampled
   trl-offpolicy rewrite --config rewrite.yaml                        # the same keys in a file; run again to resume
+  trl-offpolicy verify --dataset_name runs/gsm8k/dataset             # what is not correct goes to not_correct.jsonl
   trl-offpolicy COMMAND --help                                       # every option
 """
 
@@ -35,6 +43,29 @@ examples:
 
 An interrupted run resumes: run the same command again.
 """
+
+
+VERIFY_EXAMPLES = """\
+examples:
+  trl-offpolicy verify --dataset_name runs/gsm8k/dataset                                    # what a rewrite wrote
+  trl-offpolicy verify --dataset_name demos.jsonl --answer_column final --output_file odd.jsonl   # demonstrations
+  trl-offpolicy verify --dataset_name outputs.jsonl --completion_column prediction --answer_column gold
+  trl-offpolicy verify --dataset_name physics.jsonl --verifier numeric --verifier_kwargs '{"rel_tol": 0.05}'
+  trl-offpolicy verify --dataset_name code.jsonl --completion_column completion --answer_column tests --verifier code
+
+Columns are those of `rewrite` (the demonstration is what is checked), or the two that you name. Exit code 0 says that all
+rows were checked, not that they are correct.
+"""
+
+# Name on the command line → (module, class).
+VERIFIERS = {
+    "math": ("verification", "MathVerifier"),
+    "choice": ("verifiers", "MultipleChoiceVerifier"),
+    "exact": ("verifiers", "ExactMatchVerifier"),
+    "numeric": ("verifiers", "NumericVerifier"),
+    "json": ("verifiers", "JsonSchemaVerifier"),
+    "code": ("code_verifier", "CodeVerifier"),
+}
 
 
 @dataclass
@@ -90,30 +121,72 @@ class RewriteArguments:
     )
 
 
-def rewrite(argv: list[str]) -> int:
+@dataclass
+class VerifyArguments:
+    """What is verified by what."""
+
+    dataset_name: str = field(metadata={"help": "Rows: Hub id, directory, or JSONL, JSON, CSV or Parquet file."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Split."})
+    max_rows: int | None = field(default=None, metadata={"help": "Only the first rows."})
+    completion_column: str | None = field(
+        default=None,
+        metadata={"help": "Text or messages to check; by default what `rewrite` takes for the demonstration."},
+    )
+    answer_column: str = field(
+        default="answer",
+        metadata={"help": "Gold answers (for code: the tests); where a row has none, its demonstration's box."},
+    )
+    verifier: str = field(default="math", metadata={"help": "Which verifier.", "choices": list(VERIFIERS)})
+    verifier_kwargs: str = field(
+        default="{}", metadata={"help": """Its arguments as JSON, for example '{"timeout": 10, "num_workers": 4}'."""}
+    )
+    output_file: str = field(
+        default="not_correct.jsonl",
+        metadata={"help": "Where the rows that are not correct go, with verdict and reason."},
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Replace output_file if there is one."})
+
+
+def _parser(types, command: str, description: str, examples: str):
     import argparse
 
     from trl import TrlParser
 
-    from .rewrite_config import RewriteConfig
-    from .rewriter import DataRewriter
-    from .rows import load_rows
-
-    parser = TrlParser(
-        (RewriteArguments, RewriteConfig),
-        prog="trl-offpolicy rewrite",
-        description="Rewrite demonstrations: the model's own correct solution, else its retelling of the reference, else the demonstration.",
-        epilog=REWRITE_EXAMPLES,
+    return TrlParser(
+        types,
+        prog=f"trl-offpolicy {command}",
+        description=description,
+        epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,  # a misspelt flag must not pass for another one
     )
-    arguments, config = parser.parse_args_and_config(argv)
-    print(config.output_dir, flush=True)
+
+
+def _load(arguments):
+    from .rows import load_rows
+
     dataset = load_rows(arguments.dataset_name, arguments.dataset_config, arguments.dataset_split)
     if arguments.max_rows is not None:
         if arguments.max_rows < 1:
             raise ValueError(f"You passed max_rows={arguments.max_rows}; it must be at least 1.")
         dataset = dataset.select(range(min(arguments.max_rows, len(dataset))))
+    return dataset
+
+
+def rewrite(argv: list[str]) -> int:
+    from .rewrite_config import RewriteConfig
+    from .rewriter import DataRewriter
+
+    parser = _parser(
+        (RewriteArguments, RewriteConfig),
+        "rewrite",
+        "Rewrite demonstrations: the model's own correct solution, else its retelling of the reference, else the demonstration.",
+        REWRITE_EXAMPLES,
+    )
+    arguments, config = parser.parse_args_and_config(argv)
+    print(config.output_dir, flush=True)
+    dataset = _load(arguments)
     sampler = None if config.dry_run else _sampler(arguments)
     rewriter = DataRewriter(arguments.model_name_or_path, config, sampler=sampler)
     try:
@@ -227,9 +300,87 @@ def _print_summary(metrics: dict) -> None:
         )
 
 
+def verify(argv: list[str]) -> int:
+    from .rewriter import batched
+
+    description = "Verify the answers of a dataset, print the verdicts, and write the rows that are not correct."
+    (arguments,) = _parser(VerifyArguments, "verify", description, VERIFY_EXAMPLES).parse_args_and_config(argv)
+    print(arguments.output_file, flush=True)
+    output = Path(arguments.output_file)
+    if output.exists() and not arguments.overwrite:
+        raise ValueError(f"{output} exists; pass --overwrite to replace it, or another --output_file.")
+    dataset = _load(arguments)
+    rows = _to_verify(dataset, arguments)
+    counts: Counter = Counter()
+    with _verifier(arguments) as verifier, tqdm(total=len(dataset), unit="row") as bar:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with output.open("w") as file:
+            try:
+                for chunk in batched(rows, 1024):
+                    told = verifier.explain([c for _, _, c, _ in chunk], [a for _, _, _, a in chunk])
+                    for (index, row, _, answer), (verdict, reason) in zip(chunk, told, strict=True):
+                        source = row.get("source")
+                        counts[source if source in set(Source) else "", verdict] += 1
+                        if verdict is not Verdict.CORRECT:
+                            odd = {"index": index, "verdict": verdict, "reason": reason, "gold": answer}
+                            file.write(json.dumps({**row, **odd}, default=str) + "\n")
+                    bar.update(len(chunk))
+            except KeyboardInterrupt:
+                print(f"\nstopped; {output} has what was found so far.", file=sys.stderr)
+                return 3
+    _print_verdicts(counts)
+    bad = sum(n for (_, verdict), n in counts.items() if verdict is not Verdict.CORRECT)
+    print(f"{bad:,} rows that are not correct: {output}" if bad else "every row is correct")
+    return 0
+
+
+def _verifier(arguments: VerifyArguments):
+    module, name = VERIFIERS[arguments.verifier]
+    kwargs = arguments.verifier_kwargs
+    try:
+        kwargs = json.loads(kwargs) if isinstance(kwargs, str) else kwargs  # a mapping in YAML
+        return getattr(import_module(f".{module}", __package__), name)(**kwargs)
+    except (TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"You passed verifier_kwargs={arguments.verifier_kwargs!r} to {name}: {error}") from error
+    except ImportError as error:  # an extra that is not installed
+        raise ValueError(str(error)) from error
+
+
+def _to_verify(dataset, arguments: VerifyArguments):
+    """(index, row, completion, gold answer) of each row; `ValueError` at once if a column is missing."""
+    from .rows import find_format, read_row
+
+    named = [arguments.completion_column, arguments.answer_column] if arguments.completion_column else []
+    if missing := [column for column in named if column not in dataset.column_names]:
+        raise ValueError(f"The dataset has the columns {dataset.column_names}, but no {' and no '.join(missing)}.")
+    if not named:
+        find_format(dataset.column_names)
+
+    def read(index: int, row: dict):
+        answer = row.get(arguments.answer_column)
+        if named:
+            value = row[arguments.completion_column] or ""
+            return index, row, value if isinstance(value, str) else value[-1]["content"], answer
+        problem = read_row(row, index, arguments.answer_column, "{problem}")
+        return index, row, problem.demonstration, answer if isinstance(answer, (list, dict)) else problem.answer
+
+    return (read(index, row) for index, row in enumerate(dataset))
+
+
+def _print_verdicts(counts: Counter) -> None:
+    sources = sorted({source for source, _ in counts})
+    print(f"{'':12}" + "".join(f"{source or 'rows':>18}" for source in sources))
+    for verdict in Verdict:
+        line = ""
+        for source in sources:
+            total = sum(n for (s, _), n in counts.items() if s == source)
+            line += f"{counts[source, verdict]:>11,}{counts[source, verdict] / total:>7.1%}"
+        print(f"{verdict:<12}{line}")
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"rewrite": rewrite}
+    commands = {"rewrite": rewrite, "verify": verify}
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if argv else 2

@@ -28,6 +28,7 @@ from .run_log import RunLog
 from .sampling import Completion, Request, Sampler, SamplingParams, attempt_seed
 from .scheduling import Draw, Fate, KnownAttempts, Outcome, Scheduler
 from .shards import RUN_KEY, Shard, check_siblings, publish
+from .verification import explain_with
 
 
 class DataRewriter:
@@ -272,15 +273,7 @@ class DataRewriter:
         """A verdict and its reason for each completion; one that was cut or never drawn is not shown to the verifier."""
         whole = [(c.text, draw.progress.problem.answer) for draw, c in batch if c.finish_reason == "stop"]
         texts, answers = [text for text, _ in whole], [answer for _, answer in whole]
-        if hasattr(self.verifier, "explain"):
-            told = self.verifier.explain(texts, answers)
-        else:
-            told = [(Verdict(v), "") for v in getattr(self.verifier, "verify", self.verifier)(texts, answers)]
-        if len(told) != len(whole):
-            raise ValueError(
-                f"The verifier returned {len(told)} verdicts for {len(whole)} completions; it must return one for each."
-            )
-        told = iter(told)
+        told = iter(explain_with(self.verifier, texts, answers))
         cut = Verdict.UNPARSABLE, "cut at max_completion_length"
         return [
             next(told)

@@ -92,9 +92,30 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
+# What may stand between two boxes of one answer: `$\\boxed{2}$ and $\\boxed{3}$`, `x = \\boxed{2}, y = \\boxed{3}`.
+_BETWEEN_BOXES = re.compile(
+    r"(?:[\s$,;]|\\[()\[\],;! ]|\\q?quad|\\text\s*\{[^{}]{0,40}\b(?:and|or)\b[^{}]{0,40}\}|\b(?:and|or)\b|\b[A-Za-z](?:_\{?\w\}?)?\s*=)*"
+)
+
+
+def boxed_answer(text: str) -> str | None:
+    """The last box, and those before it that only "and", "or", a comma or `y =` separates from it, joined by commas."""
+    answers: list[str] = []
+    while (answer := last_boxed(text)) is not None:
+        if answer not in answers:
+            answers.insert(0, answer)
+        start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+        before = max(text.rfind("\\boxed", 0, start), text.rfind("\\fbox", 0, start))
+        gap = text[before:start].rpartition("}")[2] if before >= 0 else None
+        if gap is None or len(gap) > 100 or len(answers) > 20 or not _BETWEEN_BOXES.fullmatch(gap):
+            break
+        text = text[:start]
+    return ", ".join(answers) or None
+
+
 def final_answer(text: str) -> str | None:
-    """The final answer a solution states: its last box, else GSM8K's `#### 42`; `None` if it states none."""
-    boxed = last_boxed(text)
+    """The final answer a solution states: its last boxes, else GSM8K's `#### 42`; `None` if it states none."""
+    boxed = boxed_answer(text)
     if boxed is None and "####" in text:
         boxed = text.rsplit("####", 1)[1].strip().split("\n")[0].replace(",", "").strip()
     return boxed or None

@@ -10,7 +10,7 @@ CUDA, and a user's script needs no `__main__` guard) with a CPU-time budget insi
 verdict, and a wall deadline with SIGKILL outside, for code in C that no signal interrupts.
 """
 
-import functools
+import contextlib
 import json
 import os
 import re
@@ -21,47 +21,118 @@ import sys
 import threading
 import time
 from collections import deque
-from fractions import Fraction
 
-from .rows import Verdict, final_answer, last_boxed
+from .answers import NO_ANSWER
+from .rows import Verdict
 
 
-MEMORY_LIMIT = 3 << 30  # bytes of address space of one worker
-TASKS_PER_WORKER = 2000  # then a fresh process: sympy's caches grow without bound
+MEMORY_LIMIT = 2 << 30  # bytes of address space of one worker
+WALL = 1.8  # x `timeout`: when a verification is ended from outside, so that its verdict is there within 2 x
+BATCH, BATCH_CHARACTERS = 32, 1 << 20  # of the tasks that one line hands to a worker
+TASKS_PER_WORKER = 2000  # then a fresh fork: sympy's caches grow without bound
 START_SECONDS = 120.0  # a worker imports sympy before its first task; that time is nobody's answer's
 
 
-class MathVerifier:
+def explain_with(verifier, completions: list[str], answers: list) -> list[tuple[Verdict, str]]:
+    """(verdict, reason) of each completion by anything that verifies: a [`Verifier`], an object with `verify`, a function."""
+    if not completions:
+        return []
+    if hasattr(verifier, "explain"):
+        told = verifier.explain(completions, answers)
+    else:
+        told = [(Verdict(v), "") for v in getattr(verifier, "verify", verifier)(completions, answers)]
+    if len(told) != len(completions):
+        raise ValueError(
+            f"The verifier returned {len(told)} verdicts for {len(completions)} completions; it must return one for each."
+        )
+    return told
+
+
+class Verifier:
+    """What all verifiers share; a new one needs `_explain`. Usable as a context manager, and as a reward for `GRPOTrainer`."""
+
+    @property
+    def __name__(self) -> str:  # what GRPOTrainer calls its reward in the logs
+        return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower()
+
+    def _explain(self, completions: list[str], answers: list) -> list[tuple[Verdict, str]]:
+        raise NotImplementedError
+
+    def explain(self, completions: list[str], answers: list) -> list[tuple[Verdict, str]]:
+        """Verdicts with the reason beside each: what could not be parsed, which test failed; empty for `correct`."""
+        if len(completions) != len(answers):
+            raise ValueError(
+                f"You passed {len(completions)} completions and {len(answers)} answers; each completion needs its own answer."
+            )
+        return self._explain(completions, answers)
+
+    def verify(self, completions: list[str], answers: list) -> list[Verdict]:
+        """One verdict for each completion against the gold answer of the same position."""
+        return [verdict for verdict, _ in self.explain(completions, answers)]
+
+    def __call__(self, completions, answer=None, solution=None, **kwargs) -> list[float | None]:
+        """TRL's reward signature: 1.0 correct, 0.0 wrong or no answer, `None` where it could not be told."""
+        golds = answer if answer is not None else solution
+        if golds is None:
+            raise ValueError(
+                f"The dataset needs a column `answer` (or `solution`) with gold answers; it has {sorted(kwargs)}."
+            )
+        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+        rewards = {Verdict.CORRECT: 1.0, Verdict.WRONG: 0.0}
+        return [0.0 if reason == NO_ANSWER else rewards.get(verdict) for verdict, reason in self.explain(texts, golds)]
+
+    def close(self) -> None:
+        """Ends what it holds (processes, engines), if anything."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+
+class MathVerifier(Verifier):
     """
     Verifies final answers of mathematical problems; also a reward function for `GRPOTrainer`.
 
     Args:
-        timeout (`float`, *optional*, defaults to `4.0`): CPU seconds one verification may take. Three times as many seconds on
+        timeout (`float`, *optional*, defaults to `4.0`): CPU seconds one verification may take. 1.8 times as many seconds on
             the wall clock (for code that cannot be interrupted) end it as well; either is `Verdict.TIMEOUT`, never `WRONG`.
-        num_workers (`int`, *optional*): Worker processes; by default one for each core, at most 8.
+        num_workers (`int`, *optional*): Worker processes; by default one for each core.
+        float_rounding (`int`, *optional*, defaults to `6`): Decimal places to which a decimal may stand for another number
+            (`0.333333` for 1/3); it must keep five significant digits of it, too.
+        numeric_precision (`int`, *optional*, defaults to `50`): Digits of math-verify's numeric comparisons.
+        strict (`bool`, *optional*, defaults to `True`): Names of variables count (math-verify's `strict`).
+        allow_set_relation_comp (`bool`, *optional*, defaults to `True`): `1 < x < 2` answers `(1, 2)`, as the other way round.
     """
 
-    def __init__(self, timeout: float = 4.0, num_workers: int | None = None):
+    def __init__(
+        self,
+        timeout: float = 4.0,
+        num_workers: int | None = None,
+        float_rounding: int = 6,
+        numeric_precision: int = 50,
+        strict: bool = True,
+        allow_set_relation_comp: bool = True,
+    ):
         if timeout <= 0:
             raise ValueError(f"You passed timeout={timeout}; a verification needs a positive number of CPU seconds.")
         self.timeout = timeout
-        self.num_workers = num_workers or min(8, os.cpu_count() or 1)
-        self.__name__ = "math_verifier"  # what GRPOTrainer calls its reward in the logs
+        self.num_workers = num_workers or len(
+            os.sched_getaffinity(0) if sys.platform == "linux" else range(os.cpu_count() or 1)
+        )
+        self.options = {
+            "float_rounding": float_rounding,
+            "numeric_precision": numeric_precision,
+            "strict": strict,
+            "allow_set_relation_comp": allow_set_relation_comp,
+        }
         self._workers: list[_Worker] = []
         self._lock = threading.Lock()  # one batch at a time
         self._gate = threading.Lock()  # held by `close`, so that a new batch waits for it
         self._closing = False
 
-    def verify(self, completions: list[str], answers: list[str]) -> list[Verdict]:
-        """One verdict for each completion against the gold answer of the same position."""
-        return [verdict for verdict, _ in self.explain(completions, answers)]
-
-    def explain(self, completions: list[str], answers: list[str]) -> list[tuple[Verdict, str]]:
-        """Verdicts with the reason beside each: what could not be parsed, how a worker died; empty for `correct` and `wrong`."""
-        if len(completions) != len(answers):
-            raise ValueError(
-                f"You passed {len(completions)} completions and {len(answers)} answers; each completion needs its own answer."
-            )
+    def _explain(self, completions: list[str], answers: list[str]) -> list[tuple[Verdict, str]]:
         return self._run(
             [
                 [completion, "" if answer is None else str(answer)]
@@ -73,35 +144,16 @@ class MathVerifier:
         """`CORRECT` for each gold answer that can be compared with at all, else `UNPARSABLE` (or why it could not be told)."""
         return [verdict for verdict, _ in self._run([[None, answer or ""] for answer in answers])]
 
-    def __call__(self, completions, answer=None, solution=None, **kwargs) -> list[float | None]:
-        """TRL's reward signature: 1.0 correct, 0.0 wrong or no answer, `None` where it could not be told."""
-        golds = answer if answer is not None else solution
-        if golds is None:
-            raise ValueError(
-                f"The dataset needs a column `answer` (or `solution`) with gold answers; it has {sorted(kwargs)}."
-            )
-        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-        golds = [final_answer(g) or g for g in golds]
-        rewards = {Verdict.CORRECT: 1.0, Verdict.WRONG: 0.0}
-        return [0.0 if reason == NO_ANSWER else rewards.get(verdict) for verdict, reason in self.explain(texts, golds)]
-
     def close(self) -> None:
         """Ends the worker processes, whatever they are at; a later call starts new ones."""
         with self._gate:
             # Another thread may be in `_run`: its worker's end wakes it, and it gives up the lock.
             self._closing = True
             for worker in self._workers:
-                if worker.process is not None:
-                    worker.process.kill()
+                worker.signal_all()
             with self._lock:
                 self._drop_workers()
                 self._closing = False
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc):
-        self.close()
 
     def __del__(self):
         if hasattr(self, "_gate"):  # not when `__init__` refused its arguments
@@ -124,7 +176,7 @@ class MathVerifier:
 
     def _dispatch(self, tasks: list[list]) -> list[tuple[Verdict, str]]:
         results: list[tuple[Verdict, str] | None] = [None] * len(tasks)
-        waiting = deque(enumerate(tasks))
+        waiting = deque(range(len(tasks)))
         busy: set[_Worker] = set()
         while len(self._workers) < min(self.num_workers, len(tasks)):
             self._workers.append(_Worker())
@@ -132,9 +184,8 @@ class MathVerifier:
             while waiting or busy:
                 for worker in self._workers:
                     if waiting and worker not in busy:
-                        if worker.tasks_left == 0:
-                            worker.restart()
-                        worker.start_task(*waiting.popleft(), self.timeout)
+                        batch = self._batch(waiting, tasks)
+                        worker.start(batch, [tasks[i] for i in batch], self.timeout, self.options)
                         selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
                         busy.add(worker)
                 wait = min(worker.deadline for worker in busy) - time.monotonic()
@@ -142,25 +193,37 @@ class MathVerifier:
                 if self._closing:
                     raise RuntimeError("The verifier was closed while it was verifying.")
                 for worker in list(busy):
-                    result = worker.result() if worker in ready else None
-                    if result is None and time.monotonic() > worker.deadline:
-                        result = worker.overdue()
-                    if result is not None:
+                    for index, result in worker.results(worker in ready):
+                        results[index] = result
+                    if worker.lost or not worker.tasks:
                         selector.unregister(worker.registered)
                         busy.discard(worker)
-                        results[worker.task] = result
+                        waiting.extendleft(reversed(worker.tasks))  # what the lost one was not at yet
+                        worker.tasks.clear()
         return results
+
+    def _batch(self, waiting: deque[int], tasks: list[list]) -> list[int]:
+        """The next tasks for one worker: many at a time, but so that all workers stay busy to the end."""
+        size, characters, batch = max(1, min(BATCH, len(waiting) // (2 * self.num_workers))), 0, []
+        while waiting and len(batch) < size and characters < BATCH_CHARACTERS:
+            batch.append(waiting.popleft())
+            characters += len(tasks[batch[-1]][0] or "")
+        return batch
 
 
 class _Worker:
-    """One process and the task it is at; restarted when it had to be killed, died, or has served long enough."""
+    """
+    One process and the tasks it was handed.
+
+    What is started imports sympy and then only forks: the fork does the work, and another takes its place within milliseconds
+    (not after the second that the import takes) when it had to be killed, died, or has served long enough.
+    """
 
     def __init__(self):
-        self.process = None
-        self.restart()
+        self.tasks: deque[int] = deque()  # that it has not answered; it is at the first
+        self.spawn()
 
-    def restart(self):
-        self.kill()
+    def spawn(self):
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "trl_offpolicy.verification"]
         # Its own session: a ctrl-C meant for the parent does not kill it in the middle of a task.
@@ -168,152 +231,103 @@ class _Worker:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
         )
         os.set_blocking(self.process.stdout.fileno(), False)
-        self.ready, self.buffer, self.tasks_left = False, b"", TASKS_PER_WORKER
+        self.pid = None  # of the fork, as soon as it is ready
+        self.started, self.buffer, self.tasks_left = False, b"", 0
+
+    def signal_all(self):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     def kill(self):
-        if self.process is not None:
-            self.process.kill()
-            self.process.stdin.close()
-            self.process.stdout.close()
-            self.process.wait()
-            self.process = None
+        self.signal_all()
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait()
 
-    def start_task(self, index: int, task: list, timeout: float):
-        self.task, self.budget, self.registered = index, timeout, self.process.stdout
-        self.deadline = time.monotonic() + (3 * timeout if self.ready else START_SECONDS)
-        self.tasks_left -= 1
-        try:
-            self.process.stdin.write(
-                json.dumps([*task, timeout]).encode() + b"\n"
-            )  # ASCII: a lone surrogate travels as \udXXX
+    def kill_fork(self):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        self.pid = None
+
+    def start(self, indices: list[int], tasks: list[list], timeout: float, options: dict):
+        """Hands an idle worker its next tasks."""
+        if self.pid is not None and self.tasks_left <= 0:
+            self.kill_fork()
+        self.tasks.extend(indices)
+        self.timeout, self.registered, self.lost = timeout, self.process.stdout, False
+        # ASCII: a lone surrogate travels as \udXXX
+        self.batch = json.dumps([tasks, timeout, options]).encode() + b"\n"
+        self.reading = False  # the fork's own clock starts when it says that it has read the batch
+        self.deadline = time.monotonic() + START_SECONDS
+        if self.pid is not None:
+            self._send()
+
+    def _send(self):
+        """The fork reads all of it before it begins, so that this cannot block."""
+        self.deadline = time.monotonic() + WALL * self.timeout
+        self.tasks_left -= len(self.tasks)
+        with contextlib.suppress(BrokenPipeError):  # it died while idle: its closed stdout says so to `results`
+            self.process.stdin.write(self.batch)
             self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it died while idle: its closed stdout says so to `result`
+        self.batch = None
 
-    def result(self) -> tuple[Verdict, str] | None:
-        chunk = self.process.stdout.read()
+    def results(self, readable: bool) -> list[tuple[int, tuple[Verdict, str]]]:
+        """What it has answered; where its fork died or is overdue (`lost`), that is the verdict on the task it was at."""
+        chunk = self.process.stdout.read() if readable else None
+        *lines, self.buffer = (self.buffer + (chunk or b"")).split(b"\n")
+        told, died = [], None
+        for line in lines:
+            what, *rest = json.loads(line)
+            if (
+                what == "ready"
+            ):  # the first, or in the place of one that died; an unread batch is still in the pipe for it
+                if self.reading and self.pid is not None:
+                    died = rest[1]
+                self.pid, self.tasks_left, self.started = rest[0], TASKS_PER_WORKER, True
+                if self.batch is not None and not self.lost:
+                    self._send()
+            elif what == "reading":
+                self.reading, self.deadline = True, time.monotonic() + WALL * self.timeout
+            else:
+                told.append((self.tasks.popleft(), (Verdict(what), rest[0])))
+                self.reading, self.deadline = bool(self.tasks), time.monotonic() + WALL * self.timeout
         if chunk == b"":
-            code = self.process.wait()
-            if not self.ready:
+            died = self.process.wait()
+            if not self.started:
                 raise RuntimeError(
-                    f"A verifier worker ended with exit code {code} before its first task; its message is above. "
+                    f"A verifier worker ended with exit code {died} before its first task; its message is above. "
                     f"Try it by hand: {sys.executable} -m trl_offpolicy.verification < /dev/null"
                 )
-            self.restart()
-            return Verdict.ERROR, f"the verifier's worker process died with exit code {code}"
-        self.buffer += chunk or b""
-        *lines, self.buffer = self.buffer.split(b"\n")
-        for line in lines:
-            if not self.ready:  # the first line only says that the imports are done: the task's own clock starts here
-                self.ready, self.deadline = True, time.monotonic() + 3 * self.budget
-            else:
-                verdict, reason = json.loads(line)
-                return Verdict(verdict), reason
-        return None
-
-    def overdue(self) -> tuple[Verdict, str]:
-        if not self.ready:
             self.kill()
+            self.spawn()
+        overdue = self.tasks and time.monotonic() > self.deadline
+        if overdue and self.pid is None:
             raise RuntimeError(
                 f"A verifier worker was not ready after {START_SECONDS:.0f} s. Is the machine out of memory?"
             )
-        self.restart()
-        return Verdict.TIMEOUT, f"killed after {3 * self.budget:g} s"
+        if self.tasks and (died is not None or overdue):
+            end = Verdict.TIMEOUT, f"killed after {WALL * self.timeout:g} s"
+            if died is not None:
+                end = Verdict.ERROR, f"the verifier's worker process died with exit code {died}"
+            elif self.reading:
+                self.kill_fork()
+            else:  # the next fork would read this batch, which is still in the pipe
+                self.kill()
+                self.spawn()
+            told.append((self.tasks.popleft(), end))
+            self.lost = True
+        return told
 
 
 # ---- what runs inside a worker ----
-
-NO_ANSWER = "the completion states no answer that can be parsed"
 
 
 class _OverBudget(BaseException):
     """Not an `Exception`: math-verify catches those."""
 
 
-def grade(completion: str | None, answer: str) -> tuple[Verdict, str]:
-    """The verdict on one completion; with `completion=None`, on whether the gold answer can be compared with at all."""
-    gold = normalize(last_boxed(answer) or answer)
-    if not gold:
-        return Verdict.UNPARSABLE, "the gold answer is empty"
-    plain = (
-        re.fullmatch(r"[A-Za-z]{2,}(?: [A-Za-z]+)*", gold) is not None
-    )  # a word: letters are not factors of a product
-    if completion is None:
-        parsable = plain or _number(gold) is not None or bool(_parse(gold))
-        return (Verdict.CORRECT, "") if parsable else (Verdict.UNPARSABLE, "the gold answer cannot be parsed")
-    stated = final_answer(completion)
-    prediction = None if stated is None else normalize(stated)
-    if prediction is not None and _same(prediction, gold):
-        return Verdict.CORRECT, ""
-    if plain:
-        return (Verdict.UNPARSABLE, NO_ANSWER) if prediction is None else (Verdict.WRONG, "")
-    from math_verify import parse, verify
-
-    gold_parsed = _parse(gold)
-    if not gold_parsed:
-        return Verdict.UNPARSABLE, "the gold answer cannot be parsed"
-    if prediction is None and not (prediction := _tail(completion)):
-        return Verdict.UNPARSABLE, NO_ANSWER
-    predicted = _parse(prediction) if stated else parse(prediction, parsing_timeout=None, fallback_mode="no_fallback")
-    if not predicted:
-        return Verdict.UNPARSABLE, NO_ANSWER
-    same = verify(gold_parsed, predicted, timeout_seconds=None, raise_on_error=True)
-    return (Verdict.CORRECT if same else Verdict.WRONG), ""
-
-
-def _tail(completion: str) -> str:
-    """Where a completion without a box states its answer: after the last "answer is" or "A:", or all of a single line.
-
-    Not the last number of whatever came out: a rambling sample would be right by chance, and be trained on.
-    """
-    text = completion.strip()
-    starts = [
-        m.start()
-        for m in re.finditer(r"\b(?:answer|solution|result)\s*(?:is|are|:|=)|^A:", text, re.MULTILINE | re.IGNORECASE)
-    ]
-    if starts:
-        text = text[starts[-1] :].split("\n")[0]  # with the phrase: math-verify reads on from there
-    return "" if "\n" in text else text[:1000]
-
-
-@functools.lru_cache(4096)
-def _parse(answer: str) -> list:
-    """The gold as math-verify reads it in a box; cached, since many samples share a gold answer."""
-    from math_verify import parse
-
-    return parse(f"$\\boxed{{{answer}}}$", parsing_timeout=None, fallback_mode="no_fallback")
-
-
-def normalize(answer: str) -> str:
-    r"""An answer without what never changes its value: `$`, `\left`, `\!`, `\text{}` around a word, spaces beside symbols."""
-    answer = re.sub(r"\\(?:text|mbox|textbf|mathrm)\s*\{([^{}]*)\}", r"\1", answer.strip().strip("$").strip())
-    answer = (
-        re.sub(r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\[!,;:]|\\\$", "", answer)
-        .replace("\\dfrac", "\\frac")
-        .replace("\\tfrac", "\\frac")
-    )
-    answer = re.sub(r"\s+", " ", answer).strip()
-    answer = re.sub(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])", "", answer)
-    return answer.removesuffix(".") if not answer.endswith("..") else answer
-
-
-def _number(text: str) -> Fraction | None:
-    """The exact value of a plain decimal (thousands separators allowed), else `None`."""
-    if len(text) > 200 or not re.fullmatch(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[+-]?\.\d+", text):
-        return None
-    return Fraction(text.replace(",", ""))
-
-
-def _same(prediction: str, gold: str) -> bool:
-    """Equality that needs no algebra; it can only prove `correct`."""
-    if prediction == gold or (prediction.casefold() == gold.casefold() and len(gold) > 1 and gold.isalpha()):
-        return True
-    number = _number(gold)
-    return number is not None and number == _number(prediction)
-
-
-def _work() -> None:
-    """Reads one JSON task a line from stdin and answers one JSON verdict a line, until stdin closes."""
+def _serve() -> None:
+    """Imports what is slow and forks; another fork for each that dies, until one ends by itself (stdin was closed)."""
     import logging
     import resource
 
@@ -322,30 +336,45 @@ def _work() -> None:
     if sys.platform == "linux":  # macOS refuses this limit
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     sys.set_int_max_str_digits(0)  # bounded by the CPU budget instead of by an exception
-    import math_verify  # noqa: F401  (the slow import, before the first task's clock starts)
+    from . import math_grading  # noqa: F401  (the slow import, before the first task's clock starts)
 
     logging.disable(logging.CRITICAL)  # math-verify warns that we took over its time-outs
+    status = None
+    while status != 0:
+        pid = os.fork()  # nothing else runs here: no thread, no CUDA
+        if pid == 0:
+            with contextlib.suppress(BrokenPipeError):  # nobody is there to be answered
+                _work(answers)
+            os._exit(0)
+        print(json.dumps(["ready", pid, status]), file=answers, flush=True)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def _work(answers) -> None:
+    """Reads one JSON batch of tasks a line from stdin and answers one JSON verdict a line and task, until stdin closes."""
+    from .math_grading import grade
 
     def over_budget(*_):
         raise _OverBudget
 
     signal.signal(signal.SIGPROF, over_budget)
-    print("ready", file=answers, flush=True)
     for line in sys.stdin:
-        completion, answer, budget = json.loads(line)
-        try:
-            signal.setitimer(signal.ITIMER_PROF, budget, 0.5)  # fires again, should a library swallow the first
-            verdict, reason = grade(completion, answer)
+        tasks, budget, options = json.loads(line)
+        print(json.dumps(["reading"]), file=answers, flush=True)
+        for completion, answer in tasks:
+            try:
+                signal.setitimer(signal.ITIMER_PROF, budget, 0.5)  # fires again, should a library swallow the first
+                verdict, reason = grade(completion, answer, **options)
+                signal.setitimer(signal.ITIMER_PROF, 0)
+            except _OverBudget:
+                verdict, reason = Verdict.TIMEOUT, f"stopped after {budget:g} CPU seconds"
+            except MemoryError:
+                verdict, reason = Verdict.ERROR, f"out of memory ({MEMORY_LIMIT >> 20} MiB)"
+            except Exception as error:  # not ours to hide: it travels to the caller as a verdict with its reason
+                verdict, reason = Verdict.ERROR, f"{type(error).__name__}: {error}"[:500]
             signal.setitimer(signal.ITIMER_PROF, 0)
-        except _OverBudget:
-            verdict, reason = Verdict.TIMEOUT, f"stopped after {budget:g} CPU seconds"
-        except MemoryError:
-            verdict, reason = Verdict.ERROR, f"out of memory ({MEMORY_LIMIT >> 20} MiB)"
-        except Exception as error:  # not ours to hide: it travels to the caller as a verdict with its reason
-            verdict, reason = Verdict.ERROR, f"{type(error).__name__}: {error}"[:500]
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        print(json.dumps([verdict, reason]), file=answers, flush=True)
+            print(json.dumps([verdict, reason]), file=answers, flush=True)
 
 
 if __name__ == "__main__":
-    _work()
+    _serve()

@@ -1,0 +1,227 @@
+"""`MathVerifier` against math-verify called in a plain loop, and against your own labelled rows.
+
+    python benchmarks/verification.py speed        --rows outputs.jsonl      # verifications per second and core, interleaved
+    python benchmarks/verification.py accuracy     --rows cases.jsonl outputs.jsonl
+    python benchmarks/verification.py golds        --rows math_train.jsonl gsm8k_test.jsonl
+    python benchmarks/verification.py pathological --rows outputs.jsonl --timeout 1
+
+`speed`, `accuracy` and `pathological` read JSON lines with `gold`, `prediction` and (for accuracy) `label`; `golds` reads `answer` and, if
+there is one, `solution`. Without `--rows` they take the small files of `tests/data`.
+"""
+
+import argparse
+import json
+import logging
+import random
+import resource
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+from math_verify import parse
+from math_verify import verify as math_verify
+
+from trl_offpolicy import MathVerifier
+
+
+DATA = Path(__file__).parents[1] / "tests" / "data"
+
+
+def read(paths: list[str]) -> list[dict]:
+    return [json.loads(line) for path in paths for line in Path(path).open(encoding="utf-8")]
+
+
+def plain(gold: str, prediction: str) -> bool:
+    """What math-verify's README does, the gold in `$…$` unless it has its own; its alarms time it out."""
+    gold = gold if "$" in gold or "\\boxed" in gold else f"${gold}$"
+    return math_verify(parse(gold), parse(prediction))
+
+
+def pathological(count: int, seed: int = 0) -> list[tuple[str, str]]:
+    """(prediction, gold) pairs that hang, swell or crash naive verifiers; which ones depends on `seed` alone."""
+    rng = random.Random(seed)
+    big = lambda low, high: rng.randint(low, high)  # noqa: E731
+    families = [
+        lambda: ("^{".join(str(big(2, 99)) for _ in range(big(3, 9))), "5"),
+        lambda: ("9" + "^{9" * (n := big(3, 40)) + "}" * n, f"{big(1, 9)}"),
+        lambda: (f"{big(10**6, 10**9)}!", "5"),
+        lambda: ("(" * (n := big(2, 6)) + f"{big(5, 20)}!" + ")!" * n, "5"),
+        lambda: (f"\\binom{{{big(10**8, 10**10)}}}{{{big(10**7, 10**8)}}}", "7"),
+        lambda: (str(big(1, 9)) * big(20_000, 100_000), "5"),
+        lambda: ("{" * (n := big(1000, 50_000)) + "5" + "}" * n, "5"),
+        lambda: ("\\left(" * (n := big(200, 2000)) + "x" + "\\right)" * n, "x"),
+        lambda: ("\\frac{1}{1+" * (n := big(50, 400)) + "x" + "}" * n, "x"),
+        lambda: ("\\{" + ",".join(str(big(0, 10**6)) for _ in range(big(200, 20_000))) + "\\}", "\\{1,2\\}"),
+        lambda: (f"\\sum_{{k=1}}^{{{big(10**6, 10**9)}}} \\frac{{1}}{{k^{big(1, 3)}}}", "5"),
+        lambda: (f"\\prod_{{k=1}}^{{{big(10**5, 10**8)}}} (k^2+1)", "5"),
+        lambda: (f"\\int_0^{big(1, 9)} \\sin(x^{{x^{{x}}}})\\cos(e^{{x}}) dx", "1"),
+        lambda: (f"(a+b+c+d+e+f)^{{{big(50, 500)}}}", f"(f+e+d+c+b+a)^{{{big(50, 500)}}}"),
+        lambda: ("+".join(f"\\sqrt{{{p}}}" for p in (2, 3, 5, 7, 11, 13, 17, 19)) + f"\\pm {big(1, 9)}" * big(2, 14), "0"),
+        lambda: (f"x^{{{big(10**6, 10**12)}}}-1", "x"),
+        lambda: (f"{rng.random()} \\times 10^{{{big(10**6, 10**12)}}}", "1.5"),
+        lambda: (f"\\begin{{pmatrix}}1&1\\\\1&0\\end{{pmatrix}}^{{{big(10**5, 10**8)}}}", "1"),
+        lambda: ("".join(chr(big(0x80, 0x2FFFF)) for _ in range(big(10, 20_000)) if True), "5"),
+        lambda: ("\x00" * big(1, 10_000) + "5", "5"),
+        lambda: ("\\" * big(100, 100_000), "5"),
+        lambda: ("$" * big(100, 100_000), "5"),
+        lambda: ("-" * big(100, 30_000) + "1", "5"),
+        lambda: (" ".join("1" * big(1, 5) for _ in range(big(100, 5000))), "5"),
+        lambda: ("(0,1)" + "".join(f"\\cup({2 * i},{2 * i + 1})" for i in range(1, big(20, 300))), "(0,1)"),
+        lambda: ("x" + "".join(f"+x_{{{i}}}" for i in range(big(50, 600))), "x"),
+        lambda: ("\\boxed{" * big(10, 3000), "5"),
+    ]  # fmt: skip
+    pairs = []
+    for index in range(count):
+        answer, gold = families[index % len(families)]()
+        pairs.append((f"The answer is $\\boxed{{{answer}}}$.", gold))
+    return pairs
+
+
+def speed(arguments) -> None:
+    rows = read(arguments.rows or [DATA / "real_outputs.jsonl"])
+    random.Random(0).shuffle(rows)
+    rows = rows[: arguments.max_rows]
+    golds, predictions = [r["gold"] for r in rows], [r["prediction"] for r in rows]
+    times: dict[str, list[float]] = {"MathVerifier, 1 worker": [], "math-verify in a loop": []}
+    agree = 0
+    with MathVerifier(num_workers=1) as verifier:
+        verifier.verify(["\\boxed{x+1}"], ["1+x"])  # started, and sympy imported
+        for _ in range(arguments.rounds):
+            began = time.perf_counter()
+            ours = verifier.verify(predictions, golds)
+            times["MathVerifier, 1 worker"].append(time.perf_counter() - began)
+            began = time.perf_counter()
+            theirs = [plain(g, p) for g, p in zip(golds, predictions, strict=True)]
+            times["math-verify in a loop"].append(time.perf_counter() - began)
+            agree = sum((o == "correct") == t for o, t in zip(ours, theirs, strict=True))
+    print(
+        f"{len(rows)} verifications, {arguments.rounds} rounds in turn; {agree} verdicts agree\n{'':26}per second and core"
+    )
+    for name, seconds in times.items():
+        rates = [len(rows) / s for s in seconds]
+        print(f"{name:26}" + "".join(f"{rate:9.0f}" for rate in rates))
+    ratios = [b / a for a, b in zip(*times.values(), strict=True)]
+    print(f"{'ratio':26}" + "".join(f"{ratio:9.1f}" for ratio in ratios))
+
+
+def accuracy(arguments) -> None:
+    print(f"{'':28}{'n':>6}{'accuracy':>10}{'FP':>4}{'FN':>4}   verdicts that are neither correct nor wrong")
+    for path in arguments.rows or [DATA / "verifier_cases_public.jsonl", DATA / "real_outputs.jsonl"]:
+        rows = read([path])
+        with MathVerifier(timeout=arguments.timeout) as verifier:
+            told = verifier.explain([r["prediction"] for r in rows], [r["gold"] for r in rows])
+        ours = [verdict == "correct" for verdict, _ in told]
+        rest = Counter(str(v) for v, _ in told if v not in ("correct", "wrong"))
+        verdicts = [("MathVerifier", ours, dict(rest))]
+        if arguments.peer:
+            verdicts.append(("math-verify", [plain(r["gold"], r["prediction"]) for r in rows], ""))
+        print(Path(path).name)
+        for name, said, note in verdicts:
+            false = [r for r, s in zip(rows, said, strict=True) if s != r["label"]]
+            positives = sum(not r["label"] for r in false)
+            share = 1 - len(false) / len(rows)
+            print(f"  {name:26}{len(rows):6}{share:10.4f}{positives:4}{len(false) - positives:4}   {note}")
+        for row, said, (verdict, reason) in zip(rows, ours, told, strict=True):
+            if said != row["label"]:
+                print(
+                    f"    {row.get('id', '')} label={row['label']} {verdict} {reason}: gold {row['gold'][-80:]!r}, … {row['prediction'][-120:]!r}"
+                )
+
+
+def golds(arguments) -> None:
+    """Each gold answer through the gate, against itself, its solution against it, and against another row's answer."""
+    for path in arguments.rows or [DATA / "gsm8k_50.jsonl", DATA / "math_50.jsonl"]:
+        rows = read([path])
+        answers = [r["answer"] or "" for r in rows]
+        shuffled = random.Random(0).sample(answers, len(answers))
+        solved = [i for i, r in enumerate(rows) if r.get("solution")]
+        with MathVerifier(timeout=arguments.timeout) as verifier:
+            gate = verifier.check_answers(answers)
+            itself = verifier.explain([f"\\boxed{{{a}}}" for a in answers], answers)
+            solution = verifier.explain([rows[i]["solution"] for i in solved], [answers[i] for i in solved])
+            pairs = [(a, b) for a, b in zip(answers, shuffled, strict=True) if a != b]
+            other = verifier.explain([f"\\boxed{{{b}}}" for _, b in pairs], [a for a, _ in pairs])
+        print(Path(path).name, len(rows))
+        print("  comparable golds ", dict(Counter(map(str, gate))))
+        print("  gold on itself   ", dict(Counter(str(v) for v, _ in itself)))
+        print("  solution on gold ", dict(Counter(str(v) for v, _ in solution)))
+        print("  another's gold   ", dict(Counter(str(v) for v, _ in other)))
+        for answer, verdict, (self_verdict, _) in zip(answers, gate, itself, strict=True):
+            if verdict != "correct" or self_verdict != "correct":
+                print(f"    {verdict} / {self_verdict}: {answer!r}")
+        for (answer, given), (verdict, reason) in zip(pairs, other, strict=True):
+            if verdict in ("correct", "timeout", "error"):
+                print(f"    shuffled: {verdict} {reason}: {answer!r} and {given!r}")
+        if arguments.solutions:
+            for i, (verdict, reason) in zip(solved, solution, strict=True):
+                if verdict != "correct":
+                    print(f"    solution: {verdict} {reason}: gold {answers[i]!r}, … {rows[i]['solution'][-100:]!r}")
+
+
+def _measured(pairs: list[tuple[str, str]], timeout: float) -> tuple[list, float, float]:
+    """Results, wall seconds and the workers' CPU seconds of one batch in a fresh pool, its start included."""
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    with MathVerifier(timeout=timeout) as verifier:
+        results = verifier.explain([p for p, _ in pairs], [g for _, g in pairs])
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return results, time.perf_counter() - began, cpu
+
+
+def hostile(arguments) -> None:
+    normal = [(r["prediction"], r["gold"]) for r in read(arguments.rows or [DATA / "real_outputs.jsonl"])]
+    normal = (normal * arguments.repeat)[: arguments.max_rows * arguments.repeat]
+    bad = [(r["prediction"], r["gold"]) for r in read(arguments.pathological)] if arguments.pathological else []
+    bad += pathological(arguments.count - len(bad))
+    mixed = normal + bad
+    order = random.Random(0).sample(range(len(mixed)), len(mixed))
+
+    slowest, late = 0.0, 0
+    with MathVerifier(timeout=arguments.timeout, num_workers=1) as verifier:
+        verifier.verify(["1"], ["1"])
+        for prediction, gold in bad:
+            began = time.perf_counter()
+            verifier.explain([prediction], [gold])
+            seconds = time.perf_counter() - began
+            slowest, late = max(slowest, seconds), late + (seconds > 2 * arguments.timeout)
+    print(
+        f"{len(bad)} pathological inputs one by one, timeout {arguments.timeout:g} s: slowest {slowest:.2f} s, {late} beyond 2 x"
+    )
+    expected, _, normal_cpu = _measured(normal, arguments.timeout)
+    _, _, bad_cpu = _measured(bad, arguments.timeout)
+    told, wall, mixed_cpu = _measured([mixed[i] for i in order], arguments.timeout)
+    told = dict(zip(order, told, strict=True))
+    same = sum(told[i] == e for i, e in enumerate(expected))
+    print(
+        f"mixed with {len(normal)} normal ones ({wall:.0f} s): {len(told)} of {len(mixed)} verdicts; {same} normal ones as without"
+    )
+    print(f"  pathological: {dict(Counter(str(told[i][0]) for i in range(len(normal), len(mixed))))}")
+    print(f"  largest worker: {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024:.0f} MiB resident")
+    rate, rate_mixed = len(normal) / normal_cpu, len(normal) / (mixed_cpu - bad_cpu)
+    print(
+        f"  normal ones per CPU second: {rate:.0f} alone, {rate_mixed:.0f} in the mixture (its other seconds are the bad ones'): {rate_mixed / rate:.2f} x"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = {"speed": speed, "accuracy": accuracy, "golds": golds, "pathological": hostile}
+    parser.add_argument("command", choices=list(commands))
+    parser.add_argument("--rows", nargs="+", help="JSONL files")
+    parser.add_argument("--max_rows", type=int, default=500, help="of speed and pathological")
+    parser.add_argument("--rounds", type=int, default=3, help="of speed")
+    parser.add_argument("--timeout", type=float, default=4.0, help="CPU seconds of one verification")
+    parser.add_argument("--no_peer", dest="peer", action="store_false", help="accuracy without math-verify")
+    parser.add_argument("--solutions", action="store_true", help="golds: list the solutions that do not match")
+    parser.add_argument("--count", type=int, default=500, help="pathological inputs")
+    parser.add_argument("--pathological", nargs="+", help="JSONL files with more of them")
+    parser.add_argument("--repeat", type=int, default=20, help="of the normal rows beside the pathological ones")
+    arguments = parser.parse_args()
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    commands[arguments.command](arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""Verifiers beyond mathematics: each claim against labels written by hand, real processes, or the judge's own forward."""
+
+import os
+import sys
+
+import pytest
+from conftest import POLICY
+
+from trl_offpolicy import MathVerifier, Verdict
+from trl_offpolicy.code_verifier import CodeVerifier
+from trl_offpolicy.verifiers import (
+    ExactMatchVerifier,
+    JsonSchemaVerifier,
+    JudgeVerifier,
+    MultipleChoiceVerifier,
+    NumericVerifier,
+    all_of,
+    any_of,
+)
+
+
+CHOICES = [
+    ("The answer is (B).", "B", "correct"),
+    ("\\boxed{\\text{(B) } 12}", "B", "correct"),
+    ("\\boxed{b}", "(B)", "correct"),
+    ("Answer: B. The second one", "B", "correct"),
+    ("\\boxed{C}", "B", "wrong"),
+    ("\\boxed{B, C}", "B", "wrong"),
+    ("\\boxed{\\text{A or B}}", "B", "wrong"),
+    ("\\boxed{(B) A good one}", "B", "correct"),
+    ("I cannot tell\nwhich one", "B", "unparsable"),
+    ("\\boxed{B}", "42", "unparsable"),
+]
+TEXTS = [
+    ("\\boxed{The Eiffel Tower.}", "eiffel tower", "correct"),
+    ("The answer is Paris", ["paris", "city of light"], "correct"),
+    ("\\boxed{Ｐａｒｉｓ}", "Paris", "correct"),
+    ("\\boxed{London}", ["Paris", "Lyon"], "wrong"),
+    ("\\boxed{Paris}", "", "unparsable"),
+    ("\\boxed{Paris}", None, "unparsable"),
+]
+QUANTITIES = [
+    ("\\boxed{5.1 km}", "5.1e3 m", "correct"),
+    ("\\boxed{5.14\\text{ km}}", "5100 m", "correct"),
+    ("\\boxed{5.2 km}", "5100 m", "wrong"),
+    ("\\boxed{5.1}", "5.1 km", "correct"),
+    ("\\boxed{5.1 kg}", "5.1 km", "wrong"),
+    ("\\boxed{36 km/h}", "10 m/s", "correct"),
+    ("\\boxed{9.81 \\mathrm{m/s^2}}", "9.8 m/s^2", "correct"),
+    ("The answer is $1.2 million.", "1,200,000", "correct"),
+    ("The answer is 12%.", "0.12", "correct"),
+    ("\\boxed{\\$3.50}", "3.5 USD", "correct"),
+    ("\\boxed{3.5 EUR}", "3.5 USD", "wrong"),
+    ("\\boxed{\\frac{1}{2} h}", "30 min", "correct"),
+    ("\\boxed{9**9**9**9}", "5", "unparsable"),
+    ("\\boxed{5 quux}", "5 m", "unparsable"),
+    ("\\boxed{about ten}", "10", "unparsable"),
+    ("\\boxed{3}", "a lot", "unparsable"),
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "cases"), [(MultipleChoiceVerifier, CHOICES), (ExactMatchVerifier, TEXTS), (NumericVerifier, QUANTITIES)]
+)
+def test_stated_answers(make, cases):
+    completions, answers, expected = zip(*cases, strict=True)
+    assert make().verify(list(completions), list(answers)) == list(expected)
+
+
+def test_numeric_tolerance_and_units_are_options():
+    assert NumericVerifier(rel_tol=0).verify(["\\boxed{1.001}"], ["1"]) == ["wrong"]
+    assert NumericVerifier(rel_tol=0, abs_tol=0.001).verify(["\\boxed{1.001}", "\\boxed{1.002}"], ["1"] * 2) == [
+        "correct",
+        "wrong",
+    ]
+    assert NumericVerifier(require_unit=True).verify(["\\boxed{5}"], ["5 km"]) == ["wrong"]
+    with pytest.raises(ValueError, match="rel_tol=-1"):
+        NumericVerifier(rel_tol=-1)
+
+
+def test_json_schema():
+    schema = {"type": "object", "required": ["a"], "properties": {"a": {"type": "integer", "minimum": 1}}}
+    verifier = JsonSchemaVerifier(schema)
+    completions = ['```json\n{"a": 2}\n```', '{"a": 0}', '{"b": 1}', "{a: 1}", "[" * 100_000, '{"a": 3.5}']
+    assert verifier.verify(completions, [None] * 6) == [
+        "correct",
+        "wrong",
+        "wrong",
+        "unparsable",
+        "unparsable",
+        "wrong",
+    ]
+    assert verifier.verify(['{"a": 2}'] * 3, ['{"a": 2}', {"a": 3}, "{"]) == ["correct", "wrong", "unparsable"]
+    assert verifier.explain(['{"a": 0}'], [None]) == [(Verdict.WRONG, "$.a: 0 is less than the minimum of 1")]
+    assert JsonSchemaVerifier().verify(["[1, 2.0]", "true", "{}"], ["[1,2]", "1", None]) == [
+        "correct",
+        "wrong",
+        "unparsable",
+    ]
+
+
+def python(code: str) -> str:
+    return f"Here it is:\n```python\n{code}\n```\n"
+
+
+def test_code_passes_or_fails_its_tests():
+    tests = ["assert double(2) == 4", "assert double(-1) == -2"]
+    cases = [
+        (python("def double(x):\n    return 2 * x"), "correct"),
+        (python("def double(x):\n    print('noise')\n    return x * x"), "wrong"),
+        (python("def double(x) return"), "wrong"),
+        (python("import os\nos._exit(0)"), "wrong"),  # leaves before its tests, with a clean exit code
+        (python("raise SystemExit(0)"), "wrong"),
+        ("def double(x): return 2 * x", "unparsable"),
+    ]
+    completions, expected = zip(*cases, strict=True)
+    with CodeVerifier() as verifier:
+        assert verifier.verify(list(completions), [tests] * len(cases)) == list(expected)
+        assert verifier.verify([completions[0]] * 3, ["", None, "assert ("]) == ["unparsable"] * 3
+        assert "AssertionError in its tests" in verifier.explain([completions[1]], [tests])[0][1]
+
+
+def test_code_is_bounded(tmp_path, monkeypatch):
+    """Time, memory, file size, network in the process and its children, environment and left-over processes."""
+    monkeypatch.setenv("SECRET", "1")
+    marker = tmp_path / "alive"
+    cases = [
+        ("while True: pass", "timeout"),
+        ("import time\ntime.sleep(60)", "timeout"),
+        ("x = bytearray(1 << 30)", "error"),
+        ("open('f', 'wb').write(bytes(1 << 27))", "wrong"),
+        ("import socket\nsocket.create_connection(('127.0.0.1', 9))", "wrong"),
+        ("import subprocess, sys\nassert subprocess.run([sys.executable, '-c', 'import socket; socket.socket()']).returncode == 0", "wrong"),
+        ("import os\nassert 'SECRET' not in os.environ and os.listdir() == []", "correct"),
+        (f"import subprocess\nsubprocess.Popen(['sh', '-c', 'sleep 2; touch {marker}'], stdout=subprocess.DEVNULL)", "correct"),
+    ]  # fmt: skip
+    codes, expected = zip(*cases, strict=True)
+    results = CodeVerifier(timeout=1.0, num_workers=4).explain(
+        [python(c) for c in codes], ["assert True"] * len(cases)
+    )
+    assert [v for v, _ in results] == list(expected), results
+    assert "out of memory" in results[2][1] and "PermissionError in its code" in results[4][1]
+    children = [p for p in os.listdir("/proc") if p.isdigit() and _command(p) == f"sleep 2; touch {marker}"]
+    assert not children
+
+
+def _command(pid: str) -> str:
+    try:
+        return open(f"/proc/{pid}/cmdline").read().split("\0")[2]
+    except (OSError, IndexError):
+        return ""
+
+
+def test_judge_agrees_with_the_whole_distribution(tiny_model, tokenizer):
+    """The verdict from drawn tokens against P(YES) / (P(YES) + P(NO)) of a forward over the whole vocabulary."""
+    import torch
+
+    from trl_offpolicy import prompts
+    from trl_offpolicy.rows import encode_prompt
+    from trl_offpolicy.sampling.transformers_sampler import TransformersSampler
+    from trl_offpolicy.verifiers import JUDGE_PROMPT
+
+    completions, answers = [f"so it is {i}" for i in range(6)], ["3"] * 6
+    words = {}
+    for i, text in enumerate(tokenizer.batch_decode([[i] for i in range(len(tokenizer))])):
+        words.setdefault(text.strip().strip(".*\"'").upper(), []).append(i)
+    table = []
+    for completion, answer in zip(completions, answers, strict=True):
+        prompt = [{"role": "user", "content": prompts.fill(JUDGE_PROMPT, completion=completion, answer=answer)}]
+        ids = torch.tensor([encode_prompt(tokenizer, prompt)])
+        with torch.no_grad():
+            table.append(tiny_model(ids).logits[0, -1].float().softmax(-1))
+    mean = torch.stack(table).mean(0)
+    likely = sorted((w for w in words if w.isalnum()), key=lambda w: -mean[words[w]].sum())
+    yes, no = likely[:2]  # a random model knows neither word: its two likeliest ones stand for them
+    shares = [float(p[words[yes]].sum() / p[words[yes] + words[no]].sum()) for p in table]
+    sampler = TransformersSampler(tiny_model, tokenizer, batch_size=8)
+    told = set()
+    for threshold in (0.02, 0.3, 0.5, 0.7, 0.98):
+        judge = JudgeVerifier(sampler, threshold=threshold, num_draws=200, yes=yes, no=no)
+        for verdict, share in zip(judge.verify(completions, answers), shares, strict=True):
+            assert verdict == "unparsable" or (verdict == "correct") == (share >= threshold)
+            told.add(str(verdict))
+    assert {"correct", "wrong"} <= told
+    assert JudgeVerifier(sampler, num_draws=2).verify(["x"], ["y"]) == ["unparsable"]  # says neither YES nor NO
+    with pytest.raises(ValueError, match="no {answer}"):
+        JudgeVerifier(sampler, prompt="{completion}?")
+
+
+def test_composition_and_plain_functions():
+    def says(verdict):
+        return lambda completions, answers: [verdict] * len(completions)
+
+    rank = {"all": lambda vs: "wrong" if "wrong" in vs else next((v for v in vs if v != "correct"), "correct")}
+    rank["any"] = lambda vs: "correct" if "correct" in vs else next((v for v in vs if v != "wrong"), "wrong")
+    for first in Verdict:
+        for second in Verdict:
+            for third in ("correct", "wrong", "error"):
+                verdicts = [str(first), str(second), third]
+                parts = [says(v) for v in verdicts]
+                assert all_of(*parts).verify(["x"], ["y"]) == [rank["all"](verdicts)], verdicts
+                assert any_of(*parts).verify(["x"], ["y"]) == [rank["any"](verdicts)], verdicts
+    seen = []
+
+    def dear(completions, answers):
+        seen.extend(completions)
+        return ["correct"] * len(completions)
+
+    with all_of(MathVerifier(num_workers=1), dear) as both:
+        assert both.verify(["\\boxed{1}", "\\boxed{2}"], ["1", "1"]) == ["correct", "wrong"]
+        assert seen == ["\\boxed{1}"]  # what is wrong already is not shown to it
+        assert both.__name__ == "all_of(math_verifier, dear)"
+        assert both(completions=["\\boxed{1}", "\\boxed{2}"], answer=["1", "1"]) == [1.0, 0.0]
+    with pytest.raises(ValueError, match="returned 0 verdicts for 1"):
+        all_of(lambda c, a: []).verify(["x"], ["y"])
+    with pytest.raises(ValueError, match="at least one"):
+        any_of()
+
+
+def test_missing_extra_names_the_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pint", None)
+    monkeypatch.setitem(sys.modules, "jsonschema", None)
+    for make, extra in ((NumericVerifier, "units"), (lambda: JsonSchemaVerifier({}), "json")):
+        with pytest.raises(ImportError, match=rf"pip install 'trl-offpolicy\[{extra}\]'"):
+            make()
+
+
+def test_a_rewrite_with_another_verifier(tmp_path):
+    """A verifier of another domain drives a whole rewrite, in the place of the mathematical one."""
+    from scripted import ScriptedSampler, rows
+
+    from trl_offpolicy import DataRewriter, RewriteConfig
+
+    args = RewriteConfig(str(tmp_path), num_generations=4)
+    with ExactMatchVerifier() as verifier:
+        rewritten = DataRewriter(POLICY, args, sampler=ScriptedSampler(), verifier=verifier).rewrite(rows(20))
+    for row in rewritten:
+        if row["source"] != "expert":
+            assert row["completion"][0]["content"].endswith(f"\\boxed{{{row['answer']}}}")
+    assert {"self", "expert"} <= set(rewritten["source"])

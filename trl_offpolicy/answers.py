@@ -1,0 +1,315 @@
+"""The text of an answer: what a completion states, in one spelling, and what needs no algebra (numbers, words, units).
+
+Nothing here reads mathematics: `math_grading.py` does, piece by piece.
+"""
+
+import functools
+import re
+import unicodedata
+from fractions import Fraction
+
+from .rows import final_answer, last_boxed
+
+
+NO_ANSWER = "the completion states no answer that can be parsed"
+MAX_ANSWER = 5000  # characters; what is longer is no final answer, and some of what follows is quadratic
+
+
+class Unparsable(Exception):
+    """An answer that cannot be read, so that nothing can be said about it."""
+
+
+# ---- what a completion states ----
+
+_END = re.compile(r"<\|(?:im_end|im_start|endoftext|eot_id|end_of_text)\|>|</s>")
+_PHRASE = re.compile(
+    r"\b(final )?(?:answer|solution|result)\W{0,4}?(?:\s(?:is|are)\b|[:=])[\s*:=]*|^A:\s*", re.M | re.I
+)
+_MATH = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<![\\$])\$([^$\n]+?)(?<!\\)\$(?!\d)", re.S)
+_ASIDE = re.compile(
+    r"[,;.]? (?:not|which|because|since|as|instead|rather|where|so|when) |(?<=[^\s\d])\. |(?<=\d)\. |\n"
+)
+_LEADS = re.compile(r"\W{0,3}(?:\$|\\[\[(]|[-+−(\[{]*[\d.]|[A-Za-z] ?=|[√π])")
+
+
+def stated_answer(completion: str) -> tuple[str | None, str]:
+    """The text of the final answer, and where it was: `"box"`, `"phrase"` or `"line"`.
+
+    In this order: what follows "final answer is" behind the last box; the last box (with those that only "and", "or" or a
+    comma separate from it), which must be closed; GSM8K's `####`; what follows "answer is", "answer:" or "A:"; a completion
+    that is a single line. Never the last number of whatever came out: a rambling sample would be right by chance, and be trained on.
+    """
+    visible = completion.rpartition("</think>")[2]
+    text = visible if visible.strip() else completion
+    text = _END.split(text, maxsplit=1)[0] or text
+    phrases = list(_PHRASE.finditer(text))
+    said = _from_sentence(text[phrases[-1].end() : phrases[-1].end() + 1000], first=True) if phrases else None
+    box = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+    if box >= 0:
+        final = phrases and phrases[-1][1] and phrases[-1].start() > box
+        if final and said and re.search(r"\d", said):
+            return said, "phrase"
+        return final_answer(text) if last_boxed(text) else None, "box"
+    if answer := final_answer(text):
+        return answer, "box"
+    if said:
+        return said, "phrase"
+    line = text.strip()
+    return _from_sentence(line, first=False) if "\n" not in line or _MATH.fullmatch(line) else None, "line"
+
+
+def _from_sentence(text: str, first: bool) -> str | None:
+    """The answer in a sentence: what it begins with (if `first`), else what stands behind its last "is"."""
+    text = text.partition("I hope it is correct")[0].strip()
+    if (whole := _MATH.match(text)) and whole[0][:2] in ("$$", "\\["):
+        return whole[0]
+    if re.match(r"not\b", text):
+        return None
+    if first and _LEADS.match(text):
+        text = _ASIDE.split(text, maxsplit=1)[0]
+        if not (groups := _math_groups(text)):
+            return text
+        return groups[0] if text.startswith(("$", "\\")) else text if len(groups) == 1 else groups[-1]
+    pieces = re.split(r"\b(?:is|are|equals|be)\b", _ASIDE.split(text, maxsplit=1)[0] if first else text)
+    if re.match(r"\s*(?:not|n't)\b", pieces[-1]):
+        return None
+    said = [p for p in pieces if re.search(r"\d|[√π]", p) or any(len(g) > 1 for g in _math_groups(p))]
+    if not said:
+        spelt = re.findall(rf"\b(?:{'|'.join(list(NUMBER_WORDS)[2:])})\b", text.casefold())
+        return spelt[0] if len(spelt) == 1 else pieces[-1].strip() or None
+    if groups := _math_groups(said[-1]):
+        return groups[-1]
+    piece = said[-1].strip()
+    if _LEADS.match(piece):
+        return _ASIDE.split(piece, maxsplit=1)[0]
+    numbers = re.findall(r"(?<![\w.])-?\$?[\d,]*\.?\d+(?:/\d+)?(?:\s?\\?%)?", piece)
+    return (numbers[0] if len(numbers) == 1 else None) if numbers else piece
+
+
+def _math_groups(text: str) -> list[str]:
+    """Formulas of a text, those joined where only a comma, "and" or "or" is between: `$1$ and $2$` is one answer."""
+    groups, end = [], None
+    for match in _MATH.finditer(text):
+        content = next(g for g in match.groups() if g is not None).strip()
+        if end is not None and re.fullmatch(r"[\s,;]*(?:and|or)?\s*", text[end : match.start()]):
+            groups[-1] += ", " + content
+        else:
+            groups.append(content)
+        end = match.end()
+        if percent := re.match(r"\s*\\?(?:%|percent|pct)", text[end:]):
+            groups[-1] += percent[0]
+    return groups
+
+
+# ---- text, without what never changes its value ----
+
+_GREEK = (
+    "hbar|alpha|beta|gamma|delta|epsilon|varepsilon|zeta|eta|theta|kappa|lambda|mu|nu|xi|rho|sigma|tau|phi|varphi|chi|psi|omega"
+    "|Gamma|Delta|Theta|Lambda|Xi|Sigma|Phi|Psi|Omega|ell"
+)
+_UNICODE = {
+    "−": "-", "–": "-", "—": "-", "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "÷": "/", "∞": "\\infty ", "≤": "\\le ", "≥": "\\ge ",
+    "≠": "\\neq ", "°": "^\\circ ", "∪": "\\cup ", "∩": "\\cap ", "∈": "\\in ", "±": "\\pm ", "∅": "\\emptyset ", "ℝ": "\\mathbb{R}",
+    "ℤ": "\\mathbb{Z}", "≈": "\\approx ", "√": "\\sqrt", "∛": "\\sqrt[3]", "…": "\\ldots", "∖": "\\setminus ", "€": "", "£": "", "⟨": "\\langle ", "⟩": "\\rangle ",
+}  # fmt: skip
+_FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|exp|sqrt|pi"
+_REWRITES = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"\\(?:left|right|displaystyle|textstyle|limits|bigl?|bigr|Bigl?|Bigr|mathopen|mathclose)(?![A-Za-z])", ""),
+        (r"(?<=\d)(?:\\!)?(?:\\,|\{,\}|,\\!|\\ |,\\ (?=\d{3})|~)(?=\d{3}(?!\d))", ","),
+        (r"\\(?:qquad|quad|hspace\{[^{}]*\}|[hv]?phantom\s*(?:\{[^{}]*\}|.)|[,;: !>])|~", " "),
+        (r"\\(?:textbf|textit|textrm|textnormal|textup|mbox|hbox|mathrm|mathbf|mathit|mathsf|boldsymbol|operatorname\*?|rm|bf)(?=\s*\{)", r"\\text"),
+        (r"\{\\(?:rm|bf|it)\s+([^{}]*)\}", r"\\text{\1}"),
+        (r"(?<=\\text\{)\s*-? ?\d(?: [\d.])+\s*(?=\})", lambda m: m[0].replace(" ", "")),  # bold digits, read by OCR
+        (r"\\[dtc]frac", r"\\frac"),
+        (r"\\(?:lt|gt)(?![A-Za-z])", lambda m: "<" if m[0] == "\\lt" else ">"),
+        (r"\\(?:leqslant|leq)(?![A-Za-z])|<=|=<", r"\\le "),
+        (r"\\(?:geqslant|geq)(?![A-Za-z])|>=|=>", r"\\ge "),
+        (r"\\ne(?![A-Za-z])|!=", r"\\neq "),
+        (r"\*\*(?=[\w({-])", "^"),
+        (r"\*\*|__", ""),
+        (r"\\?\b(?:infinity|infty|inf)\b", r"\\infty "),
+        (r"\\(?:degree|deg)(?![A-Za-z])|\^\{?\\circ\}?|\\text\{\s*degrees?\}|(?<=[\d}]) ?degrees?\b", r"^\\circ "),
+        (r"\\text\s*\{\s*(?:percent|pct|percentage)\s*\}|\s(?:percent(?:age)?|pct)\b|\\%", "%"),
+        (r"\\(?:lbrace|rbrace)(?![A-Za-z])", lambda m: "\\{" if "l" in m[0][:3] else "\\}"),
+        (r"\\(?:backslash|smallsetminus)(?![A-Za-z])", r"\\setminus "),
+        (r"\\(?:lvert|rvert|vert|mid)(?![A-Za-z])", "|"),
+        (r"\\begin\{(?:[bB]matrix|matrix|smallmatrix|array)\}(?:\{[clr|]+\})?", r"\\begin{pmatrix}"),
+        (r"\\end\{(?:[bB]matrix|matrix|smallmatrix|array)\}", r"\\end{pmatrix}"),
+        (r"[\[(]\s*(\\begin\{pmatrix\}[^()\[\]]*\\end\{pmatrix\})\s*[\])]", r"\1"),
+        (r"\\(?:cr|hline)\s*(?=\\end|\\hline)|\\hline", ""),
+        (rf"(?<![\\A-Za-z])(?:np\.|numpy\.|math\.)?({_FUNCTIONS})(?=[\s(^_\d{{]|$)", r"\\\1 "),
+        (r"\\langle|\\lparen", "("),
+        (r"\\rangle|\\rparen", ")"),
+        (r"\\begin\{cases\}([^&]*)\\end\{cases\}", lambda m: m[1].replace("\\cr", ",")),
+        (r"\\\{\s*\\\}|\\emptyset|\\varnothing|\\text\{ *(?i:the )?(?i:empty set|no (?:real )?solutions?) *\}", r"\\emptyset "),
+        (r"(?<![\w.])(\d+(?:\.\d*)?|\.\d+)[eE]([+-]?\d+)(?!\w)", r"\1\\times 10^{\2}"),
+        (r"(?<=\d)\s*(?:\\cdot|\*)\s*10\s*\^", r"\\times 10^"),
+        (rf"((?<![\\A-Za-z])[A-Za-z]|\\(?:{_GREEK}))\s*_\s*(\{{[^{{}}]*\}}|\{{\\text\s*\{{[^{{}}]*\}}\s*\}}|\\[A-Za-z]+|\w)", lambda m: f"{m[1]}_{{{_plain(m[2])}}}"),
+        (r",?\s*(?:\\text\{[^{}]*\})?\s*\b[a-z]\s*\\in\s*\\mathbb\{[A-Z]\}$", ""),
+        (r"\\\{\s*[a-z](?:\s*\\in\s*\\mathbb\{R\})?\s*[|:]([^{}|]*)\\\}", r"\1"),
+        (r"\s+", " "),
+    )
+]  # fmt: skip
+
+
+def _plain(subscript: str) -> str:
+    return re.sub(r"\\text|[\\{}\s]", "", subscript)
+
+
+@functools.lru_cache(4096)
+def normalize(answer: str) -> str:
+    r"""An answer in one spelling: no `$`, `\left` or thin spaces, ASCII and LaTeX for unicode, `\frac{1}{2}` for `\frac12`."""
+    if len(answer) > MAX_ANSWER:
+        raise Unparsable
+    text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻ⁿ]+", lambda m: f"^{{{unicodedata.normalize('NFKC', m[0])}}}", answer)
+    text = re.sub(r"[₀-₉]+", lambda m: f"_{{{unicodedata.normalize('NFKC', m[0])}}}", text)
+    text = "".join(_ascii(c) if ord(c) > 127 else c for c in text)
+    text = re.sub(r"\\\$ ?(\d[\d,.]*\d|\d)(?![\d.,{\\]| ?[a-z])", r"\1\\text{ dollars}", text)
+    text = text.replace("\\$", "").replace("$", "").strip()
+    text = re.sub(r"\\\\(?:\[[^\]]*\])?", r"\\cr ", text)  # or the second backslash would begin a command
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
+    text = _brace_arguments(text)
+    text = re.sub(r" ?([-+*/^_=<>(),;|{}\[\]&]) ?", r"\1", text)
+    text = re.sub(r"(\\[A-Za-z]+) (?![A-Za-z])", r"\1", text).strip()
+    text = re.sub(r"^(?:[=:]|\\approx)\s*|[.,;:\\\s]+$", "", text)
+    # `\text{204 minutes}`, `\text{(B)}`: text around a value, not words
+    if wrapped := re.fullmatch(r"\\text\{([^{}]*)\}", text):
+        inner = wrapped[1].strip()
+        return inner if re.search(r"[^A-Za-z ]", inner) or inner.casefold() in NUMBER_WORDS else text
+    return text
+
+
+def _ascii(char: str) -> str:
+    if char in _UNICODE:
+        return _UNICODE[char]
+    name = unicodedata.name(char, "")
+    if greek := re.fullmatch(r"GREEK (SMALL|CAPITAL) LETTER (\w+)", name):
+        letter = greek[2].replace("LAMDA", "LAMBDA")
+        return f"\\{letter.lower() if greek[1] == 'SMALL' else letter.capitalize()} "
+    if name.startswith("VULGAR FRACTION"):
+        numerator, _, denominator = unicodedata.normalize("NFKC", char).partition("⁄")
+        return f"\\frac{{{numerator}}}{{{denominator}}}"
+    return "" if unicodedata.category(char) in ("Cf", "Mn") else unicodedata.normalize("NFKC", char)
+
+
+def _brace_arguments(text: str) -> str:
+    r"""`\frac12`, `\frac\pi 2`, `\sqrt2`, `\sqrt(x+1)` and `2^(x+1)` with braces around each argument."""
+    out, position = [], 0
+    for match in re.finditer(r"\\(frac|sqrt|binom)(\[[^\]]*\])?\s*|\^\s*(?=\()", text):
+        if match.start() < position:
+            continue  # inside an argument that was copied as a whole: it is done by the call below
+        out.append(text[position : match.start()] + match[0].rstrip())
+        position = match.end()
+        for _ in range(2 if match[1] in ("frac", "binom") else 1):
+            end = _argument_end(text, position)
+            argument = text[position:end].strip()
+            if argument[:1] == "{" or (argument[:1] == "(" and match[1] not in ("frac", "binom")):
+                argument = argument[1:-1]
+            out.append(f"{{{_brace_arguments(argument)}}}")
+            position = end
+    return "".join(out) + text[position:]
+
+
+def _argument_end(text: str, start: int) -> int:
+    """Where one LaTeX argument ends: a group in balanced brackets, a command or a single character."""
+    if match := re.compile(r"\s*(\\[A-Za-z]+|\d(?=\d?(?!\d))|[^\s{(\\])").match(text, start):
+        return match.end()
+    depth = 0
+    for match in re.compile(r"\\.|[{}()]", re.S).finditer(text, start):
+        depth += {"{": 1, "(": 1, "}": -1, ")": -1}.get(match[0], 0)
+        if depth <= 0:
+            return match.end()
+    raise Unparsable
+
+
+# ---- numbers, words, units ----
+
+_INTEGER = r"\d{1,3}(?:,\d{3})+|\d+"
+_NUMBER = re.compile(
+    rf"(?P<sign>[+-]?)\(?(?:(?:(?P<whole>{_INTEGER}) ?)?(?:\\frac\{{(?P<top>-?(?:{_INTEGER}))\}}\{{(?P<bottom>-?(?:{_INTEGER}))\}}|(?<![\d,])(?P<up>{_INTEGER})\.?/(?P<down>{_INTEGER}))"
+    rf"|(?P<int>{_INTEGER})?(?P<dec>\.\d*)?(?:\\overline\{{(?P<rep>\d+)\}})?(?:\\times ?10\^(?:\{{(?P<exp>[+-]?\d{{1,3}})\}}|(?P<exp1>\d)))?"
+    r"|10\^(?:\{(?P<power>[+-]?\d{1,3})\}|(?P<power1>\d)))\)?"
+)
+_WORDS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty"
+NUMBER_WORDS = {word: value for value, word in enumerate(_WORDS.split())}
+
+
+def number(text: str) -> tuple[Fraction, bool] | None:
+    r"""The exact value of `-3`, `1,234.5`, `\frac{1}{2}`, `3/4`, `3\frac{1}{7}`, `0.\overline{3}`, `4.5\times 10^{33}` or `ten`, and
+    whether it was written as a decimal (and may be rounded); `None` for anything else."""
+    if text.casefold() in NUMBER_WORDS:
+        return Fraction(NUMBER_WORDS[text.casefold()]), False
+    if len(text) > 400 or not (match := _NUMBER.fullmatch(text)) or text.count("(") != text.count(")"):
+        return None
+    part = match.groupdict()
+    top, bottom = part["top"] or part["up"], part["bottom"] or part["down"]
+    if bottom:
+        top, bottom = int(top.replace(",", "")), int(bottom.replace(",", ""))
+        if bottom == 0:
+            return None
+        value = Fraction(top, bottom) + int((part["whole"] or "0").replace(",", ""))
+    elif part["power"] or part["power1"]:
+        value = Fraction(10) ** int(part["power"] or part["power1"])
+    else:
+        if part["int"] is None and part["dec"] in (None, "."):
+            return None
+        digits = (part["dec"] or ".")[1:]
+        value = Fraction((part["int"] or "0").replace(",", "") + "." + (digits or "0"))
+        if part["rep"]:
+            if part["dec"] is None:
+                return None
+            value += Fraction(int(part["rep"]), 10 ** len(digits) * (10 ** len(part["rep"]) - 1))
+        value *= Fraction(10) ** int(part["exp"] or part["exp1"] or 0)
+    return (-value if part["sign"] == "-" else value), bool(part["dec"]) and not part["rep"]
+
+
+def words(text: str) -> str | None:
+    """The words of a text answer, for comparison; `None` for mathematics. Up to three bare letters are a product."""
+    bare = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text)
+    if not re.fullmatch(r"[A-Za-z][A-Za-z'’.,!?\- ]*(?: ?\d{1,4}(?:st|nd|rd|th)?)?", bare.strip()):
+        return None
+    if bare == text and not re.search(r"[A-Za-z]{4}|[A-Za-z] [A-Za-z]+ |^[A-Z][a-z]{2,} \d|^(?i:yes|no|odd)$", text):
+        return None
+    return re.sub(r"^(?:the|an?)\b|[^a-z0-9]|s\b|(?<=\d)(?:st|nd|rd|th)\b", "", bare.casefold().strip()) or None
+
+
+# What is converted: (dimension, factor). Any other unit is a word that says what was counted, and is dropped.
+_UNITS = {
+    name: (dimension, Fraction(factor))
+    for dimension, units in {
+        "length": "mm .001 millimeter .001 cm .01 centimeter .01 m 1 meter 1 metre 1 km 1000 kilometer 1000 in .0254 inch .0254 inche .0254 "
+        "ft .3048 foot .3048 feet .3048 yd .9144 yard .9144 mi 1609.344 mile 1609.344",
+        "time": "s 1 sec 1 second 1 min 60 minute 60 h 3600 hr 3600 hour 3600 day 86400 week 604800",
+        "mass": "mg .000001 g .001 gm .001 gram .001 kg 1 kilogram 1",
+        "volume": "ml .001 milliliter .001 l 1 liter 1 litre 1",
+        "money": "cent .01 dollar 1 usd 1",
+    }.items()
+    for name, factor in zip(units.split()[::2], units.split()[1::2], strict=True)
+}  # fmt: skip
+_UNIT = re.compile(
+    r"(?P<value>.*?[\d)}a-z%])\s*(?:\\text\s*\{\s*(?P<text>[A-Za-z][^{}]*)\}|(?<=[\d})])\s*(?P<bare>[A-Za-z]{2,}(?:[ -][A-Za-z]+)*))"
+    r"(?:\^\{?(?P<power>-?\d)\}?)?\.?(?:/\\text\s*\{[^{}]*\})?"
+)
+
+
+def split_unit(text: str) -> tuple[str, tuple[str, Fraction] | None]:
+    """A value without its unit, and the unit's (dimension, factor) if it is one that can be converted."""
+    if not re.search(r"[A-Za-z]{2}|\\text", text) or not (match := _UNIT.fullmatch(text)):
+        return text, None
+    name = (match["text"] or match["bare"]).strip().casefold().rstrip(".")
+    power = int(match["power"] or 1)
+    for word, value in (("square", 2), ("sq", 2), ("cubic", 3), ("cu", 3)):
+        if found := re.fullmatch(rf"{word}\.? (.*)", name):
+            name, power = found[1], value
+    known = [_UNITS.get(part) or _UNITS.get(part.removesuffix("s")) for part in name.split("/")]
+    if re.search(r"\b(?:or|and|base|if|for|when)\b", name) or (
+        match["bare"] and not (number(match["value"].strip()) and (known[0] or re.search(r"[a-z]{4}|^mph$", name)))
+    ):
+        return text, None  # `2ab` is no number of `ab`
+    if None in known or len(known) > 2:
+        return match["value"].strip(), None
+    dimension, factor = "/".join(k[0] for k in known), known[0][1] / (known[1][1] if len(known) == 2 else 1)
+    return match["value"].strip(), (f"{dimension}^{power}", factor**power)

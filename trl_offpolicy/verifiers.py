@@ -1,0 +1,334 @@
+r"""Verifiers for what is not mathematics; each has the four ways of `MathVerifier`: `verify`, `explain`, a reward, `with`.
+
+    NumericVerifier(rel_tol=0.01).verify(["It takes \\boxed{5.1 km}"], ["5.1e3 m"])             # [Verdict.CORRECT]
+    all_of(JsonSchemaVerifier(schema), JudgeVerifier(sampler)).verify(completions, answers)
+
+Underneath: pint reads units, jsonschema validates, a [`Sampler`] judges. What a completion states is found as for
+mathematics (last box, "answer is", a single line). A user's function of (completions, answers) fits wherever one of these does.
+"""
+
+import json
+import math
+import re
+import string
+import unicodedata
+
+from . import prompts
+from .answers import NO_ANSWER, Unparsable, normalize, number, stated_answer
+from .rows import Verdict
+from .sampling import Request, SamplingParams, attempt_seed
+from .verification import Verifier, explain_with
+
+
+def _needs(package: str, extra: str, what: str):
+    try:
+        return __import__(package)
+    except ImportError as error:
+        raise ImportError(
+            f"{what} needs {package}, which is not installed: pip install 'trl-offpolicy[{extra}]'"
+        ) from error
+
+
+class _StatedVerifier(Verifier):
+    """Compares what each completion states, by `judge(stated, answer)`."""
+
+    def judge(self, stated: str, answer) -> tuple[Verdict, str]:
+        raise NotImplementedError
+
+    def _explain(self, completions: list[str], answers: list) -> list[tuple[Verdict, str]]:
+        stated = [stated_answer(completion)[0] for completion in completions]
+        return [
+            self.judge(s, a) if s else (Verdict.UNPARSABLE, NO_ANSWER) for s, a in zip(stated, answers, strict=True)
+        ]
+
+
+class MultipleChoiceVerifier(_StatedVerifier):
+    """
+    One letter: `B`, `(B)`, `B. 12`, `\\text{(B)}`, `option B`. Several letters are wrong, whichever they are.
+
+    Args:
+        letters (`str`, *optional*, defaults to `"ABCDEFGHIJ"`): The choices there are.
+    """
+
+    def __init__(self, letters: str = "ABCDEFGHIJ"):
+        self.letters = letters.upper()
+
+    def _chosen(self, text: str) -> list[str]:
+        text = (
+            re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}", r" \1 ", text)
+            .replace("\\ ", " ")
+            .strip(" *$.{}")
+        )
+        if len(text) == 1 or re.fullmatch(r"\(\w\)", text):
+            text = text.upper()
+        marked = re.findall(rf"\(([{self.letters}])\)", text)  # `(B) A line`: the letter is the marked one
+        return list(dict.fromkeys(marked or re.findall(rf"(?<![\w'])([{self.letters}])(?![\w'])", text)))
+
+    def judge(self, stated: str, answer) -> tuple[Verdict, str]:
+        gold, chosen = self._chosen(str(answer)), self._chosen(stated)
+        if len(gold) != 1:
+            return Verdict.UNPARSABLE, f"the gold answer {answer!r:.100} is not one of {self.letters}"
+        if not chosen:
+            return Verdict.UNPARSABLE, NO_ANSWER
+        return (Verdict.CORRECT, "") if chosen == gold else (Verdict.WRONG, f"chose {', '.join(chosen)}")
+
+
+class ExactMatchVerifier(_StatedVerifier):
+    """The same text as the answer, or as one of a list of answers, after SQuAD's normalisation (case, punctuation, articles, spaces)."""
+
+    @staticmethod
+    def normalized(text: str) -> str:
+        text = unicodedata.normalize("NFKC", re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text)).casefold()
+        text = text.translate(str.maketrans("", "", string.punctuation))
+        return " ".join(re.sub(r"\b(?:a|an|the)\b", " ", text).split())
+
+    def judge(self, stated: str, answer) -> tuple[Verdict, str]:
+        golds = {self.normalized(str(a)) for a in (answer if isinstance(answer, list) else [answer])} - {""}
+        if answer is None or not golds:
+            return Verdict.UNPARSABLE, "the gold answer is empty"
+        return (Verdict.CORRECT if self.normalized(stated) in golds else Verdict.WRONG), ""
+
+
+class NumericVerifier(_StatedVerifier):
+    """
+    Numbers within a tolerance, in any unit that pint can convert; `%`, thousands separators, "million" and money are read.
+
+    Args:
+        rel_tol (`float`, *optional*, defaults to `1e-2`): Allowed difference as a share of the gold value.
+        abs_tol (`float`, *optional*, defaults to `0.0`): Allowed difference in the gold answer's unit.
+        require_unit (`bool`, *optional*, defaults to `False`): A number without a unit is wrong where the gold answer has one.
+    """
+
+    _SCALES = {"thousand": 1e3, "k": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12, "%": 0.01, "percent": 0.01}
+    _QUANTITY = re.compile(
+        r"(?P<value>[-+−]?\s*(?:\\frac\{[^{}]*\}\{[^{}]*\}|(?:\d[\d,]*)?\.?\d+(?:/\d+|\s*\\frac\{\d+\}\{\d+\})?(?:[eE][-+]?\d+)?"
+        r"(?:\s*(?:\\times|\\cdot|×|\*)\s*10\s*\^\s*(?:\{[-+]?\d+\}|\d))?))"
+        r"\s*(?P<scale>thousand\b|k\b|million\b|billion\b|trillion\b|%|percent\b)?\s*(?P<unit>.*)",
+        re.S,
+    )
+
+    def __init__(self, rel_tol: float = 1e-2, abs_tol: float = 0.0, require_unit: bool = False):
+        if rel_tol < 0 or abs_tol < 0:
+            raise ValueError(f"You passed rel_tol={rel_tol}, abs_tol={abs_tol}; a tolerance cannot be negative.")
+        self.rel_tol, self.abs_tol, self.require_unit = rel_tol, abs_tol, require_unit
+        self.pint = _needs("pint", "units", "NumericVerifier")
+        self.units = self.pint.UnitRegistry()
+        for currency in ("USD = [usd] = dollar", "EUR = [eur] = euro", "GBP = [gbp]"):
+            self.units.define(currency)
+
+    def quantity(self, text: str):
+        """A pint quantity, or `None` where there is no number. The unit alone is given to pint: it evaluates arithmetic."""
+        text = re.sub(r"\\(?:text|mathrm)\s*\{([^{}]*)\}", r" \1", text.replace("\\%", "%"))
+        money = re.search(r"[$€£]", text.removesuffix("$"))
+        text = re.sub(r"\\?[$€£]|[~\\]\s|\\[,;]", " ", text).strip(" .")
+        match = self._QUANTITY.fullmatch(text.rpartition("=")[2].strip()) if text.count("=") < 3 else None
+        try:
+            value = number(normalize(match["value"])) if match else None
+        except Unparsable:
+            value = None
+        if value is None:
+            return None
+        value = float(value[0]) * self._SCALES.get(match["scale"] or "", 1.0)
+        unit = match["unit"].strip() or {"$": "USD", "€": "EUR", "£": "GBP"}.get(money[0] if money else "", "")
+        if len(unit) > 40 or re.search(r"[^\w\s/*^{}().$€£°µ-]|\d{2}", unit):
+            return None
+        try:
+            return self.units.Quantity(
+                value, self.units.parse_units(unit.replace("^{", "^").strip("{}").replace("}", ""))
+            )
+        except Exception:  # pint raises half a dozen types, and tokenizer errors, for what is no unit
+            return None
+
+    def judge(self, stated: str, answer) -> tuple[Verdict, str]:
+        gold, told = self.quantity(str(answer)), self.quantity(stated)
+        if gold is None:
+            return Verdict.UNPARSABLE, f"the gold answer {answer!r:.100} is no number with a known unit"
+        if told is None:
+            return Verdict.UNPARSABLE, NO_ANSWER
+        if told.unitless and not gold.unitless and not self.require_unit or gold.unitless:
+            told, gold = told.magnitude, gold.magnitude  # only one of them says its unit
+        elif told.dimensionality != gold.dimensionality:
+            return Verdict.WRONG, f"{told.units} cannot be compared with {gold.units}"
+        else:
+            told, gold = told.to(gold.units).magnitude, gold.magnitude
+        near = abs(told - gold) <= max(self.rel_tol * abs(gold), self.abs_tol) * (1 + 1e-12)
+        return (Verdict.CORRECT, "") if near else (Verdict.WRONG, f"{told:g} where {gold:g} was asked for")
+
+
+class JsonSchemaVerifier(Verifier):
+    """
+    The JSON of a completion (its last fenced block, else all of it): valid under a schema, and equal to the answer.
+
+    Args:
+        schema (`dict`, *optional*): JSON Schema. Without one, only equality counts; an answer of `None` asks for validity only.
+    """
+
+    def __init__(self, schema: dict | None = None):
+        self.jsonschema = _needs("jsonschema", "json", "JsonSchemaVerifier")
+        self.validator = None
+        if schema is not None:
+            validator = self.jsonschema.validators.validator_for(schema)
+            validator.check_schema(schema)
+            self.validator = validator(schema)
+
+    def _explain(self, completions: list[str], answers: list) -> list[tuple[Verdict, str]]:
+        return [self._judge(c, a) for c, a in zip(completions, answers, strict=True)]
+
+    def _judge(self, completion: str, answer) -> tuple[Verdict, str]:
+        blocks = re.findall(r"```(?:json)?[ \t]*\n(.*?)```", completion, re.S | re.I)
+        try:
+            value = json.loads(blocks[-1] if blocks else completion)
+        except (ValueError, RecursionError) as error:
+            return Verdict.UNPARSABLE, f"the completion is not JSON: {error}"[:300]
+        if answer is None and self.validator is None:
+            return Verdict.UNPARSABLE, "there is neither a schema nor an answer to compare with"
+        error = next(iter(self.validator.iter_errors(value)), None) if self.validator else None
+        if error is not None:
+            return Verdict.WRONG, f"{error.json_path}: {error.message}"[:300]
+        try:
+            gold = json.loads(answer) if isinstance(answer, str) else answer
+        except ValueError as error:
+            return Verdict.UNPARSABLE, f"the gold answer is not JSON: {error}"[:300]
+        # JSON's equality, not Python's: 1 is 1.0, but not true
+        if answer is not None and not self.jsonschema.Draft202012Validator({"const": gold}).is_valid(value):
+            return Verdict.WRONG, "not the value asked for"
+        return Verdict.CORRECT, ""
+
+
+JUDGE_PROMPT = """\
+Does the response below reach the reference answer? Judge the final answer only, not the style or the way there.
+
+Reference answer:
+{answer}
+
+Response:
+{completion}
+
+Reply with one word, YES or NO."""
+
+
+class JudgeVerifier(Verifier):
+    """
+    A language model's YES or NO, through any [`~trl_offpolicy.sampling.Sampler`]; the judge needs a sampler of its own.
+
+    A sampler gives the log-prob of the token it drew, not of both words. So one token is drawn at a time, and the mass seen on words that
+    mean YES, that mean NO, and on others bounds P(YES) / (P(YES) + P(NO)) from both sides; it is drawn again (at most `num_draws`
+    times) until the bounds agree on `threshold`. Most often one draw settles it, and the draw itself never decides.
+
+    Args:
+        sampler ([`~trl_offpolicy.sampling.Sampler`]): The judge.
+        yes, no (`str`, *optional*, default to `"YES"`, `"NO"`): The two words, each one token of the judge; case does not matter.
+        threshold (`float`, *optional*, defaults to `0.5`): Smallest share of YES that is `correct`.
+        num_draws (`int`, *optional*, defaults to `8`): What is still open after as many is `unparsable`.
+        prompt (`str`, *optional*): With `{completion}` and `{answer}`.
+    """
+
+    def __init__(
+        self,
+        sampler,
+        threshold: float = 0.5,
+        num_draws: int = 8,
+        prompt: str = JUDGE_PROMPT,
+        yes="YES",
+        no="NO",
+        seed: int = 0,
+    ):
+        if not 0 < threshold < 1 or num_draws < 1:
+            raise ValueError(
+                f"You passed threshold={threshold}, num_draws={num_draws}; it must be in (0, 1), and at least 1."
+            )
+        prompts.check(prompt, "prompt", "completion", "answer")
+        self.sampler, self.threshold, self.num_draws, self.prompt = sampler, threshold, num_draws, prompt
+        self.words, self.seed = (yes.upper(), no.upper()), seed
+
+    def _explain(self, completions: list[str], answers: list) -> list[tuple[Verdict, str]]:
+        results: list[tuple[Verdict, str] | None] = [None] * len(completions)
+        seen: list[dict] = [{} for _ in completions]  # token → (word, probability)
+        waiting, draws, in_flight = list(range(len(completions)))[::-1], [0] * len(completions), 0
+        while waiting or in_flight:
+            while waiting and in_flight < self.sampler.capacity:
+                index = waiting.pop()
+                text = prompts.fill(self.prompt, completion=completions[index], answer=str(answers[index]))
+                seed = attempt_seed(self.seed, text, "judge", draws[index])
+                request = Request(
+                    str(index), [{"role": "user", "content": text}], seed, SamplingParams(max_completion_length=1)
+                )
+                self.sampler.submit(request)
+                in_flight += 1
+            finished = self.sampler.poll()
+            if not finished:
+                raise RuntimeError(
+                    f"{self.sampler.name}: the judge has {in_flight} requests but returned none of them."
+                )
+            for completion in finished:
+                index, in_flight = int(completion.id), in_flight - 1
+                draws[index] += 1
+                if completion.finish_reason == "error":
+                    results[index] = Verdict.ERROR, completion.error or "the judge failed"
+                    continue
+                if not completion.log_probs:
+                    raise ValueError(f"{self.sampler.name} returns no log-probs, which a judge needs.")
+                word = completion.text.strip().strip(".*\"'").upper()
+                seen[index][completion.completion_ids[0]] = word, math.exp(completion.log_probs[0])
+                results[index] = self._decide(list(seen[index].values()))
+                if results[index] is None and draws[index] < self.num_draws:
+                    waiting.append(index)
+        return [
+            r or (Verdict.UNPARSABLE, f"{self.sampler.name} does not settle on {' or '.join(self.words)}")
+            for r in results
+        ]
+
+    def _decide(self, seen: list[tuple[str, float]]) -> tuple[Verdict, str] | None:
+        yes, no = (sum(p for word, p in seen if word == which) for which in self.words)
+        unseen = max(0.0, 1.0 - sum(p for _, p in seen))
+        if yes + no == 0:
+            return None
+        low, high = yes / (yes + no + unseen), (yes + unseen) / (yes + no + unseen)
+        reason = f"{self.sampler.name}: P(YES) in [{low:.3f}, {high:.3f}]"
+        if low < self.threshold <= high:
+            return None
+        return (Verdict.CORRECT if low >= self.threshold else Verdict.WRONG), reason
+
+    def close(self) -> None:
+        self.sampler.close()
+
+
+class _Combined(Verifier):
+    def __init__(self, name: str, verifiers: tuple, settles: Verdict):
+        if not verifiers:
+            raise ValueError(f"{name}() needs at least one verifier.")
+        self.name, self.verifiers, self.settles = name, verifiers, settles
+
+    @property
+    def __name__(self) -> str:
+        return f"{self.name}({', '.join(getattr(v, '__name__', type(v).__name__) for v in self.verifiers)})"
+
+    def _explain(self, completions: list[str], answers: list) -> list[tuple[Verdict, str]]:
+        results: list[tuple[Verdict, str] | None] = [None] * len(completions)
+        for verifier in self.verifiers:  # a dear one behind a cheap one sees only what is still open
+            still = [i for i, r in enumerate(results) if r is None or r[0] is not self.settles]
+            told = explain_with(verifier, [completions[i] for i in still], [answers[i] for i in still])
+            for i, result in zip(still, told, strict=True):
+                # otherwise what could not be told outweighs what could
+                if (
+                    results[i] is None
+                    or result[0] is self.settles
+                    or results[i][0] in (Verdict.CORRECT, Verdict.WRONG)
+                ):
+                    results[i] = result
+        return results
+
+    def close(self) -> None:
+        for verifier in self.verifiers:
+            if hasattr(verifier, "close"):
+                verifier.close()
+
+
+def all_of(*verifiers) -> Verifier:
+    """`correct` if all say so, `wrong` if any does, else the first verdict that told neither."""
+    return _Combined("all_of", verifiers, Verdict.WRONG)
+
+
+def any_of(*verifiers) -> Verifier:
+    """`correct` if any says so, `wrong` if all do, else the first verdict that told neither."""
+    return _Combined("any_of", verifiers, Verdict.CORRECT)
