@@ -84,7 +84,7 @@ def forward_log_probs(model, prompt_ids, completion_ids):
 
 @pytest.mark.parametrize("params", [{}, {"temperature": 1.7, "top_k": 20, "top_p": 0.9}])
 def test_log_probs_equal_the_models_own_forward(sampler, model, params):
-    """At temperature 1 whatever the draw was made with; 1e-4 is ten times the largest difference seen in float32."""
+    """At temperature 1 whatever the draw was made with; the largest difference seen in float32 is 7e-6."""
     for completion in drain(
         sampler, wanted := requests(10, SamplingParams(max_completion_length=24, **params))
     ).values():
