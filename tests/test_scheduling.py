@@ -265,6 +265,23 @@ def test_keep_rejected_false_drops_what_no_row_needs(tmp_path):
     assert again.to_list() == kept.to_list()
 
 
+def test_rows_are_checked_once_and_again_when_they_change(tmp_path, monkeypatch):
+    from trl_offpolicy import rewriter
+
+    checks, number_copies = [], rewriter.number_copies
+    monkeypatch.setattr(rewriter, "number_copies", lambda ids: checks.append(len(ids)) or number_copies(ids))
+    for num_rows, name in ((30, "a"), (40, "b")):
+        Dataset.from_list(rows(num_rows)).to_parquet(tmp_path / f"{name}.parquet")
+    a, b = (Dataset.from_parquet(str(tmp_path / f"{x}.parquet"), cache_dir=str(tmp_path / "cache")) for x in "ab")
+    first, _ = rewrite(tmp_path, a)
+    again, _ = rewrite(tmp_path, a)
+    assert checks == [30] and again.to_list() == first.to_list()
+    grown, _ = rewrite(tmp_path, b)
+    assert checks == [30, 40] and len(grown) == 40
+    fewer, _ = rewrite(tmp_path, b.select(range(7)))
+    assert checks == [30, 40, 7] and fewer.to_list() == grown.to_list()[:7]
+
+
 def test_known_attempts_equal_the_journal(tmp_path):
     journal = Journal(tmp_path / "journal.jsonl", {})
     rng, expected = random.Random(0), {}
