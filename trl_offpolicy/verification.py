@@ -27,7 +27,7 @@ from .rows import Verdict
 
 
 MEMORY_LIMIT = 2 << 30  # bytes of address space of one worker
-WALL = 1.8  # x `timeout`: when a verification is ended from outside, so that its verdict is there within 2 x
+WALL = 1.6  # x `timeout`: when a verification is ended from outside, so that its verdict is there within 2 x
 BATCH, BATCH_CHARACTERS = 32, 1 << 20  # of the tasks that one line hands to a worker
 TASKS_PER_WORKER = 2000  # then a fresh fork: sympy's caches grow without bound
 START_SECONDS = 120.0  # a worker imports sympy before its first task; that time is nobody's answer's
@@ -96,7 +96,7 @@ class MathVerifier(Verifier):
     Verifies final answers of mathematical problems; also a reward function for `GRPOTrainer`.
 
     Args:
-        timeout (`float`, *optional*, defaults to `4.0`): CPU seconds one verification may take. 1.8 times as many seconds on
+        timeout (`float`, *optional*, defaults to `4.0`): CPU seconds one verification may take. 1.6 times as many seconds on
             the wall clock (for code that cannot be interrupted) end it as well; either is `Verdict.TIMEOUT`, never `WRONG`.
         num_workers (`int`, *optional*): Worker processes; by default one for each core.
         float_rounding (`int`, *optional*, defaults to `6`): Decimal places to which a decimal may stand for another number
