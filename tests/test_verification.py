@@ -97,6 +97,15 @@ def test_killed_worker_is_an_error_not_a_wrong_answer(verifier):
     assert verifier.verify(["\\boxed{1}"], ["1"]) == [Verdict.CORRECT]  # and the pool is whole again
 
 
+def test_worker_that_dies_idle_costs_no_verdict(verifier):
+    """The fork, the process it is forked from, and both."""
+    verifier.verify(["1"] * 4, ["1"] * 4)
+    for victims in (lambda w: [w.pid], lambda w: [w.process.pid], lambda w: [w.pid, w.process.pid]):
+        for pid in victims(verifier._workers[0]):
+            os.kill(pid, signal.SIGKILL)
+        assert verifier.verify(["\\boxed{x+1}"] * 8, ["1+x"] * 8) == [Verdict.CORRECT] * 8
+
+
 def test_uninterruptible_code_is_killed_from_outside():
     """A worker that ignores its own budget (as C code does) is ended by the wall deadline."""
     with MathVerifier(timeout=0.3, num_workers=1) as verifier:

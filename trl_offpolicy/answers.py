@@ -55,7 +55,7 @@ def stated_answer(completion: str) -> tuple[str | None, str]:
     if said:
         return said, "phrase"
     line = text.strip()
-    return _from_sentence(line, first=False) if "\n" not in line or _MATH.fullmatch(line) else None, "line"
+    return _from_sentence(line[-2000:], first=False) if "\n" not in line or _MATH.fullmatch(line) else None, "line"
 
 
 def _from_sentence(text: str, first: bool) -> str | None:

@@ -240,7 +240,8 @@ class _Worker:
 
     def kill(self):
         self.signal_all()
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.stdout.close()
         self.process.wait()
 
@@ -278,19 +279,18 @@ class _Worker:
         told, died = [], None
         for line in lines:
             what, *rest = json.loads(line)
-            if (
-                what == "ready"
-            ):  # the first, or in the place of one that died; an unread batch is still in the pipe for it
+            if what == "ready":
+                # the first fork, or one in the place of the last; an unread batch is still in the pipe for it
                 if self.reading and self.pid is not None:
                     died = rest[1]
                 self.pid, self.tasks_left, self.started = rest[0], TASKS_PER_WORKER, True
-                if self.batch is not None and not self.lost:
+                if self.batch is not None:
                     self._send()
-            elif what == "reading":
-                self.reading, self.deadline = True, time.monotonic() + WALL * self.timeout
-            else:
-                told.append((self.tasks.popleft(), (Verdict(what), rest[0])))
-                self.reading, self.deadline = bool(self.tasks), time.monotonic() + WALL * self.timeout
+            elif self.pid is not None:  # else from a fork that was killed in the moment of its answer
+                self.deadline = time.monotonic() + WALL * self.timeout
+                if what != "reading":
+                    told.append((self.tasks.popleft(), (Verdict(what), rest[0])))
+                self.reading = bool(self.tasks)
         if chunk == b"":
             died = self.process.wait()
             if not self.started:
@@ -300,6 +300,9 @@ class _Worker:
                 )
             self.kill()
             self.spawn()
+            if not self.reading:  # it had not begun: nothing is to blame
+                self.lost = True
+                return told
         overdue = self.tasks and time.monotonic() > self.deadline
         if overdue and self.pid is None:
             raise RuntimeError(
