@@ -30,6 +30,7 @@ MEMORY_LIMIT = 2 << 30  # bytes of address space of one worker
 WALL = 1.6  # x `timeout`: when a verification is ended from outside, so that its verdict is there within 2 x
 BATCH, BATCH_CHARACTERS = 32, 1 << 20  # of the tasks that one line hands to a worker
 TASKS_PER_WORKER = 2000  # then a fresh fork: sympy's caches grow without bound
+READ_SECONDS = 10.0  # to read a batch; who does not was killed with half of it read
 START_SECONDS = 120.0  # a worker imports sympy before its first task; that time is nobody's answer's
 
 
@@ -265,7 +266,7 @@ class _Worker:
 
     def _send(self):
         """The fork reads all of it before it begins, so that this cannot block."""
-        self.deadline = time.monotonic() + WALL * self.timeout
+        self.deadline = time.monotonic() + max(WALL * self.timeout, READ_SECONDS)
         self.tasks_left -= len(self.tasks)
         with contextlib.suppress(BrokenPipeError):  # it died while idle: its closed stdout says so to `results`
             self.process.stdin.write(self.batch)
@@ -291,6 +292,11 @@ class _Worker:
                 if what != "reading":
                     told.append((self.tasks.popleft(), (Verdict(what), rest[0])))
                 self.reading = bool(self.tasks)
+        overdue = self.tasks and time.monotonic() > self.deadline
+        if overdue and self.pid is None:
+            raise RuntimeError(
+                f"A verifier worker was not ready after {START_SECONDS:.0f} s. Is the machine out of memory?"
+            )
         if chunk == b"":
             died = self.process.wait()
             if not self.started:
@@ -298,27 +304,17 @@ class _Worker:
                     f"A verifier worker ended with exit code {died} before its first task; its message is above. "
                     f"Try it by hand: {sys.executable} -m trl_offpolicy.verification < /dev/null"
                 )
-            self.kill()
-            self.spawn()
-            if not self.reading:  # it had not begun: nothing is to blame
-                self.lost = True
-                return told
-        overdue = self.tasks and time.monotonic() > self.deadline
-        if overdue and self.pid is None:
-            raise RuntimeError(
-                f"A verifier worker was not ready after {START_SECONDS:.0f} s. Is the machine out of memory?"
-            )
-        if self.tasks and (died is not None or overdue):
+        if self.reading and (died is not None or overdue):
             end = Verdict.TIMEOUT, f"killed after {WALL * self.timeout:g} s"
             if died is not None:
                 end = Verdict.ERROR, f"the verifier's worker process died with exit code {died}"
-            elif self.reading:
-                self.kill_fork()
-            else:  # the next fork would read this batch, which is still in the pipe
-                self.kill()
-                self.spawn()
             told.append((self.tasks.popleft(), end))
-            self.lost = True
+        self.lost = died is not None or bool(overdue)
+        if chunk == b"" or (overdue and not self.reading):  # what it has not read may still be in the pipe
+            self.kill()
+            self.spawn()
+        elif overdue:
+            self.kill_fork()
         return told
 
 
@@ -347,9 +343,9 @@ def _serve() -> None:
         pid = os.fork()  # nothing else runs here: no thread, no CUDA
         if pid == 0:
             with contextlib.suppress(BrokenPipeError):  # nobody is there to be answered
+                print(json.dumps(["ready", os.getpid(), status]), file=answers, flush=True)
                 _work(answers)
             os._exit(0)
-        print(json.dumps(["ready", pid, status]), file=answers, flush=True)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
