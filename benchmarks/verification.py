@@ -22,7 +22,7 @@ from pathlib import Path
 from math_verify import parse
 from math_verify import verify as math_verify
 
-from trl_offpolicy import MathVerifier
+from trl_offpolicy import MathVerifier, verification
 
 
 DATA = Path(__file__).parents[1] / "tests" / "data"
@@ -159,14 +159,33 @@ def golds(arguments) -> None:
                     print(f"    solution: {verdict} {reason}: gold {answers[i]!r}, … {rows[i]['solution'][-100:]!r}")
 
 
-def _measured(pairs: list[tuple[str, str]], timeout: float) -> tuple[list, float, float]:
-    """Results, wall seconds and the workers' CPU seconds of one batch in a fresh pool, its start included."""
-    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+def _measured(pairs: list[tuple[str, str]], timeout: float, bad: set[int] = frozenset()) -> tuple[list, float]:
+    """Results of one batch, and how many of those that are not `bad` a worker does in a second of its time.
+
+    Its time is that between two answers, with what a kill before it cost; answers that came together with a bad one's are left out.
+    """
+    spent, done = 0.0, 0
+    results_of = verification._Worker.results
+
+    def timed(worker, readable):
+        nonlocal spent, done
+        told, now = results_of(worker, readable), time.perf_counter()
+        if told and not bad & {index for index, _ in told}:
+            spent, done = spent + now - worker.answered, done + len(told)
+        if told or not worker.reading:
+            worker.answered = now
+        return told
+
     with MathVerifier(timeout=timeout) as verifier:
-        results = verifier.explain([p for p, _ in pairs], [g for _, g in pairs])
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return results, time.perf_counter() - began, cpu
+        verifier.verify(["1"] * 8, ["1"] * 8)
+        for worker in verifier._workers:
+            worker.answered = time.perf_counter()
+        verification._Worker.results = timed
+        try:
+            results = verifier.explain([p for p, _ in pairs], [g for _, g in pairs])
+        finally:
+            verification._Worker.results = results_of
+    return results, done / spent
 
 
 def hostile(arguments) -> None:
@@ -188,19 +207,17 @@ def hostile(arguments) -> None:
     print(
         f"{len(bad)} pathological inputs one by one, timeout {arguments.timeout:g} s: slowest {slowest:.2f} s, {late} beyond 2 x"
     )
-    expected, _, normal_cpu = _measured(normal, arguments.timeout)
-    _, _, bad_cpu = _measured(bad, arguments.timeout)
-    told, wall, mixed_cpu = _measured([mixed[i] for i in order], arguments.timeout)
-    told = dict(zip(order, told, strict=True))
+    expected, before = _measured(normal, arguments.timeout)
+    hostile_places = {place for place, i in enumerate(order) if i >= len(normal)}
+    shuffled, beside = _measured([mixed[i] for i in order], arguments.timeout, hostile_places)
+    told = dict(zip(order, shuffled, strict=True))
+    alone = (before + _measured(normal, arguments.timeout)[1]) / 2
     same = sum(told[i] == e for i, e in enumerate(expected))
-    print(
-        f"mixed with {len(normal)} normal ones ({wall:.0f} s): {len(told)} of {len(mixed)} verdicts; {same} normal ones as without"
-    )
+    print(f"mixed with {len(normal)} normal ones: {len(told)} of {len(mixed)} verdicts; {same} normal ones as without")
     print(f"  pathological: {dict(Counter(str(told[i][0]) for i in range(len(normal), len(mixed))))}")
     print(f"  largest worker: {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024:.0f} MiB resident")
-    rate, rate_mixed = len(normal) / normal_cpu, len(normal) / (mixed_cpu - bad_cpu)
     print(
-        f"  normal ones per CPU second: {rate:.0f} alone, {rate_mixed:.0f} in the mixture (its other seconds are the bad ones'): {rate_mixed / rate:.2f} x"
+        f"  normal ones per second of a worker: {alone:.0f} alone, {beside:.0f} in the mixture: {beside / alone:.2f} x"
     )
 
 

@@ -97,12 +97,28 @@ def test_killed_worker_is_an_error_not_a_wrong_answer(verifier):
     assert verifier.verify(["\\boxed{1}"], ["1"]) == [Verdict.CORRECT]  # and the pool is whole again
 
 
+def test_worker_that_dies_idle_costs_no_verdict(verifier):
+    """The fork, the process it is forked from, and both."""
+    verifier.verify(["1"] * 4, ["1"] * 4)
+    for victims in (lambda w: [w.pid], lambda w: [w.process.pid], lambda w: [w.pid, w.process.pid]):
+        for pid in victims(verifier._workers[0]):
+            os.kill(pid, signal.SIGKILL)
+        assert set(verifier.explain(["\\boxed{x+1}"] * 8, ["1+x"] * 8)) == {(Verdict.CORRECT, "")}
+
+
 def test_uninterruptible_code_is_killed_from_outside():
     """A worker that ignores its own budget (as C code does) is ended by the wall deadline."""
-    with MathVerifier(timeout=0.3, num_workers=1) as verifier:
+    with MathVerifier(timeout=0.5, num_workers=1) as verifier:
         verifier.verify(["1"], ["1"])
-        os.kill(verifier._workers[0].pid, signal.SIGSTOP)
-        assert verifier.explain(["\\boxed{1}"], ["1"]) == [(Verdict.TIMEOUT, "killed after 0.54 s")]
+        worker = verifier._workers[0]
+
+        def stop():
+            while not worker.reading:
+                pass
+            os.kill(worker.pid, signal.SIGSTOP)
+
+        threading.Thread(target=stop).start()
+        assert verifier.explain(["\\boxed{9^{9^{9^9}}}"], ["1"]) == [(Verdict.TIMEOUT, "killed after 0.8 s")]
 
 
 def test_close_from_another_thread_ends_a_verification():

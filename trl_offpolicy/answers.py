@@ -55,7 +55,7 @@ def stated_answer(completion: str) -> tuple[str | None, str]:
     if said:
         return said, "phrase"
     line = text.strip()
-    return _from_sentence(line, first=False) if "\n" not in line or _MATH.fullmatch(line) else None, "line"
+    return _from_sentence(line[-2000:], first=False) if "\n" not in line or _MATH.fullmatch(line) else None, "line"
 
 
 def _from_sentence(text: str, first: bool) -> str | None:
@@ -139,7 +139,8 @@ _REWRITES = [
         (r"\\end\{(?:[bB]matrix|matrix|smallmatrix|array)\}", r"\\end{pmatrix}"),
         (r"[\[(]\s*(\\begin\{pmatrix\}[^()\[\]]*\\end\{pmatrix\})\s*[\])]", r"\1"),
         (r"\\(?:cr|hline)\s*(?=\\end|\\hline)|\\hline", ""),
-        (rf"(?<![\\A-Za-z])(?:np\.|numpy\.|math\.)?({_FUNCTIONS})(?=[\s(^_\d{{]|$)", r"\\\1 "),
+        (r"\b(?:np|numpy|math)\.(log)?", lambda m: "ln" if m[1] else ""),
+        (rf"(?<![\\A-Za-z])({_FUNCTIONS})(?=[\s(^_\d{{]|$)", r"\\\1 "),
         (r"\\langle|\\lparen", "("),
         (r"\\rangle|\\rparen", ")"),
         (r"\\begin\{cases\}([^&]*)\\end\{cases\}", lambda m: m[1].replace("\\cr", ",")),
@@ -149,6 +150,7 @@ _REWRITES = [
         (rf"((?<![\\A-Za-z])[A-Za-z]|\\(?:{_GREEK}))\s*_\s*(\{{[^{{}}]*\}}|\{{\\text\s*\{{[^{{}}]*\}}\s*\}}|\\[A-Za-z]+|\w)", lambda m: f"{m[1]}_{{{_plain(m[2])}}}"),
         (r",?\s*(?:\\text\{[^{}]*\})?\s*\b[a-z]\s*\\in\s*\\mathbb\{[A-Z]\}$", ""),
         (r"\\\{\s*[a-z](?:\s*\\in\s*\\mathbb\{R\})?\s*[|:]([^{}|]*)\\\}", r"\1"),
+        (r"^\\text\s*\{[^{}]*(?:\bis|\bare|:|=)\s*\}\s*(?=\S)|\s*\\text\s*\{\s*(?:for (?:all|every|any)|only)\b.*$", ""),
         (r"\s+", " "),
     )
 ]  # fmt: skip

@@ -17,7 +17,7 @@ import sympy
 from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 from math_verify import verify
-from math_verify.grader import should_treat_as_complex, unwrap_fcs
+from math_verify.grader import unwrap_fcs
 from sympy.logic.boolalg import Boolean
 
 from .answers import NO_ANSWER, NUMBER_WORDS, Unparsable, normalize, number, split_unit, stated_answer, words
@@ -166,9 +166,10 @@ class _Comparison:
         told, wanted = number(prediction), number(gold)
         if told and wanted:
             return self._close(told, wanted)
-        if "\\{" in (gold[:2], prediction[:2]) and (_tuple(gold) or _tuple(prediction)):
-            return False  # a set is no tuple
         golds, predictions = _items(gold), _items(prediction)
+        for side, other, items in ((gold, prediction, golds), (prediction, gold, predictions)):
+            if side.startswith("\\{") and len(items) > 1 and _tuple(other):
+                return False  # a set is no tuple
         if (text := words(gold)) and not wanted and ((said := words(prediction)) == text or len(golds) == 1):
             return said == text
         if len(golds) > 1 or len(predictions) > 1:
@@ -189,7 +190,8 @@ class _Comparison:
         names = [
             [m[1] if (m := _ASSIGNED.fullmatch(item)) else None for item in items] for items in (predictions, golds)
         ]
-        named = [None not in n and len(set(n)) == len(n) > 1 for n in names]
+        # `x_1=2,x_2=3` enumerates roots, in any order
+        named = [None not in n and len({name.partition("_")[0] for name in n}) == len(n) > 1 for n in names]
         for items, others, is_named, other_named in ((predictions, golds, *named), (golds, predictions, *named[::-1])):
             # `x=1,y=2` gives the positions of `1,2` and of `(1,2)` their names
             if is_named and not other_named:
@@ -276,8 +278,13 @@ class _Comparison:
         if told_unit and wanted_unit and told_unit != wanted_unit:
             if told_unit[0] != wanted_unit[0]:
                 return False
-            factor = told_unit[1] / wanted_unit[1]
-            return self._same_value(f"\\frac{{{factor.numerator}}}{{{factor.denominator}}}({told})", wanted)
+            factor, value = told_unit[1] / wanted_unit[1], number(told)
+            told = (
+                str(value[0] * factor)
+                if value
+                else f"\\frac{{{factor.numerator}}}{{{factor.denominator}}}\\cdot({told})"
+            )
+            return self._same_value(told, wanted)
         if (told, wanted) != (prediction, gold):
             return self.same(told, wanted)
         if "%" in prediction or "%" in gold:
@@ -361,7 +368,7 @@ def _sympy(text: str):
     try:
         return latex2sympy(
             text,
-            is_real=not should_treat_as_complex(text),
+            is_real=True,  # of all symbols, or two sides with other assumptions would have no symbol in common
             normalization_config=None,
             conversion_config=ConversionConfig(lowercase_symbols=False),
         )
