@@ -1,5 +1,6 @@
 """Every input format is read, every bad row is named, ids depend on content only."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from trl_offpolicy.rows import (
     find_format,
     last_boxed,
     load_rows,
+    number_copies,
     output_features,
     read_rows,
 )
@@ -96,10 +98,21 @@ def test_row_without_problem_is_named():
         list(read_rows([{"messages": USER}]))
 
 
+def test_content_id_is_the_hash_of_the_plain_json():
+    prompt = [{"role": "system", "content": 'a "b"\\\n\ud800'}, {"role": "user", "content": "ü€ 2+2?"}]
+    for turns, answer in ((prompt, "4"), (prompt[1:], None), ([], "\\frac{1}{2}")):
+        content = json.dumps([[[m["role"], m["content"]] for m in turns], answer or ""]).encode()
+        assert content_id(turns, answer) == hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
 def test_duplicates_get_ids_of_their_own():
     row = {"prompt": USER, "completion": ASSISTANT}
-    ids = [p.id for p in read_rows([row, row, row])]
-    assert ids == [ids[0], f"{ids[0]}-2", f"{ids[0]}-3"]
+    other = {"prompt": USER, "completion": ASSISTANT, "answer": "other"}
+    rows = [row, other, row, row, other]
+    first, second = [p.id for p in read_rows(rows[:2])]
+    copies = number_copies([int(p.id, 16) for p in read_rows(rows)])
+    ids = [p.id for p in read_rows(rows, copies=copies)]
+    assert ids == [first, second, f"{first}-2", f"{first}-3", f"{second}-2"] and len(number_copies([])) == 0
 
 
 def test_nothing_of_the_input_is_lost():

@@ -25,6 +25,7 @@ examples:
   trl-offpolicy rewrite --model_name_or_path M --dataset_name demos.jsonl --output_dir runs/demos
   trl-offpolicy rewrite --model_name_or_path M --dataset_name demos.parquet --output_dir runs/ablation --stages self
   trl-offpolicy rewrite --config rewrite.yaml --max_rows 100
+  trl-offpolicy rewrite --config rewrite.yaml --shard 0/4     # on the first of four machines, 1/4 on the second, …
 
 An interrupted run resumes: run the same command again.
 """
@@ -81,14 +82,20 @@ def rewrite(argv: list[str]) -> int:
     try:
         rewritten = rewriter.rewrite(dataset)
     except KeyboardInterrupt:
-        print(
-            f"\nstopped; every finished attempt is in {config.output_dir}/journal.jsonl. Run the same command again to resume."
-        )
+        journal = rewriter.shard.file(rewriter.output_dir, "journal.jsonl")
+        print(f"\nstopped; every finished attempt is in {journal}. Run the same command again to resume.")
         return 3
     if rewritten is None:
         print("nothing was sampled; drop --dry_run to start")
         return 0
     _print_summary(rewriter.metrics)
+    if missing := rewriter.missing_shards:
+        shown = ", ".join(map(str, missing[:10])) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
+        print(
+            f"shard {rewriter.shard} is done; still missing: {shown}. {config.output_dir}/dataset appears with the last of them."
+        )
+        print(_command_for(argv, missing[0]))
+        return 0
     print(
         f"accelerate launch examples/train.py --model_name_or_path {arguments.model_name_or_path} "
         f"--dataset_name {config.output_dir}/dataset --objective iw --output_dir {config.output_dir}-sft"
@@ -114,13 +121,27 @@ def _sampler(arguments: RewriteArguments):
         ) from error
 
 
+def _command_for(argv: list[str], shard) -> str:
+    """The same command for another shard."""
+    import re
+    import shlex
+
+    same = re.sub(r"--shard(=| )\S+ ?", "", shlex.join(argv)).strip()
+    return f"trl-offpolicy rewrite {same} --shard {shard}"
+
+
 def _print_summary(metrics: dict) -> None:
     counts = dict(metrics["yield"])
     total = counts.pop("total")
-    print(f"{total:,} rows: " + ", ".join(f"{n:,} {source} ({n / total:.1%})" for source, n in counts.items()))
-    sampling = metrics["sampling"]
+    print(f"{total:,} rows: " + ", ".join(f"{n:,} {source} ({n / max(1, total):.1%})" for source, n in counts.items()))
+    sampling, unused = metrics["sampling"], metrics["speculation"]
     print(
         f"{sampling['sampled']:,} attempts, {sampling['tokens']:,} tokens; fixed K would have drawn {sampling['fixed_k_equivalent']:,}"
+        + (
+            f"; {unused['unused']:,} more on speculation, {unused['unused_tokens']:,} tokens"
+            if unused["unused"]
+            else ""
+        )
     )
     if metrics["gold_unparsable"]:
         print(

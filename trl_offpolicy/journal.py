@@ -31,8 +31,7 @@ class Journal:
     """
 
     def __init__(self, path: Path, config: dict, overwrite: bool = False):
-        self.path = Path(path)
-        config = json.loads(json.dumps(config))
+        self.path, self._reader = Path(path), None
         self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             self._lock()
@@ -54,8 +53,14 @@ class Journal:
             )
         return os.lseek(self._file, 0, os.SEEK_CUR) - len(line)
 
-    def entries(self) -> Iterator[tuple[int, dict]]:
-        """(offset, entry) of every line after the first, in the order written."""
+    def entries(self, until: str | None = None) -> Iterator[tuple[int, dict]]:
+        """
+        (offset, entry) of every line after the first, in the order written.
+
+        With `until`, only an entry's fields before that one, which must not be its first: what follows is not parsed, so texts and
+        token ids, nine tenths of a line and more, cost next to nothing.
+        """
+        mark = None if until is None else f',"{until}":'.encode()
         size, number = self.path.stat().st_size, 1
         with (
             self.path.open("rb") as file,
@@ -64,15 +69,19 @@ class Journal:
             offset = len(file.readline())
             for line in file:
                 number += 1
-                yield offset, self._parse(line, number)
+                end = -1 if mark is None else line.find(mark)
+                whole = end < 0 or not line.endswith(b"}\n")  # a damaged line is parsed in full, to say what is wrong
+                yield offset, _parse(self.path, line if whole else line[:end] + b"}", number)
                 offset += len(line)
-                bar.update(len(line))
+                if number % 4096 == 0:
+                    bar.update(offset - bar.n)
 
     def read(self, offset: int) -> dict:
         """The entry that `append` or `entries` gave this offset for."""
-        with self.path.open("rb") as file:
-            file.seek(offset)
-            return json.loads(file.readline())
+        if self._reader is None:
+            self._reader = self.path.open("rb")
+        self._reader.seek(offset)
+        return json.loads(self._reader.readline())
 
     def sync(self) -> None:
         """Asks the disk to keep what was written, power cut or not (a killed process loses nothing without it)."""
@@ -81,45 +90,26 @@ class Journal:
     def close(self) -> None:
         self.sync()
         os.close(self._file)
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
 
     def _check(self, config: dict, overwrite: bool) -> None:
-        with self.path.open("rb") as file:
-            first = file.readline()
-        if not first:
-            return
-        found = self._parse(first, 1).get("config", {})
-        differing = [k for k in {**found, **config} if found.get(k) != config.get(k)]
+        differing = differences(read_header(self.path), config)
         if differing and overwrite:
             os.ftruncate(self._file, 0)
         elif differing:
-            fields = "; ".join(
-                f"`{k}` was {found.get(k)!r:.300} there and is {config.get(k)!r:.300} now" for k in differing
-            )
             raise ValueError(
-                f"{self.path} holds the attempts of another configuration: {fields}. Either choose another `output_dir`, or pass "
+                f"{self.path} holds the attempts of another configuration: {differing}. Either choose another `output_dir`, or pass "
                 "`overwrite=True` (`--overwrite`) to delete that journal and start again."
             )
 
     def _lock(self) -> None:
         try:
-            fcntl.flock(
-                self._file, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # let go by the kernel when the process ends, however it ends
+            lock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(
                 f"Another process is writing to {self.path}. Wait for it, stop it, or choose another `output_dir`."
-            ) from error
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # file systems without locks
-                raise
-
-    def _parse(self, line: bytes, number: int) -> dict:
-        try:
-            return json.loads(line)
-        except ValueError as error:
-            raise ValueError(
-                f"Line {number} of {self.path} is not JSON ({error}): the file was changed or damaged. Remove that line to draw its "
-                "attempt again; nothing else depends on it."
             ) from error
 
     def _cut_torn_line(self) -> None:
@@ -136,3 +126,36 @@ class Journal:
                 start -= step
             if start < end:
                 file.truncate(start)
+
+
+def read_header(path: Path) -> dict | None:
+    """The configuration in the first line of the journal at `path`; `None` if it has no whole line yet."""
+    with Path(path).open("rb") as file:
+        first = file.readline()
+    return _parse(path, first, 1).get("config", {}) if first.endswith(b"\n") else None
+
+
+def differences(found: dict | None, config: dict) -> str:
+    """Each field in which two configurations differ, in words; empty if none does, or there is nothing to compare with."""
+    config = json.loads(json.dumps(config))
+    differing = [k for k in {**found, **config} if found.get(k) != config.get(k)] if found is not None else []
+    return "; ".join(f"`{k}` was {found.get(k)!r:.300} there and is {config.get(k)!r:.300} now" for k in differing)
+
+
+def lock(handle: int, how: int) -> None:
+    """`flock`, which the kernel lets go of when the process ends, however it ends; nothing on file systems without locks."""
+    try:
+        fcntl.flock(handle, how)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+
+
+def _parse(path: Path, line: bytes, number: int) -> dict:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(
+            f"Line {number} of {path} is not JSON ({error}): the file was changed or damaged. Remove that line to draw its "
+            "attempt again; nothing else depends on it."
+        ) from error

@@ -1,12 +1,14 @@
 """Configuration of `DataRewriter`."""
 
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 
 from . import prompts
+from .shards import Shard
 
 
 STAGES = ("self", "guided")
-SELECTIONS = ("first", "random")
+SELECTIONS = ("first", "random", "max_log_prob")
 
 
 @dataclass
@@ -24,12 +26,24 @@ class RewriteConfig:
         max_completion_length (`int`, *optional*, defaults to `2048`): Tokens of one attempt. One that is cut here is never kept.
         stages (`list[str]`, *optional*, defaults to `["self", "guided"]`): Stages in order; the demonstration is always the last resort.
         selection (`str`, *optional*, defaults to `"first"`): `first` stops at the first correct attempt; `random` draws all K and keeps
-            a random correct one: the same distribution of rows at a higher price, with the pass rate in `num_correct`.
+            a random correct one: the same distribution of rows at a higher price, with the pass rate `num_correct / num_sampled`.
+            `max_log_prob` draws all K and keeps the correct one with the highest length-normalised log-probability, `sum_t log
+            μ(y_t | prompt, y_<t) / len(y)` over the sampled tokens including the end of turn, at temperature 1 and under the prompt
+            that was really used (in the guided stage, with the reference). The criterion is GRAPE's (arXiv 2502.04194), the
+            candidates are the model's own; kept rows are then likelier than a sample of the model.
+        max_concurrent_attempts (`int`, *optional*, defaults to `4`): With `first`, at most this many attempts of one problem at a time, and
+            more than one only where other problems leave the engine free slots. Rows do not depend on it; 1 never draws a token on
+            speculation.
+        keep_rejected (`bool`, *optional*, defaults to `True`): Whether the journal keeps text, token ids and log-probs of attempts that are
+            not correct. Without them a line is some 150 bytes, and what the model got wrong cannot be looked at.
         solve_prompt (`str`, *optional*): What a row without a prompt of its own (`problem`, `question`) is asked.
         guided_prompt (`str`, *optional*): The digest-and-retell prompt, with `{problem}` and `{solution}`.
         answer_column (`str`, *optional*, defaults to `"answer"`): Gold final answers; where it has none, the demonstration's last box
             or GSM8K's `####` is taken.
         seed (`int`, *optional*, defaults to `42`): Seed of the run; each attempt has a seed of its own derived from it.
+        shard (`str`, *optional*, defaults to `"0/1"`): `i/n` does the i-th of n blocks of rows (i from 0 to n - 1), with files of its own in
+            `output_dir`; `output_dir/dataset` appears with the last of them.
+        report_to (`str`, *optional*, defaults to `"none"`): `wandb` logs the lines of `metrics.jsonl` there as well.
         dry_run (`bool`, *optional*, defaults to `False`): Print the first prompt of each stage and the estimate, sample nothing.
         overwrite (`bool`, *optional*, defaults to `False`): Delete the journal of another configuration in `output_dir`; one of this
             configuration is resumed all the same.
@@ -57,9 +71,20 @@ class RewriteConfig:
     selection: str = field(
         default="first",
         metadata={
-            "help": "first: stop at the first correct attempt. random: draw all, keep a random correct one.",
+            "help": "first: stop at the first correct attempt. random: draw all, keep a random correct one. max_log_prob: draw all, keep "
+            "the correct one with the highest mean token log-prob.",
             "choices": SELECTIONS,
         },
+    )
+    max_concurrent_attempts: int = field(
+        default=4,
+        metadata={
+            "help": "Attempts of one problem at a time where slots are free; 1: no speculation. Rows do not depend on it."
+        },
+    )
+    keep_rejected: bool = field(
+        default=True,
+        metadata={"help": "Keep texts, token ids and log-probs of rejected attempts in the journal."},
     )
     solve_prompt: str = field(
         default=prompts.SOLVE_PROMPT, metadata={"help": "What a row without a prompt of its own is asked."}
@@ -69,6 +94,13 @@ class RewriteConfig:
     )
     answer_column: str = field(default="answer", metadata={"help": "Column with gold final answers."})
     seed: int = field(default=42, metadata={"help": "Seed of the run; each attempt derives its own from it."})
+    shard: str = field(
+        default="0/1",
+        metadata={"help": "i/n: only the i-th of n blocks of rows, i from 0 to n - 1; the union is the merge."},
+    )
+    report_to: str = field(
+        default="none", metadata={"help": "Where metrics.jsonl is logged as well.", "choices": ("none", "wandb")}
+    )
     dry_run: bool = field(
         default=False, metadata={"help": "Print the first prompt of each stage and the estimate, sample nothing."}
     )
@@ -84,15 +116,32 @@ class RewriteConfig:
             )
         if self.selection not in SELECTIONS:
             raise ValueError(f"You passed selection={self.selection!r}; use one of {list(SELECTIONS)}.")
-        for name, low in (("num_generations", 1), ("max_completion_length", 1), ("top_k", 0), ("temperature", 0)):
+        for name, low in (
+            ("num_generations", 1),
+            ("max_concurrent_attempts", 1),
+            ("max_completion_length", 1),
+            ("top_k", 0),
+            ("temperature", 0),
+        ):
             if getattr(self, name) < low:
                 raise ValueError(f"You passed {name}={getattr(self, name)}; it must be at least {low}.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"You passed top_p={self.top_p}; it must be above 0 and at most 1.")
+        if self.num_generations > 65535:
+            raise ValueError(f"You passed num_generations={self.num_generations}; it must be at most 65535.")
+        if self.report_to not in ("none", "wandb"):
+            raise ValueError(f"You passed report_to={self.report_to!r}; use 'none' or 'wandb'.")
+        if self.report_to == "wandb" and find_spec("wandb") is None:
+            raise ValueError(
+                "You passed report_to='wandb', but wandb is not installed: pip install trl-offpolicy[wandb]."
+            )
+        Shard.parse(self.shard)
         prompts.check(self.solve_prompt, "solve_prompt", "problem")
         prompts.check(self.guided_prompt, "guided_prompt", "problem", "solution")
 
     def identity(self) -> dict:
         """The fields on which an attempt depends; the rest may change between a run and its resume."""
-        free = {"output_dir", "dry_run", "overwrite"}
+        free = {
+            "output_dir", "dry_run", "overwrite", "shard", "report_to", "max_concurrent_attempts", "keep_rejected",
+        }  # fmt: skip
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in free}

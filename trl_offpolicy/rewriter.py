@@ -4,51 +4,30 @@
     dataset = rewriter.rewrite(load_dataset("openai/gsm8k", "main", split="train"))
     trainer = ImportanceWeightedSFTTrainer("Qwen/Qwen2.5-Math-1.5B", train_dataset=dataset)
 
-("Mind the Gap", arXiv 2509.15157, section 3.2.) A problem's attempts are drawn one after another while other problems keep
-the engine full, and the first correct one in attempt order is kept: attempts are independent draws, so it has the same
-distribution as a random correct one of K, and what would have been drawn after it is never paid for.
+("Mind the Gap", arXiv 2509.15157, section 3.2.) Which attempt is drawn when is `scheduling.py`'s; here they are drawn,
+verified and journaled, and the rows are written. A run holds the attempts in flight and some 20 bytes a row, not the texts.
 """
 
+import hashlib
 import json
-import random
-import shutil
-import sys
 import time
 import warnings
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from tqdm.auto import tqdm
+import numpy as np
 
 from . import prompts
 from .journal import Journal
 from .rewrite_config import RewriteConfig
-from .rows import Problem, Source, Verdict, output_features, read_rows
+from .rows import Problem, Source, Verdict, number_copies, output_features, read_rows
+from .run_log import RunLog
 from .sampling import Completion, Request, Sampler, SamplingParams, attempt_seed
-
-
-@dataclass(slots=True)
-class _Progress:
-    """Where one unfinished problem stands."""
-
-    problem: Problem
-    stage: int = 0
-    attempt: int = 0
-    correct: list[int] = field(default_factory=list)  # journal offsets of this stage's correct attempts
-
-
-@dataclass(slots=True)
-class _Outcome:
-    """What a finished problem became; `offset` is the kept attempt's place in the journal."""
-
-    source: str
-    offset: int = -1
-    num_sampled: int = 0
-    num_correct: int = 0
+from .scheduling import Draw, Fate, KnownAttempts, Outcome, Scheduler
+from .shards import RUN_KEY, Shard, check_siblings, publish
 
 
 class DataRewriter:
@@ -73,8 +52,10 @@ class DataRewriter:
             )
         self.model, self.args, self.processing_class = model, args, processing_class
         self.sampler, self.verifier = sampler, verifier
-        self.output_dir = Path(args.output_dir)
+        self.output_dir, self.shard = Path(args.output_dir), Shard.parse(args.shard)
         self.metrics: dict = {}
+        # After `rewrite`: the shards without which there is no `output_dir/dataset` yet.
+        self.missing_shards: list[Shard] = []
 
     # ---- the public calls ----
 
@@ -86,7 +67,7 @@ class DataRewriter:
             dataset (`datasets.Dataset`): Rows in any of the formats of `rows.FORMATS`; each comes out exactly once.
 
         Returns:
-            `datasets.Dataset`, or `None` after a dry run.
+            `datasets.Dataset`: The rewritten rows, of this shard if it is one of several; `None` after a dry run.
 
         Raises:
             ValueError: The dataset is empty or lacks a column, a row has no problem or no demonstration (named by number), or
@@ -94,12 +75,11 @@ class DataRewriter:
         """
         dataset = _as_dataset(dataset)
         columns = list(dataset.column_names)
-        # Reads every row once, so that a bad one is reported before anything is sampled.
-        total = sum(1 for _ in self._problems(dataset))
-        if total == 0:
-            raise ValueError("The dataset has no rows: there is nothing to rewrite. Check its split and filters.")
+        copies, digest = self._check_rows(dataset)
+        own = self.shard.rows(len(copies))
+        dataset, copies = dataset.select(own), copies[own.start : own.stop]
         if self.args.dry_run:
-            self._dry_run(dataset, total)
+            self._dry_run(dataset, copies)
             return None
         if not self._plain:
             warnings.warn(
@@ -109,17 +89,23 @@ class DataRewriter:
             )
         began = time.monotonic()
         self._load_engines()
-        journal = self._open_journal()
+        journal, config = self._open_journal()
+        run = hashlib.blake2b((digest + json.dumps(config)).encode(), digest_size=16).hexdigest()
         try:
-            outcomes = self._run(self._problems(dataset), total, journal)
-            rewritten = self._write(dataset, columns, outcomes, journal)
+            scheduler = self._run(self._problems(dataset, copies), len(copies), journal, config)
+            file = self._write(dataset, copies, columns, scheduler, journal, run)
         finally:
             journal.close()
             if hasattr(self.verifier, "close"):
                 self.verifier.close()  # a MathVerifier starts its workers again when it is used again
         self.metrics["seconds"] = round(time.monotonic() - began, 2)
-        (self.output_dir / "metrics.json").write_text(json.dumps(self.metrics, indent=1) + "\n")
-        return rewritten
+        self.shard.file(self.output_dir, "metrics.json").write_text(json.dumps(self.metrics, indent=1) + "\n")
+        self.missing_shards = publish(file, self.output_dir, self.shard, run)
+        if self.shard.count > 1 and not self.missing_shards:
+            files = [shard.file(self.output_dir, "metrics.json") for shard in self.shard.siblings()]
+            total = _sum([json.loads(file.read_text()) for file in files])
+            (self.output_dir / "metrics.json").write_text(json.dumps(total, indent=1) + "\n")
+        return self._load(self.output_dir / ("dataset.partial" if self.missing_shards else "dataset"))
 
     # ---- set-up ----
 
@@ -134,22 +120,49 @@ class DataRewriter:
 
             self.verifier = MathVerifier()
 
-    def _problems(self, dataset) -> Iterator[Problem]:
-        return read_rows(dataset, self.args.answer_column, self.args.solve_prompt)
+    def _check_rows(self, dataset) -> tuple[np.ndarray, str]:
+        """
+        Reads every row once, so that a bad one is reported before anything is sampled.
 
-    def _open_journal(self) -> Journal:
-        path = self.output_dir / "journal.jsonl"
-        config = {"model": self.sampler.name, "model_revision": self.sampler.revision, **self.args.identity()}
+        Returns the rows' copy numbers, counted over the whole dataset so that an id does not depend on the shards, and a digest of it.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+
+        def content(problem: Problem) -> int:
+            digest.update(f"{problem.id}{problem.demonstration}".encode(errors="surrogatepass"))
+            return int(problem.id, 16)
+
+        problems = read_rows(_iterate(dataset), self.args.answer_column, self.args.solve_prompt)
+        ids = np.fromiter(map(content, problems), dtype=np.uint64)
+        if not len(ids):
+            raise ValueError("The dataset has no rows: there is nothing to rewrite. Check its split and filters.")
+        return number_copies(ids), digest.hexdigest()
+
+    def _problems(self, dataset, copies: np.ndarray) -> Iterator[Problem]:
+        return read_rows(_iterate(dataset), self.args.answer_column, self.args.solve_prompt, copies)
+
+    def _open_journal(self) -> tuple[Journal, dict]:
+        config = {
+            "journal_format": 2,
+            "model": self.sampler.name,
+            "model_revision": self.sampler.revision,
+            **self.args.identity(),
+        }
         config["verifier"] = getattr(self.verifier, "__name__", type(self.verifier).__name__)
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        journal = Journal(path, config, overwrite=self.args.overwrite)
+        check_siblings(self.output_dir, self.shard, config, self.args.overwrite)
+        journal = Journal(self.shard.file(self.output_dir, "journal.jsonl"), config, overwrite=self.args.overwrite)
         import yaml
 
         (self.output_dir / "run_config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-        return journal
+        return journal, config
 
-    def _dry_run(self, dataset, total: int) -> None:
-        first = next(self._problems(dataset))
+    def _dry_run(self, dataset, copies: np.ndarray) -> None:
+        total = len(copies)
+        if not total:
+            print(f"shard {self.shard} has no rows")  # noqa: T201
+            return
+        first = next(self._problems(dataset, copies))
         for stage in self.args.stages:
             print(f"---- first prompt of stage {stage} ----")  # noqa: T201
             for turn in self._prompt(first, stage):
@@ -163,48 +176,40 @@ class DataRewriter:
 
     # ---- the run ----
 
-    def _run(self, problems: Iterable[Problem], total: int, journal: Journal) -> dict[str, _Outcome]:
-        """Streams all problems through sampling and verification; memory grows with the requests in flight, not with the texts."""
-        known = {key(entry): (offset, *_fate(entry)) for offset, entry in journal.entries()}
-        outcomes: dict[str, _Outcome] = {}
+    def _run(self, problems: Iterable[Problem], total: int, journal: Journal, config: dict) -> Scheduler:
+        """Streams all problems through sampling and verification until each has its outcome."""
         counts: Counter = Counter()
-        active: dict[str, _Progress] = {}  # by request id: with the sampler, or being verified
-        verifying: dict[Future, list[Completion]] = {}
-        ready: deque[_Progress] = deque()
-        fresh = self._gated(problems, counts)
-        log = _Log(self.output_dir / "metrics.jsonl", total, resumed=len(known))
+        known = KnownAttempts(journal.entries(until="reason"), self.args.stages)
+        scheduler = Scheduler(self._gated(problems, counts), total, self.args, known, counts)
+        sampling: dict[str, Draw] = {}
+        aborted: set[str] = set()
+        verifying: dict[Future, list[tuple[Draw, Completion]]] = {}
+        path = self.shard.file(self.output_dir, "metrics.jsonl")
+        log = RunLog(path, total, len(known), self.args.report_to, config)
         pool = ThreadPoolExecutor(1, "verify")
         try:
             while True:
-                while len(active) < self.sampler.capacity and (
-                    progress := ready.popleft() if ready else next(fresh, None)
-                ):
-                    outcome = self._advance(progress, known, counts)
-                    if outcome is None:
-                        active[self._submit(progress)] = progress
-                    else:
-                        outcomes[progress.problem.id] = outcome
-                        counts[outcome.source] += 1
-                if not active:
+                waiting = sum(map(len, verifying.values()))
+                # An attempt that waits for its verdict leaves its slot to another one; a slow verifier holds the engine back.
+                room = self.sampler.capacity if waiting < self.sampler.capacity else 0
+                while len(sampling) < room and (draw := scheduler.next()):
+                    sampling[draw.id] = draw
+                    self._submit(draw)
+                if not sampling and not verifying:
                     break
-                being_verified = sum(map(len, verifying.values()))
-                completions = self.sampler.poll() if len(active) > being_verified else []
-                if completions:
-                    batch = [(c, active[c.id].problem.answer) for c in completions]
-                    verifying[pool.submit(self._verify, batch)] = completions
-                elif not verifying:
-                    raise RuntimeError(
-                        f"{self.sampler.name}: the sampler has {len(active)} requests but returned none of them."
-                    )
-                finished = [f for f in verifying if f.done()] or (
-                    [] if completions else wait(verifying, return_when=FIRST_COMPLETED).done
-                )
+                if sampling and (batch := self._poll(sampling, aborted, counts)):
+                    verifying[pool.submit(self._verify, batch)] = batch
+                finished = [f for f in verifying if f.done()]
+                if not finished and not sampling:
+                    finished = wait(verifying, return_when=FIRST_COMPLETED).done
                 for future in finished:
-                    for completion, verdict in zip(verifying.pop(future), future.result(), strict=True):
-                        progress = active.pop(completion.id)
-                        self._record(progress, completion, *verdict, journal, known)
-                        ready.append(progress)
-                log.update(counts)
+                    for (draw, completion), verdict in zip(verifying.pop(future), future.result(), strict=True):
+                        for request_id in scheduler.record(draw, self._record(draw, completion, *verdict, journal)):
+                            if sampling.pop(request_id, None):  # else it is paid for and being verified
+                                self.sampler.abort(request_id)
+                                aborted.add(request_id)
+                                counts["aborted"] += 1
+                log.update(counts, len(sampling), sum(map(len, verifying.values())))
         except BaseException:
             if hasattr(self.verifier, "close"):
                 self.verifier.close()  # or the pool would wait for what it is verifying
@@ -213,12 +218,32 @@ class DataRewriter:
             pool.shutdown(cancel_futures=True)
             log.update(counts, last=True)
         self._summarize(counts)
-        return outcomes
+        return scheduler
 
-    def _gated(self, problems: Iterable[Problem], counts: Counter) -> Iterator[_Progress]:
+    def _poll(self, sampling: dict[str, Draw], aborted: set[str], counts: Counter) -> list[tuple[Draw, Completion]]:
+        """What the engine has finished, with what was asked for; an aborted attempt that it returns all the same is only counted."""
+        completions = self.sampler.poll()
+        if not completions:
+            raise RuntimeError(
+                f"{self.sampler.name}: the sampler has {len(sampling)} requests but returned none of them."
+            )
+        batch = []
+        for completion in completions:
+            counts["drawn_tokens"] += len(completion.completion_ids)
+            if completion.id in sampling:
+                batch.append((sampling.pop(completion.id), completion))
+            elif completion.id in aborted:
+                aborted.remove(completion.id)
+                counts.update({"aborted": -1, "unused": 1, "unused_tokens": len(completion.completion_ids)})
+            else:
+                raise RuntimeError(
+                    f"{self.sampler.name}: the sampler returned {completion.id!r}, which it was not asked for, or twice."
+                )
+        return batch
+
+    def _gated(self, problems: Iterable[Problem], counts: Counter) -> Iterator[tuple[Problem, bool]]:
         """Problems in the order given; one whose gold answer cannot be compared with goes straight to its demonstration."""
         check = getattr(self.verifier, "check_answers", None)
-        end = len(self.args.stages)
         for chunk in batched(problems, 256):
             verdicts = (
                 check([p.answer for p in chunk])
@@ -227,33 +252,7 @@ class DataRewriter:
             )
             for problem, verdict in zip(chunk, verdicts, strict=True):
                 counts["gold_" + verdict] += verdict is not Verdict.CORRECT
-                yield _Progress(problem, stage=0 if verdict is Verdict.CORRECT else end)
-
-    def _advance(self, progress: _Progress, known: dict, counts: Counter) -> _Outcome | None:
-        """Follows the journal as far as it knows a problem: its outcome if that settles it, else `None` (an attempt is due)."""
-        args = self.args
-        while progress.stage < len(args.stages):
-            stage = args.stages[progress.stage]
-            while progress.attempt < args.num_generations and not (progress.correct and args.selection == "first"):
-                attempt = known.pop((progress.problem.id, stage, progress.attempt), None)
-                if attempt is None:
-                    return None
-                offset, verdict, finish_reason, num_tokens = attempt
-                counts["verdict_" + verdict] += 1
-                counts["sampled"] += finish_reason != "error"
-                counts["tokens"] += num_tokens
-                counts["truncated"] += finish_reason == "length"
-                if verdict == Verdict.CORRECT:
-                    progress.correct.append(offset)
-                # What the engine cannot take (a prompt beyond the context) it will not take at the next attempt either.
-                progress.attempt = args.num_generations if finish_reason == "error" else progress.attempt + 1
-            if progress.correct:
-                pick = random.Random(attempt_seed(args.seed, progress.problem.id, stage, -1)).randrange(
-                    len(progress.correct)
-                )
-                return _Outcome(stage, progress.correct[pick], progress.attempt, len(progress.correct))
-            progress.stage, progress.attempt = progress.stage + 1, 0
-        return _Outcome(Source.EXPERT)
+                yield problem, verdict is Verdict.CORRECT
 
     def _prompt(self, problem: Problem, stage: str) -> list[dict[str, str]]:
         if stage == Source.SELF:
@@ -262,17 +261,15 @@ class DataRewriter:
         last = max(i for i, turn in enumerate(problem.prompt) if turn["role"] == "user")
         return [{**turn, "content": text} if i == last else turn for i, turn in enumerate(problem.prompt)]
 
-    def _submit(self, progress: _Progress) -> str:
-        args, stage = self.args, self.args.stages[progress.stage]
-        request_id = f"{progress.problem.id}/{stage}/{progress.attempt}"
-        seed = attempt_seed(args.seed, progress.problem.id, stage, progress.attempt)
+    def _submit(self, draw: Draw) -> None:
+        args, problem = self.args, draw.progress.problem
+        seed = attempt_seed(args.seed, problem.id, draw.stage, draw.attempt)
         params = SamplingParams(args.temperature, args.top_p, args.top_k, args.max_completion_length)
-        self.sampler.submit(Request(request_id, self._prompt(progress.problem, stage), seed, params))
-        return request_id
+        self.sampler.submit(Request(draw.id, self._prompt(problem, draw.stage), seed, params))
 
-    def _verify(self, batch: list[tuple[Completion, str]]) -> list[tuple[Verdict, str]]:
+    def _verify(self, batch: list[tuple[Draw, Completion]]) -> list[tuple[Verdict, str]]:
         """A verdict and its reason for each completion; one that was cut or never drawn is not shown to the verifier."""
-        whole = [(c.text, answer) for c, answer in batch if c.finish_reason == "stop"]
+        whole = [(c.text, draw.progress.problem.answer) for draw, c in batch if c.finish_reason == "stop"]
         texts, answers = [text for text, _ in whole], [answer for _, answer in whole]
         if hasattr(self.verifier, "explain"):
             told = self.verifier.explain(texts, answers)
@@ -290,69 +287,86 @@ class DataRewriter:
             else cut
             if c.finish_reason == "length"
             else (Verdict.ERROR, c.error or c.finish_reason)
-            for c, _ in batch
+            for _, c in batch
         ]
 
-    def _record(
-        self, progress: _Progress, completion: Completion, verdict: Verdict, reason: str, journal: Journal, known: dict
-    ) -> None:
+    def _record(self, draw: Draw, completion: Completion, verdict: Verdict, reason: str, journal: Journal) -> Fate:
+        log_probs, log_prob = completion.log_probs, None
+        if log_probs:
+            log_prob = round(sum(log_probs) / len(log_probs), 6)
+        elif verdict == Verdict.CORRECT and self.args.selection == "max_log_prob":
+            raise ValueError(
+                f"You passed selection='max_log_prob', but {self.sampler.name} returned no log-probs for {completion.id}. Use another engine, "
+                "or selection='random'."
+            )
         entry = {
-            "id": progress.problem.id,
-            "stage": self.args.stages[progress.stage],
-            "attempt": progress.attempt,
+            "id": draw.progress.problem.id,
+            "stage": draw.stage,
+            "attempt": draw.attempt,
             "verdict": verdict,
-            "reason": reason,
             "finish_reason": completion.finish_reason,
-            "text": completion.text,
-            "completion_ids": completion.completion_ids,
-            "behavior_log_probs": [round(x, 6) for x in completion.log_probs],
+            "num_tokens": len(completion.completion_ids),
+            "log_prob": log_prob,
+            "reason": reason,  # a resume reads a line up to here
         }
-        known[key(entry)] = (journal.append(entry), *_fate(entry))
+        if verdict == Verdict.CORRECT or self.args.keep_rejected:
+            entry["text"] = completion.text
+            entry["completion_ids"] = completion.completion_ids
+            entry["behavior_log_probs"] = [round(x, 6) for x in log_probs]
+        log_prob = float("nan") if log_prob is None else log_prob
+        return Fate(journal.append(entry), verdict, completion.finish_reason, entry["num_tokens"], log_prob)
 
     def _summarize(self, counts: Counter) -> None:
         by_source = {str(source): counts[source] for source in Source}
-        unparsable = sum(n for name, n in counts.items() if name.startswith("gold_"))
-        # What the usual script draws: K for every problem it tries, and K more for every one that the stages before left over.
-        left, fixed_k = sum(by_source.values()) - unparsable, 0
-        for stage in self.args.stages:
-            fixed_k += left * self.args.num_generations
-            left -= by_source[stage]
         self.metrics = {
             "yield": {**by_source, "total": sum(by_source.values())},
-            "gold_unparsable": unparsable,
+            "gold_unparsable": sum(n for name, n in counts.items() if name.startswith("gold_")),
             "sampling": {
                 "sampled": counts["sampled"],
-                "fixed_k_equivalent": fixed_k,
+                "fixed_k_equivalent": counts["fixed_k"],
                 "tokens": counts["tokens"],
                 "truncated": counts["truncated"],
             },
+            "stages": {
+                stage: {"sampled": counts[f"{stage}_sampled"], "correct": counts[f"{stage}_correct"]}
+                for stage in self.args.stages
+            },
+            # Beyond the attempts that settled something; this depends on the engine's speed, the numbers above do not.
+            "speculation": {name: counts[name] for name in ("unused", "unused_tokens", "aborted")},
             "verdicts": {str(v): counts["verdict_" + v] for v in Verdict},
         }
 
     # ---- rows out ----
 
-    def _write(self, dataset, columns: list[str], outcomes: dict[str, _Outcome], journal: Journal):
-        """Writes `output_dir/dataset` (to a temporary name first, so that what is there is whole) and loads it."""
+    def _write(self, dataset, copies, columns: list[str], scheduler: Scheduler, journal: Journal, run: str) -> Path:
+        """Writes the rows, in the order they came in, to a file that is not yet in its place."""
+        import pyarrow.parquet as pq
+        from datasets import Dataset
+
+        file = self.output_dir / f"{self.shard.parquet}.partial"
+        features = output_features(dataset.features, columns)
+        schema = features.arrow_schema
+        schema = schema.with_metadata({**schema.metadata, RUN_KEY: run.encode()})
+        with pq.ParquetWriter(file, schema) as writer:
+            for chunk in batched(enumerate(self._problems(dataset, copies)), 1000):
+                rows = [self._row(problem, scheduler.outcome(i), journal) for i, problem in chunk]
+                writer.write_table(Dataset.from_list(rows, features=features).data.table)
+        return file
+
+    def _load(self, directory: Path):
         import pyarrow.parquet as pq
         from datasets import Dataset, load_dataset
 
-        final, partial = self.output_dir / "dataset", self.output_dir / "dataset.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        features = output_features(dataset.features, columns)
-        with pq.ParquetWriter(partial / "train-00000-of-00001.parquet", features.arrow_schema) as writer:
-            for chunk in batched(self._problems(dataset), 1000):
-                rows = [self._row(problem, outcomes[problem.id], journal) for problem in chunk]
-                writer.write_table(Dataset.from_list(rows, features=features).data.table)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        return load_dataset(str(final), split="train")
+        file = directory / self.shard.parquet
+        if pq.read_metadata(file).num_rows == 0:  # more shards than rows; `load_dataset` refuses a file without any
+            return Dataset(pq.read_table(file))
+        return load_dataset("parquet", data_files=str(file), split="train")
 
     @property
     def _plain(self) -> bool:
         return (self.args.temperature, self.args.top_p, self.args.top_k) == (1.0, 1.0, 0)
 
-    def _row(self, problem: Problem, outcome: _Outcome, journal: Journal) -> dict:
+    def _row(self, problem: Problem, outcome: Outcome, journal: Journal) -> dict:
         kept = (
             journal.read(outcome.offset)
             if outcome.offset >= 0
@@ -391,13 +405,19 @@ def _as_dataset(dataset):
     return dataset
 
 
-def key(entry: dict) -> tuple[str, str, int]:
-    """What identifies an attempt in the journal."""
-    return entry["id"], entry["stage"], entry["attempt"]
+def _iterate(dataset) -> Iterator[dict]:
+    """The rows of a dataset, read a few hundred at a time: row by row takes many times as long."""
+    for columns in dataset.iter(batch_size=256):
+        for values in zip(*columns.values(), strict=True):
+            yield dict(zip(columns, values, strict=True))
 
 
-def _fate(entry: dict) -> tuple[str, str, int]:
-    return entry["verdict"], entry["finish_reason"], len(entry["completion_ids"])
+def _sum(parts: list[dict]) -> dict:
+    """The sum of nested counts."""
+    return {
+        k: _sum([p[k] for p in parts]) if isinstance(v, dict) else round(sum(p[k] for p in parts), 2)
+        for k, v in parts[0].items()
+    }
 
 
 def batched(items: Iterable, size: int) -> Iterator[list]:
@@ -405,40 +425,3 @@ def batched(items: Iterable, size: int) -> Iterator[list]:
     iterator = iter(items)
     while chunk := list(islice(iterator, size)):
         yield chunk
-
-
-class _Log:
-    """The progress line, and the same numbers as a line of `metrics.jsonl` every few seconds."""
-
-    def __init__(self, path: Path, total: int, resumed: int, every: float = 5.0):
-        self.path, self.every, self.began, self.written = path, every, time.monotonic(), time.monotonic()
-        self.bar = tqdm(total=total, desc="rewriting", unit="row")
-        if resumed:
-            self.bar.write(f"resuming: {resumed:,} attempts are in the journal already", file=sys.stderr)
-
-    def update(self, counts: Counter, last: bool = False) -> None:
-        now = time.monotonic()
-        done = {str(source): counts[source] for source in Source}
-        shares = " · ".join(f"{source} {n / max(1, sum(done.values())):.1%}" for source, n in done.items())
-        trouble = {
-            "timeouts": counts["verdict_timeout"],
-            "errors": counts["verdict_error"],
-            "truncated": counts["truncated"],
-        }
-        shown = "".join(f" · {n:,} {name}" for name, n in trouble.items() if n)
-        self.bar.set_postfix_str(f"{shares} · {counts['sampled']:,} attempts{shown}", refresh=False)
-        self.bar.update(sum(done.values()) - self.bar.n)
-        if now - self.written < self.every and not last:
-            return
-        line = {
-            "seconds": round(now - self.began, 2),
-            "rows": sum(done.values()),
-            **done,
-            "sampled": counts["sampled"],
-            "tokens": counts["tokens"],
-        }
-        with self.path.open("a") as file:
-            file.write(json.dumps({**line, **trouble}) + "\n")
-        self.written = now
-        if last:
-            self.bar.close()

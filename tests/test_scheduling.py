@@ -1,0 +1,363 @@
+"""Ordered speculation against the naive loop, in every window, with late engines and kill -9; selection; memory; the numbers shown."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import tracemalloc
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from scripted import ScriptedSampler, rows
+from test_rewriter import config, naive, rewrite
+
+from trl_offpolicy.journal import Journal
+from trl_offpolicy.rows import Verdict, read_rows
+from trl_offpolicy.run_log import status
+from trl_offpolicy.sampling import Completion, attempt_seed
+from trl_offpolicy.scheduling import KnownAttempts
+
+
+class Submitted(ScriptedSampler):
+    """Remembers what it was asked for and what it was told to forget."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.submitted, self.aborted = [], []
+
+    def submit(self, request):
+        self.submitted.append(request.id)
+        super().submit(request)
+
+    def abort(self, request_id):
+        self.aborted.append(request_id)
+        super().abort(request_id)
+
+
+class Late(Submitted):
+    """Returns what it was told to forget all the same, sooner or later."""
+
+    def abort(self, request_id):
+        self.aborted.append(request_id)
+
+
+def same(rewritten, data, args):
+    expected = naive(data, args, ScriptedSampler())
+    got = [
+        (r["id"], r["source"], r["completion"][0]["content"], r["num_sampled"], r["num_correct"]) for r in rewritten
+    ]
+    for row, (row_id, source, texts, *numbers) in zip(got, expected, strict=True):
+        text = texts if source == "expert" else texts[0]
+        assert row == (row_id, source, text, *numbers)
+
+
+@pytest.mark.parametrize("sampler", [Submitted, Late])
+@pytest.mark.parametrize("capacity", [1, 2, 5, 16, 61, 1000])
+@pytest.mark.parametrize("width", [1, 3, 4])
+def test_rows_are_those_of_one_attempt_after_another(tmp_path, sampler, capacity, width):
+    data = rows(25)
+    engine = sampler(capacity=capacity, order_seed=capacity + width)
+    rewritten, metrics = rewrite(tmp_path, data, sampler=engine, max_concurrent_attempts=width)
+    same(rewritten, data, config(tmp_path))
+    needed, beyond = metrics["sampling"]["sampled"], metrics["speculation"]
+    assert len(engine.submitted) == len(set(engine.submitted)) == needed + beyond["unused"] + beyond["aborted"]
+    if width == 1:
+        assert len(engine.submitted) == needed
+    elif capacity == 1000:
+        assert len(engine.submitted) > needed
+
+
+def test_speculation_waits_until_no_other_problem_is_left(tmp_path):
+    class Watching(Submitted):
+        """Notes which requests come before the verdict on the attempt before them is in the journal."""
+
+        speculative = []
+
+        def submit(self, request):
+            row_id, stage, attempt = request.id.split("/")
+            before = f'"id":"{row_id}","stage":"{stage}","attempt":{int(attempt) - 1},'
+            if int(attempt) and before not in (tmp_path / "run" / "journal.jsonl").read_text():
+                self.speculative.append(len(self.submitted))
+            super().submit(request)
+
+    engine = Watching(capacity=8)
+    rewrite(tmp_path, rows(60), sampler=engine)
+    first_attempts = [i for i, name in enumerate(engine.submitted) if name.endswith("self/0")]
+    assert len(first_attempts) == 60 and engine.speculative and min(engine.speculative) > max(first_attempts)
+
+
+def test_an_engine_that_invents_a_completion_is_an_error(tmp_path):
+    class Twice(ScriptedSampler):
+        def poll(self):
+            return [c for c in super().poll() for _ in range(2)]
+
+    with pytest.raises(RuntimeError, match="not asked for, or twice"):
+        rewrite(tmp_path, rows(5), sampler=Twice())
+
+
+def test_errors_end_a_stage_whatever_is_in_flight(tmp_path):
+    """Attempt 1 of the first stage cannot be drawn: 0 counts, and nothing after it does."""
+
+    class Broken(ScriptedSampler):
+        def completion(self, request):
+            whole = super().completion(request)
+            return Completion(request.id, "", [], [], "error", "no") if request.id.endswith("self/1") else whole
+
+    runs = [rewrite(tmp_path / str(capacity), rows(40), sampler=Broken(capacity=capacity)) for capacity in (1, 7, 500)]
+    assert runs[0][0].to_list() == runs[1][0].to_list() == runs[2][0].to_list()
+    assert runs[0][1]["verdicts"] == runs[2][1]["verdicts"] and runs[0][1]["verdicts"]["error"] > 0
+    assert all(n == 1 for n, s in zip(runs[2][0]["num_sampled"], runs[2][0]["source"], strict=True) if s == "self")
+
+
+CHILD = """
+import sys
+sys.path.insert(0, {tests!r})
+from scripted import ScriptedSampler, rows, verify
+from trl_offpolicy import DataRewriter, RewriteConfig
+args = RewriteConfig({run!r}, num_generations=8, max_completion_length=50)
+sampler = ScriptedSampler(p_self=0.15, capacity={capacity}, order_seed={order}, kill_after={kill})
+DataRewriter("scripted", args, sampler=sampler, verifier=verify).rewrite(rows(12))
+"""
+
+
+def test_killed_while_it_speculates(tmp_path):
+    """kill -9 with more slots than problems, so the journal holds attempts beyond ones that are missing; other windows resume it."""
+    options = {"num_generations": 8, "max_completion_length": 50}
+    undisturbed, metrics = rewrite(
+        tmp_path / "a", rows(12), sampler=ScriptedSampler(p_self=0.15, capacity=1), **options
+    )
+    gaps, run = 0, tmp_path / "b" / "run"
+    for trial in range(5):
+        code = CHILD.format(
+            tests=str(Path(__file__).parent),
+            run=str(run),
+            order=trial,
+            kill=12 + 2 * trial,
+            capacity=(40, 200, 3)[trial % 3],
+        )
+        assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == -signal.SIGKILL
+        drawn = {(e["id"], e["stage"], e["attempt"]) for _, e in entries(run / "journal.jsonl")}
+        gaps += sum(k > 0 and (i, s, k - 1) not in drawn for i, s, k in drawn)
+    sampler = Submitted(p_self=0.15, capacity=200)
+    resumed, resumed_metrics = rewrite(tmp_path / "b", rows(12), sampler=sampler, **options)
+    assert gaps and resumed.to_list() == undisturbed.to_list()
+    assert resumed_metrics["sampling"] == metrics["sampling"] and resumed_metrics["verdicts"] == metrics["verdicts"]
+    assert not {f"{i}/{s}/{k}" for i, s, k in drawn} & set(sampler.submitted)  # nothing is drawn twice
+
+
+def entries(path):
+    lines = path.read_text().splitlines()
+    return [(0, json.loads(line)) for line in lines[1:] if line.endswith("}")]
+
+
+# ---- selection ----
+
+
+class Timed(ScriptedSampler):
+    """Attempts take as long as they are: 1 to 20 tokens, equally often; a long one is right more often."""
+
+    def __init__(self, capacity):
+        super().__init__(capacity=capacity)
+        self.clock, self.pending = 0, {}
+
+    def submit(self, request):
+        length, _ = self.draw(request.seed)
+        self.pending[request.id] = (self.clock + length, request)
+
+    @staticmethod
+    def draw(seed):
+        rng = random.Random(seed)
+        length = rng.randint(1, 20)
+        return length, rng.random() < 0.2 + 0.02 * length
+
+    def poll(self):
+        self.clock = min(at for at, _ in self.pending.values())
+        done = [request for at, request in self.pending.values() if at == self.clock]
+        return [self.completion(self.pending.pop(r.id)[1]) for r in done]
+
+    def completion(self, request):
+        length, right = self.draw(request.seed)
+        gold = request.prompt[-1]["content"].split("gold:")[1].split()[0] if right else "x"
+        return Completion(request.id, f"\\boxed{{{gold}}}", [7] * length, [-1.0 / length] * length, "stop")
+
+    def abort(self, request_id):
+        del self.pending[request_id]
+
+
+def chi_square(lengths):
+    """Pearson's statistic against the lengths of one correct attempt: P(length | correct) is as 0.2 + 0.02 length."""
+    weights = [0.2 + 0.02 * length for length in range(1, 21)]
+    expected = [len(lengths) * w / sum(weights) for w in weights]
+    counts = Counter(lengths)
+    return sum((counts[i + 1] - e) ** 2 / e for i, e in enumerate(expected))
+
+
+def test_the_first_correct_is_distributed_as_a_random_correct_one_and_the_first_finished_is_not(tmp_path):
+    """
+    3,000 problems with all K = 8 attempts in flight at once. At 99.9 % confidence (chi-square, 19 degrees of freedom: 43.8; all seeds
+    fixed) the lengths of the kept rows do not differ from those of a random correct attempt, for `first` and for `random`. Keeping
+    what finishes first, with the same attempts and the same clock, would favour the short ones beyond any doubt.
+    """
+    data = Dataset.from_list(rows(3000))
+    options = {"stages": ["self"], "num_generations": 8, "max_concurrent_attempts": 8}
+    for selection in ("first", "random"):
+        rewritten, metrics = rewrite(tmp_path / selection, data, Timed(24_000), selection=selection, **options)
+        kept = [len(ids) for ids in rewritten["completion_ids"] if ids]
+        assert chi_square(kept) < 43.8, selection
+        if selection == "first":
+            assert metrics["speculation"]["aborted"] > 1000  # it did speculate
+    args, finished_first = config(tmp_path, **options), []
+    for problem in read_rows(data, solve_prompt=args.solve_prompt):
+        attempts = [Timed.draw(attempt_seed(args.seed, problem.id, "self", k)) for k in range(8)]
+        finished_first += sorted(length for length, right in attempts if right)[:1]
+    assert len(finished_first) == len(kept) and chi_square(finished_first) > 1000
+
+
+def test_max_log_prob_keeps_the_likeliest_per_token(tmp_path):
+    data, options = rows(40), {"stages": ["self"], "num_generations": 6}
+    runs = [
+        rewrite(tmp_path / str(capacity), data, Timed(capacity), selection="max_log_prob", **options)
+        for capacity in (1, 9, 500)
+    ]
+    assert runs[0][0].to_list() == runs[1][0].to_list() == runs[2][0].to_list()
+    for row, problem in zip(runs[0][0], read_rows(data), strict=True):
+        attempts = [Timed.draw(attempt_seed(42, problem.id, "self", k)) for k in range(6)]
+        right = [length for length, correct in attempts if correct]  # mean log-prob -1 / length: the longest
+        assert (row["num_sampled"], row["num_correct"]) == ((6, len(right)) if right else (0, 0))
+        assert len(row["completion_ids"]) == max(right, default=0)
+    # A resumed run chooses by what the journal says.
+    again, _ = rewrite(tmp_path / "1", data, Timed(1), selection="max_log_prob", **options)
+    assert again.to_list() == runs[0][0].to_list()
+
+
+def test_max_log_prob_without_log_probs_is_an_error(tmp_path):
+    class Silent(ScriptedSampler):
+        def completion(self, request):
+            c = super().completion(request)
+            return Completion(c.id, c.text, c.completion_ids, [], c.finish_reason)
+
+    with pytest.raises(ValueError, match="selection='max_log_prob', but scripted returned no log-probs"):
+        rewrite(tmp_path, rows(20), Silent(), selection="max_log_prob")
+    rewritten, _ = rewrite(tmp_path / "other", rows(20), Silent())
+    assert "self" in rewritten["source"] and not any(rewritten["behavior_log_probs"])
+
+
+# ---- journal and memory ----
+
+
+def test_keep_rejected_false_drops_what_no_row_needs(tmp_path):
+    kept, _ = rewrite(tmp_path / "a", rows(60))
+    lean, _ = rewrite(tmp_path / "b", rows(60), keep_rejected=False)
+    assert lean.to_list() == kept.to_list()
+    for _, entry in entries(tmp_path / "b" / "run" / "journal.jsonl"):
+        assert ("text" in entry) == ("completion_ids" in entry) == (entry["verdict"] == "correct")
+    sizes = [(tmp_path / x / "run" / "journal.jsonl").stat().st_size for x in "ab"]
+    assert sizes[1] < 0.8 * sizes[0]
+    again, _ = rewrite(tmp_path / "a", rows(60), keep_rejected=False)  # may change between a run and its resume
+    assert again.to_list() == kept.to_list()
+
+
+def test_known_attempts_equal_the_journal(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl", {})
+    rng, expected = random.Random(0), {}
+    for _ in range(500):
+        row_id = f"{rng.choice([1, 2**63, 2**64 - 1]):016x}" + rng.choice(["", "-2", "-13"])
+        stage, attempt = rng.choice(["self", "guided"]), rng.randrange(40)
+        entry = {
+            "id": row_id, "stage": stage, "attempt": attempt, "verdict": rng.choice(list(Verdict)),
+            "finish_reason": rng.choice(["stop", "length", "error"]), "num_tokens": rng.randrange(100_000),
+            "log_prob": rng.choice([-0.25, -1e-6]), "reason": 'a "reason": {', "text": "x",
+        }  # fmt: skip
+        values = [entry[k] for k in ("verdict", "finish_reason", "num_tokens", "log_prob")]
+        expected.setdefault(row_id, {}).setdefault(stage, {})[attempt] = (journal.append(entry), *values)
+    assert [e for _, e in journal.entries(until="reason")] == [
+        {k: e[k] for k in list(e)[:7]} for _, e in journal.entries()
+    ]
+    known = KnownAttempts(journal.entries(until="reason"), ["self", "guided"])
+    assert len(known) == 500 and {row_id: known.of(row_id) for row_id in expected} == expected
+    assert known.of("00000000000000ff") == {}
+
+
+def test_memory_grows_by_a_few_dozen_bytes_a_row(tmp_path):
+    """Traced peaks of 2,000 and 10,000 rows, of a first run and of one resumed from its journal; `benchmarks/scale.py` does a million."""
+
+    def peak(num_rows):
+        file = tmp_path / f"{num_rows}.parquet"
+        Dataset.from_list(rows(num_rows)).to_parquet(file)
+        data = Dataset.from_parquet(str(file), cache_dir=str(tmp_path / "cache"))
+        peaks = []
+        for _ in range(2):
+            tracemalloc.start()
+            rewrite(tmp_path / str(num_rows), data, ScriptedSampler(capacity=8))
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+        return peaks
+
+    rewrite(tmp_path, rows(10))  # whatever is imported or cached once
+    small, large = peak(2000), peak(10_000)
+    fresh, resumed = ((b - a) / 8000 for a, b in zip(small, large, strict=True))
+    assert fresh < 64, fresh
+    assert resumed < 64 + 3.2 * 2 * 45, resumed  # 3.2 attempts a row in the journal; twice, while they are sorted
+
+
+# ---- the numbers shown ----
+
+
+def test_status_line_counts_what_happened(tmp_path):
+    """The last line of metrics.jsonl against a recount of the journal."""
+    rewritten, metrics = rewrite(tmp_path, rows(50), ScriptedSampler(capacity=100))
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    drawn = [e for _, e in entries(tmp_path / "run" / "journal.jsonl")]
+    assert line["rows"] == line["total"] == 50 and {s: line[s] for s in ("self", "guided", "expert")} == Counter(
+        rewritten["source"]
+    )
+    assert line["sampled"] + line["unused"] == len(drawn)
+    assert line["tokens"] + line["unused_tokens"] == sum(e["num_tokens"] for e in drawn)
+    needed = {}  # by (id, stage): up to the first correct one
+    for e in sorted(drawn, key=lambda e: e["attempt"]):
+        stage = needed.setdefault((e["id"], e["stage"]), [])
+        if not any(x["verdict"] == "correct" for x in stage):
+            stage.append(e)
+    for stage in ("self", "guided"):
+        mine = [e for (_, s), es in needed.items() if s == stage for e in es]
+        accepted = sum(e["verdict"] == "correct" for e in mine)
+        assert line[f"acceptance/{stage}"] == pytest.approx(accepted / len(mine), abs=1e-4)
+    mine = [e for es in needed.values() for e in es]
+    assert line["truncated"] == sum(e["finish_reason"] == "length" for e in mine)
+    fixed_k = 4 * len(needed) * sum(e["num_tokens"] for e in mine) / len(mine)
+    assert line["tokens_saved"] == round(fixed_k - sum(e["num_tokens"] for e in drawn))
+    assert line["sampling"] == line["verifying"] == 0 and line["eta_seconds"] == 0 and line["tokens_per_second"] > 0
+
+
+def test_eta_and_rate_leave_out_what_the_journal_knew():
+    counts = Counter(self=60, expert=20, rows_from_journal=40, drawn_tokens=500, sampled=100, tokens=3000, fixed_k=320)
+    line = status(counts, total=200, seconds=10.0, sampling=3, verifying=2)
+    assert line["eta_seconds"] == 30.0 and line["tokens_per_second"] == 50.0  # 40 rows in 10 s, 120 to go
+    assert line["tokens_saved"] == 320 * 30 - 3000 and (line["sampling"], line["verifying"]) == (3, 2)
+    assert status(Counter(), 10, 1.0)["eta_seconds"] is None
+
+
+def test_wandb_offline_run_holds_the_lines(tmp_path, monkeypatch):
+    """A real W&B file, written offline and read back: the values of metrics.jsonl."""
+    import wandb
+    from test_trainers import wandb_records
+
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    rewrite(tmp_path, rows(30), report_to="wandb")
+    assert wandb.run is None  # finished
+    wandb.teardown()
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    logged = {}
+    for record in wandb_records(file):
+        logged.update({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item})
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {k: logged[k] for k in line} == line
+
+
+@pytest.mark.parametrize("kwargs", [{"report_to": "tensorboard"}, {"max_concurrent_attempts": 0}])
+def test_config_errors(tmp_path, kwargs):
+    with pytest.raises(ValueError, match=f"{next(iter(kwargs))}"):
+        config(tmp_path, **kwargs)

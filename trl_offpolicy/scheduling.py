@@ -1,0 +1,269 @@
+"""Which attempt is drawn next, and when a problem is settled; knows neither engines nor files.
+
+A problem's attempts are drawn in index order while other problems keep the engine full. Only where slots are left does a
+problem get later attempts on speculation; as soon as one of its attempts is correct, the higher ones are obsolete, the lower
+ones are waited for, and the lowest correct one is kept. So the rows are those of drawing one attempt after another, whatever
+the order in which attempts finish; keeping the first *finished* one instead would favour short answers.
+"""
+
+import random
+import struct
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from .rewrite_config import RewriteConfig
+from .rows import Problem, Source, Verdict
+from .sampling import attempt_seed
+
+
+class Fate(NamedTuple):
+    """How an attempt ended; `offset` is its place in the journal, `log_prob` the mean over its tokens (NaN: not known)."""
+
+    offset: int
+    verdict: str
+    finish_reason: str
+    num_tokens: int
+    log_prob: float
+
+
+class Outcome(NamedTuple):
+    """What a problem became; `offset` is the kept attempt's place in the journal, or -1."""
+
+    source: str
+    offset: int = -1
+    num_sampled: int = 0
+    num_correct: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Progress:
+    """Where one unfinished problem stands."""
+
+    row: int
+    problem: Problem
+    known: dict[str, dict[int, Fate]]  # by stage and attempt: what the journal holds of stages to come
+    stage: int = -1
+    fates: dict[int, Fate] = field(default_factory=dict)  # of this stage's attempts, by index
+    in_flight: set[int] = field(default_factory=set)
+    queued: bool = False
+    sampled: bool = False  # whether this run drew for it, or the journal knew it all
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One attempt to draw."""
+
+    progress: Progress
+    stage: str
+    attempt: int
+
+    @property
+    def id(self) -> str:
+        return f"{self.progress.problem.id}/{self.stage}/{self.attempt}"
+
+
+class Scheduler:
+    """
+    Hands out attempts ([`next`]) and takes verdicts ([`record`]) until every problem has its outcome.
+
+    Args:
+        problems (`Iterable[tuple[Problem, bool]]`): Problems in order, and whether each can be sampled at all.
+        total (`int`): How many they are.
+        args ([`RewriteConfig`]): Stages, K, selection, seed and how far to speculate.
+        known ([`KnownAttempts`]): What an earlier run has drawn already.
+        counts (`Counter`): Where everything is counted. Attempts up to the one that settled a stage are `sampled`, and do not depend
+            on the order of things; those drawn beyond it are `unused`.
+    """
+
+    def __init__(
+        self,
+        problems: Iterable[tuple[Problem, bool]],
+        total: int,
+        args: RewriteConfig,
+        known: "KnownAttempts",
+        counts: Counter,
+    ):
+        self.args, self.counts = args, counts
+        self._fresh, self._known = enumerate(problems), known
+        self._all_needed = args.selection != "first"
+        self._ready: deque[Progress] = deque()
+        self._open: OrderedDict[int, Progress] = OrderedDict()
+        self._sources = [*args.stages, str(Source.EXPERT)]
+        types = [("source", "u1"), ("offset", "i8"), ("num_sampled", "u2"), ("num_correct", "u2")]
+        self._outcomes = np.zeros(total, types)  # 13 bytes a row
+
+    def outcome(self, row: int) -> Outcome:
+        source, *rest = self._outcomes[row].item()
+        return Outcome(self._sources[source], *rest)
+
+    def next(self) -> Draw | None:
+        """The next attempt: one that is due, else a fresh problem's first, else a speculative one; `None` if there is none."""
+        while not self._ready and (item := next(self._fresh, None)):
+            row, (problem, can_be_sampled) = item
+            progress = Progress(row, problem, self._known.of(problem.id))
+            self._open[row] = progress
+            if can_be_sampled:
+                self._enter_next_stage(progress)
+            else:
+                self._settle(progress, Outcome(Source.EXPERT))
+        if self._ready:
+            progress = self._ready.popleft()
+            progress.queued = False
+        else:
+            narrow = (p for p in self._open.values() if len(p.in_flight) < self.args.max_concurrent_attempts)
+            progress = next((p for p in narrow if self._wanted(p)), None)
+            if progress is None:
+                return None
+            self._open.move_to_end(progress.row)  # a second attempt for every problem before a third for any
+        attempt, *more = self._wanted(progress)
+        progress.in_flight.add(attempt)
+        progress.sampled = True
+        if more and self._all_needed:  # a prompt's attempts one after another: an engine's prefix cache likes that
+            progress.queued = True
+            self._ready.appendleft(progress)
+        return Draw(progress, self.args.stages[progress.stage], attempt)
+
+    def record(self, draw: Draw, fate: Fate) -> list[str]:
+        """Takes an attempt's verdict and returns the ids of the attempts in flight that no longer matter."""
+        progress = draw.progress
+        if self._stage_name(progress) != draw.stage or draw.attempt not in progress.in_flight:
+            self._count_unused([fate])  # it was obsolete before its verdict came
+            return []
+        progress.in_flight.remove(draw.attempt)
+        progress.fates[draw.attempt] = fate
+        horizon = self._horizon(progress)
+        obsolete = {k for k in progress.in_flight if k >= horizon}
+        progress.in_flight -= obsolete
+        self._advance(progress)
+        return [Draw(progress, draw.stage, k).id for k in sorted(obsolete)]
+
+    def _stage_name(self, progress: Progress) -> str:
+        return self._sources[progress.stage]
+
+    def _horizon(self, progress: Progress) -> int:
+        """One past the last attempt that can still matter."""
+        for k in sorted(progress.fates):
+            fate = progress.fates[k]
+            # What the engine cannot take (a prompt beyond the context) it will not take at the next attempt either.
+            if fate.finish_reason == "error" or (fate.verdict == Verdict.CORRECT and not self._all_needed):
+                return k + 1
+        return self.args.num_generations
+
+    def _wanted(self, progress: Progress) -> list[int]:
+        """The attempts that can still matter and are neither known nor under way, in the order in which they are due."""
+        known = progress.fates.keys() | progress.in_flight
+        return [k for k in range(self._horizon(progress)) if k not in known]
+
+    def _enter_next_stage(self, progress: Progress) -> None:
+        progress.stage += 1
+        progress.in_flight = set()
+        progress.fates = progress.known.pop(self._stage_name(progress), {})
+        self._advance(progress)
+
+    def _advance(self, progress: Progress) -> None:
+        """Settles the stage if all that matters is known; else sees to it that an attempt is drawn or under way."""
+        if progress.stage == len(self.args.stages):
+            self._settle(progress, Outcome(Source.EXPERT))
+            return
+        horizon, stage, fates = self._horizon(progress), self._stage_name(progress), progress.fates
+        if any(k not in fates for k in range(horizon)):
+            if not progress.queued and (self._all_needed or not progress.in_flight) and self._wanted(progress):
+                progress.queued = True
+                self._ready.append(progress)
+            return
+        counted = [fates.pop(k) for k in range(horizon)]
+        self._count_unused(fates.values())
+        correct = [fate for fate in counted if fate.verdict == Verdict.CORRECT]
+        num_sampled = sum(fate.finish_reason != "error" for fate in counted)
+        self.counts.update("verdict_" + fate.verdict for fate in counted)
+        self.counts.update(
+            {
+                "sampled": num_sampled,
+                f"{stage}_sampled": num_sampled,
+                f"{stage}_correct": len(correct),
+                "tokens": sum(fate.num_tokens for fate in counted),
+                "truncated": sum(fate.finish_reason == "length" for fate in counted),
+                "fixed_k": self.args.num_generations,  # what the usual script draws for every problem that reaches a stage
+            }
+        )
+        if correct:
+            seed = attempt_seed(self.args.seed, progress.problem.id, stage, -1)
+            kept = select(correct, self.args.selection, seed)
+            self._settle(progress, Outcome(stage, kept.offset, num_sampled, len(correct)))
+        else:
+            self._enter_next_stage(progress)
+
+    def _count_unused(self, fates: Iterable[Fate]) -> None:
+        for fate in fates:
+            self.counts.update({"unused": 1, "unused_tokens": fate.num_tokens})
+
+    def _settle(self, progress: Progress, outcome: Outcome) -> None:
+        progress.stage = len(self.args.stages)
+        self._outcomes[progress.row] = (self._sources.index(outcome.source), *outcome[1:])
+        self.counts.update({str(outcome.source): 1, "rows_from_journal": not progress.sampled})
+        del self._open[progress.row]
+
+
+def select(correct: list[Fate], selection: str, seed: int) -> Fate:
+    """The attempt that is kept of the `correct` ones, which are in index order."""
+    if selection == "max_log_prob":
+        return max(correct, key=lambda fate: fate.log_prob)  # the lowest index among equals
+    if selection == "random":
+        return correct[random.Random(seed).randrange(len(correct))]
+    return correct[0]
+
+
+class KnownAttempts:
+    """
+    The attempts that are in the journal already: 45 bytes each, found by the problem's id.
+
+    Args:
+        entries (`Iterator[tuple[int, dict]]`): Offset and head of each line, in the order written; a later line for the same attempt wins.
+        stages (`list[str]`): Names of the stages.
+    """
+
+    _RECORD = struct.Struct("<QIBHBBIdq")
+    _TYPES = [("id", "<u8"), ("copy", "<u4"), ("stage", "u1"), ("attempt", "<u2"), ("verdict", "u1"), ("finish_reason", "u1"),
+              ("num_tokens", "<u4"), ("log_prob", "<f8"), ("offset", "<i8")]  # fmt: skip
+    _VERDICTS = list(Verdict)
+    _FINISH_REASONS = ["stop", "length", "error"]
+
+    def __init__(self, entries: Iterator[tuple[int, dict]], stages: list[str]):
+        self._stages, packed, nan = stages, bytearray(), float("nan")
+        stage, verdict, finish_reason = (
+            {name: i for i, name in enumerate(names)} for names in (stages, self._VERDICTS, self._FINISH_REASONS)
+        )
+        for offset, e in entries:
+            log_prob = nan if e["log_prob"] is None else e["log_prob"]
+            packed += self._RECORD.pack(
+                *_split(e["id"]), stage[e["stage"]], e["attempt"], verdict[e["verdict"]], finish_reason[e["finish_reason"]],
+                e["num_tokens"], log_prob, offset,
+            )  # fmt: skip
+        table = np.frombuffer(packed, self._TYPES)
+        self._table = table[np.argsort(table["id"], kind="stable")]
+        self._ids = np.ascontiguousarray(self._table["id"])
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def of(self, problem_id: str) -> dict[str, dict[int, Fate]]:
+        """The known attempts of one problem by stage and index."""
+        key, copy = _split(problem_id)
+        first, end = (np.searchsorted(self._ids, np.uint64(key), side) for side in ("left", "right"))
+        found: dict[str, dict[int, Fate]] = {}
+        for _, of_copy, stage, attempt, verdict, finish_reason, num_tokens, log_prob, offset in self._table[
+            first:end
+        ].tolist():
+            if of_copy == copy:
+                fate = Fate(offset, self._VERDICTS[verdict], self._FINISH_REASONS[finish_reason], num_tokens, log_prob)
+                found.setdefault(self._stages[stage], {})[attempt] = fate
+        return found
+
+
+def _split(problem_id: str) -> tuple[int, int]:
+    digest, _, copy = problem_id.partition("-")
+    return int(digest, 16), int(copy or 1)
