@@ -2,8 +2,9 @@
 
     with LoopbackHub() as hub:
         hub.fail("POST .*/commit/", 412)          # the next such request; or 401, 403, 404, 429, 500
-        hub.fail("PUT /lfs/", "drop")             # half of the body is read, then the connection is closed
+        hub.fail("PUT /lfs/", "drop")             # half of the body is read, then the connection is closed; or "lose" the answer
         hub.fail(7, 500)                          # the seventh request from now on
+    hub.fail("POST .*/commit/", function)     # calls it first; what it returns is done, `None` for nothing
 
 A commit is applied whole or not at all, as on the real Hub. Files are LFS or regular; Xet must be off in the client. A stored
 file's etag is its sha256 or its git blob id. `hub.requests` holds `METHOD path` of everything asked for, `hub.unrouted` what the
@@ -75,19 +76,19 @@ class LoopbackHub:
         self.server.shutdown()
         self.server.server_close()
 
-    def fail(self, where: str | int, how: int | str, times: int = 1) -> None:
+    def fail(self, where: str | int, how, times: int = 1) -> None:
         """Answers with status `how`, or drops the connection, where a request matches, or at the `where`-th from now on."""
         where = where + len(self.requests) if isinstance(where, int) else re.compile(where)
         self.faults.append([where, how, times])
 
-    def fault(self, request: str) -> int | str | None:
+    def fault(self, request: str):
         self.requests.append(request)
         for fault in self.faults:
             where, how, times = fault
             hit = len(self.requests) >= where if isinstance(where, int) else where.match(request)
             if times and hit:
                 fault[2] -= 1
-                return how
+                return how() if callable(how) else how
         return None
 
     def files(self, repo_id: str, kind: str = "datasets", revision: str = "main") -> dict[str, bytes]:
@@ -116,6 +117,8 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         body = self.rfile.read(length)
+        if how == "lose":
+            self.send, self.close_connection, how = lambda *_: None, True, None
         try:
             if how is not None:
                 raise Refused(how, {404: "EntryNotFound"}.get(how, ""), "injected")

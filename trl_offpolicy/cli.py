@@ -260,8 +260,25 @@ def _print_summary(metrics: dict) -> None:
         )
 
 
+def _hide_token(argv: list[str]) -> list[str]:
+    """The arguments without `--hub_token X`, which moves to the environment: W&B logs a command line, and we print the next one."""
+    import os
+
+    parts = iter(argv)
+    kept = []
+    for part in parts:
+        name, equals, value = part.partition("=")
+        if name == "--hub_token":
+            os.environ["HF_TOKEN"] = value if equals else next(parts, "")
+        else:
+            kept.append(part)
+    return kept
+
+
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        sys.argv[1:] = _hide_token(sys.argv[1:])
+    argv = sys.argv[1:] if argv is None else _hide_token(argv)
     commands = {"rewrite": rewrite, "push": push}
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
