@@ -1,6 +1,7 @@
 """What every engine has in common: a request, a completion, and the four calls of a `Sampler`."""
 
 import hashlib
+import os
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -72,3 +73,13 @@ def attempt_seed(seed: int, problem_id: str, stage: str, attempt: int) -> int:
     """
     key = f"{seed}|{problem_id}|{stage}|{attempt}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
+
+
+def hub_commit(model: str, revision: str | None = None) -> str | None:
+    """The commit from which a Hub model was just loaded, as the cache has it (a config no longer says so in transformers 5); `None`
+    for a local directory."""
+    from huggingface_hub import HfApi
+
+    if os.path.isdir(model):
+        return None
+    return HfApi().resolve_revision(model, revision=revision, local_files_only=True).resolved

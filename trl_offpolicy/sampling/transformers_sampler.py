@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from ..rows import encode_prompt
-from . import Completion, Request, SamplingParams
+from . import Completion, Request, SamplingParams, hub_commit
 
 
 class _SeededDraw(LogitsProcessor):
@@ -99,7 +99,8 @@ class TransformersSampler:
                 f"The tokenizer of {self.name!r} has no chat template, so neither sampling nor SFT knows how to write down a "
                 "conversation. Pass a `processing_class` that has one (`trl.clone_chat_template` copies another model's)."
             )
-        self.revision = getattr(self.model.config, "_commit_hash", None) or weights_digest(self.model)
+        commit = hub_commit(model, (model_init_kwargs or {}).get("revision")) if isinstance(model, str) else None
+        self.revision = commit or weights_digest(self.model)
         self.batch_size, self.batch_tokens = batch_size, batch_tokens
         self.capacity = 2 * batch_size  # what waits is sorted by length, so a batch has little padding
         self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
