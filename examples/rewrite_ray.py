@@ -12,15 +12,14 @@ made obsolete.
 
 from dataclasses import dataclass, field, replace
 
-import ray
-from trl import TrlParser
-
 from trl_offpolicy import DataRewriter, RewriteConfig
 from trl_offpolicy.rows import load_rows
 
 
 @dataclass
 class RayArguments:
+    """What is rewritten by what, in how many parts at a time."""
+
     model_name_or_path: str = field(metadata={"help": "Model that will be trained: Hub id or local directory."})
     dataset_name: str = field(metadata={"help": "Hub id, directory or file, as for `trl-offpolicy rewrite`."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
@@ -50,6 +49,9 @@ class ShardRewriter:
 
 
 def main():
+    import ray
+    from trl import TrlParser
+
     arguments, config = TrlParser((RayArguments, RewriteConfig)).parse_args_and_config()
     print(config.output_dir, flush=True)
     ray.init()
@@ -64,7 +66,8 @@ def main():
     for row in done.iter_rows():
         print(row, flush=True)
     print(
-        f"python examples/train.py --model_name_or_path {arguments.model_name_or_path} --dataset_name {config.output_dir}/dataset"
+        f"accelerate launch examples/train.py --model_name_or_path {arguments.model_name_or_path} "
+        f"--dataset_name {config.output_dir}/dataset --objective iw --output_dir {config.output_dir}-sft"
     )
 
 

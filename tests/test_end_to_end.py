@@ -119,6 +119,7 @@ def test_documented_commands_parse(tmp_path):
     import re
     import shlex
 
+    from rewrite_ray import RayArguments
     from trl import ModelConfig, ScriptArguments, TrlParser
 
     from trl_offpolicy import ImportanceWeightedSFTConfig, RewriteConfig
@@ -127,9 +128,12 @@ def test_documented_commands_parse(tmp_path):
     parsers = {
         "accelerate launch examples/train.py": (ScriptArguments, ImportanceWeightedSFTConfig, ModelConfig),
         "trl-offpolicy rewrite": (RewriteArguments, RewriteConfig),
+        "python examples/rewrite_ray.py": (RayArguments, RewriteConfig),
     }
     found = 0
-    for name in ("README.md", "examples/train.py", "examples/quickstart.py", "trl_offpolicy/cli.py"):
+    for name in (
+        "README.md", "examples/train.py", "examples/quickstart.py", "examples/rewrite_ray.py", "trl_offpolicy/cli.py",
+    ):  # fmt: skip
         text = re.sub(r"\\+\n", " ", (ROOT / name).read_text())
         for command, types in parsers.items():
             for line in re.findall(re.escape(command) + r"(?: +[^\n#`\"]*)--model_name_or_path[^\n#`\"]*", text):
@@ -139,4 +143,4 @@ def test_documented_commands_parse(tmp_path):
                 cpu = ["--use_cpu", "--bf16", "False"] if ImportanceWeightedSFTConfig in types else []
                 TrlParser(types, allow_abbrev=False).parse_args_and_config([*argv, *cpu])
                 found += 1
-    assert found >= 6
+    assert found >= 7

@@ -109,6 +109,25 @@ def test_pushed_rows_and_attempts_load_back_equal(tmp_path, hub):
         run.push_to_hub("me/source", private=True)
 
 
+def test_shards_are_pushed_as_one(tmp_path, hub):
+    """Two shards' files, then the unsharded run in their place."""
+    data = source_dataset(hub)
+    for shard in ("0/2", "1/2"):
+        run = rewriter(tmp_path, "sharded", shard=shard)
+        with pytest.raises((FileNotFoundError, ValueError), match="no journal|not finished"):
+            run.push_to_hub("me/out")
+        run.rewrite(data)
+    run.push_to_hub("me/out")
+    whole = rewriter(tmp_path)
+    out = whole.rewrite(data)
+    assert same(fresh("me/out"), out)
+    names = {f"{folder}/train-0000{i}-of-00002.parquet" for folder in ("data", "attempts") for i in (0, 1)}
+    assert names <= set(hub.files("me/out")) and "metrics.json" in hub.files("me/out")
+    assert f"| self | {out['source'][:].count('self')} |" in DatasetCard.load("me/out").text
+    whole.push_to_hub("me/out")
+    assert same(fresh("me/out"), out) and not names & set(hub.files("me/out"))
+
+
 def test_card_is_what_the_journal_says(tmp_path, hub):
     source = source_dataset(hub)
     commit = hub.repos["datasets", "me/source"].heads["main"]

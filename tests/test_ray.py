@@ -33,7 +33,7 @@ def ended(process: subprocess.Popen, seconds: float) -> int | None:
 
 def test_two_workers_one_killed(tmp_path):
     data, run = tmp_path / "demos.jsonl", tmp_path / "run"
-    Dataset.from_list(demonstrations(problems(48, 3, (1, 2, 3)))).to_json(data)
+    Dataset.from_list(demonstrations(problems(48, 3, (4, 5, 6)))).to_json(data)
     command = [
         sys.executable,
         "examples/rewrite_ray.py",
@@ -44,7 +44,7 @@ def test_two_workers_one_killed(tmp_path):
         "--output_dir",
         run,
     ]
-    command += ["--num_shards", "3", "--num_workers", "2", "--num_generations", "3", "--max_completion_length", "60"]
+    command += ["--num_shards", "3", "--num_workers", "2", "--num_generations", "3", "--max_completion_length", "100"]
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT)}
     with (tmp_path / "ray.log").open("w") as log:
         driver = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, cwd=ROOT, env=environment)
@@ -59,7 +59,7 @@ def test_two_workers_one_killed(tmp_path):
         driver.kill()
     assert journal.read_bytes().startswith(drawn[: drawn.rfind(b"\n") + 1])  # resumed, not started again
     assert killed != driver.pid and not (run / "dataset.partial").exists()
-    args = RewriteConfig(str(tmp_path / "alone"), num_generations=3, max_completion_length=60)
+    args = RewriteConfig(str(tmp_path / "alone"), num_generations=3, max_completion_length=100)
     alone = DataRewriter(POLICY, args).rewrite(Dataset.from_json(str(data)))
     columns = ["id", "source", "completion", "completion_ids", "num_sampled", "num_correct"]
     together = load_dataset(str(run / "dataset"), split="train")

@@ -100,6 +100,12 @@ def test_the_number_of_shards_of_a_run_cannot_change(tmp_path, first, second):
     rewrite(tmp_path, rows(10), shard=first)
     with pytest.raises(ValueError, match=f"you passed shard='{second}': the number of shards of a run cannot change"):
         rewrite(tmp_path, rows(10), shard=second)
+    # Those who do delete the journals get the new number's files and no others.
+    for journal in (tmp_path / "run").glob("journal*.jsonl"):
+        journal.unlink()
+    for shard in Shard.parse(second).siblings():
+        rewrite(tmp_path, rows(10), shard=str(shard))
+    assert [r["row"] for r in union(tmp_path / "run")] == list(range(10))
 
 
 CHILD = """

@@ -204,7 +204,11 @@ def read_run(output_dir: Path, finished: bool = True) -> dict:
     return {
         "journals": journals,
         "rows": rows,
-        "files": [output_dir / name for name in ("run_config.yaml", "metrics.json")[: 1 + finished]],
+        "files": [
+            path
+            for name in ("run_config.yaml", "metrics.json")[: 1 + finished]
+            if (path := output_dir / name).exists()
+        ],
         "config": config,
         "settings": settings,
         "source_id": source if on_hub else None,

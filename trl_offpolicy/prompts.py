@@ -27,6 +27,9 @@ Now solve the problem in your own way:"""
 
 def fill(template: str, **fields: str) -> str:
     """`template` with each `{name}` of `fields` replaced once; every other brace (LaTeX, say) is left alone."""
+    if len(fields) == 1:
+        ((name, value),) = fields.items()
+        return template.replace("{" + name + "}", value)
     return re.sub(r"\{(" + "|".join(fields) + r")\}", lambda match: fields[match[1]], template)
 
 

@@ -55,6 +55,7 @@ class DataRewriter:
         self.model, self.args, self.processing_class = model, args, processing_class
         self.sampler, self.verifier = sampler, verifier
         self.output_dir, self.shard = Path(args.output_dir), Shard.parse(args.shard)
+        self._rows_file = self.shard.file(self.output_dir, "rows.npz")
         self.metrics: dict = {}
         # After `rewrite`: the shards without which there is no `output_dir/dataset` yet.
         self.missing_shards: list[Shard] = []
@@ -164,10 +165,15 @@ class DataRewriter:
 
     def _check_rows(self, dataset) -> tuple[np.ndarray, str]:
         """
-        Reads every row once, so that a bad one is reported before anything is sampled.
+        Reads every row once, so that a bad one is reported before anything is sampled; not again when a run is resumed.
 
         Returns the rows' copy numbers, counted over the whole dataset so that an id does not depend on the shards, and a digest of it.
         """
+        key = f"{dataset._fingerprint} {self.args.answer_column}"
+        if self._rows_file.exists():
+            with np.load(self._rows_file) as checked:
+                if checked["key"] == key:
+                    return checked["copies"], str(checked["digest"])
         digest = hashlib.blake2b(digest_size=16)
 
         def content(problem: Problem) -> int:
@@ -178,7 +184,13 @@ class DataRewriter:
         ids = np.fromiter(map(content, problems), dtype=np.uint64)
         if not len(ids):
             raise ValueError("The dataset has no rows: there is nothing to rewrite. Check its split and filters.")
-        return number_copies(ids), digest.hexdigest()
+        copies = number_copies(ids)
+        if not self.args.dry_run:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            partial = self._rows_file.with_suffix(".partial.npz")
+            np.savez_compressed(partial, key=key, copies=copies, digest=digest.hexdigest())
+            partial.replace(self._rows_file)
+        return copies, digest.hexdigest()
 
     def _problems(self, dataset, copies: np.ndarray) -> Iterator[Problem]:
         return read_rows(_iterate(dataset), self.args.answer_column, self.args.solve_prompt, copies)
@@ -415,11 +427,12 @@ class DataRewriter:
             return
         if self.shard.count > 1:
             files = [shard.file(self.output_dir, "metrics.json") for shard in self.shard.siblings()]
-            total = _sum([json.loads(file.read_text()) for file in files])
-            (self.output_dir / "metrics.json").write_text(json.dumps(total, indent=1) + "\n")
+            if all(file.exists() for file in files):
+                total = _sum([json.loads(file.read_text()) for file in files])
+                (self.output_dir / "metrics.json").write_text(json.dumps(total, indent=1) + "\n")
         if logged is not None and self.args.wandb_log_artifacts:
-            names = ("dataset", "run_config.yaml", "metrics.json")
-            log_artifact(logged, "dataset", [self.output_dir / name for name in names])
+            paths = [self.output_dir / name for name in ("dataset", "run_config.yaml", "metrics.json")]
+            log_artifact(logged, "dataset", [path for path in paths if path.exists()])
 
     def _load(self, directory: Path):
         import pyarrow.parquet as pq

@@ -37,7 +37,7 @@ def status(counts: Counter, total: int, seconds: float, sampling: int = 0, verif
     """
     by_source = {str(source): counts[source] for source in Source}
     rows = sum(by_source.values())
-    fresh = rows - counts["rows_from_journal"]
+    fresh = rows - counts["undrawn_rows"]
     spent = counts["tokens"] + counts["unused_tokens"]
     fixed_k_tokens = counts["fixed_k"] * counts["tokens"] / max(1, counts["sampled"])
     stages = [name.removesuffix("_sampled") for name in counts if name.endswith("_sampled")]

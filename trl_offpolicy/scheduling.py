@@ -50,7 +50,7 @@ class Progress:
     fates: dict[int, Fate] = field(default_factory=dict)  # of this stage's attempts, by index
     in_flight: set[int] = field(default_factory=set)
     queued: bool = False
-    sampled: bool = False  # whether this run drew for it, or the journal knew it all
+    sampled: bool = False  # whether this run draws for it, or the journal knows it all
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,18 +102,9 @@ class Scheduler:
 
     def next(self) -> Draw | None:
         """The next attempt: one that is due, else a fresh problem's first, else a speculative one; `None` if there is none."""
-        while not self._ready and (item := next(self._fresh, None)):
-            row, (problem, can_be_sampled) = item
-            progress = Progress(row, problem, self._known.of(problem.id))
-            self._open[row] = progress
-            if can_be_sampled:
-                self._enter_next_stage(progress)
-            else:
-                self._settle(progress, Outcome(Source.EXPERT))
-        if self._ready:
-            progress = self._ready.popleft()
-            progress.queued = False
-        else:
+        while (progress := self._due()) and not self._wanted(progress):
+            pass  # an error has ended its stage while it was queued
+        if progress is None:
             narrow = (p for p in self._open.values() if len(p.in_flight) < self.args.max_concurrent_attempts)
             progress = next((p for p in narrow if self._wanted(p)), None)
             if progress is None:
@@ -126,6 +117,22 @@ class Scheduler:
             progress.queued = True
             self._ready.appendleft(progress)
         return Draw(progress, self.args.stages[progress.stage], attempt)
+
+    def _due(self) -> Progress | None:
+        """A problem that waits for its next attempt, else a fresh one; `None` when all are under way or settled."""
+        while not self._ready and (item := next(self._fresh, None)):
+            row, (problem, can_be_sampled) = item
+            progress = Progress(row, problem, self._known.of(problem.id))
+            self._open[row] = progress
+            if can_be_sampled:
+                self._enter_next_stage(progress)
+            else:
+                self._settle(progress, Outcome(Source.EXPERT))
+        if not self._ready:
+            return None
+        progress = self._ready.popleft()
+        progress.queued = False
+        return progress
 
     def record(self, draw: Draw, fate: Fate) -> list[str]:
         """Takes an attempt's verdict and returns the ids of the attempts in flight that no longer matter."""
@@ -155,6 +162,8 @@ class Scheduler:
 
     def _wanted(self, progress: Progress) -> list[int]:
         """The attempts that can still matter and are neither known nor under way, in the order in which they are due."""
+        if progress.stage == len(self.args.stages):
+            return []
         known = progress.fates.keys() | progress.in_flight
         return [k for k in range(self._horizon(progress)) if k not in known]
 
@@ -204,7 +213,7 @@ class Scheduler:
     def _settle(self, progress: Progress, outcome: Outcome) -> None:
         progress.stage = len(self.args.stages)
         self._outcomes[progress.row] = (self._sources.index(outcome.source), *outcome[1:])
-        self.counts.update({str(outcome.source): 1, "rows_from_journal": not progress.sampled})
+        self.counts.update({str(outcome.source): 1, "undrawn_rows": not progress.sampled})
         del self._open[progress.row]
 
 

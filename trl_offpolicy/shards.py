@@ -69,6 +69,8 @@ def check_siblings(output_dir: Path, shard: Shard, config: dict, overwrite: bool
     """
     ours = {s.file(output_dir, "journal.jsonl") for s in shard.siblings()}
     for path in sorted(output_dir.glob("journal*.jsonl")):
+        if not re.fullmatch(r"journal(-\d{5}-of-\d{5})?\.jsonl", path.name):
+            continue
         if path not in ours:
             raise ValueError(
                 f"{output_dir} holds {path.name}, but you passed shard={str(shard)!r}: the number of shards of a run cannot change. "
@@ -103,6 +105,8 @@ def publish(file: Path, output_dir: Path, shard: Shard, run: str) -> list[Shard]
         file.replace(partial / shard.parquet)
         missing = _missing(partial, shard, run)
         if not missing:
+            for stray in set(partial.iterdir()) - {partial / s.parquet for s in shard.siblings()}:
+                stray.unlink()  # of a run with another number of shards, whose journals were deleted
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
         return missing
