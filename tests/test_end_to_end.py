@@ -100,8 +100,8 @@ def test_no_function_is_long_and_modules_look_upwards_only():
 
     order = [
         "prompts", "rows", "sampling", "answers", "math_grading", "verification", "code_verifier", "verifiers", "journal", "shards",
-        "rewrite_config", "scheduling", "run_log", "rewriter", "data_collator", "losses", "hub", "importance_weighted_sft_config", "scoring",
-        "initial_policy", "importance_weighted_sft_trainer", "dft_trainer", "policy_gap", "evaluation", "cli",
+        "rewrite_config", "scheduling", "run_log", "hub", "rewriter", "data_collator", "losses", "model_card", "importance_weighted_sft_config",
+        "scoring", "initial_policy", "importance_weighted_sft_trainer", "dft_trainer", "policy_gap", "evaluation", "cli",
     ]  # fmt: skip
     for path in (ROOT / "trl_offpolicy").rglob("*.py"):
         tree = ast.parse(path.read_text())

@@ -1,15 +1,514 @@
-"""The model card: what it says is what was trained, and nothing is made up."""
+"""Everything that goes to the Hub, by the real clients over HTTP to a Hub on 127.0.0.1; and the cards, which make nothing up."""
 
+import copy
+import itertools
 import json
+import os
+import queue
 import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from concurrent.futures import wait
+from pathlib import Path
 
-from conftest import POLICY
-from datasets import Dataset
-from huggingface_hub import ModelCard
+import pytest
+from conftest import POLICY, ROOT
+from datasets import Dataset, load_dataset
+from huggingface_hub import DatasetCard, HfApi, ModelCard, close_session, constants
+from huggingface_hub.errors import HfHubHTTPError
+from loopback_hub import TOKEN, LoopbackHub
 from peft import LoraConfig
-from test_trainers import config, demonstrations, rewritten
+from scripted import ScriptedSampler, rows, verify
+from test_trainers import config, demonstrations, rewritten, wandb_records
 
-from trl_offpolicy import DFTConfig, DFTTrainer, ImportanceWeightedSFTConfig, ImportanceWeightedSFTTrainer
+from trl_offpolicy import (
+    DataRewriter,
+    DFTConfig,
+    DFTTrainer,
+    ImportanceWeightedSFTConfig,
+    ImportanceWeightedSFTTrainer,
+    RewriteConfig,
+    cli,
+    evaluate,
+    measure_policy_gap,
+)
+from trl_offpolicy.hub import END, push_run
+from trl_offpolicy.rows import output_features
+from trl_offpolicy.run_log import PeriodicPush, wandb_run
+
+
+SOURCE_CARD = "---\nlicense: apache-2.0\nlanguage: en\n---\n# Demonstrations\n"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A fresh Hub and fresh caches; the clients read their settings at import, so they are set where they are kept."""
+    with LoopbackHub() as hub:
+        url, home = "{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}", str(tmp_path / "hf")
+        for name, value in {
+            "huggingface_hub.constants.ENDPOINT": hub.endpoint,
+            "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE": url.format(endpoint=hub.endpoint),
+            "huggingface_hub.constants.HF_HUB_OFFLINE": False,
+            "huggingface_hub.constants.HF_HUB_DISABLE_XET": True,
+            "huggingface_hub.constants.HF_HUB_CACHE": f"{home}/hub",
+            "huggingface_hub.hf_api.api.endpoint": hub.endpoint,
+            "datasets.config.HF_ENDPOINT": hub.endpoint,
+            "datasets.config.HF_HUB_OFFLINE": False,
+            "datasets.config.HF_DATASETS_CACHE": Path(home, "datasets"),
+            "transformers.utils.hub._hf_api": None,
+        }.items():
+            monkeypatch.setattr(name, value)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        yield hub
+        assert not hub.unrouted
+
+
+def source_dataset(hub, num_rows=30):
+    """A dataset with a licence on the Hub, as a user loads it."""
+    Dataset.from_list(rows(num_rows)).push_to_hub("me/source")
+    card = DatasetCard.load("me/source")
+    card.data.license, card.data.language = "apache-2.0", "en"
+    card.push_to_hub("me/source")
+    return load_dataset("me/source", split="train")
+
+
+def rewriter(tmp_path, name="run", **kwargs):
+    args = RewriteConfig(str(tmp_path / name), **{"num_generations": 3, **kwargs})
+    return DataRewriter("m", args, sampler=ScriptedSampler(), verifier=verify)
+
+
+def fresh(repo_id, *args, **kwargs):
+    return load_dataset(repo_id, *args, split="train", download_mode="force_redownload", **kwargs)
+
+
+def same(found, expected):
+    return found.features == expected.features and found.to_list() == expected.to_list()
+
+
+# ---- datasets ----
+
+
+def test_pushed_rows_and_attempts_load_back_equal(tmp_path, hub):
+    run = rewriter(tmp_path)
+    out = run.rewrite(source_dataset(hub).shuffle(seed=1))
+    run.push_to_hub("me/out", private=True)
+    assert hub.repos["datasets", "me/out"].private
+    assert same(fresh("me/out"), out) and out.features == output_features(
+        Dataset.from_list(rows(1)).features, ["problem", "solution", "row"]
+    )
+    journal = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()[1:]]
+    attempts = fresh("me/out", "attempts").to_list()
+    assert [{k: v for k, v in a.items() if k != "log_prob"} for a in attempts] == [
+        {k: v for k, v in e.items() if k != "log_prob"} for e in journal
+    ]
+    with pytest.raises(ValueError, match="exists and is public"):
+        run.push_to_hub("me/source", private=True)
+
+
+def test_shards_are_pushed_as_one(tmp_path, hub):
+    """Two shards' files, then the unsharded run in their place."""
+    data = source_dataset(hub)
+    for shard in ("0/2", "1/2"):
+        run = rewriter(tmp_path, "sharded", shard=shard)
+        with pytest.raises((FileNotFoundError, ValueError), match="no journal|not finished"):
+            run.push_to_hub("me/out")
+        run.rewrite(data)
+    run.push_to_hub("me/out")
+    whole = rewriter(tmp_path)
+    out = whole.rewrite(data)
+    assert same(fresh("me/out"), out)
+    names = {f"{folder}/train-0000{i}-of-00002.parquet" for folder in ("data", "attempts") for i in (0, 1)}
+    assert names <= set(hub.files("me/out")) and "metrics.json" in hub.files("me/out")
+    assert f"| self | {out['source'][:].count('self')} |" in DatasetCard.load("me/out").text
+    whole.push_to_hub("me/out")
+    assert same(fresh("me/out"), out) and not names & set(hub.files("me/out"))
+
+
+def test_card_is_what_the_journal_says(tmp_path, hub):
+    source = source_dataset(hub)
+    commit = hub.repos["datasets", "me/source"].heads["main"]
+    run = rewriter(tmp_path, guided_prompt="{problem}\n```\n{solution}\n```\nTeacher", seed=7)
+    out = run.rewrite(source)
+    run.push_to_hub("me/out")
+    card = DatasetCard.load("me/out")  # parsed and typed by huggingface_hub; the server has checked the YAML
+    data = card.data.to_dict()
+    assert data["license"] == "apache-2.0" and data["language"] == "en" and data["source_datasets"] == ["me/source"]
+    assert (
+        data["size_categories"] == ["n<1K"]
+        and data["task_categories"] == ["text-generation"]
+        and "synthetic" in data["tags"]
+    )
+    journal = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()[1:]]
+    table = {
+        cells[0]: cells[1:]
+        for line in card.text.splitlines()
+        if line.startswith("| ")
+        for cells in [[c.strip() for c in line.strip("|").split("|")]]
+    }
+    for name, count in Counter(out["source"]).items():
+        assert any(
+            line.startswith(f"| {name} | {count} | {100 * count / 30:.1f} % |") for line in card.text.splitlines()
+        )
+    for stage in ("self", "guided"):
+        mine = [e for e in journal if e["stage"] == stage]
+        verdicts = Counter(e["verdict"] for e in mine)
+        solved = out["source"][:].count(stage)
+        tried = len({e["id"] for e in mine})
+        assert table[stage] == [
+            str(tried), f"{solved} ({100 * solved / tried:.1f} %)", str(len(mine)), str(sum(e["num_tokens"] for e in mine)),
+            *(str(verdicts[v]) for v in ("correct", "wrong", "unparsable", "timeout", "error")),
+            str(sum(e["finish_reason"] == "length" for e in mine)),
+        ]  # fmt: skip
+    assert (
+        f"revision `{commit}`" in card.text and "````text\n{problem}\n```\n{solution}\n```\nTeacher\n````" in card.text
+    )
+    assert card.text.count("{") == card.text.count("}") and "@misc{zhao2025mind" in card.text and "trl 1." in card.text
+    # What the card tells a reader to type gives the settings of this run.
+    HfApi().hf_hub_download("me/out", "run_config.yaml", repo_type="dataset", local_dir=tmp_path)
+    from trl import TrlParser
+
+    parser = TrlParser((cli.RewriteArguments, RewriteConfig))
+    given, again = parser.parse_args_and_config(
+        ["--config", str(tmp_path / "run_config.yaml"), "--output_dir", "again"]
+    )
+    assert again.identity() == run.args.identity()
+    assert (given.dataset_name, given.dataset_revision, given.dataset_split) == ("me/source", commit, "train")
+
+
+def test_what_others_wrote_stays(tmp_path, hub):
+    """Another's rows, text and metadata; a schema that changes; configs pushed by `datasets` before and after ours."""
+    theirs = Dataset.from_list([{"x": i} for i in range(4)])
+    theirs.push_to_hub("me/out", "mine")
+    # A `default` of another schema, with the `dataset_info` on which `load_dataset` fails after a plain upload (datasets #8608).
+    Dataset.from_list([{"old": "row"}]).push_to_hub("me/out")
+    card = DatasetCard.load("me/out")
+    card.data.license, card.data.tags, card.data.pretty_name = "mit", ["theirs"], "Their name"
+    card.text = "# By hand\n\nabove\n"
+    card.push_to_hub("me/out")
+    run = rewriter(tmp_path)
+    out = run.rewrite(source_dataset(hub))
+    run.push_to_hub("me/out")
+    assert (
+        same(fresh("me/out"), out) and same(fresh("me/out", "mine"), theirs) and fresh("me/out", "attempts").num_rows
+    )
+    card = DatasetCard.load("me/out", repo_type="dataset")
+    assert card.data.license == "mit" and card.data.pretty_name == "Their name" and "theirs" in card.data.tags
+    assert "# By hand\n\nabove\n" in card.text and "sft" in card.data.tags
+    card.text = card.text.replace(END, f"{END}\n\nbelow")
+    card.push_to_hub("me/out")
+    theirs.push_to_hub("me/out", "third")  # datasets edits the card as well
+    wider = rewriter(tmp_path, "wider", num_generations=2)
+    out = wider.rewrite(source_dataset(hub).add_column("level", list(range(30))))
+    wider.push_to_hub("me/out", push_attempts=False)
+    assert same(fresh("me/out"), out) and "level" in out.column_names
+    assert same(fresh("me/out", "mine"), theirs) and same(fresh("me/out", "third"), theirs)
+    text = DatasetCard.load("me/out").text
+    assert text.count(END) == 1 and text.index("above") < text.index("# out") < text.index(END) < text.index("below")
+    with pytest.raises(ValueError, match="attempts"):
+        fresh("me/out", "attempts")
+    wider.push_to_hub("me/out", revision="v2")
+    assert fresh("me/out", "attempts", revision="v2").num_rows
+
+
+def test_push_interrupted_at_every_request(tmp_path, hub, monkeypatch):
+    """The client killed, or its line cut for good, at each request in turn: the old rows or the new ones, and a re-run completes them."""
+    first, second = rewriter(tmp_path, "first"), rewriter(tmp_path, "second", seed=5)
+    old, new = (run.rewrite(Dataset.from_list(rows(12))) for run in (first, second))
+    assert not same(old, new)
+    first.push_to_hub("me/out")
+    before, uploads = copy.deepcopy(hub.repos), dict(hub.uploads)
+    hub.requests.clear()
+    second.push_to_hub("me/out")
+    total = len(hub.requests)
+    assert total == 10
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the clients wait before they try again
+    ends = Counter()
+    for i, how in itertools.product(range(1, total + 1), ("drop", "lose", "kill")):
+        hub.repos, hub.uploads = copy.deepcopy(before), dict(uploads)
+        child = queue.SimpleQueue()
+        if how == "kill":
+            hub.fail(i, lambda child=child: os.kill(child.get(), signal.SIGKILL) or "drop")
+        else:
+            hub.fail(i, how, times=1 << 30)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                close_session()  # connections and a cache of its own
+                constants.HF_HUB_CACHE = str(tmp_path / f"{how}-{i}")
+                second.push_to_hub("me/out")
+            finally:
+                os._exit(0)
+        child.put(pid)
+        os.waitpid(pid, 0)
+        hub.faults.clear()
+        found = fresh("me/out")
+        state = "old" if same(found, old) else "new" if same(found, new) else "broken"
+        ends[state] += 1
+        journal = (tmp_path / {"old": "first", "new": "second"}[state] / "journal.jsonl").read_text().splitlines()[1:]
+        assert fresh("me/out", "attempts")["text"][:] == [json.loads(line)["text"] for line in journal]
+        card = DatasetCard.load("me/out").text
+        assert all(f"| {name} | {n} |" in card for name, n in Counter(found["source"]).items())
+        second.push_to_hub("me/out")
+        assert same(fresh("me/out"), new)
+    assert ends == {"old": 3 * total - 1, "new": 1}  # new only where the commit went through and its answer was lost
+
+
+@pytest.mark.parametrize("how", [429, 500, 412])
+def test_what_may_pass_is_tried_again(tmp_path, hub, monkeypatch, how):
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    run = rewriter(tmp_path)
+    out = run.rewrite(source_dataset(hub))
+    run.push_to_hub("me/out")
+
+    def someone_else():
+        repo = hub.repos["datasets", "me/out"]
+        head, files = repo.at("main")
+        repo.heads["main"] = repo.commit(
+            {**files, "README.md": files["README.md"] + b"\nby someone else"}, head, "theirs"
+        )
+
+    (tmp_path / "run" / "metrics.json").write_text("{}")  # so that there is something to commit
+    hub.fail("POST .*/commit/", someone_else if how == 412 else how)
+    hub.requests.clear()
+    run.push_to_hub("me/out")
+    assert sum("/commit/" in request for request in hub.requests) == 2 and waits
+    assert ("by someone else" in DatasetCard.load("me/out").text) == (how == 412)
+    assert hub.files("me/out")["metrics.json"] == b"{}" and same(fresh("me/out"), out)
+
+
+@pytest.mark.parametrize("how", [401, 403, 404, "drop"])
+def test_what_will_not_pass_is_said_and_changes_nothing(tmp_path, hub, capsys, how):
+    run = rewriter(tmp_path)
+    run.rewrite(source_dataset(hub))
+    hub.fail("POST .*/commit/", how, times=1 << 30)
+    assert cli.main(["push", str(tmp_path / "run"), "--hub_dataset_id", "me/out"]) == 3
+    said = capsys.readouterr()
+    assert "nothing has changed on the Hub" in said.err and (how == "drop" or str(how) in said.err)
+    assert said.out.splitlines()[-1] == f"trl-offpolicy push {tmp_path}/run --hub_dataset_id me/out"
+    assert not hub.files("me/out")
+    hub.faults.clear()
+    assert cli.main(["push", str(tmp_path / "run"), "--hub_dataset_id", "me/out", "--push_attempts", "False"]) == 0
+    assert fresh("me/out").num_rows == 30 and not any("attempts" in path for path in hub.files("me/out"))
+
+
+def test_refused_before_anything_is_sampled(tmp_path, hub, monkeypatch):
+    run = rewriter(tmp_path, push_to_hub=True, hub_dataset_id="me/out", hub_token="hf_wrong")
+    with pytest.raises(HfHubHTTPError, match="401"):
+        run.rewrite(Dataset.from_list(rows(5)))
+    assert not run.sampler.sampled
+    with pytest.raises(ValueError, match="not finished"):
+        push_run(tmp_path / "run", "me/out")
+    with pytest.raises(FileNotFoundError, match="no journal"):
+        push_run(tmp_path, "me/out")
+    for kwargs in (
+        {"push_to_hub": True},
+        {"push_every": 5},
+        {"push_every": 5, "push_to_hub": True, "hub_dataset_id": "a/b", "push_attempts": False},
+    ):
+        with pytest.raises(ValueError, match="You passed push"):
+            RewriteConfig("run", **kwargs)
+
+
+def test_pushed_every_so_many_rows(tmp_path, hub, monkeypatch):
+    """A push of a run under way has the attempts so far and no rows; one that fails is said, and sampling goes on."""
+    run = rewriter(tmp_path, push_to_hub=True, hub_dataset_id="me/out", push_every=5)
+
+    class Awaited(PeriodicPush):
+        def update(self, rows):
+            if self.under_way is not None:
+                wait([self.under_way])
+            super().update(rows)
+
+    monkeypatch.setattr("trl_offpolicy.rewriter.PeriodicPush", Awaited)
+    hub.fail("POST .*/commit/", 403)
+    with pytest.warns(UserWarning, match="403"):
+        out = run.rewrite(Dataset.from_list(rows(60)))
+    titles = list(hub.repos["datasets", "me/out"].titles.values())
+    assert 5 <= titles.count("Push attempts of a run under way") <= 11
+    assert (
+        "The rows come when the run is finished" in DatasetCard.load("me/out").text
+        and fresh("me/out", "attempts").num_rows
+    )
+    run.push_to_hub()
+    assert same(fresh("me/out"), out) and "under way" not in DatasetCard.load("me/out").text
+
+
+# ---- the whole way, and the cards it leaves ----
+
+
+def whole_way(tmp_path, hub):
+    """Demonstrations and a policy on the Hub; rewritten, measured, pushed; trained on what comes back, pushed with checkpoints."""
+    from quickstart_task import GUIDED_PROMPT, problems
+    from quickstart_task import demonstrations as as_demonstrations
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    api, task = HfApi(), problems(40, 9, (2, 4, 6))
+    Dataset.from_list(as_demonstrations(task[:32])).push_to_hub("me/running-totals")
+    card = DatasetCard.load("me/running-totals")
+    card.data.license, card.data.language = "apache-2.0", "en"
+    card.push_to_hub("me/running-totals")
+    api.create_repo("me/policy")
+    api.upload_folder(repo_id="me/policy", folder_path=POLICY)
+    args = RewriteConfig(
+        str(tmp_path / "run"), num_generations=2, max_completion_length=100, guided_prompt=GUIDED_PROMPT
+    )
+    run = DataRewriter("me/policy", args)
+    run.rewrite(load_dataset("me/running-totals", split="train"))
+    gap = measure_policy_gap(
+        "me/policy", load_dataset("parquet", data_dir=str(tmp_path / "run" / "dataset"), split="train")
+    )
+    (tmp_path / "run" / "policy_gap.json").write_text(json.dumps(gap))
+    run.push_to_hub("me/running-totals-on-policy")
+    back = load_dataset("me/running-totals-on-policy", split="train")
+    arguments = config(
+        ImportanceWeightedSFTConfig, tmp_path / "policy-iw", objective="iw", learning_rate=1e-3, max_steps=4, per_device_train_batch_size=8,
+        eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, push_to_hub=True, hub_model_id="me/policy-iw",
+        hub_strategy="checkpoint", hub_always_push=True,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained("me/policy", dtype="float32")
+    trainer = ImportanceWeightedSFTTrainer(
+        model, arguments, train_dataset=back.select(range(24)), eval_dataset=back.select(range(24, 32)),
+        processing_class=AutoTokenizer.from_pretrained("me/policy"),
+    )  # fmt: skip
+    trainer.train()
+    return run, back, trainer, [{"problem": t["problem"], "answer": t["answer"]} for t in task[32:]]
+
+
+def without_numbers(card: str) -> str:
+    """What of a card does not change from one machine, version or random stream to the next."""
+    card = re.sub(r"(?m)^(Made with |trl-offpolicy \d).*$", "VERSIONS", card)
+    card = re.sub(r"\b[0-9a-f]{40}\b", "COMMIT", card)
+    return re.sub(r"-?\d[\d,]*(\.\d+)?(e[+-]?\d+)?", "0", card)
+
+
+def test_round_trip_and_the_cards_in_the_repository(tmp_path, hub):
+    """`model_cards/` holds what this test pushed when it was run with UPDATE_CARDS=1."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    run, back, trainer, held_out = whole_way(tmp_path, hub)
+    checkpoint = ModelCard.load("me/policy-iw")  # pushed while it trained
+    assert checkpoint.data.datasets == ["me/running-totals-on-policy"] and checkpoint.data.base_model == "me/policy"
+    trainer.push_to_hub()
+    assert {"last-checkpoint/trainer_state.json", "model.safetensors"} <= set(hub.files("me/policy-iw", "models"))
+    again = AutoModelForCausalLM.from_pretrained("me/policy-iw", dtype="float32")
+    assert all((p == q).all() for p, q in zip(again.parameters(), trainer.model.cpu().parameters(), strict=True))
+    tokenizer = AutoTokenizer.from_pretrained("me/policy-iw")
+    settings = {"num_generations": 2, "max_completion_length": 64, "solve_prompt": "{problem}"}
+    pushed, kept = (
+        evaluate(m, {"held out": held_out}, processing_class=tokenizer, **settings) for m in (again, trainer.model)
+    )
+    assert pushed == kept
+
+    # TRL's own trainer takes the rows as they are; ours trains on the ids that were sampled.
+    sft = SFTTrainer(
+        again, config(SFTConfig, tmp_path / "sft", max_steps=2), train_dataset=back, processing_class=tokenizer
+    )
+    assert sft.train().global_step == 2
+    dft = DFTTrainer(
+        again, config(DFTConfig, tmp_path / "dft", max_steps=2), train_dataset=back, processing_class=tokenizer
+    )
+    sampled = [row["completion_ids"] for row in back if row["completion_ids"]]
+    trained = {tuple(t for t in row["labels"] if t != -100) for row in dft.train_dataset}
+    assert sampled and all(tuple(ids) in trained for ids in sampled) and dft.train_sources == Counter(back["source"])
+    assert dft.train().global_step == 2
+
+    cards = {"dataset": hub.files("me/running-totals-on-policy"), "model": hub.files("me/policy-iw", "models")}
+    for kind, files in cards.items():
+        card, path = files["README.md"].decode(), ROOT / "model_cards" / f"{kind}.md"
+        if os.environ.get("UPDATE_CARDS"):
+            path.write_text(card)
+        assert without_numbers(card) == without_numbers(path.read_text())
+        assert hub.endpoint not in card and str(tmp_path) not in card
+    data = ModelCard(cards["model"]["README.md"].decode()).data
+    assert data.eval_results and data.base_model == "me/policy"
+    commit = hub.repos["models", "me/policy"].heads["main"]
+    assert (
+        set(back["model_revision"]) == {commit}
+        and f"(https://huggingface.co/me/policy), revision `{commit}`" in cards["dataset"]["README.md"].decode()
+    )
+    gap = json.loads((tmp_path / "run" / "policy_gap.json").read_text())["total"]
+    line = next(line for line in cards["dataset"]["README.md"].decode().splitlines() if line.startswith("| total |"))
+    assert line.split("|")[3:5] == [f" {gap[when]['sequence_log_prob']:.2f} " for when in ("before", "after")]
+
+
+def test_no_token_anywhere_and_one_group(tmp_path, hub):
+    """The command with a token, W&B and a push, then training and an evaluation in the same group: what they wrote, byte by byte."""
+    from quickstart_task import demonstrations as as_demonstrations
+    from quickstart_task import problems
+
+    Dataset.from_list(as_demonstrations(problems(12, 9, (1, 2)))).to_json(tmp_path / "demos.jsonl")
+    environment = {
+        **os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home"),
+        "WANDB_DIR": str(tmp_path), "WANDB_RUN_GROUP": "study", "WANDB_API_KEY": "f" * 40, "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    del environment["HF_TOKEN"]
+    command = [
+        "-m", "trl_offpolicy.cli", "rewrite", "--model_name_or_path", POLICY, "--dataset_name", "demos.jsonl", "--output_dir", "run",
+        "--num_generations", "2", "--max_completion_length", "64", "--push_to_hub", "--hub_dataset_id", "me/out", "--private", "True",
+        "--push_every", "4", "--hub_token", TOKEN, "--report_to", "wandb", "--wandb_log_artifacts",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert (
+        last.startswith("WANDB_RUN_GROUP=study WANDB_LOG_MODEL=end accelerate launch")
+        and "--dataset_name me/out" in last
+    )
+    assert hub.repos["datasets", "me/out"].private and same(
+        fresh("me/out"), load_dataset(str(tmp_path / "run" / "dataset"), split="train")
+    )
+
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    records = list(wandb_records(file))
+    (run,) = [record.run for record in records if record.HasField("run")]
+    assert (run.run_group, run.job_type) == ("study", "rewrite") and run.run_id == (
+        tmp_path / "run" / "wandb_group"
+    ).read_text() + "-rewrite"
+    history = [
+        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in r.history.item}
+        for r in records
+        if r.HasField("history")
+    ]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    logged = [{k: v for k, v in entry.items() if k in lines[0]} for entry in history]
+    assert [entry for entry in logged if entry] == lines
+    journal = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()[1:]]
+    tables = [json.loads(path.read_text()) for path in sorted(file.parent.glob("files/media/table/attempts_*.json"))]
+    rows_logged = [dict(zip(table["columns"], row, strict=True)) for table in tables for row in table["data"]]
+    assert [(r["id"], r["attempt"], r["text"]) for r in rows_logged] == [
+        (e["id"], e["attempt"], e["text"]) for e in journal
+    ]
+    assert sum(entry.get("attempts/_type") == "incremental-table-file" for entry in history) == len(tables) >= 1
+    artifact = next(r.artifact for r in records if r.HasField("artifact") and r.artifact.type == "dataset")
+    assert {"dataset/train-00000-of-00001.parquet", "run_config.yaml"} <= {e.path for e in artifact.manifest.contents}
+
+    os.environ.update({k: environment[k] for k in ("WANDB_DIR", "WANDB_RUN_GROUP")})
+    try:
+        with wandb_run("wandb", tmp_path, "eval", {}) as run:
+            assert (run.group, run.job_type) == ("study", "eval")
+    finally:
+        del os.environ["WANDB_DIR"], os.environ["WANDB_RUN_GROUP"]
+
+    said = [done.stdout.encode(), done.stderr.encode()]
+    written = [
+        path.read_bytes()
+        for path in tmp_path.rglob("*")
+        if path.is_file() and "home" not in path.relative_to(tmp_path).parts[:1]
+    ]
+    assert len(written) > 10
+    pushed = [data for repo in hub.repos.values() for files in repo.commits.values() for data in files.values()]
+    assert not any(secret in data for data in (*said, *written, *pushed) for secret in (TOKEN.encode(), b"f" * 40))
+
+
+# ---- the model card ----
 
 
 def cube_root(log_probs, **_):

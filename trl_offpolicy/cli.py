@@ -23,11 +23,13 @@ usage: trl-offpolicy COMMAND [options]
 commands:
   rewrite    rewrite a dataset of demonstrations into what the model could have written itself
   verify     check the answers of a dataset: a table of verdicts, and the rows that are not correct
+  push       push a finished rewrite to the Hub: rows, attempts and card
 
   trl-offpolicy rewrite --model_name_or_path Qwen/Qwen2.5-Math-1.5B --dataset_name openai/gsm8k --dataset_config main \\
       --output_dir runs/gsm8k --num_generations 8 --dry_run          # first prompts and the estimate, nothing is sampled
   trl-offpolicy rewrite --config rewrite.yaml                        # the same keys in a file; run again to resume
   trl-offpolicy verify --dataset_name runs/gsm8k/dataset             # what is not correct goes to not_correct.jsonl
+  trl-offpolicy push runs/gsm8k --hub_dataset_id me/gsm8k-on-policy   # or --push_to_hub --hub_dataset_id … when rewriting
   trl-offpolicy COMMAND --help                                       # every option
 """
 
@@ -36,12 +38,21 @@ examples:
   trl-offpolicy rewrite --model_name_or_path M --dataset_name demos.jsonl --output_dir runs/demos
   trl-offpolicy rewrite --model_name_or_path M --dataset_name demos.parquet --output_dir runs/ablation --stages self
   trl-offpolicy rewrite --config rewrite.yaml --max_rows 100
+  trl-offpolicy rewrite --config rewrite.yaml --push_to_hub --hub_dataset_id me/demos-on-policy --private --push_every 1000
   trl-offpolicy rewrite --config rewrite.yaml --shard 0/4     # on the first of four machines, 1/4 on the second, …
   trl-offpolicy rewrite --model_name_or_path M --dataset_name D --output_dir runs/d --sampler vllm --tensor_parallel_size 2
   trl-offpolicy rewrite --model_name_or_path M --dataset_name D --output_dir runs/d --sampler openai \\
       --base_url http://node1:8000/v1 http://node2:8000/v1          # two `vllm serve M`; the key is OPENAI_API_KEY, if they want one
 
 An interrupted run resumes: run the same command again.
+"""
+
+PUSH_EXAMPLES = """\
+examples:
+  trl-offpolicy push runs/demos --hub_dataset_id me/demos-on-policy --private
+  trl-offpolicy push runs/demos --hub_dataset_id me/demos-on-policy --push_attempts False --hub_revision v2
+
+The token is HF_TOKEN's, or that of `hf auth login`. A push is one commit: one that failed has changed nothing, run it again.
 """
 
 
@@ -81,6 +92,7 @@ class RewriteArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code from the model's repository."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_split: str = field(default="train", metadata={"help": "Split."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."})
     max_rows: int | None = field(
         default=None, metadata={"help": "Only the first rows; a later run may take more of them."}
     )
@@ -166,7 +178,8 @@ def _parser(types, command: str, description: str, examples: str):
 def _load(arguments):
     from .rows import load_rows
 
-    dataset = load_rows(arguments.dataset_name, arguments.dataset_config, arguments.dataset_split)
+    revision = getattr(arguments, "dataset_revision", None)
+    dataset = load_rows(arguments.dataset_name, arguments.dataset_config, arguments.dataset_split, revision)
     if arguments.max_rows is not None:
         if arguments.max_rows < 1:
             raise ValueError(f"You passed max_rows={arguments.max_rows}; it must be at least 1.")
@@ -190,7 +203,9 @@ def rewrite(argv: list[str]) -> int:
     sampler = None if config.dry_run else _sampler(arguments)
     rewriter = DataRewriter(arguments.model_name_or_path, config, sampler=sampler)
     try:
-        rewritten = rewriter.rewrite(dataset)
+        # Where a model is served is nobody else's address.
+        given = {k: v for k, v in vars(arguments).items() if v is not None and k != "base_url"}
+        rewritten = rewriter.rewrite(dataset, given)
     except (KeyboardInterrupt, SamplerError) as error:
         journal = rewriter.shard.file(rewriter.output_dir, "journal.jsonl")
         print(f"\nstopped; every finished attempt is in {journal}. {error}".rstrip())
@@ -210,11 +225,99 @@ def rewrite(argv: list[str]) -> int:
         )
         print(_command_for(argv, missing[0]))
         return 0
+    trained_on = f"{config.output_dir}/dataset"
+    if config.push_to_hub:
+        if not _pushed(rewriter.push_to_hub, config.output_dir, config.hub_dataset_id):
+            return 3
+        trained_on = config.hub_dataset_id
     print(
-        f"accelerate launch examples/train.py --model_name_or_path {arguments.model_name_or_path} "
-        f"--dataset_name {config.output_dir}/dataset --objective iw --output_dir {config.output_dir}-sft"
+        _wandb_environment(config)
+        + f"accelerate launch examples/train.py --model_name_or_path {arguments.model_name_or_path} "
+        f"--dataset_name {trained_on} --objective iw --output_dir {config.output_dir}-sft"
+        + " --report_to wandb"
+        * (config.report_to == "wandb")
     )
     return 0
+
+
+@dataclass
+class PushArguments:
+    """Which run goes where."""
+
+    run_dir: str = field(
+        metadata={"help": "Output directory of a finished rewrite; also the first word after `push`."}
+    )
+    hub_dataset_id: str = field(metadata={"help": "Dataset repository: owner/name."})
+    hub_private_repo: bool | None = field(
+        default=None, metadata={"help": "Whether a new repository is private.", "aliases": ["--private"]}
+    )
+    hub_token: str | None = field(
+        default=None, repr=False, metadata={"help": "Hub token; better in HF_TOKEN, where no process list shows it."}
+    )
+    hub_revision: str | None = field(default=None, metadata={"help": "Branch to push to, made if there is none."})
+    push_attempts: bool = field(default=True, metadata={"help": "Push every attempt too, as config `attempts`."})
+
+
+def push(argv: list[str]) -> int:
+    import argparse
+
+    from trl import TrlParser
+
+    from .hub import push_run
+
+    parser = TrlParser(
+        PushArguments,
+        prog="trl-offpolicy push",
+        description="Push a finished rewrite to the Hub: its rows, its attempts and a card made from its journal.",
+        epilog=PUSH_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    named = ["--run_dir"] if argv and not argv[0].startswith("-") else []
+    (given,) = parser.parse_args_and_config([*named, *argv])
+    print(given.run_dir, flush=True)
+
+    def commit():
+        return push_run(
+            given.run_dir,
+            given.hub_dataset_id,
+            given.hub_private_repo,
+            given.hub_token,
+            given.hub_revision,
+            given.push_attempts,
+        )
+
+    if not _pushed(commit, given.run_dir, given.hub_dataset_id):
+        return 3
+    print(
+        f"""python -c "from datasets import load_dataset; print(load_dataset('{given.hub_dataset_id}', split='train'))\""""
+    )
+    return 0
+
+
+def _pushed(push, run_dir: str, repo_id: str) -> bool:
+    """Whether a push went through; if not, says why and how to go on."""
+    try:
+        print(f"pushed: {push().commit_url}")
+    except ValueError:
+        raise
+    except (Exception, KeyboardInterrupt) as error:  # whatever a network can do to it: the rows are on the disk
+        print(f"the push failed, and nothing has changed on the Hub: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"trl-offpolicy push {run_dir} --hub_dataset_id {repo_id}")
+        return False
+    return True
+
+
+def _wandb_environment(config) -> str:
+    """What ties the training to this run on W&B."""
+    if config.report_to != "wandb":
+        return ""
+    from pathlib import Path
+
+    from .run_log import wandb_group
+
+    log_model = "WANDB_LOG_MODEL=end " if config.wandb_log_artifacts else ""
+    return f"WANDB_RUN_GROUP={wandb_group(Path(config.output_dir))} {log_model}"
 
 
 _ENGINE_OF = {
@@ -378,9 +481,26 @@ def _print_verdicts(counts: Counter) -> None:
         print(f"{verdict:<12}{line}")
 
 
+def _hide_token(argv: list[str]) -> list[str]:
+    """The arguments without `--hub_token X`, which moves to the environment: W&B logs a command line, and we print the next one."""
+    import os
+
+    parts = iter(argv)
+    kept = []
+    for part in parts:
+        name, equals, value = part.partition("=")
+        if name == "--hub_token":
+            os.environ["HF_TOKEN"] = value if equals else next(parts, "")
+        else:
+            kept.append(part)
+    return kept
+
+
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    commands = {"rewrite": rewrite, "verify": verify}
+    if argv is None:
+        sys.argv[1:] = _hide_token(sys.argv[1:])
+    argv = sys.argv[1:] if argv is None else _hide_token(argv)
+    commands = {"rewrite": rewrite, "verify": verify, "push": push}
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if argv else 2

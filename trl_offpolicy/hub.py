@@ -1,12 +1,25 @@
-"""What others read on the Hub: the model card."""
+"""What others find on the Hub: the rows and attempts of a run, and their card.
 
+A push is one commit: the Parquet files as the run wrote them, the attempts from its journal, `run_config.yaml`, `metrics.json`
+and the card. So a repository is as it was before or as it is after, whenever the line is cut, and what is not ours in it stays.
+"""
+
+import json
+import random
 import re
-import sys
-from importlib.metadata import PackageNotFoundError, version
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, distribution
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 
-from .losses import OBJECTIVES
+import yaml
+
+from .journal import read_entries, read_header
+from .rows import Source, Verdict, attempt_features
 
 
 CITATIONS = {
@@ -18,15 +31,6 @@ CITATIONS = {
     "2509.23753": ("zhu2025anchored", "Anchored Supervised Fine-Tuning", "Zhu, He and Su, Junyou and Lai, Peng and Ma, Ren and Zhang, Wenjia and Yang, Linyi and Chen, Guanhua"),
     "2601.02151": ("diao2026entropy", "Entropy-Adaptive Fine-Tuning: Resolving Confident Conflicts to Mitigate Forgetting", "Diao, Muxi and Yang, Lele and Gong, Wuxuan and Zhang, Yutong and Yan, Zhonghao and Han, Yufei and Liang, Kongming and Xu, Weiran and Ma, Zhanyu"),
 }  # fmt: skip
-# What the card says of the last logged step.
-REPORTED = ("loss", "nll", "mean_token_accuracy", "entropy", "weight", "ess", "clip_fraction", "kl", "reference_kl")
-TRL_CITATION = """@software{vonwerra2020trl,
-  title   = {{TRL: Transformers Reinforcement Learning}},
-  author  = {von Werra, Leandro and Belkada, Younes and Tunstall, Lewis and Beeching, Edward and Thrush, Tristan and Lambert, Nathan and Huang, Shengyi and Rasul, Kashif and Gallouédec, Quentin},
-  license = {Apache-2.0},
-  url     = {https://github.com/huggingface/trl},
-  year    = {2020}
-}"""
 
 
 def bibtex(arxiv_id: str) -> str:
@@ -39,130 +43,23 @@ def bibtex(arxiv_id: str) -> str:
 
 
 def versions(*packages: str) -> str:
-    """`name version` of each package that is installed."""
+    """`name version` of each package that is installed, with the commit where it was installed from git."""
     found = []
     for name in packages:
         try:
-            found.append(f"{name} {version(name)}")
+            installed = distribution(name)
         except PackageNotFoundError:
             continue
+        commit = json.loads(installed.read_text("direct_url.json") or "{}").get("vcs_info", {}).get("commit_id")
+        found.append(f"{name} {installed.version}" + (f" ({commit[:12]})" if commit else ""))
     return ", ".join(found)
 
 
-def trained_model_card(trainer, model_name: str | None = None, dataset_name: str | None = None, tags=None):
-    """
-    The card of the model that an `ImportanceWeightedSFTTrainer` holds, from what it knows and nothing else.
-
-    Args:
-        dataset_name (`str`, *optional*): Hub id or local path; only an id goes into the metadata. Likewise the base model's.
-
-    Returns:
-        `huggingface_hub.ModelCard`.
-    """
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
-
-    args, peft = trainer.args, hasattr(trainer.model, "peft_config")
-    base_model = trainer.model.config._name_or_path or None
-    model_name = model_name or args.output_dir.rstrip("/").split("/")[-1]
-    results = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=dataset_name if is_hub_id(dataset_name) else "local",
-            dataset_name=eval_set,
-            dataset_split=eval_set,  # by which huggingface_hub tells results apart
-            metric_type=metric,
-            metric_value=round(value, 6),
-        )
-        for (eval_set, metric), value in _evaluations(trainer.state.log_history).items()
-    ]
-    data = ModelCardData(
-        base_model=base_model if is_hub_id(base_model) else None,
-        datasets=[dataset_name] if is_hub_id(dataset_name) else None,
-        library_name="peft" if peft else "transformers",
-        pipeline_tag="text-generation",
-        tags=["generated_from_trainer", *trainer._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
-        model_name=model_name if results else None,
-        eval_results=results or None,
-    )
-    by_source = trainer.objective if isinstance(trainer.objective, dict) else {"": trainer.objective}
-    known = {o: OBJECTIVES[o] for o in by_source.values() if isinstance(o, str)}
-    last = next((entry for entry in reversed(trainer.state.log_history) if "loss" in entry), {})
-    return ModelCard.from_template(
-        data,
-        template_path=str(files(__package__) / "templates" / "model_card.md"),
-        model_name=model_name,
-        hub_model_id=trainer.hub_model_id or args.output_dir,
-        base=_link(base_model, "") or "A model made in memory",
-        dataset=_link(dataset_name, "datasets/"),
-        trainer=type(trainer).__name__,
-        wandb_url=_wandb_url(),
-        num_rows=trainer.num_train_rows,
-        sources=trainer.train_sources,
-        objectives=[
-            (source, known[o].equation, o) if o in known else (source, *_of_a_user(o))
-            for source, o in by_source.items()
-        ],
-        settings={name: getattr(args, name) for objective in known.values() for name in objective.settings},
-        training=_training_facts(trainer, trainer.model.active_peft_config if peft else None),
-        results={key: last[key] for key in REPORTED if key in last},
-        versions=versions(
-            "trl-offpolicy", "trl", "transformers", "torch", "datasets", "tokenizers", "accelerate", "peft"
-        ),
-        citations="\n\n".join(
-            [*map(bibtex, dict.fromkeys(["2509.15157", *(o.paper for o in known.values() if o.paper)])), TRL_CITATION]
-        ),
-    )
-
-
-def _evaluations(log_history: list[dict]) -> dict[tuple[str, str], float]:
-    """(eval set, metric) → the last value logged."""
-    found = {}
-    for entry in log_history:
-        for key, value in entry.items():
-            if match := re.fullmatch(r"eval_(?:(.+)_)?(loss|nll|mean_token_accuracy)", key):
-                found[match[1] or "eval", match[2]] = value
-    return found
-
-
-def _training_facts(trainer, adapter) -> dict[str, str]:
-    args, processes = trainer.args, trainer.accelerator.num_processes
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
-    dtype = str(trainer.model.dtype).removeprefix("torch.")
-    facts = {
-        "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}, warm-up {args.warmup_steps:g}",
-        "optimizer": f"{args.optim.value}, weight decay {args.weight_decay:g}, gradient norm {args.max_grad_norm:g}",
-        "batch": f"{batch} rows ({args.per_device_train_batch_size} on each of {processes} processes, {args.gradient_accumulation_steps} accumulated)",
-        "steps": f"{trainer.state.global_step} ({trainer.state.epoch or 0:.2f} epochs)",
-        "sequences": f"up to {args.max_length} tokens" + (f", packed ({args.packing_strategy})" if args.packing else ""),
-        "trained on": "assistant turns" if args.assistant_only_loss else "completions" if trainer.completion_only_loss else "whole sequences",
-        "precision": f"{'bfloat16' if args.bf16 else 'float16' if args.fp16 else 'no'} autocast, {dtype} weights",
-        "seed": str(args.seed),
-    }  # fmt: skip
-    if adapter is not None:
-        sizes = [
-            f"{n} {getattr(adapter, n)}" for n in ("r", "lora_alpha", "num_virtual_tokens") if hasattr(adapter, n)
-        ]
-        facts["adapter"] = ", ".join([adapter.peft_type.value, *sizes])
-    return facts
-
-
-def _of_a_user(function) -> tuple[str, str]:
-    lines = (function.__doc__ or "").strip().splitlines()
-    return lines[0] if lines else "a function of the user's own", getattr(
-        function, "__name__", type(function).__name__
-    )
-
-
-def _wandb_url() -> str | None:
-    """Page of the W&B run under way, if there is one online."""
-    run = getattr(sys.modules.get("wandb"), "run", None)
-    return None if run is None else run.url
-
-
-def _link(name: str | None, kind: str) -> str | None:
+def link(name: str | None, kind: str, on_hub: bool | None = None) -> str | None:
+    """Markdown for a Hub id or local path; of a path only its last part, as the rest is nobody's business."""
     if not name:
         return None
-    if is_hub_id(name):
+    if is_hub_id(name) if on_hub is None else on_hub:
         return f"[{name}](https://huggingface.co/{kind}{name})"
     return f"`{name.rstrip('/').split('/')[-1]}` (local)"
 
@@ -178,3 +75,298 @@ def is_hub_id(name: str | None) -> bool:
     except HFValidationError:
         return False
     return True
+
+
+# ---- push ----
+
+# Where each config's Parquet files are.
+FOLDERS = {"default": "data", "attempts": "attempts"}
+BEGIN = "<!-- trl-offpolicy: from here to the end mark the next push writes anew -->"
+END = "<!-- trl-offpolicy: end -->"
+# Somebody else's commit came first (409, 412), too many requests, or a server that is down for the moment.
+RETRIED = (409, 412, 429, 500, 502, 503, 504)
+
+
+def push_run(
+    output_dir: str | Path,
+    repo_id: str,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    push_attempts: bool = True,
+    commit_message: str | None = None,
+    finished: bool = True,
+):
+    """
+    Pushes what `DataRewriter` wrote into `output_dir`: config `default` (the rows), config `attempts` and the card, in one commit.
+
+    Args:
+        output_dir (`str` or `Path`): The run directory.
+        repo_id (`str`): Dataset repository, `owner/name`; made if there is none.
+        private (`bool`, *optional*): Whether a new repository is private.
+        token (`str`, *optional*): By default the one of the environment (`HF_TOKEN`) or of `hf auth login`.
+        revision (`str`, *optional*): Branch, made if there is none; by default `main`.
+        push_attempts (`bool`, *optional*, defaults to `True`): Whether every attempt goes along, rejected ones too.
+        finished (`bool`, *optional*, defaults to `True`): `False` pushes the attempts of a run under way, and leaves the rows alone.
+
+    Returns:
+        `huggingface_hub.CommitInfo`.
+
+    Raises:
+        ValueError: The run has no rows yet, or `private` was asked of a repository that is public.
+        HfHubHTTPError: The Hub refused, or still did after some tries: nothing has changed there, and the same call can be made again.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    run = read_run(Path(output_dir), finished)
+    if finished and not run["rows"]:
+        raise ValueError(
+            f"You passed output_dir={str(output_dir)!r}, which has no `dataset`: its rewrite is not finished, or a shard is missing. Run "
+            "the rewrite again to finish it, then push."
+        )
+    api = open_repo(repo_id, private, token, revision)
+    source = _source_card(api, run["source_id"])
+    with tempfile.TemporaryDirectory() as folder:
+        content = {
+            "default": run["rows"],
+            "attempts": _attempt_files(run["journals"], folder) if push_attempts else [],
+        }
+        parts = {
+            name: _named(FOLDERS[name], paths) for name, paths in content.items() if finished or name == "attempts"
+        }
+        data = [CommitOperationAdd(name, path) for part in parts.values() for name, path in part.items()]
+        data += [CommitOperationAdd(path.name, path) for path in run["files"]]
+
+        def commit():
+            info = api.dataset_info(repo_id, revision=revision)
+            there = [sibling.rfilename for sibling in info.siblings or ()]
+            card = edited_card(
+                _card(api, repo_id, info.sha) if "README.md" in there else None, run, repo_id, parts, source
+            )
+            stale = [
+                CommitOperationDelete(path)
+                for name, part in parts.items()
+                for path in there
+                if re.fullmatch(rf"{FOLDERS[name]}/train-.*\.parquet", path) and path not in part
+            ]
+            return api.create_commit(
+                repo_id,
+                [*data, *stale, CommitOperationAdd("README.md", str(card).encode())],
+                commit_message=commit_message or ("Push rows" if finished else "Push attempts of a run under way"),
+                repo_type="dataset",
+                revision=revision,
+                parent_commit=info.sha,
+            )
+
+        return _tried_again(commit)
+
+
+def open_repo(repo_id: str, private: bool | None = None, token: str | None = None, revision: str | None = None):
+    """Makes the repository and the branch if there are none; raises what a push would raise. Returns the `HfApi` to go on with."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token, library_name="trl-offpolicy")
+    _tried_again(lambda: api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True))
+    if private and not api.dataset_info(repo_id).private:
+        raise ValueError(
+            f"You asked for a private repository, but {repo_id} exists and is public. Make it private in its settings, or push to another."
+        )
+    if revision is not None:
+        _tried_again(lambda: api.create_branch(repo_id, branch=revision, repo_type="dataset", exist_ok=True))
+    return api
+
+
+def read_run(output_dir: Path, finished: bool = True) -> dict:
+    """What the card says of a run, from its journals, `run_config.yaml` and, if it is `finished`, its rows."""
+    import pyarrow.parquet as pq
+
+    journals = sorted(output_dir.glob("journal*.jsonl"))
+    if not journals:
+        raise FileNotFoundError(
+            f"You passed output_dir={str(output_dir)!r}, which has no journal: it is no run of `trl-offpolicy rewrite`."
+        )
+    text = (output_dir / "run_config.yaml").read_text()
+    rows = sorted((output_dir / "dataset").glob("*.parquet")) if finished else []
+    sources: Counter = Counter()
+    for path in rows:
+        sources.update(pq.read_table(path, columns=["source"])["source"].to_pylist())
+    counts, tokens, tried = Counter(), Counter(), {}
+    for path in journals:
+        for _, entry in read_entries(path, until="reason"):
+            stage = entry["stage"]
+            counts[stage, entry["verdict"]] += 1
+            counts[stage, "truncated"] += entry["finish_reason"] == "length"
+            tokens[stage] += entry["num_tokens"]
+            tried.setdefault(stage, set()).add(entry["id"])
+    settings, config = yaml.safe_load(text), read_header(journals[0])
+    source, on_hub = settings.get("dataset_name"), "dataset_revision" in settings
+    gap = output_dir / "policy_gap.json"
+    return {
+        "journals": journals,
+        "rows": rows,
+        "files": [
+            path
+            for name in ("run_config.yaml", "metrics.json")[: 1 + finished]
+            if (path := output_dir / name).exists()
+        ],
+        "config": config,
+        "settings": settings,
+        "source_id": source if on_hub else None,
+        "source": link(source, "datasets/", on_hub),
+        # A digest of the weights stands where no commit names them: then it was a local model.
+        "model": link(config["model"], "", False if re.fullmatch("[0-9a-f]{12}", config["model_revision"]) else None),
+        "made_with": " ".join(line[2:] for line in text.splitlines() if line.startswith("# ")),
+        "num_rows": sum(sources.values()),
+        "num_untried": sum(sources.values()) - len(set().union(*tried.values())),
+        "sources": {str(source): sources[source] for source in Source},
+        "verdicts": [str(verdict) for verdict in Verdict],
+        "attempts": {
+            stage: {
+                "problems": len(tried[stage]),
+                "sampled": sum(counts[stage, v] for v in Verdict),
+                "tokens": tokens[stage],
+                **{name: counts[stage, name] for name in (*map(str, Verdict), "truncated")},
+            }
+            for stage in tried
+        },
+        "gap": json.loads(gap.read_text()) if gap.exists() else None,
+    }
+
+
+def edited_card(card, run: dict, repo_id: str, parts: dict[str, dict], source: dict):
+    """
+    The repository's `card` (or a new one) with our part of it as `run` is; everything that others wrote stays.
+
+    Args:
+        parts (`dict[str, dict[str, Path]]`): Files by config; a config without files is taken out of the metadata.
+        source (`dict`): Metadata of the source dataset's card: `license` and `language` are inherited where the card has none.
+
+    Returns:
+        `huggingface_hub.DatasetCard`.
+    """
+    from huggingface_hub import DatasetCard, DatasetCardData
+
+    name = repo_id.split("/")[-1]
+    ours = DatasetCard.from_template(
+        DatasetCardData(),
+        template_path=str(files(__package__) / "templates" / "dataset_card.md"),
+        **run,
+        repo_id=repo_id,
+        name=name,
+        fence=_fence,
+        with_attempts=bool(parts.get("attempts")),
+        licensed=bool(source.get("license")),
+        citation=bibtex("2509.15157"),
+    )
+    text = f"{BEGIN}\n{ours.text.strip()}\n{END}"
+    if card is None:
+        card = ours
+        card.text = f"\n{text}\n"
+    elif BEGIN in card.text and END in card.text:
+        before, rest = card.text.split(BEGIN, 1)
+        card.text = before + text + rest.rsplit(END, 1)[1]
+    else:
+        card.text = f"{card.text.rstrip()}\n\n{text}\n"
+    data = card.data
+    for key in ("license", "language"):
+        if source.get(key) and not data.get(key):
+            data[key] = source[key]
+    data["pretty_name"] = data.get("pretty_name") or name
+    if run["num_rows"]:
+        data["size_categories"] = [_size_category(run["num_rows"])]
+    for key, values in {
+        "tags": ["trl", "sft", "off-policy", "trl-offpolicy", "synthetic"],
+        "task_categories": ["text-generation"],
+        "annotations_creators": ["machine-generated"],
+        "source_datasets": [run["source_id"]] if run["source_id"] else [],
+    }.items():
+        old = data.get(key) or []
+        if merged := list(dict.fromkeys([*([old] if isinstance(old, str) else old), *values])):
+            data[key] = merged
+    # What the files of a config are is in the files; a `dataset_info` of older ones makes `load_dataset` fail (datasets #8608).
+    infos = data.get("dataset_info") or []
+    infos = [infos] if isinstance(infos, dict) else infos
+    data["dataset_info"] = [info for info in infos if info.get("config_name", "default") not in parts] or None
+    configs = {entry["config_name"]: entry for entry in data.get("configs") or []}
+    for config_name, part in parts.items():
+        entry = configs.pop(config_name, {"config_name": config_name})
+        found = entry.get("data_files")
+        entry["data_files"] = [
+            *([{"split": "train", "path": f"{FOLDERS[config_name]}/train-*"}] if part else []),
+            *(
+                file
+                for file in (found if isinstance(found, list) else ())
+                if isinstance(file, dict) and file["split"] != "train"
+            ),
+        ]
+        if entry["data_files"]:
+            configs[config_name] = entry
+    data["configs"] = list(configs.values()) or None
+    return card
+
+
+def _tried_again(request: Callable, waits: tuple[float, ...] = (1, 2, 4, 8, 16)):
+    """`request()`, made again after a while where the Hub's answer says that this may help."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for wait in waits:
+        try:
+            return request()
+        except HfHubHTTPError as error:
+            if error.response.status_code not in RETRIED:
+                raise
+            asked = error.response.headers.get("Retry-After", "")
+            time.sleep(float(asked) if asked.isdigit() else wait * (1 + random.random()))
+    return request()
+
+
+def _card(api, repo_id: str, revision: str | None = None):
+    from huggingface_hub import DatasetCard
+
+    return DatasetCard.load(Path(api.hf_hub_download(repo_id, "README.md", repo_type="dataset", revision=revision)))
+
+
+def _source_card(api, name: str | None) -> dict:
+    """Metadata of the source dataset's card; empty if it is not on the Hub (any more) or has no card."""
+    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+
+    if name is None:
+        return {}
+    try:
+        return _tried_again(lambda: _card(api, name)).data.to_dict()
+    except (EntryNotFoundError, RepositoryNotFoundError):
+        return {}
+
+
+def _attempt_files(journals: list[Path], folder: str) -> list[Path]:
+    """A Parquet file in `folder` for each journal that has attempts."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    paths, schema = [], attempt_features().arrow_schema
+    for journal in journals:
+        entries = (entry for _, entry in read_entries(journal))
+        if not (chunk := list(islice(entries, 1000))):
+            continue
+        paths.append(Path(folder) / f"{journal.stem}.parquet")
+        # Cut by content, so that what did not change since the last push is not uploaded again (where Xet is).
+        with pq.ParquetWriter(paths[-1], schema, use_content_defined_chunking=True) as writer:
+            while chunk:
+                writer.write_table(pa.Table.from_pylist(chunk, schema))
+                chunk = list(islice(entries, 1000))
+    return paths
+
+
+def _named(folder: str, paths: list[Path]) -> dict[str, Path]:
+    return {f"{folder}/train-{i:05d}-of-{len(paths):05d}.parquet": path for i, path in enumerate(paths)}
+
+
+def _size_category(rows: int) -> str:
+    limits = {10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M", 10**7: "1M<n<10M"}
+    return next((name for limit, name in limits.items() if rows < limit), "10M<n<100M")
+
+
+def _fence(text: str) -> str:
+    """`text` as a Markdown code block, whatever backticks are in it."""
+    ticks = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{ticks}text\n{text}\n{ticks}"

@@ -20,12 +20,12 @@ from transformers import TrainingArguments
 from trl import SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from . import hub
 from .data_collator import ROW_COLUMNS, SOURCE_IDS, TOKEN_COLUMNS, RewriteDataCollator, align_row
 from .importance_weighted_sft_config import ImportanceWeightedSFTConfig
 from .initial_policy import InitialPolicy, without_training
 from .losses import NO_LIMITS, OBJECTIVES, diagnostic_means, weight_diagnostics
-from .rows import encode_prompt
+from .model_card import trained_model_card
+from .rows import encode_prompt, hub_origin
 from .scoring import causal_lm, hidden_states, kl_divergence, lm_head, top_k_entropy
 
 
@@ -80,7 +80,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         # What the initial policy is asked for before training.
         self._scored_columns = ["behavior_log_probs"] * args.precompute_behavior_log_probs
         self._scored_columns += ["reference_log_probs"] * reference
-        self.train_sources, self.num_train_rows = {}, 0  # for the model card
+        self.train_sources, self.num_train_rows, self.train_dataset_id = {}, 0, None  # for the model card
         self._outer: list = []  # what is left of psft's outer batch, and the epoch's iterator that it came from
         self._outer_source = None
         if any(map(callable, self.objectives)):  # what is saved with a checkpoint must be plain data
@@ -140,6 +140,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
             self.train_sources = (
                 sources if SOURCE_IDS.keys() >= sources.keys() else {}
             )  # else a column of the user's own
+            self.train_dataset_id = hub_origin(dataset).get("dataset_name")
             self.num_train_rows = dataset.num_rows
         if "seq_lengths" in columns:
             return dataset  # packed already: TRL would pack it a second time and merge its documents
@@ -384,7 +385,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         """Writes `output_dir/README.md`: base model, data by source, objective with its equation, hyper-parameters, results, versions."""
         if self.is_world_process_zero():
-            hub.trained_model_card(self, model_name, dataset_name, tags).save(f"{self.args.output_dir}/README.md")
+            trained_model_card(self, model_name, dataset_name, tags).save(f"{self.args.output_dir}/README.md")
 
 
 def _name(objective) -> str:

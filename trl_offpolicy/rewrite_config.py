@@ -43,7 +43,17 @@ class RewriteConfig:
         seed (`int`, *optional*, defaults to `42`): Seed of the run; each attempt has a seed of its own derived from it.
         shard (`str`, *optional*, defaults to `"0/1"`): `i/n` does the i-th of n blocks of rows (i from 0 to n - 1), with files of its own in
             `output_dir`; `output_dir/dataset` appears with the last of them.
-        report_to (`str`, *optional*, defaults to `"none"`): `wandb` logs the lines of `metrics.jsonl` there as well.
+        report_to (`str`, *optional*, defaults to `"none"`): `wandb` logs the lines of `metrics.jsonl` there as well, and the attempts as a
+            table. The environment's `WANDB_RUN_GROUP`, set for rewrite, training and evaluation alike, ties them together.
+        wandb_log_artifacts (`bool`, *optional*, defaults to `False`): Log the rewritten dataset as an artifact too.
+        push_to_hub (`bool`, *optional*, defaults to `False`): The command pushes rows, attempts and card when the run is done (in Python, call
+            `push_to_hub`). Whether it may is found out before anything is sampled.
+        hub_dataset_id (`str`, *optional*): Dataset repository, `owner/name`.
+        hub_private_repo (`bool`, *optional*): Whether a new repository is private (`--private`).
+        hub_token (`str`, *optional*): By default `HF_TOKEN`, or that of `hf auth login`; a command line can be read by others.
+        hub_revision (`str`, *optional*): Branch; by default `main`.
+        push_attempts (`bool`, *optional*, defaults to `True`): Push every attempt too, as config `attempts`.
+        push_every (`int`, *optional*, defaults to `0`): Push the attempts so far every so many rows of a long run, 0 for never.
         dry_run (`bool`, *optional*, defaults to `False`): Print the first prompt of each stage and the estimate, sample nothing.
         overwrite (`bool`, *optional*, defaults to `False`): Delete the journal of another configuration in `output_dir`; one of this
             configuration is resumed all the same.
@@ -101,6 +111,24 @@ class RewriteConfig:
     report_to: str = field(
         default="none", metadata={"help": "Where metrics.jsonl is logged as well.", "choices": ("none", "wandb")}
     )
+    wandb_log_artifacts: bool = field(
+        default=False, metadata={"help": "Log the rewritten dataset to W&B as an artifact."}
+    )
+    push_to_hub: bool = field(default=False, metadata={"help": "Push rows, attempts and card when the run is done."})
+    hub_dataset_id: str | None = field(default=None, metadata={"help": "Dataset repository to push to: owner/name."})
+    hub_private_repo: bool | None = field(
+        default=None, metadata={"help": "Whether a new repository is private.", "aliases": ["--private"]}
+    )
+    hub_token: str | None = field(
+        default=None, repr=False, metadata={"help": "Hub token; better in HF_TOKEN, where no process list shows it."}
+    )
+    hub_revision: str | None = field(default=None, metadata={"help": "Branch to push to, made if there is none."})
+    push_attempts: bool = field(
+        default=True, metadata={"help": "Push every attempt too, rejected ones included, as config `attempts`."}
+    )
+    push_every: int = field(
+        default=0, metadata={"help": "Push the attempts so far every so many rows of a long run; 0: only at the end."}
+    )
     dry_run: bool = field(
         default=False, metadata={"help": "Print the first prompt of each stage and the estimate, sample nothing."}
     )
@@ -122,6 +150,7 @@ class RewriteConfig:
             ("max_completion_length", 1),
             ("top_k", 0),
             ("temperature", 0),
+            ("push_every", 0),
         ):
             if getattr(self, name) < low:
                 raise ValueError(f"You passed {name}={getattr(self, name)}; it must be at least {low}.")
@@ -135,6 +164,13 @@ class RewriteConfig:
             raise ValueError(
                 "You passed report_to='wandb', but wandb is not installed: pip install trl-offpolicy[wandb]."
             )
+        if self.push_to_hub and self.hub_dataset_id is None:
+            raise ValueError("You passed push_to_hub=True without a repository: write hub_dataset_id='me/name'.")
+        if self.push_every and not (self.push_to_hub and self.push_attempts):
+            raise ValueError(
+                f"You passed push_every={self.push_every}, which pushes the attempts of a run under way, with push_to_hub={self.push_to_hub} "
+                f"and push_attempts={self.push_attempts}; both must be True."
+            )
         Shard.parse(self.shard)
         prompts.check(self.solve_prompt, "solve_prompt", "problem")
         prompts.check(self.guided_prompt, "guided_prompt", "problem", "solution")
@@ -144,4 +180,9 @@ class RewriteConfig:
         free = {
             "output_dir", "dry_run", "overwrite", "shard", "report_to", "max_concurrent_attempts", "keep_rejected",
         }  # fmt: skip
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in free}
+        elsewhere = ("push_", "hub_", "wandb_")  # a token must not get into the journal
+        return {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name not in free and not f.name.startswith(elsewhere)
+        }

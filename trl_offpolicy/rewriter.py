@@ -10,6 +10,7 @@ verified and journaled, and the rows are written. A run holds the attempts in fl
 
 import hashlib
 import json
+import re
 import time
 import warnings
 from collections import Counter
@@ -21,10 +22,11 @@ from pathlib import Path
 import numpy as np
 
 from . import prompts
+from .hub import open_repo, push_run, versions
 from .journal import Journal
 from .rewrite_config import RewriteConfig
-from .rows import Problem, Source, Verdict, number_copies, output_features, read_rows
-from .run_log import RunLog
+from .rows import Problem, Source, Verdict, hub_origin, number_copies, output_features, read_rows
+from .run_log import PeriodicPush, RunLog, log_artifact, wandb_run
 from .sampling import Completion, Request, Sampler, SamplingParams, attempt_seed
 from .scheduling import Draw, Fate, KnownAttempts, Outcome, Scheduler
 from .shards import RUN_KEY, Shard, check_siblings, publish
@@ -61,12 +63,14 @@ class DataRewriter:
 
     # ---- the public calls ----
 
-    def rewrite(self, dataset):
+    def rewrite(self, dataset, run_config: dict | None = None):
         """
         Rewrites every row of `dataset` and returns the result, which is also in `output_dir/dataset` as Parquet.
 
         Args:
             dataset (`datasets.Dataset`): Rows in any of the formats of `rows.FORMATS`; each comes out exactly once.
+            run_config (`dict`, *optional*): Further arguments of `trl-offpolicy rewrite` for `run_config.yaml`, such as `dataset_name`, which
+                with commit and config is found out for a dataset from the Hub.
 
         Returns:
             `datasets.Dataset`: The rewritten rows, of this shard if it is one of several; `None` after a dry run.
@@ -91,24 +95,61 @@ class DataRewriter:
             )
         began = time.monotonic()
         self._load_engines()
-        journal, config = self._open_journal()
+        origin = hub_origin(dataset) | ({} if dataset.split is None else {"dataset_split": str(dataset.split)})
+        journal, config = self._open_journal({**(run_config or {}), **origin})
         run = hashlib.blake2b((digest + json.dumps(config)).encode(), digest_size=16).hexdigest()
+        part = "" if self.shard.count == 1 else f"-{self.shard.index}"
         try:
-            scheduler = self._run(self._problems(dataset, copies), len(copies), journal, config)
-            file = self._write(dataset, copies, columns, scheduler, journal, run)
+            with wandb_run(self.args.report_to, self.output_dir, "rewrite", config, part) as logged:
+                if self.args.push_to_hub:  # what would fail at the end is better known now
+                    args = self.args
+                    open_repo(args.hub_dataset_id, args.hub_private_repo, args.hub_token, args.hub_revision)
+                scheduler = self._run(self._problems(dataset, copies), len(copies), journal, logged)
+                file = self._write(dataset, copies, columns, scheduler, journal, run)
+                self.metrics["seconds"] = round(time.monotonic() - began, 2)
+                self.shard.file(self.output_dir, "metrics.json").write_text(json.dumps(self.metrics, indent=1) + "\n")
+                self._publish(file, run, logged)
         finally:
             journal.close()
             if hasattr(self.verifier, "close"):
                 self.verifier.close()  # a MathVerifier starts its workers again when it is used again
-        self.metrics["seconds"] = round(time.monotonic() - began, 2)
-        self.shard.file(self.output_dir, "metrics.json").write_text(json.dumps(self.metrics, indent=1) + "\n")
-        self.missing_shards = publish(file, self.output_dir, self.shard, run)
-        if self.shard.count > 1 and not self.missing_shards:
-            files = [shard.file(self.output_dir, "metrics.json") for shard in self.shard.siblings()]
-            if all(file.exists() for file in files):
-                total = _sum([json.loads(file.read_text()) for file in files])
-                (self.output_dir / "metrics.json").write_text(json.dumps(total, indent=1) + "\n")
         return self._load(self.output_dir / ("dataset.partial" if self.missing_shards else "dataset"))
+
+    def push_to_hub(
+        self,
+        repo_id: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        push_attempts: bool | None = None,
+        commit_message: str | None = None,
+    ):
+        """
+        Pushes the rows in `output_dir`, the attempts and their card to the Hub; see [`~hub.push_run`]. Arguments left out are those of `args`.
+
+        Raises:
+            ValueError: No repository is named, the run is not finished, or a private one was asked for and it is public.
+            HfHubHTTPError: The Hub refused. Nothing has changed there; call it again.
+        """
+        return self._push(repo_id, private, token, revision, push_attempts, commit_message)
+
+    def _push(
+        self, repo_id=None, private=None, token=None, revision=None, push_attempts=None, message=None, finished=True
+    ):
+        args = self.args
+        repo_id = repo_id or args.hub_dataset_id
+        if repo_id is None:
+            raise ValueError("`push_to_hub` needs a repository: pass repo_id='me/name', or set `hub_dataset_id`.")
+        return push_run(
+            self.output_dir,
+            repo_id,
+            private=args.hub_private_repo if private is None else private,
+            token=token or args.hub_token,
+            revision=revision or args.hub_revision,
+            push_attempts=args.push_attempts if push_attempts is None else push_attempts,
+            commit_message=message,
+            finished=finished,
+        )
 
     # ---- set-up ----
 
@@ -155,20 +196,24 @@ class DataRewriter:
     def _problems(self, dataset, copies: np.ndarray) -> Iterator[Problem]:
         return read_rows(_iterate(dataset), self.args.answer_column, self.args.solve_prompt, copies)
 
-    def _open_journal(self) -> tuple[Journal, dict]:
-        config = {
-            "journal_format": 2,
-            "model": self.sampler.name,
-            "model_revision": self.sampler.revision,
-            **self.args.identity(),
-        }
+    def _open_journal(self, run_config: dict) -> tuple[Journal, dict]:
+        identity, revision = self.args.identity(), self.sampler.revision
+        config = {"journal_format": 2, "model": self.sampler.name, "model_revision": revision, **identity}
         config["verifier"] = getattr(self.verifier, "__name__", type(self.verifier).__name__)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         check_siblings(self.output_dir, self.shard, config, self.args.overwrite)
         journal = Journal(self.shard.file(self.output_dir, "journal.jsonl"), config, overwrite=self.args.overwrite)
         import yaml
 
-        (self.output_dir / "run_config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        run_config = {"model_name_or_path": self.sampler.name, **run_config, **identity}
+        if re.fullmatch(
+            "[0-9a-f]{40}", revision or ""
+        ):  # a commit; else a digest of the weights, by which they cannot be loaded
+            run_config["model_revision"] = revision
+        (self.output_dir / "run_config.yaml").write_text(
+            f"# Made with {versions('trl-offpolicy', 'trl', 'transformers', 'torch', 'vllm', 'math-verify', 'datasets')}.\n"
+            + yaml.safe_dump(run_config, sort_keys=False, allow_unicode=True)
+        )
         return journal, config
 
     def _dry_run(self, dataset, copies: np.ndarray) -> None:
@@ -190,7 +235,7 @@ class DataRewriter:
 
     # ---- the run ----
 
-    def _run(self, problems: Iterable[Problem], total: int, journal: Journal, config: dict) -> Scheduler:
+    def _run(self, problems: Iterable[Problem], total: int, journal: Journal, logged) -> Scheduler:
         """Streams all problems through sampling and verification until each has its outcome."""
         counts: Counter = Counter()
         known = KnownAttempts(journal.entries(until="reason"), self.args.stages)
@@ -199,8 +244,8 @@ class DataRewriter:
         aborted: set[str] = set()
         verifying: dict[Future, list[tuple[Draw, Completion]]] = {}
         path = self.shard.file(self.output_dir, "metrics.jsonl")
-        log = RunLog(path, total, len(known), self.args.report_to, config)
-        pool = ThreadPoolExecutor(1, "verify")
+        log, pool = RunLog(path, total, len(known), logged), ThreadPoolExecutor(1, "verify")
+        push = PeriodicPush(lambda: self._push(finished=False), self.args.push_every)
         try:
             while True:
                 waiting = sum(map(len, verifying.values()))
@@ -218,12 +263,15 @@ class DataRewriter:
                     finished = wait(verifying, return_when=FIRST_COMPLETED).done
                 for future in finished:
                     for (draw, completion), verdict in zip(verifying.pop(future), future.result(), strict=True):
-                        for request_id in scheduler.record(draw, self._record(draw, completion, *verdict, journal)):
+                        for request_id in scheduler.record(
+                            draw, self._record(draw, completion, *verdict, journal, log)
+                        ):
                             if sampling.pop(request_id, None):  # else it is paid for and being verified
                                 self.sampler.abort(request_id)
                                 aborted.add(request_id)
                                 counts["aborted"] += 1
                 log.update(counts, len(sampling), sum(map(len, verifying.values())))
+                push.update(sum(counts[str(source)] for source in Source))
         except BaseException:
             if hasattr(self.verifier, "close"):
                 self.verifier.close()  # or the pool would wait for what it is verifying
@@ -231,6 +279,7 @@ class DataRewriter:
         finally:
             pool.shutdown(cancel_futures=True)
             log.update(counts, last=True)
+            push.close()
         self._summarize(counts)
         return scheduler
 
@@ -296,7 +345,9 @@ class DataRewriter:
             for _, c in batch
         ]
 
-    def _record(self, draw: Draw, completion: Completion, verdict: Verdict, reason: str, journal: Journal) -> Fate:
+    def _record(
+        self, draw: Draw, completion: Completion, verdict: Verdict, reason: str, journal: Journal, log: RunLog
+    ) -> Fate:
         log_probs, log_prob = completion.log_probs, None
         if log_probs:
             log_prob = round(sum(log_probs) / len(log_probs), 6)
@@ -319,6 +370,7 @@ class DataRewriter:
             entry["text"] = completion.text
             entry["completion_ids"] = completion.completion_ids
             entry["behavior_log_probs"] = [round(x, 6) for x in log_probs]
+        log.attempt(entry)
         log_prob = float("nan") if log_prob is None else log_prob
         return Fate(journal.append(entry), verdict, completion.finish_reason, entry["num_tokens"], log_prob)
 
@@ -358,6 +410,22 @@ class DataRewriter:
                 rows = [self._row(problem, scheduler.outcome(i), journal) for i, problem in chunk]
                 writer.write_table(Dataset.from_list(rows, features=features).data.table)
         return file
+
+    def _publish(self, file: Path, run: str, logged) -> None:
+        """Moves the rows to their place; the last shard sums up, and logs the artifact if asked to."""
+        self.missing_shards = publish(file, self.output_dir, self.shard, run)
+        if logged is not None:
+            logged.summary.update(self.metrics)
+        if self.missing_shards:
+            return
+        if self.shard.count > 1:
+            files = [shard.file(self.output_dir, "metrics.json") for shard in self.shard.siblings()]
+            if all(file.exists() for file in files):
+                total = _sum([json.loads(file.read_text()) for file in files])
+                (self.output_dir / "metrics.json").write_text(json.dumps(total, indent=1) + "\n")
+        if logged is not None and self.args.wandb_log_artifacts:
+            paths = [self.output_dir / name for name in ("dataset", "run_config.yaml", "metrics.json")]
+            log_artifact(logged, "dataset", [path for path in paths if path.exists()])
 
     def _load(self, directory: Path):
         import pyarrow.parquet as pq

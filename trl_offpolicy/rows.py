@@ -274,7 +274,50 @@ def output_features(input_features=None, columns: Iterable[str] = ()):
     return Features({**ours, **carried})
 
 
-def load_rows(dataset_name: str, dataset_config: str | None = None, dataset_split: str = "train"):
+def attempt_features():
+    """`datasets.Features` of the attempts, as the journal has them; `text` and what follows is null where it was not kept."""
+    from datasets import Features, List, Value
+
+    return Features(
+        {
+            "id": Value("string"),
+            "stage": Value("string"),
+            "attempt": Value("int32"),
+            "verdict": Value("string"),
+            "finish_reason": Value("string"),
+            "num_tokens": Value("int32"),
+            "log_prob": Value("float32"),
+            "reason": Value("string"),
+            "text": Value("string"),
+            "completion_ids": List(Value("int32")),
+            "behavior_log_probs": List(Value("float32")),
+        }
+    )
+
+
+def hub_origin(dataset) -> dict[str, str]:
+    """
+    `dataset_name`, `dataset_config` and `dataset_revision` (the commit) of a `datasets.Dataset` that was loaded from the Hub, however
+    it was filtered or mapped since; empty if that cannot be told. `datasets` keeps them in the paths of its cache only.
+    """
+    from datasets import config
+
+    for file in getattr(dataset, "cache_files", ()):
+        path = Path(file["filename"])
+        if path.is_relative_to(config.HF_DATASETS_CACHE) and len(path.parts) >= 5:
+            name, dataset_config, _, commit = path.parts[-5:-1]
+            if re.fullmatch(r"[0-9a-f]{40}", commit):
+                names = {"dataset_name": name.replace("___", "/"), "dataset_config": dataset_config}
+                return {**names, "dataset_revision": commit}
+    return {}
+
+
+def load_rows(
+    dataset_name: str,
+    dataset_config: str | None = None,
+    dataset_split: str = "train",
+    dataset_revision: str | None = None,
+):
     """A `datasets.Dataset` from a JSONL, JSON, CSV or Parquet file, a directory (Parquet or `save_to_disk`) or a Hub id."""
     from datasets import DatasetDict, load_dataset, load_from_disk
 
@@ -299,4 +342,4 @@ def load_rows(dataset_name: str, dataset_config: str | None = None, dataset_spli
         return loaded[dataset_split]
     if not path.is_dir() and (path.suffix in builders or dataset_name.startswith((".", "/", "~"))):
         raise FileNotFoundError(f"You passed dataset_name={dataset_name!r}, but there is no such file or directory.")
-    return load_dataset(dataset_name, dataset_config, split=dataset_split)
+    return load_dataset(dataset_name, dataset_config, split=dataset_split, revision=dataset_revision)

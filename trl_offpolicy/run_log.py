@@ -1,9 +1,16 @@
-"""The status line of a rewrite, and the same numbers in `metrics.jsonl` and W&B every few seconds."""
+"""What is seen of a run under way: the status line, `metrics.jsonl`, W&B, and a push every so many rows."""
 
 import json
+import os
+import re
+import secrets
 import sys
 import time
+import warnings
 from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -65,25 +72,30 @@ class RunLog:
         path (`Path`): `metrics.jsonl`; lines are appended.
         total (`int`): Rows of the run.
         resumed (`int`): Attempts that the journal holds already.
-        report_to (`str`): `"wandb"` or `"none"`.
-        config (`dict`): Configuration of the W&B run.
+        wandb_run (`wandb.Run`, *optional*): Gets the same lines, and the attempts as the table `attempts`.
         every (`float`, *optional*, defaults to `5.0`): Seconds between two lines of the file.
     """
 
-    def __init__(self, path: Path, total: int, resumed: int, report_to: str, config: dict, every: float = 5.0):
-        self.path, self.total, self.every = path, total, every
+    COLUMNS = ("id", "stage", "attempt", "verdict", "finish_reason", "num_tokens", "log_prob", "reason", "text")
+    # A W&B table shows no more rows than this; the journal has them all.
+    MAX_ATTEMPTS = 10_000
+
+    def __init__(self, path: Path, total: int, resumed: int, wandb_run=None, every: float = 5.0):
+        self.path, self.total, self.every, self.wandb_run = path, total, every, wandb_run
         self.began = self.written = time.monotonic()
         self.shown = 0.0
         self.bar = tqdm(total=total, desc="rewriting", unit="row")
         if resumed:
             self.bar.write(f"resuming: {resumed:,} attempts are in the journal already", file=sys.stderr)
-        self.wandb = self.own_run = None
-        if report_to == "wandb":
+        if wandb_run is not None:
             import wandb
 
-            self.wandb = wandb
-            if wandb.run is None:  # someone else's run is logged to and left open
-                self.own_run = wandb.init(name=str(path.parent), config=config)
+            self.table, self.logged = wandb.Table(list(self.COLUMNS), log_mode="INCREMENTAL"), 0
+
+    def attempt(self, entry: dict) -> None:
+        """Notes one line of the journal for the table."""
+        if self.wandb_run is not None and len(self.table.data) < self.MAX_ATTEMPTS:
+            self.table.add_data(*(entry.get(name) for name in self.COLUMNS))
 
     def update(self, counts: Counter, sampling: int = 0, verifying: int = 0, last: bool = False) -> None:
         now = time.monotonic()
@@ -104,9 +116,93 @@ class RunLog:
         self.written = now
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        if self.wandb is not None:
-            self.wandb.log(line)
+        if self.wandb_run is not None:
+            # Each increment is a file of its own, so one is worth as many attempts as all before it.
+            if len(self.table.data) > (self.logged if last else 2 * self.logged):
+                self.wandb_run.log({"attempts": self.table}, commit=False)
+                self.logged = len(self.table.data)
+            self.wandb_run.log(line)
         if last:
             self.bar.close()
-            if self.own_run is not None:
-                self.own_run.finish()
+
+
+@contextmanager
+def wandb_run(report_to: str, directory: Path, job_type: str, config: dict, part: str = "") -> Iterator:
+    """
+    The W&B run in which a command that writes into `directory` logs; `None` unless `report_to` is `"wandb"`.
+
+    A run that is open already is logged to and left open. One of our own goes on when the command is run again. It is in the group
+    `WANDB_RUN_GROUP`, which ties rewrite, training and evaluation together, or by default in one named after `directory`.
+    """
+    if report_to != "wandb":
+        yield None
+        return
+    import wandb
+
+    if wandb.run is not None:
+        yield wandb.run
+        return
+    group = wandb_group(directory)
+    run_id = os.environ.get("WANDB_RUN_ID") or f"{_own_name(directory)}-{job_type}{part}"
+    with wandb.init(id=run_id, name=run_id, group=group, job_type=job_type, config=config, resume="allow") as run:
+        yield run
+
+
+def wandb_group(directory: Path) -> str:
+    return os.environ.get("WANDB_RUN_GROUP") or _own_name(directory)
+
+
+def _own_name(directory: Path) -> str:
+    """The directory's name and a random tail, the same at every call."""
+
+    file = directory / "wandb_group"
+    try:
+        with file.open("x") as new:
+            new.write(f"{re.sub(r'[^A-Za-z0-9_.-]', '-', directory.resolve().name)}-{secrets.token_hex(4)}")
+    except FileExistsError:
+        pass
+    return file.read_text()
+
+
+def log_artifact(run, kind: str, paths: list[Path]) -> None:
+    """Logs files and directories as an artifact of type `kind`."""
+    import wandb
+
+    artifact = wandb.Artifact(f"{run.group or run.id}-{kind}", type=kind)
+    for path in paths:
+        artifact.add_dir(str(path), name=path.name) if path.is_dir() else artifact.add_file(str(path))
+    run.log_artifact(artifact)
+
+
+class PeriodicPush:
+    """
+    Pushes a run under way every so many rows, in a thread of its own and one at a time; a push that fails is said and tried again.
+
+    Args:
+        push (`Callable[[], object]`): Makes one push.
+        every (`int`): Rows from one push to the next; 0 for none.
+    """
+
+    def __init__(self, push: Callable[[], object], every: int):
+        self.push, self.every, self.due = push, every, every
+        self.pool, self.under_way = ThreadPoolExecutor(1, "push"), None
+
+    def update(self, rows: int) -> None:
+        if self.under_way is not None and self.under_way.done():
+            self._report(self.under_way)
+            self.under_way = None
+        if self.every and rows >= self.due and self.under_way is None:
+            self.due = rows + self.every
+            self.under_way = self.pool.submit(self.push)
+
+    def close(self) -> None:
+        self.pool.shutdown(cancel_futures=True)
+        if self.under_way is not None and not self.under_way.cancelled():
+            self._report(self.under_way)
+
+    def _report(self, push: Future) -> None:
+        if error := push.exception():
+            warnings.warn(
+                f"A push of the attempts so far failed ({type(error).__name__}: {error}); sampling goes on.",
+                stacklevel=3,
+            )

@@ -1,6 +1,7 @@
 """What every engine has in common: a request, a completion, and the four calls of a `Sampler`."""
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -117,3 +118,13 @@ def weights_digest(named_tensors) -> str:
         head = tensor.detach().flatten()[:1024].float().cpu().numpy().tobytes()
         digest.update(f"{name}{tuple(tensor.shape)}".encode() + head)
     return digest.hexdigest()
+
+
+def hub_commit(model: str, revision: str | None = None) -> str | None:
+    """The commit from which a Hub model was just loaded, as the cache has it (a config no longer says so in transformers 5); `None`
+    for a local directory."""
+    from huggingface_hub import HfApi
+
+    if os.path.isdir(model):
+        return None
+    return HfApi().resolve_revision(model, revision=revision, local_files_only=True).resolved

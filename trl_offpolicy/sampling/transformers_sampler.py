@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from ..rows import encode_prompt
-from . import Completion, Request, SamplingParams, beyond_context, load_processing_class, weights_digest
+from . import Completion, Request, SamplingParams, beyond_context, hub_commit, load_processing_class, weights_digest
 
 
 class _SeededDraw(LogitsProcessor):
@@ -87,9 +87,8 @@ class TransformersSampler:
             if torch.cuda.is_available():
                 kwargs.setdefault("device_map", "auto")
             self.model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
-        self.revision = getattr(self.model.config, "_commit_hash", None) or weights_digest(
-            self.model.named_parameters()
-        )
+        commit = hub_commit(model, (model_init_kwargs or {}).get("revision")) if isinstance(model, str) else None
+        self.revision = commit or weights_digest(self.model.named_parameters())
         self.batch_size, self.batch_tokens = batch_size, batch_tokens
         self.capacity = 2 * batch_size  # what waits is sorted by length, so a batch has little padding
         self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30

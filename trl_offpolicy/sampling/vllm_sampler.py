@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..rows import encode_prompt
-from . import Completion, Request, SamplerError, beyond_context, load_processing_class, weights_digest
+from . import Completion, Request, SamplerError, beyond_context, hub_commit, load_processing_class, weights_digest
 
 
 class VLLMSampler:
@@ -60,7 +60,7 @@ class VLLMSampler:
         self.llm = LLM(model, **{"enable_prefix_caching": True, **engine_kwargs, "logprobs_mode": "raw_logprobs"})
         self.engine = self.llm.llm_engine
         config = self.engine.vllm_config
-        commit = getattr(config.model_config.hf_config, "_commit_hash", None)
+        commit = hub_commit(model, engine_kwargs.get("revision"))
         self.revision = (commit or _checkpoint_digest(_local(model))) + adapter_revision
         self.context = config.model_config.max_model_len
         # As many again wait in the engine's queue, so that no slot is idle while finished ones are verified.
