@@ -1,0 +1,77 @@
+"""The `trl-offpolicy` command. Training stays `accelerate launch examples/train.py`.
+
+Every flag is also a key of `--config file.yaml`. The first line printed is where the results go, the last one the next
+command to run. Exit codes: 0 done, 2 bad input, 3 stopped early and resumable.
+"""
+
+import os
+import sys
+from importlib import import_module
+
+from ..sampling import SamplerError
+
+
+USAGE = """\
+usage: trl-offpolicy COMMAND [options]
+
+commands:
+  rewrite    rewrite a dataset of demonstrations into what the model could have written itself
+  verify     check the answers of a dataset: a table of verdicts, and the rows that are not correct
+  push       push a finished rewrite to the Hub: rows, attempts and card
+
+  trl-offpolicy rewrite --model_name_or_path Qwen/Qwen2.5-Math-1.5B --dataset_name openai/gsm8k --dataset_config main \\
+      --output_dir runs/gsm8k --num_generations 8 --dry_run          # first prompts and the estimate, nothing is sampled
+  trl-offpolicy rewrite --config rewrite.yaml                        # the same keys in a file; run again to resume
+  trl-offpolicy verify --dataset_name runs/gsm8k/dataset             # what is not correct goes to not_correct.jsonl
+  trl-offpolicy push runs/gsm8k --hub_dataset_id me/gsm8k-on-policy   # or --push_to_hub --hub_dataset_id … when rewriting
+  trl-offpolicy COMMAND --help                                       # every option
+"""
+
+# command → (module, function); loaded when it is called, so that --help needs neither torch nor trl
+COMMANDS = {
+    "rewrite": ("rewrite", "rewrite"),
+    "verify": ("verify", "verify"),
+    "push": ("rewrite", "push"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    if argv is None:
+        sys.argv[1:] = _hide_token(sys.argv[1:])
+    argv = sys.argv[1:] if argv is None else _hide_token(argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if argv else 2
+    if argv[0] in ("-V", "--version"):
+        from .. import __version__
+
+        print(f"trl-offpolicy {__version__}")
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"trl-offpolicy: there is no command {argv[0]!r}; use one of {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    try:
+        module, function = COMMANDS[argv[0]]
+        return getattr(import_module(f".{module}", __package__), function)(argv[1:])
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        print(f"trl-offpolicy {argv[0]}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped before anything was sampled.", file=sys.stderr)
+        return 3
+    except SamplerError as error:  # no server answers yet
+        print(f"trl-offpolicy {argv[0]}: {error}", file=sys.stderr)
+        return 3
+
+
+def _hide_token(argv: list[str]) -> list[str]:
+    """The arguments without `--hub_token X`, which moves to the environment: W&B logs a command line, and we print the next one."""
+    parts = iter(argv)
+    kept = []
+    for part in parts:
+        name, equals, value = part.partition("=")
+        if name == "--hub_token":
+            os.environ["HF_TOKEN"] = value if equals else next(parts, "")
+        else:
+            kept.append(part)
+    return kept

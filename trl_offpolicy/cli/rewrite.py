@@ -1,0 +1,191 @@
+"""`trl-offpolicy rewrite` and `push`."""
+
+import re
+import shlex
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..rewrite_config import RewriteConfig
+from ..sampling import SamplerError
+from .arguments import DatasetArguments, EngineArguments, load_dataset, make_sampler, parser_for
+
+
+REWRITE_EXAMPLES = """\
+examples:
+  trl-offpolicy rewrite --model_name_or_path M --dataset_name demos.jsonl --output_dir runs/demos
+  trl-offpolicy rewrite --model_name_or_path M --dataset_name demos.parquet --output_dir runs/ablation --stages self
+  trl-offpolicy rewrite --config rewrite.yaml --max_rows 100
+  trl-offpolicy rewrite --config rewrite.yaml --push_to_hub --hub_dataset_id me/demos-on-policy --private --push_every 1000
+  trl-offpolicy rewrite --config rewrite.yaml --shard 0/4     # on the first of four machines, 1/4 on the second, …
+  trl-offpolicy rewrite --model_name_or_path M --dataset_name D --output_dir runs/d --sampler vllm --tensor_parallel_size 2
+  trl-offpolicy rewrite --model_name_or_path M --dataset_name D --output_dir runs/d --sampler openai \\
+      --base_url http://node1:8000/v1 http://node2:8000/v1          # two `vllm serve M`; the key is OPENAI_API_KEY, if they want one
+
+An interrupted run resumes: run the same command again.
+"""
+
+PUSH_EXAMPLES = """\
+examples:
+  trl-offpolicy push runs/demos --hub_dataset_id me/demos-on-policy --private
+  trl-offpolicy push runs/demos --hub_dataset_id me/demos-on-policy --push_attempts False --hub_revision v2
+
+The token is HF_TOKEN's, or that of `hf auth login`. A push is one commit: one that failed has changed nothing, run it again.
+"""
+
+
+@dataclass(kw_only=True)
+class RewriteArguments(DatasetArguments, EngineArguments):
+    """What is rewritten by what."""
+
+
+@dataclass
+class PushArguments:
+    """Which run goes where."""
+
+    run_dir: str = field(
+        metadata={"help": "Output directory of a finished rewrite; also the first word after `push`."}
+    )
+    hub_dataset_id: str = field(metadata={"help": "Dataset repository: owner/name."})
+    hub_private_repo: bool | None = field(
+        default=None, metadata={"help": "Whether a new repository is private.", "aliases": ["--private"]}
+    )
+    hub_token: str | None = field(
+        default=None, repr=False, metadata={"help": "Hub token; better in HF_TOKEN, where no process list shows it."}
+    )
+    hub_revision: str | None = field(default=None, metadata={"help": "Branch to push to, made if there is none."})
+    push_attempts: bool = field(default=True, metadata={"help": "Push every attempt too, as config `attempts`."})
+
+
+def rewrite(argv: list[str]) -> int:
+    from ..rewriter import DataRewriter
+
+    parser = parser_for(
+        (RewriteArguments, RewriteConfig),
+        "rewrite",
+        "Rewrite demonstrations: the model's own correct solution, else its retelling of the reference, else the demonstration.",
+        REWRITE_EXAMPLES,
+    )
+    arguments, config = parser.parse_args_and_config(argv)
+    print(config.output_dir, flush=True)
+    dataset = load_dataset(arguments)
+    sampler = None if config.dry_run else make_sampler(arguments)
+    rewriter = DataRewriter(arguments.model_name_or_path, config, sampler=sampler)
+    try:
+        # Where a model is served is nobody else's address.
+        given = {k: v for k, v in vars(arguments).items() if v is not None and k != "base_url"}
+        rewritten = rewriter.rewrite(dataset, given)
+    except (KeyboardInterrupt, SamplerError) as error:
+        journal = rewriter.shard.file(rewriter.output_dir, "journal.jsonl")
+        print(f"\nstopped; every finished attempt is in {journal}. {error}".rstrip())
+        print("Run the same command again to resume.")
+        return 3
+    finally:
+        if sampler is not None:
+            sampler.close()
+    if rewritten is None:
+        print("nothing was sampled; drop --dry_run to start")
+        return 0
+    _print_summary(rewriter.metrics)
+    if missing := rewriter.missing_shards:
+        shown = ", ".join(map(str, missing[:10])) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
+        print(
+            f"shard {rewriter.shard} is done; still missing: {shown}. {config.output_dir}/dataset appears with the last of them."
+        )
+        print(_command_for(argv, missing[0]))
+        return 0
+    trained_on = f"{config.output_dir}/dataset"
+    if config.push_to_hub:
+        if not _pushed(rewriter.push_to_hub, config.output_dir, config.hub_dataset_id):
+            return 3
+        trained_on = config.hub_dataset_id
+    print(
+        _wandb_environment(config)
+        + f"accelerate launch examples/train.py --model_name_or_path {arguments.model_name_or_path} "
+        f"--dataset_name {trained_on} --objective iw --output_dir {config.output_dir}-sft"
+        + " --report_to wandb"
+        * (config.report_to == "wandb")
+    )
+    return 0
+
+
+def push(argv: list[str]) -> int:
+    from ..hub import push_run
+
+    description = "Push a finished rewrite to the Hub: its rows, its attempts and a card made from its journal."
+    parser = parser_for(PushArguments, "push", description, PUSH_EXAMPLES)
+    named = ["--run_dir"] if argv and not argv[0].startswith("-") else []
+    (given,) = parser.parse_args_and_config([*named, *argv])
+    print(given.run_dir, flush=True)
+
+    def commit():
+        return push_run(
+            given.run_dir,
+            given.hub_dataset_id,
+            given.hub_private_repo,
+            given.hub_token,
+            given.hub_revision,
+            given.push_attempts,
+        )
+
+    if not _pushed(commit, given.run_dir, given.hub_dataset_id):
+        return 3
+    print(
+        f"""python -c "from datasets import load_dataset; print(load_dataset('{given.hub_dataset_id}', split='train'))\""""
+    )
+    return 0
+
+
+def _pushed(push, run_dir: str, repo_id: str) -> bool:
+    """Whether a push went through; if not, says why and how to go on."""
+    try:
+        print(f"pushed: {push().commit_url}")
+    except ValueError:
+        raise
+    except (Exception, KeyboardInterrupt) as error:  # whatever a network can do to it: the rows are on the disk
+        print(f"the push failed, and nothing has changed on the Hub: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"trl-offpolicy push {run_dir} --hub_dataset_id {repo_id}")
+        return False
+    return True
+
+
+def _wandb_environment(config) -> str:
+    """What ties the training to this run on W&B."""
+    if config.report_to != "wandb":
+        return ""
+    from ..run_log import wandb_group
+
+    log_model = "WANDB_LOG_MODEL=end " if config.wandb_log_artifacts else ""
+    return f"WANDB_RUN_GROUP={wandb_group(Path(config.output_dir))} {log_model}"
+
+
+def _command_for(argv: list[str], shard) -> str:
+    """The same command for another shard."""
+    same = re.sub(r"--shard(=| )\S+ ?", "", shlex.join(argv)).strip()
+    return f"trl-offpolicy rewrite {same} --shard {shard}"
+
+
+def _print_summary(metrics: dict) -> None:
+    counts = dict(metrics["yield"])
+    total = counts.pop("total")
+    print(f"{total:,} rows: " + ", ".join(f"{n:,} {source} ({n / max(1, total):.1%})" for source, n in counts.items()))
+    sampling, unused = metrics["sampling"], metrics["speculation"]
+    print(
+        f"{sampling['sampled']:,} attempts, {sampling['tokens']:,} tokens; fixed K would have drawn {sampling['fixed_k_equivalent']:,}"
+        + (
+            f"; {unused['unused']:,} more on speculation, {unused['unused_tokens']:,} tokens"
+            if unused["unused"]
+            else ""
+        )
+    )
+    if metrics["gold_unparsable"]:
+        print(
+            f"{metrics['gold_unparsable']:,} rows have no gold answer that can be compared with: kept as expert, not sampled"
+        )
+    trouble = {name: metrics["verdicts"][name] for name in ("timeout", "error") if metrics["verdicts"][name]}
+    if trouble:
+        print(
+            "attempts that could not be judged: "
+            + ", ".join(f"{n:,} {name}" for name, n in trouble.items())
+            + " (reasons in the journal)"
+        )
