@@ -15,11 +15,12 @@ def rewritten_rows(tokenizer):
     rows = []
     for i, source in enumerate(["self", "self", "guided", "expert"] * 3):
         ids = [] if source == "expert" else tokenizer(f"{i} it is")["input_ids"] + [tokenizer.eos_token_id]
+        expert = "the expert says " + "so " * i
         rows.append(
             {
                 "prompt": [{"role": "user", "content": "what is it " * (i + 1)}],
-                "completion": [{"role": "assistant", "content": f"{i} it is"}],
-                "input_completion": [{"role": "assistant", "content": "the expert says " + "so " * i}],
+                "completion": [{"role": "assistant", "content": f"{i} it is" if ids else expert}],
+                "input_completion": [{"role": "assistant", "content": expert}],
                 "source": source, "completion_ids": ids, "id": str(i),
             }
         )  # fmt: skip

@@ -54,27 +54,8 @@ class Journal:
         return os.lseek(self._file, 0, os.SEEK_CUR) - len(line)
 
     def entries(self, until: str | None = None) -> Iterator[tuple[int, dict]]:
-        """
-        (offset, entry) of every line after the first, in the order written.
-
-        With `until`, only an entry's fields before that one, which must not be its first: what follows is not parsed, so texts and
-        token ids, nine tenths of a line and more, cost next to nothing.
-        """
-        mark = None if until is None else f',"{until}":'.encode()
-        size, number = self.path.stat().st_size, 1
-        with (
-            self.path.open("rb") as file,
-            tqdm(total=size, unit="B", unit_scale=True, desc="reading the journal", disable=size < 1 << 24) as bar,
-        ):
-            offset = len(file.readline())
-            for line in file:
-                number += 1
-                end = -1 if mark is None else line.find(mark)
-                whole = end < 0 or not line.endswith(b"}\n")  # a damaged line is parsed in full, to say what is wrong
-                yield offset, _parse(self.path, line if whole else line[:end] + b"}", number)
-                offset += len(line)
-                if number % 4096 == 0:
-                    bar.update(offset - bar.n)
+        """(offset, entry) of every line after the first ([`read_entries`])."""
+        return read_entries(self.path, until)
 
     def read(self, offset: int) -> dict:
         """The entry that `append` or `entries` gave this offset for."""
@@ -133,6 +114,32 @@ def read_header(path: Path) -> dict | None:
     with Path(path).open("rb") as file:
         first = file.readline()
     return _parse(path, first, 1).get("config", {}) if first.endswith(b"\n") else None
+
+
+def read_entries(path: Path, until: str | None = None) -> Iterator[tuple[int, dict]]:
+    """
+    (offset, entry) of every line after the first, in the order written; of a file that is being written to, up to its last whole line.
+
+    With `until`, only an entry's fields before that one, which must not be its first: what follows is not parsed, so texts and
+    token ids, nine tenths of a line and more, cost next to nothing.
+    """
+    mark = None if until is None else f',"{until}":'.encode()
+    size, number = path.stat().st_size, 1
+    with (
+        path.open("rb") as file,
+        tqdm(total=size, unit="B", unit_scale=True, desc="reading the journal", disable=size < 1 << 24) as bar,
+    ):
+        offset = len(file.readline())
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            number += 1
+            end = -1 if mark is None else line.find(mark)
+            whole = end < 0 or not line.endswith(b"}\n")  # a damaged line is parsed in full, to say what is wrong
+            yield offset, _parse(path, line if whole else line[:end] + b"}", number)
+            offset += len(line)
+            if number % 4096 == 0:
+                bar.update(offset - bar.n)
 
 
 def differences(found: dict | None, config: dict) -> str:

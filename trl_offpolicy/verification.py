@@ -31,6 +31,21 @@ TASKS_PER_WORKER = 2000  # then a fresh process: sympy's caches grow without bou
 START_SECONDS = 120.0  # a worker imports sympy before its first task; that time is nobody's answer's
 
 
+def explain_with(verifier, completions: list[str], answers: list) -> list[tuple[Verdict, str]]:
+    """(verdict, reason) of each completion by anything that verifies: a [`MathVerifier`], an object with `verify`, a function."""
+    if not completions:
+        return []
+    if hasattr(verifier, "explain"):
+        told = verifier.explain(completions, answers)
+    else:
+        told = [(Verdict(v), "") for v in getattr(verifier, "verify", verifier)(completions, answers)]
+    if len(told) != len(completions):
+        raise ValueError(
+            f"The verifier returned {len(told)} verdicts for {len(completions)} completions; it must return one for each."
+        )
+    return told
+
+
 class MathVerifier:
     """
     Verifies final answers of mathematical problems; also a reward function for `GRPOTrainer`.
