@@ -4,6 +4,7 @@ Every flag is also a key of `--config file.yaml`. The first line printed is the 
 command to run. Exit codes: 0 done, 2 bad input, 3 stopped early and resumable.
 """
 
+import itertools
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -65,6 +66,13 @@ GAP_EXAMPLES = """\
 examples:
   trl-offpolicy gap --model_name_or_path M --dataset_name runs/gsm8k/dataset --output_dir runs/gap
   trl-offpolicy gap --model_name_or_path M --dataset_name runs/gsm8k/dataset --output_dir runs/table3 --concatenate --dtype float16
+"""
+
+
+REPORT_EXAMPLES = """\
+examples:
+  trl-offpolicy report runs --output_dir runs/report                   # everything below runs/
+  trl-offpolicy report runs/gsm8k runs/gap runs/gsm8k-iw runs/eval-base runs/eval-iw --output_dir runs/report
 """
 
 
@@ -150,6 +158,18 @@ class GapArguments(DatasetArguments):
     chat_template_path: str | None = field(
         default=None, metadata={"help": "Jinja file, where training used another than the tokenizer's."}
     )
+
+
+@dataclass(kw_only=True)
+class ReportArguments:
+    """What goes onto the page."""
+
+    run_dirs: list[str] = field(
+        metadata={"help": "Output directories of the commands and trainings, or of several of them."}
+    )
+    output_dir: str = field(metadata={"help": "Where report.html, report.md and figures/ go."})
+    title: str = field(default="trl_offpolicy report", metadata={"help": "Title of the page."})
+    seed: int = field(default=0, metadata={"help": "Which twenty rows are shown."})
 
 
 def _parser(types, command: str, description: str, examples: str):
@@ -330,9 +350,24 @@ def gap(argv: list[str]) -> int:
     return 0
 
 
+def report(argv: list[str]) -> int:
+    from .report import write_report
+
+    parser = _parser(
+        ReportArguments, "report", "Write one page of what was found in run directories.", REPORT_EXAMPLES
+    )
+    directories = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+    if directories:  # `report RUN_DIR …`; in a config file the key is run_dirs
+        argv = ["--run_dirs", *argv]
+    (arguments,) = parser.parse_args_and_config(argv)
+    print(arguments.output_dir, flush=True)
+    print(write_report(arguments.run_dirs, arguments.output_dir, arguments.title, arguments.seed))
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"rewrite": rewrite, "eval": evaluate, "gap": gap}
+    commands = {"rewrite": rewrite, "eval": evaluate, "gap": gap, "report": report}
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if argv else 2

@@ -86,20 +86,7 @@ def measure_policy_gap(
     rows = list(dataset)
     if not rows:
         raise ValueError("The dataset has no rows: there is no gap to measure.")
-    encode = _concatenated if concatenate else _templated
-    pairs, before, after = [], [], []  # what to score, and for each row its places there
-    for row in rows:
-        expert = demonstration(row)
-        if expert is None:
-            raise ValueError(
-                f"Row {row.get('id')} does not carry its demonstration; pass the dataset as DataRewriter wrote it. Its columns: {list(row)}"
-            )
-        demonstrated, rewritten = encode(processing_class, row, expert, chat_template)
-        pairs.append(demonstrated)
-        before.append(len(pairs) - 1)
-        if row["source"] != Source.EXPERT:
-            pairs.append(rewritten)
-        after.append(len(pairs) - 1)  # an expert's row is its demonstration, scored once
+    pairs, before, after = targets(rows, processing_class, concatenate, chat_template)
     log_probs = [x.double() for x in target_log_probs(model, pairs, batch_tokens)]
     sums = np.array(
         [
@@ -118,6 +105,27 @@ def measure_policy_gap(
     if output_dir is not None:
         _write(Path(output_dir), result, rows, sums, texts)
     return result
+
+
+def targets(
+    rows: list[dict], processing_class, concatenate: bool = False, chat_template: str | None = None
+) -> tuple[list[tuple[list[int], list[int]]], list[int], list[int]]:
+    """(prompt ids, target ids) of everything there is to score, and for each row the places of its demonstration and of its completion."""
+    encode = _concatenated if concatenate else _templated
+    pairs, before, after = [], [], []
+    for row in rows:
+        expert = demonstration(row)
+        if expert is None:
+            raise ValueError(
+                f"Row {row.get('id')} does not carry its demonstration; pass the dataset as DataRewriter wrote it. Its columns: {list(row)}"
+            )
+        demonstrated, rewritten = encode(processing_class, row, expert, chat_template)
+        pairs.append(demonstrated)
+        before.append(len(pairs) - 1)
+        if row["source"] != Source.EXPERT:
+            pairs.append(rewritten)
+        after.append(len(pairs) - 1)  # an expert's row is its demonstration, scored once
+    return pairs, before, after
 
 
 def _templated(processing_class, row: dict, expert: str, chat_template: str | None):
