@@ -1,6 +1,6 @@
 """Measuring the policy gap against the bare forward passes that it cannot do without, interleaved, as a ratio.
 
-    python benchmarks/gap.py [--rows 2000] [--vocab_size 32000] [--rounds 5]
+    python benchmarks/gap.py [--rows 2000] [--vocab_size 8000] [--rounds 5]
 
 Both score the demonstration and the rewritten target of the same rows, with the same model, longest first in the same batches. The
 peer is given token ids and only calls `model(input_ids, attention_mask)`: no tokenising, no log-probs, no statistics. Ours does
@@ -56,7 +56,7 @@ def bare_forward(model, sequences: list[list[int]], batch_tokens: int) -> None:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=2000)
-    parser.add_argument("--vocab_size", type=int, default=32000)
+    parser.add_argument("--vocab_size", type=int, default=8000)
     parser.add_argument("--batch_tokens", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
@@ -72,8 +72,8 @@ def main():
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(
         Qwen2Config(
-            vocab_size=args.vocab_size, hidden_size=256, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
-            intermediate_size=768, tie_word_embeddings=True, bos_token_id=None,
+            vocab_size=args.vocab_size, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+            intermediate_size=384, tie_word_embeddings=True, bos_token_id=None,
         )
     ).to(device).eval()  # fmt: skip
     rows = make_rows(args.rows, tokenizer)

@@ -231,8 +231,11 @@ class _Run:
         try:
             with tqdm(total=len(due), desc=", ".join(self.questions), unit="sample", leave=False) as bar:
                 while bar.n < len(due):
-                    busy = len(active) - sum(map(len, verifying.values()))
-                    for key, question in islice(waiting, max(0, sampler.capacity - busy)):
+                    unverified = sum(map(len, verifying.values()))
+                    busy = len(active) - unverified
+                    # A slow verifier holds the engine back, so that little is lost with a killed process.
+                    room = max(0, sampler.capacity - busy) if unverified < sampler.capacity else 0
+                    for key, question in islice(waiting, room):
                         active["/".join(map(str, key))] = key, question
                         sampler.submit(self._request(key, question))
                         busy += 1
