@@ -123,11 +123,13 @@ def test_documented_commands_parse(tmp_path):
     from trl import ModelConfig, ScriptArguments, TrlParser
 
     from trl_offpolicy import ImportanceWeightedSFTConfig, RewriteConfig
-    from trl_offpolicy.cli import RewriteArguments
+    from trl_offpolicy.cli import EvalArguments, GapArguments, RewriteArguments
 
     parsers = {
         "accelerate launch examples/train.py": (ScriptArguments, ImportanceWeightedSFTConfig, ModelConfig),
         "trl-offpolicy rewrite": (RewriteArguments, RewriteConfig),
+        "trl-offpolicy eval": (EvalArguments,),
+        "trl-offpolicy gap": (GapArguments,),
     }
     found = 0
     for name in ("README.md", "examples/train.py", "examples/quickstart.py", "trl_offpolicy/cli.py"):
@@ -140,4 +142,4 @@ def test_documented_commands_parse(tmp_path):
                 cpu = ["--use_cpu", "--bf16", "False"] if ImportanceWeightedSFTConfig in types else []
                 TrlParser(types, allow_abbrev=False).parse_args_and_config([*argv, *cpu])
                 found += 1
-    assert found >= 6
+    assert found >= 15

@@ -164,6 +164,8 @@ def test_another_setting_is_refused_and_more_samples_are_added(tmp_path):
     sampler = ScriptedSampler()
     more = run(output_dir=str(tmp_path), num_generations=6, sampler=sampler)
     assert sampler.sampled == 37 * 2 and more["a"]["problem_ids"] == first["a"]["problem_ids"]
+    few = run(output_dir=str(tmp_path / "few"), shard="0/9")  # none of the seven problems of b
+    assert list(few) == ["a"] and few["a"]["num_problems"] == 3 and not (tmp_path / "few" / "results.json").exists()
     with pytest.raises(ValueError, match="without output_dir"):
         run(shard="0/2")
 

@@ -126,6 +126,15 @@ def _answer(row: dict) -> str | None:
     return final_answer(row.get("solution") or "")
 
 
+def check_format(
+    processing_class, questions: dict[str, list[Question]], train_tokenizer=None, train_dataset=None
+) -> None:
+    """[`check_prompts`] and [`check_training_format`] of all benchmarks."""
+    for name, each in questions.items():
+        check_prompts(processing_class, name, each)
+        check_training_format(processing_class, each, train_tokenizer, train_dataset)
+
+
 def check_prompts(processing_class, name: str, questions: list[Question]) -> None:
     """
     Refuses prompts that the chat template would spoil.

@@ -44,12 +44,12 @@ An interrupted run resumes: run the same command again.
 EVAL_EXAMPLES = """\
 examples:
   trl-offpolicy eval --model_name_or_path M --benchmarks math500 minerva_math olympiadbench aime24 amc23 --preset paper \\
-      --output_dir runs/eval-base --dtype bfloat16
-  trl-offpolicy eval --model_name_or_path runs/sft --benchmarks math500 --preset paper --output_dir runs/eval-sft \\
-      --baseline runs/eval-base --train_dataset runs/gsm8k/dataset      # paired test; refuses another prompt than in training
-  trl-offpolicy eval --model_name_or_path M --benchmarks test.jsonl openai/gsm8k:main:test --num_generations 1 --temperature 0 \
-      --output_dir runs/greedy                                          # or --greedy beside the samples
-  trl-offpolicy eval --config eval.yaml --shard 0/4                     # on the first of four machines, 1/4 on the second, …
+      --output_dir runs/eval-paper --dtype bfloat16
+  trl-offpolicy eval --model_name_or_path M --benchmarks math500 test.jsonl openai/gsm8k:main:test --output_dir runs/eval-base
+  trl-offpolicy eval --model_name_or_path runs/sft --benchmarks math500 --output_dir runs/eval-sft --baseline runs/eval-base \\
+      --train_dataset runs/gsm8k/dataset                                # paired test; another prompt than in training is refused
+  trl-offpolicy eval --model_name_or_path M --benchmarks math500 --num_generations 1 --temperature 0 --output_dir runs/greedy
+  trl-offpolicy eval --config eval.yaml --greedy --shard 0/4            # on the first of four machines, 1/4 on the second, …
 
 Benchmarks: a name, a file with problem (or question) and answer, or a Hub dataset as id:config:split. An interrupted
 evaluation resumes: run the same command again.
@@ -354,7 +354,10 @@ def report(argv: list[str]) -> int:
     from .report import write_report
 
     parser = _parser(
-        ReportArguments, "report", "Write one page of what was found in run directories.", REPORT_EXAMPLES
+        ReportArguments,
+        "report",
+        "trl-offpolicy report RUN_DIR … --output_dir OUT: one page of what rewrites, evaluations, gaps and trainings have written.",
+        REPORT_EXAMPLES,
     )
     directories = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
     if directories:  # `report RUN_DIR …`; in a config file the key is run_dirs

@@ -7,9 +7,10 @@ last of several shards to finish finds all the others' there.
 """
 
 import json
+import os
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import NamedTuple
 from tqdm.auto import tqdm
 
 from . import prompts, tables
-from .benchmarks import Question, check_prompts, check_training_format, load_benchmarks, read_questions
+from .benchmarks import Question, check_format, load_benchmarks, read_questions
 from .estimators import accuracies, compare, share_interval
 from .hub import versions
 from .journal import Journal, read_entries
@@ -84,28 +85,20 @@ def evaluate(
         `dict`: For each benchmark (of this shard's problems only, as long as other shards are missing):
 
         - `avg@k`, `pass@j` for powers of two j and j = k, `maj@k`, `greedy` (if asked for): shares, each with `…_ci95`, a bootstrap interval
-          over problems; `avg@k_se`, the standard error over problems;
-        - `num_problems`, and `problem_ids`, `num_correct`, `num_judged`: lists in row order;
-        - `truncated`, `unparsable`, `not_told`: shares of the samples that were cut, that stated no answer, or that could not be judged
-          or drawn (time-outs, errors). The first two count as wrong; the last are left out, and a problem with fewer than j judged
-          samples is left out of `pass@j`;
-        - `gold_unparsable`: problems whose gold answer the verifier cannot compare with; `mean_length` (tokens);
+          over problems; `avg@k_se`, the standard error over problems; `vs_baseline` ([`~estimators.compare`]), if there is one;
+        - `num_problems`, and `problem_ids`, `num_correct`, `num_judged`: lists in row order; `mean_length` in tokens;
+        - `truncated`, `unparsable`, `not_told`: shares of the samples that were cut, stated no answer, could not be judged or drawn
+          (time-outs, errors). The first two count as wrong, the last are left out, and a problem with fewer than j left is left out of
+          `pass@j`. `gold_unparsable`: problems whose gold answer the verifier cannot compare with;
         - `entropy`: nats per token, estimated by the mean of -log π over the sampled tokens; `None` if the engine gives no log-probs
-          or does not sample plainly (temperature 1, top_p 1, top_k 0);
-        - `vs_baseline` ([`~estimators.compare`]), if there is one.
+          or does not sample plainly (temperature 1, top_p 1, top_k 0).
 
     Raises:
         ValueError: A benchmark is empty or unknown, a row has no problem or no answer, the prompts' format is wrong, or `output_dir`
             holds an evaluation with other settings.
     """
-    if temperature == 0 and num_generations > 1:
-        raise ValueError(
-            f"You passed temperature=0 with num_generations={num_generations}: all would be the same. Pass num_generations=1."
-        )
     part = Shard.parse(shard)
-    if part.count > 1 and output_dir is None:
-        raise ValueError(f"You passed shard={shard!r} without output_dir, where the shards would find each other.")
-    prompts.check(solve_prompt, "solve_prompt", "problem")
+    _check_settings(num_generations, temperature, part, output_dir, solve_prompt)
     rows = benchmarks if isinstance(benchmarks, dict) else load_benchmarks(benchmarks)
     questions = {name: read_questions(name, each, solve_prompt, system_prompt) for name, each in rows.items()}
     earlier = json.loads((Path(baseline) / "results.json").read_text())["benchmarks"] if baseline else {}
@@ -114,68 +107,68 @@ def evaluate(
 
         sampler = TransformersSampler(model, processing_class)
     processing_class = getattr(sampler, "processing_class", processing_class)
-    for name, each in questions.items() if processing_class is not None else ():
-        check_prompts(processing_class, name, each)
-        check_training_format(processing_class, each, train_tokenizer, train_dataset)
+    if processing_class is not None:
+        check_format(processing_class, questions, train_tokenizer, train_dataset)
     own_verifier = verifier is None
     if own_verifier:
         from .verification import MathVerifier
 
         verifier = MathVerifier()
-    config = {
-        "model": sampler.name, "model_revision": sampler.revision, "temperature": temperature, "top_p": top_p, "top_k": top_k,
-        "max_completion_length": max_completion_length, "seed": seed, "solve_prompt": solve_prompt, "system_prompt": system_prompt,
-        "chat_template": _digest(getattr(processing_class, "chat_template", None)),
-        "verifier": getattr(verifier, "__name__", type(verifier).__name__),
-    }  # fmt: skip
-    run = _Run(
-        questions,
-        num_generations,
-        greedy,
-        SamplingParams(temperature, top_p, top_k, max_completion_length),
-        seed,
-        part,
-    )
+    params = SamplingParams(temperature, top_p, top_k, max_completion_length)
+    asked = {"seed": seed, "solve_prompt": solve_prompt, "system_prompt": system_prompt}
+    run = _Run(questions, num_generations, greedy, params, seed, part)
     try:
-        check = getattr(verifier, "check_answers", lambda answers: [Verdict.CORRECT] * len(answers))
-        odd = {
-            name: sum(v != Verdict.CORRECT for v in check([q.answer for q in each]))
-            for name, each in questions.items()
-        }
-        complete = run.sample(sampler, verifier, output_dir, config, overwrite)
+        config = {**asdict(params), **asked, **_engine(sampler, verifier, processing_class)}
+        odd = {name: _uncheckable(verifier, each) for name, each in questions.items()}
+        run.sample(sampler, verifier, output_dir, config, overwrite)
     finally:
         if own_verifier:
             verifier.close()
-    results = {name: {**run.summarize(name), "gold_unparsable": odd[name]} for name in questions}
+    results = {name: {**run.summarize(name), "gold_unparsable": odd[name]} for name in questions if run.has(name)}
     for name in results.keys() & earlier.keys():
         results[name]["vs_baseline"] = {"baseline": str(baseline), **compare(results[name], earlier[name])}
-    if output_dir is not None and complete:
+    if output_dir is not None and run.complete:
         write_results(Path(output_dir), {**config, "num_generations": num_generations}, results)
     return results
 
 
+def _check_settings(num_generations: int, temperature: float, shard: Shard, output_dir, solve_prompt: str) -> None:
+    if num_generations < 1:
+        raise ValueError(f"You passed num_generations={num_generations}; it must be at least 1.")
+    if temperature == 0 and num_generations > 1:
+        raise ValueError(
+            f"You passed temperature=0 with num_generations={num_generations}: all would be the same. Pass num_generations=1."
+        )
+    if shard.count > 1 and output_dir is None:
+        raise ValueError(
+            f"You passed shard={str(shard)!r} without output_dir, where the shards would find each other."
+        )
+    prompts.check(solve_prompt, "solve_prompt", "problem")
+
+
+def _engine(sampler: Sampler, verifier, processing_class) -> dict:
+    """What a sample and its verdict depend on beside the settings."""
+    template = getattr(processing_class, "chat_template", None)
+    return {
+        "model": sampler.name,
+        "model_revision": sampler.revision,
+        "chat_template": template and blake2b(template.encode(), digest_size=8).hexdigest(),
+        "verifier": getattr(verifier, "__name__", type(verifier).__name__),
+    }
+
+
+@dataclass
 class _Run:
     """The samples of one evaluation: which are due, which are known, what they say."""
 
-    def __init__(
-        self,
-        questions: dict[str, list[Question]],
-        k: int,
-        greedy: bool,
-        params: SamplingParams,
-        seed: int,
-        shard: Shard,
-    ):
-        self.questions, self.k, self.greedy, self.params, self.seed, self.shard = (
-            questions,
-            k,
-            greedy,
-            params,
-            seed,
-            shard,
-        )
-        self.parts = [shard]  # whose problems are summarised: all shards' once all are complete
-        self.samples: dict[Key, dict] = {}
+    questions: dict[str, list[Question]]
+    k: int
+    greedy: bool
+    params: SamplingParams
+    seed: int
+    shard: Shard
+    samples: dict[Key, dict] = field(default_factory=dict)
+    complete: bool = False  # then all shards' problems are summarised, else this shard's
 
     def keys(self, name: str, shard: Shard) -> Iterator[tuple[Key, Question]]:
         """Every sample of a benchmark's problems in `shard`."""
@@ -186,11 +179,15 @@ class _Run:
             if self.greedy:
                 yield Key(name, question.id, "greedy", 0), question
 
-    def sample(self, sampler: Sampler, verifier, output_dir: str | None, config: dict, overwrite: bool) -> bool:
-        """Draws what is not known yet; whether all shards are complete."""
+    def has(self, name: str) -> bool:
+        """Whether there is anything to summarise: a shard may have none of a benchmark's few problems."""
+        return self.complete or len(self.shard.rows(len(self.questions[name]))) > 0
+
+    def sample(self, sampler: Sampler, verifier, output_dir: str | None, config: dict, overwrite: bool) -> None:
+        """Draws what is not known yet, and looks whether the other shards are complete."""
         if output_dir is None:
             self._draw(sampler, verifier, None, {})
-            return True
+            return
         path = Path(output_dir)
         path.mkdir(parents=True, exist_ok=True)
         check_siblings(path, self.shard, config, overwrite)
@@ -205,14 +202,8 @@ class _Run:
         for file in (s.file(path, "journal.jsonl") for s in self.shard.siblings() if s != self.shard):
             if file.exists():
                 self._know(file)
-        if all(
-            key in self.samples
-            for s in self.shard.siblings()
-            for name in self.questions
-            for key, _ in self.keys(name, s)
-        ):
-            self.parts = list(self.shard.siblings())
-        return len(self.parts) == self.shard.count
+        every = (key for s in self.shard.siblings() for name in self.questions for key, _ in self.keys(name, s))
+        self.complete = all(key in self.samples for key in every)
 
     def _know(self, journal: Path) -> dict[Key, int]:
         """Reads a journal, up to the texts; where each sample is in it."""
@@ -273,7 +264,7 @@ class _Run:
         """What [`evaluate`] returns of one benchmark."""
         drawn: dict[str, list[dict]] = {}
         greedy: list[dict] = []
-        for key, question in (item for part in self.parts for item in self.keys(name, part)):
+        for key, question in self.keys(name, Shard() if self.complete else self.shard):
             if key.stage == "greedy":
                 greedy.append(self.samples[key])
             else:
@@ -308,20 +299,15 @@ class _Run:
         import pyarrow.parquet as pq
 
         texts = ("benchmark", "id", "stage", "verdict", "finish_reason", "answer", "reason", "text", "gold", "prompt")
-        schema = pa.schema(
-            [
-                *((n, pa.string()) for n in texts),
-                ("attempt", pa.int32()),
-                ("num_tokens", pa.int32()),
-                ("log_prob", pa.float64()),
-            ]
-        )
+        numbers = {"attempt": pa.int32(), "num_tokens": pa.int32(), "log_prob": pa.float64()}
+        schema = pa.schema([*((name, pa.string()) for name in texts), *numbers.items()])
         with pq.ParquetWriter(file, schema) as writer:
             for chunk in batched((item for name in self.questions for item in self.keys(name, self.shard)), 1000):
-                rows = [
-                    {**journal.read(offsets[key]), "gold": q.answer, "prompt": q.prompt[-1]["content"]}
-                    for key, q in chunk
-                ]
+                rows = []
+                for key, question in chunk:
+                    entry = journal.read(offsets[key])
+                    entry["text"] = entry["text"].encode(errors="replace").decode()  # a lone surrogate has no UTF-8
+                    rows.append({**entry, "gold": question.answer, "prompt": question.prompt[-1]["content"]})
                 writer.write_table(pa.Table.from_pylist(rows, schema))
 
 
@@ -348,10 +334,13 @@ def write_results(output_dir: Path, config: dict, results: dict[str, dict]) -> N
         text += "\n" + tables.markdown(tables.comparison(results))
     found = {"config": config, "versions": packages, "benchmarks": results}
     for name, content in (("results.md", text), ("results.json", json.dumps(found, indent=1) + "\n")):
-        partial = output_dir / f"{name}.partial"
+        partial = output_dir / f"{name}.{os.getpid()}"  # two shards may finish at the same moment
         partial.write_text(content)
         partial.replace(output_dir / name)
 
 
-def _digest(text: str | None) -> str | None:
-    return None if text is None else blake2b(text.encode(), digest_size=8).hexdigest()
+def _uncheckable(verifier, questions: list[Question]) -> int:
+    """How many gold answers the verifier cannot compare with, if it can tell."""
+    if not hasattr(verifier, "check_answers"):
+        return 0
+    return sum(verdict != Verdict.CORRECT for verdict in verifier.check_answers([q.answer for q in questions]))
