@@ -9,6 +9,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from trl.data_utils import common_prefix_length
 from .estimators import bootstrap
 from .rows import Source, demonstration, encode_prompt
 from .scoring import target_log_probs
-from .text_statistics import copy_ratio, describe, leaks_hint
+from .text_statistics import copy_ratio, distinct_n, leaks_hint, self_bleu
 
 
 # What is summed up for each row; every number that is reported is a function of the means of these.
@@ -25,7 +26,7 @@ COLUMNS = (
     "before_log_prob", "before_tokens", "after_log_prob", "after_tokens", "matched_difference", "matched_tokens", "k3", "ratio", "ratio_sq",
     "behavior_tokens",
 )  # fmt: skip
-MAX_TEXTS = 1000  # of a source, for the diversity of its texts
+MAX_TEXTS = 300  # of a source, for the diversity of its texts
 NUM_RESAMPLES = 2000
 
 
@@ -60,8 +61,8 @@ def measure_policy_gap(
         - `rows`: their number;
         - `before` (the demonstrations) and `after` (the rows' completions): `sequence_log_prob` (mean over rows of the sum, nats) with
           standard error `sequence_log_prob_se`, `token_log_prob` (mean over all tokens), `perplexity` (exp of minus that),
-          `num_tokens` (mean length), and of the texts `copy_ratio` (share of 4-grams that the demonstration has too), `hint_leakage`
-          (share that speak of a reference), `distinct_2` and `self_bleu` (of at most 1,000 texts);
+          `num_tokens` (mean length), and of the texts `hint_leakage` (share that speak of a reference), `distinct_2` and `self_bleu`
+          (of at most 300 texts); `after` also `copy_ratio` (share of 4-grams that the demonstration has too);
         - `difference`: after minus before of `sequence_log_prob` and `token_log_prob`, and `length_matched`: per token, over
           the first min(length before, length after) tokens of either target of a row;
         - `behavior`, where μ is known: `rows`, `kl` (k3 estimate of KL(μ‖π), nats per token) and `ess` ((Σw)²/(n·Σw²) of the tokens'
@@ -96,7 +97,7 @@ def measure_policy_gap(
     )
     groups = {str(source): [i for i, row in enumerate(rows) if row["source"] == source] for source in Source}
     groups["total"] = list(range(len(rows)))
-    texts = [(demonstration(row), row["completion"][-1]["content"]) for row in rows]
+    texts = [_text_columns(demonstration(row), row["completion"][-1]["content"]) for row in rows]
     result = {
         name: {"rows": len(members), **_summary(sums[members], [texts[i] for i in members])}
         for name, members in groups.items()
@@ -170,7 +171,13 @@ def _sums(before: torch.Tensor, after: torch.Tensor, behavior: list[float]) -> l
     ]  # fmt: skip
 
 
-def _summary(sums: np.ndarray, texts: list[tuple[str, str]]) -> dict:
+def _text_columns(before: str, after: str) -> dict:
+    """What is said of the two texts of one row."""
+    leaks = {"before_leaks_hint": leaks_hint(before), "after_leaks_hint": leaks_hint(after)}
+    return {"before": before, "after": after, "copy_ratio": copy_ratio(after, before), **leaks}
+
+
+def _summary(sums: np.ndarray, texts: list[dict]) -> dict:
     summary: dict = {"before": {}, "after": {}, "difference": {}}
     for name, value in _with_intervals(sums, _gap).items():
         part, _, rest = name.partition(".")
@@ -182,8 +189,12 @@ def _summary(sums: np.ndarray, texts: list[tuple[str, str]]) -> dict:
             "sequence_log_prob_se": (column.std(ddof=1) / len(column) ** 0.5).item() if len(column) > 1 else 0.0,
             "perplexity": float(np.exp(-summary[part]["token_log_prob"])),
             "num_tokens": sums[:, 2 * i + 1].mean().item(),
-            **describe([pair[i] for pair in sample], [pair[0] for pair in sample]),
+            "hint_leakage": fmean(row[f"{part}_leaks_hint"] for row in texts),
+            "distinct_2": distinct_n([row[part] for row in sample]),
+            "self_bleu": self_bleu([row[part] for row in sample]),
         }
+    ratios = [row["copy_ratio"] for row in texts if row["copy_ratio"] is not None]
+    summary["after"]["copy_ratio"] = fmean(ratios) if ratios else None
     known = sums[sums[:, -1] > 0]
     summary["behavior"] = {"rows": len(known), **_with_intervals(known, _behavior)} if len(known) else None
     return summary
@@ -221,13 +232,13 @@ def _behavior(of: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {"kl": of["k3"] / tokens, "ess": of["ratio"] ** 2 / (tokens * of["ratio_sq"])}
 
 
-def _write(output_dir: Path, result: dict, rows: list[dict], sums: np.ndarray, texts: list[tuple[str, str]]) -> None:
+def _write(output_dir: Path, result: dict, rows: list[dict], sums: np.ndarray, texts: list[dict]) -> None:
     from datasets import Dataset
 
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "policy_gap.json").write_text(json.dumps(result, indent=1) + "\n")
     columns = {"id": [row["id"] for row in rows], "source": [row["source"] for row in rows]}
     columns |= dict(zip(COLUMNS, sums.T.tolist(), strict=True))
-    columns["copy_ratio"] = [copy_ratio(after, before) for before, after in texts]
-    columns["leaks_hint"] = [leaks_hint(after) for _, after in texts]
+    for name in ("copy_ratio", "before_leaks_hint", "after_leaks_hint"):
+        columns[name] = [row[name] for row in texts]
     Dataset.from_dict(columns).to_parquet(output_dir / "policy_gap.parquet")

@@ -79,14 +79,3 @@ def _closest(by_length: list[int], length: int) -> int:
     at = bisect_left(by_length, length)
     others = by_length[max(0, at - 1) : at] + by_length[at + 1 : at + 2]
     return min(others, key=lambda other: (abs(other - length), other))
-
-
-def describe(texts: Sequence[str], references: Sequence[str]) -> dict:
-    """`copy_ratio`, `hint_leakage` (means over texts), `distinct_2` and `self_bleu` of a set of texts."""
-    ratios = [r for pair in zip(texts, references, strict=True) if (r := copy_ratio(*pair)) is not None]
-    return {
-        "copy_ratio": fmean(ratios) if ratios else None,
-        "hint_leakage": fmean(map(leaks_hint, texts)),
-        "distinct_2": distinct_n(texts),
-        "self_bleu": self_bleu(texts),
-    }
