@@ -101,7 +101,8 @@ def test_no_function_is_long_and_modules_look_upwards_only():
     order = [
         "prompts", "rows", "sampling", "answers", "math_grading", "verification", "code_verifier", "verifiers", "journal", "shards",
         "rewrite_config", "scheduling", "run_log", "hub", "rewriter", "data_collator", "losses", "model_card", "importance_weighted_sft_config",
-        "scoring", "initial_policy", "importance_weighted_sft_trainer", "dft_trainer", "policy_gap", "evaluation", "cli",
+        "scoring", "initial_policy", "importance_weighted_sft_trainer", "dft_trainer", "estimators", "text_statistics", "tables",
+        "policy_gap", "benchmarks", "evaluation", "page", "report", "cli",
     ]  # fmt: skip
     for path in (ROOT / "trl_offpolicy").rglob("*.py"):
         tree = ast.parse(path.read_text())
@@ -125,6 +126,7 @@ def test_documented_commands_parse(tmp_path):
     from trl import ModelConfig, ScriptArguments, TrlParser
 
     from trl_offpolicy import ImportanceWeightedSFTConfig, RewriteConfig
+    from trl_offpolicy.cli.measure import EvalArguments, GapArguments
     from trl_offpolicy.cli.rewrite import RewriteArguments
     from trl_offpolicy.cli.verify import VerifyArguments
 
@@ -133,6 +135,8 @@ def test_documented_commands_parse(tmp_path):
         "trl-offpolicy rewrite": (RewriteArguments, RewriteConfig),
         "python examples/rewrite_ray.py": (RayArguments, RewriteConfig),
         "trl-offpolicy verify": (VerifyArguments,),
+        "trl-offpolicy eval": (EvalArguments,),
+        "trl-offpolicy gap": (GapArguments,),
     }
     found = 0
     for name in (
@@ -149,4 +153,4 @@ def test_documented_commands_parse(tmp_path):
                 cpu = ["--use_cpu", "--bf16", "False"] if ImportanceWeightedSFTConfig in types else []
                 TrlParser(types, allow_abbrev=False).parse_args_and_config([*argv, *cpu])
                 found += 1
-    assert found >= 14
+    assert found >= 20

@@ -1,25 +1,32 @@
 """Policy gap and evaluation against naive formulas."""
 
+import json
 import math
+from collections import Counter
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
 from scripted import ScriptedSampler, rows, verify
 
 from trl_offpolicy import evaluate, measure_policy_gap
+from trl_offpolicy.rows import encode_prompt
 from trl_offpolicy.sampling import Request, SamplingParams, attempt_seed
+from trl_offpolicy.text_statistics import copy_ratio, distinct_n, leaks_hint, self_bleu
 
 
 def rewritten_rows(tokenizer):
     rows = []
     for i, source in enumerate(["self", "self", "guided", "expert"] * 3):
         ids = [] if source == "expert" else tokenizer(f"{i} it is")["input_ids"] + [tokenizer.eos_token_id]
+        expert = "the expert says " + "so " * i
         rows.append(
             {
                 "prompt": [{"role": "user", "content": "what is it " * (i + 1)}],
-                "completion": [{"role": "assistant", "content": f"{i} it is"}],
-                "input_completion": [{"role": "assistant", "content": "the expert says " + "so " * i}],
+                "completion": [{"role": "assistant", "content": f"{i} it is" if ids else expert}],
+                "input_completion": [{"role": "assistant", "content": expert}],
                 "source": source, "completion_ids": ids, "id": str(i),
             }
         )  # fmt: skip
@@ -58,7 +65,7 @@ def test_policy_gap_equals_a_forward_of_each_row(tiny_model, tokenizer, batch_to
                 sum(sums) / sum(n for _, n in pairs), abs=1e-5
             )
             assert result[source][moment]["num_tokens"] == pytest.approx(sum(n for _, n in pairs) / len(pairs))
-    assert result["expert"]["before"] == result["expert"]["after"]
+    assert {**result["expert"]["before"], "copy_ratio": 1.0} == result["expert"]["after"]
 
 
 def test_policy_gap_refuses_what_it_cannot_measure(tiny_model, tokenizer):
@@ -67,6 +74,101 @@ def test_policy_gap_refuses_what_it_cannot_measure(tiny_model, tokenizer):
     row = {k: v for k, v in rewritten_rows(tokenizer)[0].items() if k != "input_completion"}
     with pytest.raises(ValueError, match="does not carry its demonstration"):
         measure_policy_gap(tiny_model, [row], tokenizer)
+
+
+def test_gap_statistics_against_naive_formulas(tiny_model, tokenizer):
+    """k3 KL, ESS, the difference at equal length, perplexity and the intervals, from log-probs of one row at a time."""
+    data, rng, mu = rewritten_rows(tokenizer), np.random.default_rng(0), {}
+    for row in data:
+        if row["completion_ids"]:
+            mu[row["id"]] = row["behavior_log_probs"] = rng.normal(-6, 0.5, len(row["completion_ids"])).tolist()
+    result = measure_policy_gap(tiny_model, data, tokenizer)
+
+    def log_probs(prompt, ids):
+        whole = torch.tensor([prompt + ids])
+        with torch.no_grad():
+            log_pi = tiny_model(whole).logits[0].double().log_softmax(-1)
+        return np.array([log_pi[len(prompt) + t - 1, token].item() for t, token in enumerate(ids)])
+
+    ratios, matched, tokens, before, own = [], [], 0, [], []
+    for row in data:
+        prompt = encode_prompt(tokenizer, row["prompt"])
+        expert = log_probs(prompt, tokenizer(row["input_completion"][0]["content"] + "<|im_end|>")["input_ids"])
+        after = log_probs(prompt, row["completion_ids"]) if row["completion_ids"] else expert
+        m = min(len(expert), len(after))
+        matched.append(after[:m].sum() - expert[:m].sum())
+        tokens += m
+        before.append(expert)
+        own.append(after.sum())
+        if row["id"] in mu:
+            ratios.append(np.exp(after - np.array(mu[row["id"]])))
+    ratio = np.concatenate(ratios)
+    total = result["total"]
+    assert total["behavior"]["rows"] == 9 and result["expert"]["behavior"] is None
+    assert total["behavior"]["kl"] == pytest.approx((ratio - 1 - np.log(ratio)).mean(), abs=1e-5)
+    assert total["behavior"]["ess"] == pytest.approx(ratio.sum() ** 2 / len(ratio) / (ratio**2).sum(), abs=1e-5)
+    assert total["difference"]["length_matched"] == pytest.approx(sum(matched) / tokens, abs=1e-5)
+    assert total["before"]["perplexity"] == pytest.approx(np.exp(-np.concatenate(before).mean()), rel=1e-5)
+    draws = [np.mean([own[i] for i in rng.integers(12, size=12)]) for _ in range(20_000)]
+    low, high = total["after"]["sequence_log_prob_ci95"]
+    assert low < np.quantile(draws, 0.025) < np.quantile(draws, 0.975) < high  # wider: a small sample's correction
+    assert low > np.quantile(draws, 0.003) and high < np.quantile(draws, 0.997)
+
+
+def test_gap_of_the_bare_concatenation(tiny_model, tokenizer, tmp_path):
+    data = rewritten_rows(tokenizer)
+    result = measure_policy_gap(tiny_model, data, tokenizer, concatenate=True, output_dir=str(tmp_path))
+    sums = []
+    for row in data:
+        question, target = row["prompt"][0]["content"], row["completion"][0]["content"]
+        ids = tokenizer(question + target)["input_ids"]
+        start = next(
+            t for t, (a, b) in enumerate(zip([*tokenizer(question)["input_ids"], -1], ids, strict=False)) if a != b
+        )
+        with torch.no_grad():
+            log_pi = tiny_model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        sums.append(sum(log_pi[t - 1, ids[t]].item() for t in range(start, len(ids))))
+    assert result["total"]["after"]["sequence_log_prob"] == pytest.approx(np.mean(sums), abs=1e-4)
+    assert result["total"]["behavior"] is None
+    assert json.loads((tmp_path / "policy_gap.json").read_text()) == result
+    written = pq.read_table(tmp_path / "policy_gap.parquet").to_pydict()
+    assert written["after_log_prob"] == pytest.approx(sums, abs=1e-4) and written["id"] == [r["id"] for r in data]
+
+
+def test_copying_and_hints():
+    reference = "We add 4 and 5, which gives 9. The answer is 9."
+    assert copy_ratio(reference, reference) == 1 and copy_ratio("4 + 5 = 9, so \\boxed{9}", reference) == 0
+    assert copy_ratio("We add 4 and then stop.", reference) == 1 / 4  # "We add 4 and" of four 4-grams
+    assert copy_ratio("9", reference) is None
+    for leak in (
+        "As the teacher's solution shows, 9.",
+        "According to the reference, it is 9",
+        "The reference says 9.",
+    ):
+        assert leaks_hint(leak)
+    for fine in ("The given triangle has a reference angle of 30.", "We are given a solution of salt.", reference):
+        assert not leaks_hint(fine)
+
+
+def test_self_bleu_equals_bleu_of_each_text_against_the_others():
+    def bleu(text, others):
+        def counts(words, n):
+            return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+
+        precision = 1.0
+        for n in range(1, 5):
+            own = counts(text, n)
+            clipped = sum(min(c, max(counts(o, n)[g] for o in others)) for g, c in own.items())
+            precision *= (clipped / own.total()) ** 0.25 if own else 0
+        nearest = min((abs(len(o) - len(text)), len(o)) for o in others)[1]
+        return precision * (1 if len(text) > nearest else math.exp(1 - nearest / len(text)))
+
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        texts = [list(rng.choice(list("abc"), rng.integers(4, 14))) for _ in range(rng.integers(2, 7))]
+        naive = np.mean([bleu(t, texts[:i] + texts[i + 1 :]) for i, t in enumerate(texts)])
+        assert self_bleu([" ".join(t) for t in texts]) == pytest.approx(naive)
+    assert distinct_n(["a b a b", "a b"], 2) == 2 / 4 and distinct_n(["a"]) is None
 
 
 def test_evaluation_counts_every_sample_once():

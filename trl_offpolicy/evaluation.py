@@ -1,18 +1,50 @@
-"""Accuracy on problems with a final answer: sample k times, verify, report avg@k and pass@k with intervals over problems."""
+"""Accuracy on problems with a final answer: sample k times, verify, report avg@k, pass@k and maj@k with intervals over problems.
 
-import math
-from collections.abc import Iterable
+    evaluate("Qwen/Qwen2.5-Math-1.5B", ["math500", "aime24"], output_dir="runs/eval-base", **PRESETS["paper"])
+
+Each sample is a line of a journal, so an interrupted evaluation resumes, and the results are computed from journals alone: the
+last of several shards to finish finds all the others' there.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import blake2b
+from itertools import islice
+from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
 
 from tqdm.auto import tqdm
 
-from . import prompts
-from .rows import Verdict, content_id
-from .sampling import Request, Sampler, SamplingParams, attempt_seed
+from . import prompts, tables
+from .benchmarks import Question, check_format, load_benchmarks, read_questions
+from .estimators import accuracies, compare, share_interval
+from .hub import versions
+from .journal import Journal, read_entries
+from .rewriter import batched, judge
+from .rows import Verdict, final_answer
+from .sampling import Completion, Request, Sampler, SamplingParams, attempt_seed
+from .shards import Shard, check_siblings
+
+
+NOT_JUDGED = (Verdict.TIMEOUT, Verdict.ERROR)
+
+
+class Key(NamedTuple):
+    """What identifies a sample: `stage` is "eval", or "greedy" for the one at temperature 0."""
+
+    benchmark: str
+    id: str
+    stage: str
+    attempt: int
 
 
 def evaluate(
     model,
-    benchmarks: dict[str, Iterable[dict]],
+    benchmarks,
     num_generations: int = 16,
     temperature: float = 1.0,
     top_p: float = 1.0,
@@ -20,107 +52,295 @@ def evaluate(
     max_completion_length: int = 4096,
     seed: int = 42,
     solve_prompt: str = prompts.SOLVE_PROMPT,
+    system_prompt: str | None = None,
+    greedy: bool = False,
+    output_dir: str | None = None,
+    shard: str = "0/1",
+    overwrite: bool = False,
+    baseline: str | None = None,
+    train_tokenizer=None,
+    train_dataset=None,
     sampler: Sampler | None = None,
     verifier=None,
     processing_class=None,
 ) -> dict[str, dict]:
     """
-    avg@k and pass@k of `model` on each benchmark.
+    avg@k, pass@k and maj@k of `model` on each benchmark.
 
     Args:
         model (`str` or `PreTrainedModel`): What is evaluated (ignored when a `sampler` is passed).
-        benchmarks (`dict[str, Iterable[dict]]`): Rows by name, each with `answer` and a conversational `prompt`, or with `problem` or
-            `question`, which `solve_prompt` turns into one.
-        num_generations (`int`, *optional*, defaults to `16`): k; the papers' avg@16. With `temperature=0.0`, 1 is greedy decoding.
+        benchmarks (`list[str]` or `dict[str, Iterable[dict]]`): Names, files or Hub ids ([`~benchmarks.load_benchmark`]); or rows by
+            name, each with `answer` and a conversational `prompt`, or with `problem` or `question`, which `solve_prompt` turns into one.
+        num_generations (`int`, *optional*, defaults to `16`): k; the papers' avg@16.
+        system_prompt (`str`, *optional*): A system turn before problems that have no prompt of their own.
+        greedy (`bool`, *optional*, defaults to `False`): Also draw one completion of each problem at temperature 0.
+        output_dir (`str`, *optional*): Run directory: journal, `samples.parquet`, `results.json`, `results.md`. An interrupted run resumes from it.
+        shard (`str`, *optional*, defaults to `"0/1"`): `i/n` asks the i-th of n blocks of each benchmark's problems; needs `output_dir`, where
+            the results appear with the last of them.
+        baseline (`str`, *optional*): Run directory of another model: paired comparison with it on the same problems.
+        train_tokenizer, train_dataset (*optional*): What the model was trained with; an evaluation in another format is refused
+            ([`~benchmarks.check_training_format`]).
 
     Returns:
-        `dict`: For each benchmark `avg@k` and `pass@k` (shares), `avg@k_se` (standard error over problems, so that the k samples of
-        one problem count as one observation), `num_problems`, `truncated`, `not_told` (shares of the samples that were cut, or that
-        the verifier could not judge), `mean_length` (tokens) and `num_correct` (list, of k, in row order).
+        `dict`: For each benchmark (of this shard's problems only, as long as other shards are missing):
+
+        - `avg@k`, `pass@j` for powers of two j and j = k, `maj@k`, `greedy` (if asked for): shares, each with `…_ci95`, a bootstrap interval
+          over problems; `avg@k_se`, the standard error over problems; `vs_baseline` ([`~estimators.compare`]), if there is one;
+        - `num_problems`, and `problem_ids`, `num_correct`, `num_judged`: lists in row order; `mean_length` in tokens;
+        - `truncated`, `unparsable`, `not_told`: shares of the samples that were cut, stated no answer, could not be judged or drawn
+          (time-outs, errors). The first two count as wrong, the last are left out, and a problem with fewer than j left is left out of
+          `pass@j`. `gold_unparsable`: problems whose gold answer the verifier cannot compare with;
+        - `entropy`: nats per token, estimated by the mean of -log π over the sampled tokens; `None` if the engine gives no log-probs
+          or does not sample plainly (temperature 1, top_p 1, top_k 0).
 
     Raises:
-        ValueError: A benchmark is empty, or a row has no problem or no answer.
+        ValueError: A benchmark is empty or unknown, a row has no problem or no answer, the prompts' format is wrong, or `output_dir`
+            holds an evaluation with other settings.
     """
+    part = Shard.parse(shard)
+    _check_settings(num_generations, temperature, part, output_dir, solve_prompt)
+    rows = benchmarks if isinstance(benchmarks, dict) else load_benchmarks(benchmarks)
+    questions = {name: read_questions(name, each, solve_prompt, system_prompt) for name, each in rows.items()}
+    earlier = json.loads((Path(baseline) / "results.json").read_text())["benchmarks"] if baseline else {}
     if sampler is None:
         from .sampling.transformers_sampler import TransformersSampler
 
         sampler = TransformersSampler(model, processing_class)
+    processing_class = getattr(sampler, "processing_class", processing_class)
+    if processing_class is not None:
+        check_format(processing_class, questions, train_tokenizer, train_dataset)
     own_verifier = verifier is None
     if own_verifier:
         from .verification import MathVerifier
 
         verifier = MathVerifier()
     params = SamplingParams(temperature, top_p, top_k, max_completion_length)
+    asked = {"seed": seed, "solve_prompt": solve_prompt, "system_prompt": system_prompt}
+    run = _Run(questions, num_generations, greedy, params, seed, part)
     try:
-        return {
-            name: _evaluate(name, list(rows), num_generations, params, seed, solve_prompt, sampler, verifier)
-            for name, rows in benchmarks.items()
-        }
+        config = {**asdict(params), **asked, **_engine(sampler, verifier, processing_class)}
+        odd = {name: _uncheckable(verifier, each) for name, each in questions.items()}
+        run.sample(sampler, verifier, output_dir, config, overwrite)
     finally:
         if own_verifier:
             verifier.close()
+    results = {name: {**run.summarize(name), "gold_unparsable": odd[name]} for name in questions if run.has(name)}
+    for name in results.keys() & earlier.keys():
+        results[name]["vs_baseline"] = {"baseline": str(baseline), **compare(results[name], earlier[name])}
+    if output_dir is not None and run.complete:
+        write_results(Path(output_dir), {**config, "num_generations": num_generations}, results)
+    return results
 
 
-def _evaluate(
-    name: str,
-    rows: list[dict],
-    k: int,
-    params: SamplingParams,
-    seed: int,
-    solve_prompt: str,
-    sampler: Sampler,
-    verifier,
-) -> dict:
-    if not rows:
-        raise ValueError(f"Benchmark {name!r} has no rows.")
-    requests, golds = {}, {}
-    for index, row in enumerate(rows):
-        prompt = _prompt(name, index, row, solve_prompt)
-        problem_id = content_id(prompt, str(row["answer"]))
-        for attempt in range(k):
-            request_id = f"{index}/{attempt}"
-            golds[request_id] = str(row["answer"])
-            requests[request_id] = Request(request_id, prompt, attempt_seed(seed, problem_id, "eval", attempt), params)
-    waiting, completions = list(requests.values())[::-1], []
-    with tqdm(total=len(requests), desc=name, unit="sample", leave=False) as bar:
-        while len(completions) < len(requests):
-            while waiting and len(requests) - len(waiting) - len(completions) < sampler.capacity:
-                sampler.submit(waiting.pop())
-            finished = sampler.poll()
-            if not finished:
-                raise RuntimeError(
-                    f"{sampler.name}: the sampler has {len(requests) - len(waiting) - len(completions)} requests but returned none."
-                )
-            completions += finished
-            bar.update(len(finished))
-    whole = [c for c in completions if c.finish_reason == "stop"]
-    verdicts = getattr(verifier, "verify", verifier)([c.text for c in whole], [golds[c.id] for c in whole])
-    correct = [0] * len(rows)
-    for completion, verdict in zip(whole, verdicts, strict=True):
-        correct[int(completion.id.split("/")[0])] += verdict == Verdict.CORRECT
-    n, mean = len(rows), sum(correct) / len(rows) / k
-    variance = sum((c / k - mean) ** 2 for c in correct) / max(1, n - 1)
-    total = len(completions)
+def _check_settings(num_generations: int, temperature: float, shard: Shard, output_dir, solve_prompt: str) -> None:
+    if num_generations < 1:
+        raise ValueError(f"You passed num_generations={num_generations}; it must be at least 1.")
+    if temperature == 0 and num_generations > 1:
+        raise ValueError(
+            f"You passed temperature=0 with num_generations={num_generations}: all would be the same. Pass num_generations=1."
+        )
+    if shard.count > 1 and output_dir is None:
+        raise ValueError(
+            f"You passed shard={str(shard)!r} without output_dir, where the shards would find each other."
+        )
+    prompts.check(solve_prompt, "solve_prompt", "problem")
+
+
+def _engine(sampler: Sampler, verifier, processing_class) -> dict:
+    """What a sample and its verdict depend on beside the settings."""
+    template = getattr(processing_class, "chat_template", None)
     return {
-        f"avg@{k}": mean,
-        f"avg@{k}_se": math.sqrt(variance / n),
-        f"pass@{k}": sum(c > 0 for c in correct) / n,
-        "num_problems": n,
-        "truncated": sum(c.finish_reason == "length" for c in completions) / total,
-        "not_told": sum(v in (Verdict.TIMEOUT, Verdict.ERROR) for v in verdicts) / total,
-        "mean_length": sum(len(c.completion_ids) for c in completions) / total,
-        "num_correct": correct,
+        "model": sampler.name,
+        "model_revision": sampler.revision,
+        "chat_template": template and blake2b(template.encode(), digest_size=8).hexdigest(),
+        "verifier": getattr(verifier, "__name__", type(verifier).__name__),
     }
 
 
-def _prompt(name: str, index: int, row: dict, solve_prompt: str) -> list[dict[str, str]]:
-    if row.get("answer") in (None, ""):
-        raise ValueError(f"Row {index} of benchmark {name!r} has no `answer`; its columns are {list(row)}.")
-    if isinstance(row.get("prompt"), list):
-        return [{"role": m["role"], "content": m["content"]} for m in row["prompt"]]
-    text = row.get("prompt") or row.get("problem") or row.get("question")
-    if not text:
-        raise ValueError(
-            f"Row {index} of benchmark {name!r} has no `prompt`, `problem` or `question`; its columns are {list(row)}."
-        )
-    return [{"role": "user", "content": text if row.get("prompt") else prompts.fill(solve_prompt, problem=text)}]
+@dataclass
+class _Run:
+    """The samples of one evaluation: which are due, which are known, what they say."""
+
+    questions: dict[str, list[Question]]
+    k: int
+    greedy: bool
+    params: SamplingParams
+    seed: int
+    shard: Shard
+    samples: dict[Key, dict] = field(default_factory=dict)
+    complete: bool = False  # then all shards' problems are summarised, else this shard's
+
+    def keys(self, name: str, shard: Shard) -> Iterator[tuple[Key, Question]]:
+        """Every sample of a benchmark's problems in `shard`."""
+        for row in shard.rows(len(self.questions[name])):
+            question = self.questions[name][row]
+            for attempt in range(self.k):
+                yield Key(name, question.id, "eval", attempt), question
+            if self.greedy:
+                yield Key(name, question.id, "greedy", 0), question
+
+    def has(self, name: str) -> bool:
+        """Whether there is anything to summarise: a shard may have none of a benchmark's few problems."""
+        return self.complete or len(self.shard.rows(len(self.questions[name]))) > 0
+
+    def sample(self, sampler: Sampler, verifier, output_dir: str | None, config: dict, overwrite: bool) -> None:
+        """Draws what is not known yet, and looks whether the other shards are complete."""
+        if output_dir is None:
+            self._draw(sampler, verifier, None, {})
+            return
+        path = Path(output_dir)
+        path.mkdir(parents=True, exist_ok=True)
+        check_siblings(path, self.shard, config, overwrite)
+        journal = Journal(self.shard.file(path, "journal.jsonl"), config, overwrite)
+        try:
+            (path / "results.json").unlink(missing_ok=True)  # so that it never says what the journals no longer do
+            offsets = self._know(journal.path)
+            self._draw(sampler, verifier, journal, offsets)
+            self._write_samples(self.shard.file(path, "samples.parquet"), journal, offsets)
+        finally:
+            journal.close()
+        for file in (s.file(path, "journal.jsonl") for s in self.shard.siblings() if s != self.shard):
+            if file.exists():
+                self._know(file)
+        every = (key for s in self.shard.siblings() for name in self.questions for key, _ in self.keys(name, s))
+        self.complete = all(key in self.samples for key in every)
+
+    def _know(self, journal: Path) -> dict[Key, int]:
+        """Reads a journal, up to the texts; where each sample is in it."""
+        offsets = {}
+        for offset, entry in read_entries(journal, until="reason"):
+            key = Key(*(entry[field] for field in Key._fields))
+            self.samples[key], offsets[key] = entry, offset
+        return offsets
+
+    def _draw(self, sampler: Sampler, verifier, journal: Journal | None, offsets: dict[Key, int]) -> None:
+        """Streams what is due through sampling and verification, which overlap, into the journal."""
+        due = [item for name in self.questions for item in self.keys(name, self.shard) if item[0] not in self.samples]
+        waiting, active = iter(due), {}
+        verifying: dict[Future, list[Completion]] = {}
+        pool = ThreadPoolExecutor(1, "verify")
+        try:
+            with tqdm(total=len(due), desc=", ".join(self.questions), unit="sample", leave=False) as bar:
+                while bar.n < len(due):
+                    unverified = sum(map(len, verifying.values()))
+                    busy = len(active) - unverified
+                    # A slow verifier holds the engine back, so that little is lost with a killed process.
+                    room = max(0, sampler.capacity - busy) if unverified < sampler.capacity else 0
+                    for key, question in islice(waiting, room):
+                        active["/".join(map(str, key))] = key, question
+                        sampler.submit(self._request(key, question))
+                        busy += 1
+                    finished = sampler.poll() if busy else []
+                    if finished:
+                        answers = [active[c.id][1].answer for c in finished]
+                        verifying[pool.submit(judge, verifier, finished, answers)] = finished
+                    elif not verifying:
+                        raise RuntimeError(
+                            f"{sampler.name}: the sampler has {busy} requests but returned none of them."
+                        )
+                    done = [f for f in verifying if f.done()] or (
+                        [] if busy else wait(verifying, return_when=FIRST_COMPLETED).done
+                    )
+                    for future in done:
+                        for completion, verdict in zip(verifying.pop(future), future.result(), strict=True):
+                            key, _ = active.pop(completion.id)
+                            self.samples[key] = entry = _entry(key, completion, *verdict)
+                            if journal is not None:
+                                offsets[key] = journal.append(entry)
+                            bar.update()
+        except BaseException:
+            if hasattr(verifier, "close"):
+                verifier.close()  # or the pool would wait for what it is verifying
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _request(self, key: Key, question: Question) -> Request:
+        params = replace(self.params, temperature=0.0, top_p=1.0, top_k=0) if key.stage == "greedy" else self.params
+        seed = attempt_seed(self.seed, question.id, key.stage, key.attempt)
+        return Request("/".join(map(str, key)), question.prompt, seed, params)
+
+    def summarize(self, name: str) -> dict:
+        """What [`evaluate`] returns of one benchmark."""
+        drawn: dict[str, list[dict]] = {}
+        greedy: list[dict] = []
+        for key, question in self.keys(name, Shard() if self.complete else self.shard):
+            if key.stage == "greedy":
+                greedy.append(self.samples[key])
+            else:
+                drawn.setdefault(question.id, []).append(self.samples[key])
+        every = [sample for samples in drawn.values() for sample in samples]
+        judged = [[s for s in samples if s["verdict"] not in NOT_JUDGED] for samples in drawn.values()]
+        correct = [[s["verdict"] == Verdict.CORRECT for s in samples] for samples in judged]
+        result = accuracies([[s["answer"] for s in samples] for samples in judged], correct, self.k)
+        if greedy:
+            told = [float(s["verdict"] == Verdict.CORRECT) for s in greedy if s["verdict"] not in NOT_JUDGED]
+            result |= {"greedy": fmean(told) if told else None, "greedy_ci95": share_interval(told)}
+        tokens = sum(s["num_tokens"] for s in every)
+        plain = (self.params.temperature, self.params.top_p, self.params.top_k) == (1.0, 1.0, 0)
+        known = plain and tokens and all(s["log_prob"] is not None for s in every if s["num_tokens"])
+        cut = [s["finish_reason"] == "length" for s in every]
+        unparsable = [s["verdict"] == Verdict.UNPARSABLE and s["finish_reason"] == "stop" for s in every]
+        return result | {
+            "num_problems": len(drawn),
+            "truncated": fmean(cut),
+            "unparsable": fmean(unparsable),
+            "not_told": fmean(s["verdict"] in NOT_JUDGED for s in every),
+            "mean_length": tokens / len(every),
+            "entropy": -sum(s["log_prob"] or 0.0 for s in every) / tokens if known else None,
+            "problem_ids": list(drawn),
+            "num_correct": [sum(c) for c in correct],
+            "num_judged": [len(c) for c in correct],
+        }
+
+    def _write_samples(self, file: Path, journal: Journal, offsets: dict[Key, int]) -> None:
+        """Every sample of this shard, with its text, as Parquet."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        texts = ("benchmark", "id", "stage", "verdict", "finish_reason", "answer", "reason", "text", "gold", "prompt")
+        numbers = {"attempt": pa.int32(), "num_tokens": pa.int32(), "log_prob": pa.float64()}
+        schema = pa.schema([*((name, pa.string()) for name in texts), *numbers.items()])
+        with pq.ParquetWriter(file, schema) as writer:
+            for chunk in batched((item for name in self.questions for item in self.keys(name, self.shard)), 1000):
+                rows = []
+                for key, question in chunk:
+                    entry = journal.read(offsets[key])
+                    entry["text"] = entry["text"].encode(errors="replace").decode()  # a lone surrogate has no UTF-8
+                    rows.append({**entry, "gold": question.answer, "prompt": question.prompt[-1]["content"]})
+                writer.write_table(pa.Table.from_pylist(rows, schema))
+
+
+def _entry(key: Key, completion: Completion, verdict: Verdict, reason: str) -> dict:
+    return {
+        **key._asdict(),
+        "verdict": verdict,
+        "finish_reason": completion.finish_reason,
+        "num_tokens": len(completion.completion_ids),
+        "log_prob": round(sum(completion.log_probs), 6) if completion.log_probs else None,
+        "answer": (final_answer(completion.text) or completion.text.strip()[-200:])
+        if completion.finish_reason == "stop" and verdict in (Verdict.CORRECT, Verdict.WRONG)
+        else None,
+        "reason": reason,  # a resume reads a line up to here
+        "text": completion.text,
+    }
+
+
+def write_results(output_dir: Path, config: dict, results: dict[str, dict]) -> None:
+    """`results.md` and `results.json`, whole or not at all."""
+    packages = versions("trl-offpolicy", "math-verify", "transformers", "torch", "vllm")
+    text = f"# {config['model']}\n\n{tables.markdown(tables.accuracy(results))}"
+    if any("vs_baseline" in r for r in results.values()):
+        text += "\n" + tables.markdown(tables.comparison(results))
+    found = {"config": config, "versions": packages, "benchmarks": results}
+    for name, content in (("results.md", text), ("results.json", json.dumps(found, indent=1) + "\n")):
+        partial = output_dir / f"{name}.{os.getpid()}"  # two shards may finish at the same moment
+        partial.write_text(content)
+        partial.replace(output_dir / name)
+
+
+def _uncheckable(verifier, questions: list[Question]) -> int:
+    """How many gold answers the verifier cannot compare with, if it can tell."""
+    if not hasattr(verifier, "check_answers"):
+        return 0
+    return sum(verdict != Verdict.CORRECT for verdict in verifier.check_answers([q.answer for q in questions]))

@@ -1,17 +1,45 @@
 """How far a dataset is from a policy: the log-probability of its targets, by source, before and after rewriting.
 
 "Mind the Gap", Table 3, reports the mean over rows of Σ_t log π(y_t|x, y_<t): that is `sequence_log_prob` here. It favours
-short targets, so the mean per token and the length stand beside it, and the prompt is rendered as in training.
+short targets, so the mean per token, the length and a difference at equal length stand beside it, and the prompt is rendered as
+in training. The paper's own script scores the bare concatenation of question and answer instead: `concatenate=True`.
 """
 
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
 import torch
 from trl.data_utils import common_prefix_length
 
+from .estimators import bootstrap
 from .rows import Source, demonstration, encode_prompt
 from .scoring import target_log_probs
+from .text_statistics import copy_ratio, distinct_n, leaks_hint, self_bleu
 
 
-def measure_policy_gap(model, dataset, processing_class=None, batch_tokens: int = 8192) -> dict:
+# What is summed up for each row; every number that is reported is a function of the means of these.
+COLUMNS = (
+    "before_log_prob", "before_tokens", "after_log_prob", "after_tokens", "matched_difference", "matched_tokens", "k3", "ratio", "ratio_sq",
+    "behavior_tokens",
+)  # fmt: skip
+MAX_TEXTS = 300  # of a source, for the diversity of its texts
+NUM_RESAMPLES = 2000
+
+
+def measure_policy_gap(
+    model,
+    dataset,
+    processing_class=None,
+    batch_tokens: int = 8192,
+    concatenate: bool = False,
+    chat_template: str | None = None,
+    output_dir: str | None = None,
+    model_init_kwargs: dict | None = None,
+) -> dict:
     """
     The policy gap of a rewritten dataset under `model`.
 
@@ -20,11 +48,28 @@ def measure_policy_gap(model, dataset, processing_class=None, batch_tokens: int 
         dataset (`datasets.Dataset` or `list[dict]`): Rows written by `DataRewriter`.
         processing_class (`PreTrainedTokenizerBase`, *optional*): By default the model's.
         batch_tokens (`int`, *optional*, defaults to `8192`): Tokens of one forward, padding included.
+        concatenate (`bool`, *optional*, defaults to `False`): Score the text of the problem followed directly by the text of the target,
+            without template, separator or end of turn, as the script behind the paper's Table 3 does (in float16, which is
+            `model_init_kwargs={"dtype": "float16"}`).
+        chat_template (`str`, *optional*): Jinja template used in training, where that is not the tokenizer's.
+        output_dir (`str`, *optional*): Also writes `policy_gap.json`, and the sums of each row as `policy_gap.parquet`, there.
+        model_init_kwargs (`dict`, *optional*): Passed to `from_pretrained`.
 
     Returns:
-        `dict`: `{source: {"rows", "before", "after"}}` for each source there is and for `"total"`. `before` (the demonstrations) and
-        `after` (the rows' completions) hold `sequence_log_prob` (mean over rows of the sum, nats) with its standard error
-        `sequence_log_prob_se`, `token_log_prob` (mean over all tokens) and `num_tokens` (mean length).
+        `dict`: For each source there is and for `"total"`:
+
+        - `rows`: their number;
+        - `before` (the demonstrations) and `after` (the rows' completions): `sequence_log_prob` (mean over rows of the sum, nats) with
+          standard error `sequence_log_prob_se`, `token_log_prob` (mean over all tokens), `perplexity` (exp of minus that),
+          `num_tokens` (mean length), and of the texts `hint_leakage` (share that speak of a reference), `distinct_2` and `self_bleu`
+          (of at most 300 texts); `after` also `copy_ratio` (share of 4-grams that the demonstration has too);
+        - `difference`: after minus before of `sequence_log_prob` and `token_log_prob`, and `length_matched`: per token, over
+          the first min(length before, length after) tokens of either target of a row;
+        - `behavior`, where μ is known: `rows`, `kl` (k3 estimate of KL(μ‖π), nats per token) and `ess` ((Σw)²/(n·Σw²) of the tokens'
+          unlimited w = π/μ). π is asked without the reference, μ was as the row was sampled.
+
+        `…_ci95` are bootstrap intervals over rows, `None` for a single row. `copy_ratio` of `self` rows, whose sampler never saw the
+        demonstration, is what two solutions of a problem share by chance; likewise their `hint_leakage`.
 
     Raises:
         ValueError: The dataset is empty, or its demonstrations were not carried through.
@@ -32,54 +77,168 @@ def measure_policy_gap(model, dataset, processing_class=None, batch_tokens: int 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if isinstance(model, str):
-        processing_class = processing_class or AutoTokenizer.from_pretrained(model)
-        model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+        kwargs = {"dtype": "auto", **(model_init_kwargs or {})}
+        if torch.cuda.is_available():
+            kwargs.setdefault("device_map", "auto")
+        shared = {k: v for k, v in kwargs.items() if k in ("revision", "trust_remote_code")}
+        processing_class = processing_class or AutoTokenizer.from_pretrained(model, **shared)
+        model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
     processing_class = processing_class or AutoTokenizer.from_pretrained(model.config._name_or_path)
     rows = list(dataset)
     if not rows:
         raise ValueError("The dataset has no rows: there is no gap to measure.")
-    pairs, before, after = [], [], []  # what to score, and for each row its places there
+    pairs, before, after = targets(rows, processing_class, concatenate, chat_template)
+    log_probs = [x.double() for x in target_log_probs(model, pairs, batch_tokens)]
+    sums = np.array(
+        [
+            _sums(log_probs[b], log_probs[a], [] if concatenate else row.get("behavior_log_probs") or [])
+            for b, a, row in zip(before, after, rows, strict=True)
+        ]
+    )
+    groups = {str(source): [i for i, row in enumerate(rows) if row["source"] == source] for source in Source}
+    groups["total"] = list(range(len(rows)))
+    texts = [_text_columns(demonstration(row), row["completion"][-1]["content"]) for row in rows]
+    result = {
+        name: {"rows": len(members), **_summary(sums[members], [texts[i] for i in members])}
+        for name, members in groups.items()
+        if members
+    }
+    if output_dir is not None:
+        _write(Path(output_dir), result, rows, sums, texts)
+    return result
+
+
+def targets(
+    rows: list[dict], processing_class, concatenate: bool = False, chat_template: str | None = None
+) -> tuple[list[tuple[list[int], list[int]]], list[int], list[int]]:
+    """(prompt ids, target ids) of everything there is to score, and for each row the places of its demonstration and of its completion."""
+    encode = _concatenated if concatenate else _templated
+    pairs, before, after = [], [], []
     for row in rows:
         expert = demonstration(row)
         if expert is None:
             raise ValueError(
                 f"Row {row.get('id')} does not carry its demonstration; pass the dataset as DataRewriter wrote it. Its columns: {list(row)}"
             )
-        prompt = encode_prompt(processing_class, row["prompt"])
-        pairs.append((prompt, _target_ids(processing_class, row["prompt"], expert, prompt)))
+        demonstrated, rewritten = encode(processing_class, row, expert, chat_template)
+        pairs.append(demonstrated)
         before.append(len(pairs) - 1)
-        if row["completion_ids"]:
-            pairs.append((prompt, row["completion_ids"]))
+        if row["source"] != Source.EXPERT:
+            pairs.append(rewritten)
         after.append(len(pairs) - 1)  # an expert's row is its demonstration, scored once
-    log_probs = target_log_probs(model, pairs, batch_tokens)
-    groups = {str(source): [i for i, row in enumerate(rows) if row["source"] == source] for source in Source}
-    groups["total"] = list(range(len(rows)))
-    return {
-        name: {
-            "rows": len(members),
-            "before": _summary([log_probs[before[i]] for i in members]),
-            "after": _summary([log_probs[after[i]] for i in members]),
+    return pairs, before, after
+
+
+def _templated(processing_class, row: dict, expert: str, chat_template: str | None):
+    """(prompt ids, target ids) of the demonstration and of the row's completion, as both are trained on."""
+    prompt = encode_prompt(processing_class, row["prompt"], chat_template)
+
+    def target(text: str) -> list[int]:
+        turns = [*row["prompt"], {"role": "assistant", "content": text}]
+        whole = processing_class.apply_chat_template(
+            turns, chat_template=chat_template, tokenize=True, return_dict=True
+        )["input_ids"]
+        return whole[common_prefix_length(prompt, whole) :]  # where TRL says that the completion starts
+
+    own = row["completion_ids"] or ([] if row["source"] == Source.EXPERT else target(row["completion"][-1]["content"]))
+    return (prompt, target(expert)), (prompt, own)
+
+
+def _concatenated(processing_class, row: dict, expert: str, chat_template: None):
+    """The same from one string without template; the question's tokens are those that it has in common with the question alone."""
+    question = row.get("problem") or row.get("question") or row["prompt"][-1]["content"]
+    alone = processing_class(question)["input_ids"]
+
+    def pair(text: str) -> tuple[list[int], list[int]]:
+        whole = processing_class(question + text)["input_ids"]
+        start = common_prefix_length(alone, whole)
+        return whole[:start], whole[start:]
+
+    return pair(expert), pair(row["completion"][-1]["content"])
+
+
+def _sums(before: torch.Tensor, after: torch.Tensor, behavior: list[float]) -> list[float]:
+    """`COLUMNS` of one row."""
+    matched = min(len(before), len(after))
+    ratio = k3 = torch.zeros(0)
+    if len(behavior):
+        log_ratio = after - torch.tensor(behavior, dtype=torch.float64)
+        ratio = log_ratio.exp()
+        k3 = ratio - 1 - log_ratio
+    return [
+        before.sum().item(), len(before), after.sum().item(), len(after), (after[:matched].sum() - before[:matched].sum()).item(), matched,
+        k3.sum().item(), ratio.sum().item(), (ratio**2).sum().item(), len(behavior),
+    ]  # fmt: skip
+
+
+def _text_columns(before: str, after: str) -> dict:
+    """What is said of the two texts of one row."""
+    leaks = {"before_leaks_hint": leaks_hint(before), "after_leaks_hint": leaks_hint(after)}
+    return {"before": before, "after": after, "copy_ratio": copy_ratio(after, before), **leaks}
+
+
+def _summary(sums: np.ndarray, texts: list[dict]) -> dict:
+    summary: dict = {"before": {}, "after": {}, "difference": {}}
+    for name, value in _with_intervals(sums, _gap).items():
+        part, _, rest = name.partition(".")
+        summary[part][rest] = value
+    sample = texts if len(texts) <= MAX_TEXTS else random.Random(0).sample(texts, MAX_TEXTS)
+    for i, part in enumerate(("before", "after")):
+        column = sums[:, 2 * i]
+        summary[part] |= {
+            "sequence_log_prob_se": (column.std(ddof=1) / len(column) ** 0.5).item() if len(column) > 1 else 0.0,
+            "perplexity": float(np.exp(-summary[part]["token_log_prob"])),
+            "num_tokens": sums[:, 2 * i + 1].mean().item(),
+            "hint_leakage": fmean(row[f"{part}_leaks_hint"] for row in texts),
+            "distinct_2": distinct_n([row[part] for row in sample]),
+            "self_bleu": self_bleu([row[part] for row in sample]),
         }
-        for name, members in groups.items()
-        if members
-    }
+    ratios = [row["copy_ratio"] for row in texts if row["copy_ratio"] is not None]
+    summary["after"]["copy_ratio"] = fmean(ratios) if ratios else None
+    known = sums[sums[:, -1] > 0]
+    summary["behavior"] = {"rows": len(known), **_with_intervals(known, _behavior)} if len(known) else None
+    return summary
 
 
-def _target_ids(processing_class, prompt: list[dict], text: str, prompt_ids: list[int]) -> list[int]:
-    """What the chat template makes of an assistant turn after the prompt, end-of-turn token included."""
-    whole = processing_class.apply_chat_template(
-        [*prompt, {"role": "assistant", "content": text}], tokenize=True, return_dict=True
-    )["input_ids"]
-    return whole[common_prefix_length(prompt_ids, whole) :]  # where TRL says that the completion starts
+def _with_intervals(sums: np.ndarray, statistics: Callable[[dict], dict]) -> dict:
+    """Each statistic of the rows, and its interval under the name `…_ci95`."""
+
+    def of_means(means: np.ndarray) -> dict[str, np.ndarray]:
+        return statistics(dict(zip(COLUMNS, means.T, strict=True)))
+
+    intervals = bootstrap(sums, lambda means: np.stack(list(of_means(means).values()), -1), NUM_RESAMPLES)
+    values: dict = {}
+    for (name, value), interval in zip(of_means(sums.mean(0, keepdims=True)).items(), intervals, strict=True):
+        values[name] = value[0].item()
+        values[f"{name}_ci95"] = interval.tolist() if len(sums) > 1 else None
+    return values
 
 
-def _summary(log_probs: list[torch.Tensor]) -> dict:
-    sums = torch.stack([x.double().sum() for x in log_probs])
-    tokens = sum(len(x) for x in log_probs)
-    error = (sums.std() / len(sums) ** 0.5).item() if len(sums) > 1 else 0.0
+def _gap(of: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    before, after = of["before_log_prob"] / of["before_tokens"], of["after_log_prob"] / of["after_tokens"]
     return {
-        "sequence_log_prob": sums.mean().item(),
-        "sequence_log_prob_se": error,
-        "token_log_prob": sums.sum().item() / tokens,
-        "num_tokens": tokens / len(log_probs),
+        "before.sequence_log_prob": of["before_log_prob"],
+        "before.token_log_prob": before,
+        "after.sequence_log_prob": of["after_log_prob"],
+        "after.token_log_prob": after,
+        "difference.sequence_log_prob": of["after_log_prob"] - of["before_log_prob"],
+        "difference.token_log_prob": after - before,
+        "difference.length_matched": of["matched_difference"] / of["matched_tokens"],
     }
+
+
+def _behavior(of: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    tokens = of["behavior_tokens"]
+    return {"kl": of["k3"] / tokens, "ess": of["ratio"] ** 2 / (tokens * of["ratio_sq"])}
+
+
+def _write(output_dir: Path, result: dict, rows: list[dict], sums: np.ndarray, texts: list[dict]) -> None:
+    from datasets import Dataset
+
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "policy_gap.json").write_text(json.dumps(result, indent=1) + "\n")
+    columns = {"id": [row["id"] for row in rows], "source": [row["source"] for row in rows]}
+    columns |= dict(zip(COLUMNS, sums.T.tolist(), strict=True))
+    for name in ("copy_ratio", "before_leaks_hint", "after_leaks_hint"):
+        columns[name] = [row[name] for row in texts]
+    Dataset.from_dict(columns).to_parquet(output_dir / "policy_gap.parquet")

@@ -331,19 +331,7 @@ class DataRewriter:
         self.sampler.submit(Request(draw.id, self._prompt(problem, draw.stage), seed, params))
 
     def _verify(self, batch: list[tuple[Draw, Completion]]) -> list[tuple[Verdict, str]]:
-        """A verdict and its reason for each completion; one that was cut or never drawn is not shown to the verifier."""
-        whole = [(c.text, draw.progress.problem.answer) for draw, c in batch if c.finish_reason == "stop"]
-        texts, answers = [text for text, _ in whole], [answer for _, answer in whole]
-        told = iter(explain_with(self.verifier, texts, answers))
-        cut = Verdict.UNPARSABLE, "cut at max_completion_length"
-        return [
-            next(told)
-            if c.finish_reason == "stop"
-            else cut
-            if c.finish_reason == "length"
-            else (Verdict.ERROR, c.error or c.finish_reason)
-            for _, c in batch
-        ]
+        return judge(self.verifier, [c for _, c in batch], [draw.progress.problem.answer for draw, _ in batch])
 
     def _record(
         self, draw: Draw, completion: Completion, verdict: Verdict, reason: str, journal: Journal, log: RunLog
@@ -465,6 +453,21 @@ class DataRewriter:
             "behavior_prompt": self._prompt(problem, outcome.source) if outcome.source == Source.GUIDED else [],
             **problem.extra,
         }
+
+
+def judge(verifier, completions: list[Completion], answers: list[str]) -> list[tuple[Verdict, str]]:
+    """A verdict and its reason for each completion; one that was cut or never drawn is not shown to the verifier."""
+    whole = [(c.text, answer) for c, answer in zip(completions, answers, strict=True) if c.finish_reason == "stop"]
+    told = iter(explain_with(verifier, [text for text, _ in whole], [answer for _, answer in whole]))
+    cut = Verdict.UNPARSABLE, "cut at max_completion_length"
+    return [
+        next(told)
+        if c.finish_reason == "stop"
+        else cut
+        if c.finish_reason == "length"
+        else (Verdict.ERROR, c.error or c.finish_reason)
+        for c in completions
+    ]
 
 
 def _as_dataset(dataset):

@@ -17,6 +17,9 @@ usage: trl-offpolicy COMMAND [options]
 commands:
   rewrite    rewrite a dataset of demonstrations into what the model could have written itself
   verify     check the answers of a dataset: a table of verdicts, and the rows that are not correct
+  eval       accuracy of a model on benchmarks: avg@k, pass@k, maj@k, greedy, with intervals
+  gap        how far a rewritten dataset is from a model, before and after rewriting
+  report     one page of what rewrites, trainings, evaluations and gaps have written
   push       push a finished rewrite to the Hub: rows, attempts and card
 
   trl-offpolicy rewrite --model_name_or_path Qwen/Qwen2.5-Math-1.5B --dataset_name openai/gsm8k --dataset_config main \\
@@ -24,6 +27,9 @@ commands:
   trl-offpolicy rewrite --config rewrite.yaml                        # the same keys in a file; run again to resume
   trl-offpolicy verify --dataset_name runs/gsm8k/dataset             # what is not correct goes to not_correct.jsonl
   trl-offpolicy push runs/gsm8k --hub_dataset_id me/gsm8k-on-policy   # or --push_to_hub --hub_dataset_id … when rewriting
+  trl-offpolicy eval --model_name_or_path M --benchmarks math500 aime24 --preset paper --output_dir runs/eval
+  trl-offpolicy gap --model_name_or_path M --dataset_name runs/gsm8k/dataset --output_dir runs/gap
+  trl-offpolicy report runs --output_dir runs/report
   trl-offpolicy COMMAND --help                                       # every option
 """
 
@@ -32,6 +38,9 @@ COMMANDS = {
     "rewrite": ("rewrite", "rewrite"),
     "verify": ("verify", "verify"),
     "push": ("rewrite", "push"),
+    "eval": ("measure", "evaluate"),
+    "gap": ("measure", "gap"),
+    "report": ("measure", "report"),
 }
 
 

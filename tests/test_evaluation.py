@@ -1,0 +1,286 @@
+"""Estimators against hand-made counts and simulation; evaluations killed, resumed, sharded, compared; formats refused."""
+
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import POLICY, ROOT
+from scripted import ScriptedSampler, rows, verify
+
+from trl_offpolicy import Verdict, evaluate
+from trl_offpolicy.benchmarks import PRESETS, load_benchmark, load_benchmarks, read_questions
+from trl_offpolicy.estimators import accuracies, bootstrap, compare, majority, paired_test, pass_at_k, share_interval
+from trl_offpolicy.prompts import SOLVE_PROMPT
+from trl_offpolicy.sampling import Completion
+
+
+def benchmark(num_rows=30):
+    return [{"problem": r["problem"], "answer": i % 50} for i, r in enumerate(rows(num_rows))]
+
+
+def run(benchmarks=None, sampler=None, **kwargs):
+    benchmarks = {"a": benchmark(), "b": benchmark(7)} if benchmarks is None else benchmarks
+    options = {"num_generations": 4, "verifier": verify, **kwargs}
+    return evaluate(None, benchmarks, sampler=sampler or ScriptedSampler(), **options)
+
+
+# ---- estimators ----
+
+
+@pytest.mark.parametrize("n, c, k", [(1, 0, 1), (4, 2, 1), (4, 2, 2), (5, 1, 3), (6, 6, 2), (6, 4, 3), (8, 3, 8)])
+def test_pass_at_k_is_the_mean_over_all_subsets(n, c, k):
+    samples = [True] * c + [False] * (n - c)
+    subsets = list(itertools.combinations(samples, k))
+    assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+def test_accuracies_of_hand_made_counts():
+    correct = [[True, True, False, False], [False] * 4, [True] * 4, [True, False], []]
+    answers = [["1", "1", "2", "3"], ["5", None, "5", "6"], ["7"] * 4, ["1", "2"], []]
+    result = accuracies(answers, correct, 4)
+    assert result["avg@4"] == result["pass@1"] == (0.5 + 0 + 1 + 0.5) / 4
+    assert result["pass@2"] == pytest.approx((5 / 6 + 0 + 1 + 1) / 4)
+    assert result["pass@4"] == pytest.approx(2 / 3)  # the problem with two samples says nothing of pass@4
+    assert result["maj@4"] == (1 + 0 + 1 + 0.5) / 4
+    assert result["avg@4_se"] == pytest.approx(np.std([0.5, 0, 1, 0.5], ddof=1) / 2)
+
+
+def test_majority():
+    assert majority(["1", "1", "2"], [False, False, True]) == 0
+    assert majority(["0.5", "1/2", "2"], [True, True, False]) == 1  # one vote however it is written
+    assert majority(["1", "2"], [True, False]) == 0.5
+    assert majority([None, None], [False, False]) == majority([], []) == 0
+
+
+def test_coverage_of_the_bootstrap_interval():
+    """Of intervals of avg@8 over 30 problems of very different difficulty, 95 % hold the true mean."""
+    rng, trials, hits, plain = np.random.default_rng(0), 1000, 0, 0
+    for trial in range(trials):
+        shares = rng.binomial(8, rng.beta(0.4, 0.8, 30)) / 8
+        low, high = bootstrap(shares, num_resamples=1000, seed=trial)[0]
+        hits += low <= 1 / 3 <= high
+        of_samples = 1.96 * math.sqrt(shares.mean() * (1 - shares.mean()) / 240)  # as if 240 samples were independent
+        plain += abs(shares.mean() - 1 / 3) <= of_samples
+    assert 0.93 <= hits / trials <= 0.97 and plain / trials < 0.8
+
+
+def test_share_interval_where_all_problems_are_alike():
+    low, high = share_interval([0.0] * 30)
+    assert low == 0 and (1 - high) ** 30 == pytest.approx(0.025)
+    assert share_interval([1.0] * 30) == pytest.approx([1 - high, 1.0]) and share_interval([0.5]) is None
+    assert share_interval([0.5] * 9) == [0.5, 0.5]
+
+
+def test_paired_test_is_the_exact_one_and_has_its_size():
+    differences = [0.5, 0.25, -0.25, 1.0, 0.0, 0.75, -0.5, 0.25]
+    signs = itertools.product([1, -1], repeat=8)
+    exact = np.mean([abs(np.dot(s, differences)) >= abs(sum(differences)) - 1e-12 for s in signs])
+    assert paired_test(differences) == pytest.approx(exact, abs=0.015)
+    rng = np.random.default_rng(0)
+    false_alarms = np.mean([paired_test(rng.normal(size=20), 500) < 0.05 for _ in range(400)])
+    assert 0.02 < false_alarms < 0.09
+
+
+def test_compare_pairs_by_problem():
+    a = {"problem_ids": ["x", "y", "z", "u"], "num_correct": [4, 2, 0, 0], "num_judged": [4, 4, 4, 0]}
+    b = {"problem_ids": ["z", "y", "w", "u"], "num_correct": [1, 1, 4, 1], "num_judged": [4, 2, 4, 4]}
+    result = compare(a, b)  # y: 2/4 - 1/2, z: 0 - 1/4; u was never judged in a
+    assert result["difference"] == -0.125 and result["num_problems"] == 2
+    with pytest.raises(ValueError, match="no problem in common"):
+        compare(a, {**b, "problem_ids": ["1", "2", "3", "4"]})
+
+
+# ---- runs ----
+
+
+def test_greedy_beside_samples_and_rates():
+    class Greedy(ScriptedSampler):
+        def completion(self, request):
+            if request.params.temperature == 0:
+                gold = request.prompt[-1]["content"].split("gold:")[1].split()[0]
+                return Completion(request.id, f"\\boxed{{{gold}}}", [1, 2], [-0.1, -0.1], "stop")
+            return super().completion(request)
+
+    result = run(sampler=Greedy(), greedy=True)["a"]
+    assert result["greedy"] == 1 and result["greedy_ci95"][1] == 1
+    assert result["avg@4"] < 0.6 and result["entropy"] == 0.5
+    assert run(temperature=0.7)["a"]["entropy"] is None
+    with pytest.raises(ValueError, match="all would be the same"):
+        run(temperature=0.0)
+
+
+def test_what_is_not_judged_is_not_wrong():
+    def slow(completions, answers):
+        return [Verdict.TIMEOUT if i % 2 else Verdict.CORRECT for i, _ in enumerate(completions)]
+
+    result = run(verifier=slow)["a"]
+    judged = sum(result["num_judged"])
+    assert result["not_told"] == pytest.approx(1 - judged / 120) and 0.3 < result["not_told"] < 0.6
+    shares = [c / n for c, n in zip(result["num_correct"], result["num_judged"], strict=True) if n]
+    assert result["avg@4"] == pytest.approx(sum(shares) / len(shares))
+
+
+def test_a_killed_and_resumed_evaluation_and_one_in_shards_say_the_same(tmp_path):
+    whole = run(output_dir=str(tmp_path / "whole"), greedy=True)
+    script = (
+        "import sys; sys.path.insert(0, 'tests')\nfrom test_evaluation import run, ScriptedSampler\n"
+        "run(sampler=ScriptedSampler(order_seed=5, kill_after=60), output_dir=sys.argv[1], greedy=True)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "killed")]
+    killed = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
+    assert killed.returncode == -9 and not (tmp_path / "killed" / "results.json").exists()
+    sampler = ScriptedSampler(order_seed=1)
+    assert run(sampler=sampler, output_dir=str(tmp_path / "killed"), greedy=True) == whole
+    assert 0 < sampler.sampled <= 37 * 5 - 10  # the rest was in the journal
+    for i in (2, 0, 1):
+        assert not (tmp_path / "shards" / "results.json").exists()
+        last = run(
+            output_dir=str(tmp_path / "shards"), greedy=True, shard=f"{i}/3", sampler=ScriptedSampler(order_seed=i)
+        )
+    assert last == whole
+    written = [
+        json.loads((tmp_path / d / "results.json").read_text())["benchmarks"] for d in ("whole", "killed", "shards")
+    ]
+    assert written[0] == written[1] == written[2] == whole
+
+    def samples(directory):
+        tables = [pq.read_table(file).to_pylist() for file in (tmp_path / directory).glob("samples*.parquet")]
+        return sorted(itertools.chain(*tables), key=lambda s: (s["benchmark"], s["id"], s["stage"], s["attempt"]))
+
+    assert samples("whole") == samples("killed") == samples("shards") and len(samples("whole")) == 37 * 5
+    assert "| a | 30 |" in (tmp_path / "whole" / "results.md").read_text()
+
+
+def test_another_setting_is_refused_and_more_samples_are_added(tmp_path):
+    first = run(output_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="`seed` was 42 there and is 1 now"):
+        run(output_dir=str(tmp_path), seed=1)
+    sampler = ScriptedSampler()
+    more = run(output_dir=str(tmp_path), num_generations=6, sampler=sampler)
+    assert sampler.sampled == 37 * 2 and more["a"]["problem_ids"] == first["a"]["problem_ids"]
+    few = run(output_dir=str(tmp_path / "few"), shard="0/9")  # none of the seven problems of b
+    assert list(few) == ["a"] and few["a"]["num_problems"] == 3 and not (tmp_path / "few" / "results.json").exists()
+    with pytest.raises(ValueError, match="without output_dir"):
+        run(shard="0/2")
+
+
+def test_baseline(tmp_path):
+    run(output_dir=str(tmp_path / "base"), sampler=ScriptedSampler(p_self=0.1))
+    better = run(
+        output_dir=str(tmp_path / "new"), baseline=str(tmp_path / "base"), sampler=ScriptedSampler(p_self=0.8)
+    )["a"]
+    assert better["vs_baseline"]["p_value"] < 0.01 and better["vs_baseline"]["difference_ci95"][0] > 0
+    assert "paired" in (tmp_path / "new" / "results.md").read_text()
+
+
+# ---- benchmarks and formats ----
+
+
+def test_rows_as_the_hub_has_them():
+    """One row in the columns of each named benchmark's dataset."""
+    found = read_questions(
+        "b",
+        [
+            {
+                "problem": "1+1?",
+                "solution": "so \\boxed{2}",
+                "answer": "2",
+                "unique_id": "test/1.json",
+            },  # MATH-500, AIME
+            {"question": "1+1?", "answer": "2"},  # Minerva, AMC23
+            {"question": "1+2?", "final_answer": ["$3$", "$4$"], "is_multiple_answer": True},  # OlympiadBench
+            {"question": "Tom?", "answer": "He has <<1+1=2>>2\n#### 1,002"},  # GSM8K
+            {"problem": "p", "solution": "thus \\boxed{\\frac{1}{2}}"},
+        ],
+        SOLVE_PROMPT,
+        "Be good.",
+    )
+    assert [q.answer for q in found] == ["2", "2", "$3$, $4$", "1002", "\\frac{1}{2}"]
+    assert found[1].id == f"{found[0].id}-2"  # the same problem twice: samples of its own
+    system, user = found[0].prompt
+    assert system == {"role": "system", "content": "Be good."} and user["content"].startswith("1+1?\nPlease reason")
+
+
+def test_files_and_names(tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"problem": "1+1?", "answer": "2"}\n')
+    assert load_benchmark(str(file))[0] == "mine"
+    with pytest.raises(ValueError, match="two benchmarks called 'mine'"):
+        load_benchmarks([str(file), str(file)])
+    with pytest.raises(ValueError, match="use one of math500, minerva_math"):
+        load_benchmark("math50")
+    with pytest.raises(FileNotFoundError):
+        load_benchmark("./nothing.jsonl")
+
+
+def test_rendered_prompts_double_bos_and_other_training_formats_are_refused(tokenizer):
+    from copy import deepcopy
+
+    class Rendering(ScriptedSampler):
+        processing_class = deepcopy(tokenizer)
+
+    one = [{"problem": "1 gold:3 ?", "answer": "3"}]
+    asked = {"sampler": Rendering(), "num_generations": 1}
+    rendered = [{"prompt": "<|im_start|>user\n1 gold:3 ?<|im_end|>\n", "answer": "3"}]
+    with pytest.raises(ValueError, match="special token '<|im_"):
+        run({"b": rendered}, **asked)
+    twice = Rendering()
+    twice.processing_class.bos_token = "<|endoftext|>"
+    twice.processing_class.chat_template = "<|endoftext|><|endoftext|>" + tokenizer.chat_template
+    with pytest.raises(ValueError, match="would see two"):
+        run({"b": one}, sampler=twice, num_generations=1)
+    other = deepcopy(tokenizer)
+    other.chat_template = other.chat_template.replace("<|im_start|>", "")
+    run(
+        {"b": one},
+        train_tokenizer=POLICY,
+        **{**asked, "sampler": type("S", (Rendering,), {"processing_class": tokenizer})()},
+    )
+    with pytest.raises(ValueError, match="chat template is another one"):
+        run(
+            {"b": one},
+            train_tokenizer=other,
+            **{**asked, "sampler": type("S", (Rendering,), {"processing_class": tokenizer})()},
+        )
+    plain = {"sampler": type("S", (Rendering,), {"processing_class": tokenizer})(), "num_generations": 1}
+    trained = {"problem": "2+2?", "prompt": [{"role": "user", "content": SOLVE_PROMPT.replace("{problem}", "2+2?")}]}
+    run({"b": one}, train_dataset=[trained], **plain)
+    with pytest.raises(ValueError, match="words around the problem"):
+        run({"b": one}, train_dataset=[{**trained, "prompt": [{"role": "user", "content": "2+2?"}]}], **plain)
+    with pytest.raises(ValueError, match="turns before the problem"):
+        run({"b": one}, train_dataset=[trained], system_prompt="Be good.", **plain)
+
+
+def test_command_line_with_preset(tmp_path):
+    """The preset's settings arrive, a flag beside it wins, and the files are there; a real model, a real verifier."""
+    from quickstart_task import problems
+
+    file = tmp_path / "p.jsonl"
+    data = problems(3, 1, (1,), p_hard=0.0)
+    file.write_text("".join(json.dumps({"prompt": r["problem"], "answer": r["answer"]}) + "\n" for r in data))
+    command = [
+        sys.executable,
+        "-m",
+        "trl_offpolicy.cli",
+        "eval",
+        "--model_name_or_path",
+        POLICY,
+        "--benchmarks",
+        file,
+        "--preset",
+        "paper",
+    ]
+    command += ["--num_generations", 2, "--max_completion_length", 60, "--output_dir", tmp_path / "out"]
+    result = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    written = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert written["config"]["seed"] == PRESETS["paper"]["seed"] == 0 and written["config"]["num_generations"] == 2
+    assert written["config"]["system_prompt"] == "You are a helpful assistant."
+    assert result.stdout.splitlines()[0] == str(tmp_path / "out") and "avg@2" in result.stdout
+    assert written["benchmarks"]["p"]["entropy"] > 0

@@ -1,0 +1,128 @@
+"""A report of real runs: what it shows is what the files say, nothing in it is executed, nothing is fetched."""
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+from conftest import POLICY, ROOT
+from scripted import ScriptedSampler, rows, verify
+
+from trl_offpolicy import DataRewriter, RewriteConfig, evaluate, measure_policy_gap
+from trl_offpolicy.report import write_report
+
+
+EVIL = "<script>alert(1)</script> & | <img src=x onerror=alert(2)>"
+
+
+class Reader(HTMLParser):
+    """Collects tags, attributes and text, and checks that every tag is closed."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.text = [], [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+        if tag not in ("meta", "br", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture
+def runs(tmp_path, tokenizer, tiny_model):
+    """A rewrite, two evaluations, a gap and a training's state, as the commands write them."""
+    data = [{**row, "solution": f"{EVIL} {row['solution']}"} for row in rows(40)]
+    args = RewriteConfig(
+        str(tmp_path / "runs" / "rewrite"), num_generations=2, guided_prompt="Teacher {problem} {solution}"
+    )
+    rewritten = DataRewriter(None, args, sampler=ScriptedSampler(), verifier=verify).rewrite(data)
+    kept = [{**row, "completion_ids": [], "behavior_log_probs": []} for row in rewritten]
+    measure_policy_gap(tiny_model, kept, tokenizer, output_dir=str(tmp_path / "runs" / "gap"))
+    benchmark = {"a": [{"problem": r["problem"], "answer": i % 50} for i, r in enumerate(rows(20))]}
+    for name, p in (("base", 0.2), ("tuned", 0.7)):
+        options = {
+            "output_dir": str(tmp_path / "runs" / name),
+            "baseline": str(tmp_path / "runs" / "base") if p > 0.5 else None,
+        }
+        evaluate(None, benchmark, 4, sampler=ScriptedSampler(p_self=p), verifier=verify, **options)
+    for step in (5, 10):
+        checkpoint = tmp_path / "runs" / "train" / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        history = [{"step": i, "loss": 1 / i, "nll": 1.5 / i, "ess": 0.9, "ess/self": 0.8} for i in range(1, step + 1)]
+        (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": history}))
+    return tmp_path / "runs"
+
+
+def test_the_page_shows_what_the_files_say(runs, tmp_path):
+    path = write_report([str(runs)], str(tmp_path / "report"))
+    page, markdown = path.read_text(), (tmp_path / "report" / "report.md").read_text()
+    reader = Reader()
+    reader.feed(page)
+    assert reader.open == []
+    text = "".join(reader.text)
+    counts = json.loads((runs / "rewrite" / "metrics.json").read_text())["yield"]
+    results = json.loads((runs / "tuned" / "results.json").read_text())["benchmarks"]["a"]
+    gap = json.loads((runs / "gap" / "policy_gap.json").read_text())["total"]
+    for shown in (
+        f"{counts['self'] / 40:.1%}", f"{results['avg@4']:.1%}", f"{results['vs_baseline']['difference']:+.1%}",
+        f"{gap['before']['sequence_log_prob']:.2f} → {gap['after']['sequence_log_prob']:.2f}",
+    ):  # fmt: skip
+        assert shown in text and shown in markdown
+    assert re.search(r"train</td><td>10</td><td>0.1<", page)  # the last checkpoint's
+    assert page.count("<details") == 20 and page.count("<details open") == 3
+    for figure in re.findall(r"\]\((figures/[^)]*)\)", markdown):
+        assert (tmp_path / "report" / figure).read_text().startswith("<?xml")
+
+
+def test_nothing_is_executed_or_fetched(runs, tmp_path):
+    page = write_report([str(runs)], str(tmp_path / "report"), title=EVIL).read_text()
+    reader = Reader()
+    reader.feed(page)
+    assert "script" not in reader.tags and "link" not in reader.tags
+    assert {name for name, _ in reader.attributes}.isdisjoint({"onerror", "onload"})
+    assert all(value.startswith("data:image/svg+xml") for name, value in reader.attributes if name in ("src", "href"))
+    assert "alert(1)" in "".join(reader.text) and "url(" not in page
+    inside = [line for line in (tmp_path / "report" / "report.md").read_text().splitlines()[2:] if "<script>" in line]
+    assert inside and all(line.startswith("    ") for line in inside)
+
+
+def test_nothing_to_report(tmp_path):
+    with pytest.raises(ValueError, match="nothing to report"):
+        write_report([str(tmp_path)], str(tmp_path / "out"))
+    with pytest.raises(FileNotFoundError, match="no directory"):
+        write_report([str(tmp_path / "absent")], str(tmp_path / "out"))
+
+
+def test_command_lines_of_gap_and_report(tmp_path):
+    from datasets import Dataset
+
+    row = {
+        "prompt": [{"role": "user", "content": "2+2?"}], "completion": [{"role": "assistant", "content": "4"}], "solution": "It is 4.",
+        "id": "1", "source": "self", "answer": "4", "completion_ids": [20, 2], "behavior_log_probs": [-1.0, -1.0],
+    }  # fmt: skip
+    Dataset.from_list([row] * 3).to_parquet(tmp_path / "rows.parquet")
+    for command in (
+        [
+            "gap",
+            "--model_name_or_path",
+            POLICY,
+            "--dataset_name",
+            tmp_path / "rows.parquet",
+            "--output_dir",
+            tmp_path / "gap",
+        ],
+        ["report", tmp_path / "gap", "--output_dir", tmp_path / "report"],
+    ):
+        argv = [sys.executable, "-m", "trl_offpolicy.cli", *map(str, command)]
+        result = subprocess.run(argv, capture_output=True, text=True, timeout=600, cwd=ROOT)
+        assert result.returncode == 0, result.stderr
+    assert "policy gap" in (tmp_path / "report" / "report.html").read_text().lower()

@@ -1,0 +1,190 @@
+"""`trl-offpolicy eval`, `gap` and `report`."""
+
+import itertools
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from .. import prompts
+from ..sampling import SamplerError
+from .arguments import DatasetArguments, EngineArguments, load_dataset, make_sampler, parser_for
+
+
+EVAL_EXAMPLES = """\
+examples:
+  trl-offpolicy eval --model_name_or_path M --benchmarks math500 minerva_math olympiadbench aime24 amc23 --preset paper \\
+      --output_dir runs/eval-paper --dtype bfloat16
+  trl-offpolicy eval --model_name_or_path M --benchmarks math500 test.jsonl openai/gsm8k:main:test --output_dir runs/eval-base
+  trl-offpolicy eval --model_name_or_path runs/sft --benchmarks math500 --output_dir runs/eval-sft --baseline runs/eval-base \\
+      --train_dataset runs/gsm8k/dataset                                # paired test; another prompt than in training is refused
+  trl-offpolicy eval --model_name_or_path M --benchmarks math500 --num_generations 1 --temperature 0 --output_dir runs/greedy
+  trl-offpolicy eval --config eval.yaml --greedy --shard 0/4            # on the first of four machines, 1/4 on the second, …
+
+Benchmarks: a name, a file with problem (or question) and answer, or a Hub dataset as id:config:split. An interrupted
+evaluation resumes: run the same command again.
+
+Preset `paper` (arXiv 2509.15157, as its code evaluates Qwen2.5-Math; `paper_llama` for Llama-3.1): T = 1, top_p 1, 16 samples,
+4096 tokens, seed 0, its prompt. What is not copied: a grader that lets 900 pass for 9, accuracies rounded to 0.1 for each
+run, a second BOS for Llama, and another prompt in training than here.
+
+What was forgotten, by lm-eval (pip install lm-eval); the same template as in training, greedy:
+  lm_eval --model hf --model_args pretrained=runs/sft,dtype=bfloat16 --tasks mmlu,ifeval --apply_chat_template --batch_size auto
+"""
+
+GAP_EXAMPLES = """\
+examples:
+  trl-offpolicy gap --model_name_or_path M --dataset_name runs/gsm8k/dataset --output_dir runs/gap
+  trl-offpolicy gap --model_name_or_path M --dataset_name runs/gsm8k/dataset --output_dir runs/table3 --concatenate --dtype float16
+"""
+
+REPORT_EXAMPLES = """\
+examples:
+  trl-offpolicy report runs --output_dir runs/report                   # everything below runs/
+  trl-offpolicy report runs/gsm8k runs/gap runs/gsm8k-iw runs/eval-base runs/eval-iw --output_dir runs/report
+"""
+
+
+@dataclass(kw_only=True)
+class EvalArguments(EngineArguments):
+    """What is evaluated, on what, and how."""
+
+    benchmarks: list[str] = field(
+        metadata={"help": "Names, files, or Hub datasets as id, id:split or id:config:split."}
+    )
+    output_dir: str = field(
+        metadata={"help": "Run directory: journal, samples and results. An interrupted run resumes from it."}
+    )
+    preset: str | None = field(
+        default=None,
+        metadata={"help": "Settings of a paper; flags beside it win.", "choices": ["paper", "paper_llama"]},
+    )
+    num_generations: int = field(default=16, metadata={"help": "Samples of each problem: k."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; 0 with one sample is greedy."})
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus."})
+    top_k: int = field(default=0, metadata={"help": "Highest-probability tokens kept, 0 for all."})
+    max_completion_length: int = field(default=4096, metadata={"help": "Tokens of one sample."})
+    seed: int = field(default=42, metadata={"help": "Seed of the run; each sample derives its own from it."})
+    greedy: bool = field(default=False, metadata={"help": "One more completion of each problem, at temperature 0."})
+    solve_prompt: str = field(default=prompts.SOLVE_PROMPT, metadata={"help": "What a problem is asked."})
+    system_prompt: str | None = field(default=None, metadata={"help": "System turn before it."})
+    max_problems: int | None = field(default=None, metadata={"help": "Only the first problems of each benchmark."})
+    shard: str = field(default="0/1", metadata={"help": "i/n asks the i-th of n blocks of each benchmark's problems."})
+    overwrite: bool = field(default=False, metadata={"help": "Delete the journal of other settings in output_dir."})
+    baseline: str | None = field(default=None, metadata={"help": "Run directory of another model to compare with."})
+    train_tokenizer: str | None = field(
+        default=None, metadata={"help": "Tokenizer in training; another chat template is refused."}
+    )
+    train_dataset: str | None = field(default=None, metadata={"help": "Rows in training; another prompt is refused."})
+
+
+@dataclass(kw_only=True)
+class GapArguments(DatasetArguments):
+    """How far which rows are from which model."""
+
+    model_name_or_path: str = field(
+        metadata={"help": "Usually the model that will be trained: Hub id or local directory."}
+    )
+    output_dir: str = field(metadata={"help": "Where policy_gap.json, .md and .parquet go."})
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
+    dtype: str = field(default="auto", metadata={"help": "Weights' dtype: auto, bfloat16, float16 or float32."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code from the model's repository."})
+    batch_tokens: int = field(default=8192, metadata={"help": "Tokens of one forward, padding included."})
+    concatenate: bool = field(
+        default=False, metadata={"help": "Bare problem + target without template, as the paper's Table 3."}
+    )
+    chat_template_path: str | None = field(
+        default=None, metadata={"help": "Jinja file, where training used another than the tokenizer's."}
+    )
+
+
+@dataclass(kw_only=True)
+class ReportArguments:
+    """What goes onto the page."""
+
+    run_dirs: list[str] = field(
+        metadata={"help": "Output directories of the commands and trainings, or of several of them."}
+    )
+    output_dir: str = field(metadata={"help": "Where report.html, report.md and figures/ go."})
+    title: str = field(default="trl_offpolicy report", metadata={"help": "Title of the page."})
+    seed: int = field(default=0, metadata={"help": "Which twenty rows are shown."})
+
+
+def evaluate(argv: list[str]) -> int:
+    from .. import tables
+    from ..benchmarks import PRESETS, load_benchmarks
+    from ..evaluation import evaluate as run
+    from ..rows import load_rows
+
+    description = "Measure a model: sample k completions of each problem, verify them, report accuracies with intervals over problems."
+    parser = parser_for(EvalArguments, "eval", description, EVAL_EXAMPLES)
+    (arguments,) = parser.parse_args_and_config(argv)
+    if arguments.preset:
+        parser.set_defaults(**PRESETS[arguments.preset])  # below what a flag or the config file says
+        (arguments,) = parser.parse_args_and_config(argv)
+    print(arguments.output_dir, flush=True)
+    rows = load_benchmarks(arguments.benchmarks)
+    if arguments.max_problems is not None:
+        rows = {name: each.select(range(min(arguments.max_problems, len(each)))) for name, each in rows.items()}
+    options = {f.name: getattr(arguments, f.name) for f in fields(arguments)}
+    for name in ("benchmarks", "preset", "max_problems", "sampler", *(f.name for f in fields(EngineArguments))):
+        options.pop(name, None)
+    if arguments.train_dataset:
+        options["train_dataset"] = load_rows(arguments.train_dataset)
+    sampler = make_sampler(arguments)
+    try:
+        results = run(arguments.model_name_or_path, rows, sampler=sampler, **options)
+    except (KeyboardInterrupt, SamplerError) as error:
+        print(f"\nstopped; every finished sample is in {arguments.output_dir}. {error}".rstrip())
+        print("Run the same command again to resume.")
+        return 3
+    finally:
+        sampler.close()
+    print(tables.markdown(tables.accuracy(results)), end="")
+    if arguments.baseline:
+        print(tables.markdown(tables.comparison(results)), end="")
+    if not (Path(arguments.output_dir) / "results.json").exists():
+        print(f"shard {arguments.shard} is done; results.json appears with the last of them")
+        return 0
+    print(f"trl-offpolicy report {arguments.output_dir} --output_dir {arguments.output_dir}/report")
+    return 0
+
+
+def gap(argv: list[str]) -> int:
+    from .. import tables
+    from ..policy_gap import measure_policy_gap
+
+    description = "Measure how far a dataset's targets are from a model, by source, before and after rewriting."
+    (arguments,) = parser_for(GapArguments, "gap", description, GAP_EXAMPLES).parse_args_and_config(argv)
+    print(arguments.output_dir, flush=True)
+    template = arguments.chat_template_path
+    result = measure_policy_gap(
+        arguments.model_name_or_path,
+        load_dataset(arguments),
+        batch_tokens=arguments.batch_tokens,
+        concatenate=arguments.concatenate,
+        chat_template=Path(template).read_text() if template else None,
+        output_dir=arguments.output_dir,
+        model_init_kwargs={
+            "dtype": arguments.dtype, "revision": arguments.model_revision, "trust_remote_code": arguments.trust_remote_code,
+        },
+    )  # fmt: skip
+    print(tables.markdown(tables.policy_gap(result)) + "\n" + tables.markdown(tables.texts(result)), end="")
+    print(f"trl-offpolicy report {arguments.output_dir} --output_dir {arguments.output_dir}/report")
+    return 0
+
+
+def report(argv: list[str]) -> int:
+    from ..report import write_report
+
+    parser = parser_for(
+        ReportArguments,
+        "report",
+        "trl-offpolicy report RUN_DIR … --output_dir OUT: one page of what rewrites, evaluations, gaps and trainings have written.",
+        REPORT_EXAMPLES,
+    )
+    directories = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+    if directories:  # `report RUN_DIR …`; in a config file the key is run_dirs
+        argv = ["--run_dirs", *argv]
+    (arguments,) = parser.parse_args_and_config(argv)
+    print(arguments.output_dir, flush=True)
+    print(write_report(arguments.run_dirs, arguments.output_dir, arguments.title, arguments.seed))
+    return 0

@@ -1,0 +1,111 @@
+"""Results as tables for people: (header, rows of strings), which the command line, `results.md` and the report all show."""
+
+Table = tuple[list[str], list[list[str]]]
+
+
+def markdown(table: Table) -> str:
+    """A Markdown table; its first column is aligned left, the others right."""
+    header, rows = table
+    lines = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+def number(value: float | None, form: str = ".2f", interval: list[float] | None = None) -> str:
+    """`12.3% [11.0%, 13.6%]` for `form=".1%"`; empty for `None`."""
+    if value is None:
+        return ""
+    return f"{value:{form}}" + (f" [{interval[0]:{form}}, {interval[1]:{form}}]" if interval else "")
+
+
+def metrics(results: dict[str, dict]) -> list[str]:
+    """The accuracies that a table has room for: avg@k, pass@k and maj@k of the largest k, greedy."""
+    names = {name for r in results.values() for name in r if f"{name}_ci95" in r}
+    k = max(int(name[4:]) for name in names if name.startswith("avg@"))
+    shown = [f"avg@{k}", f"pass@{k}", f"maj@{k}"] if k > 1 else ["avg@1"]
+    return [name for name in [*shown, "greedy"] if name in names]
+
+
+def accuracy(results: dict[str, dict]) -> Table:
+    """What [`evaluate`] returned; the last row is the mean over benchmarks, each counting alike, as in the papers."""
+    names, rows = metrics(results), []
+    for benchmark, r in results.items():
+        shown = [number(r.get(m), ".1%", r.get(f"{m}_ci95")) for m in names]
+        rates = [number(r[m], ".1%") for m in ("truncated", "unparsable", "not_told")]
+        line = [number(r["mean_length"], ".0f"), *rates, number(r["entropy"])]
+        rows.append([benchmark, str(r["num_problems"]), *shown, *line])
+    if len(results) > 1:
+        columns = [[r.get(m) for r in results.values()] for m in names]
+        means = [number(None if None in c else sum(c) / len(c), ".1%") for c in columns]
+        rows.append(["mean", "", *means, *[""] * 5])
+    return ["benchmark", "problems", *names, "tokens", "cut", "unparsable", "not told", "nats/token"], rows
+
+
+def comparison(results: dict[str, dict]) -> Table:
+    """Paired differences of each benchmark to the baseline, in points."""
+    rows = []
+    for benchmark, r in results.items():
+        if versus := r.get("vs_baseline"):
+            difference = number(versus["difference"], "+.1%", versus["difference_ci95"])
+            line = [difference, f"{versus['p_value']:.4f}", str(versus["num_problems"]), versus["baseline"]]
+            rows.append([benchmark, *line])
+    return ["benchmark", "difference", "p (paired sign-flip test)", "problems", "baseline"], rows
+
+
+def policy_gap(gap: dict[str, dict]) -> Table:
+    """What [`measure_policy_gap`] returned: log-probs in nats."""
+    rows = []
+    for source, r in gap.items():
+        before, after, difference, behavior = r["before"], r["after"], r["difference"], r["behavior"] or {}
+
+        def moved(name: str, form: str = ".2f", before=before, after=after) -> str:
+            return f"{before[name]:{form}} → {after[name]:{form}}"
+
+        matched = number(difference["length_matched"], "+.3f", difference["length_matched_ci95"])
+        line = [moved("token_log_prob", ".3f"), moved("perplexity"), moved("num_tokens", ".0f"), matched]
+        line += [number(behavior.get("kl"), ".4f"), number(behavior.get("ess"), ".3f")]
+        rows.append([source, str(r["rows"]), moved("sequence_log_prob"), *line])
+    header = [
+        "source",
+        "rows",
+        "log-prob of the target",
+        "per token",
+        "perplexity",
+        "tokens",
+        "per token at equal length",
+    ]
+    return [*header, "KL(μ‖π) per token", "ESS"], rows
+
+
+def texts(gap: dict[str, dict]) -> Table:
+    """What rewriting did to the texts, from the same result."""
+    rows = []
+    for source, r in gap.items():
+        before, after = r["before"], r["after"]
+        both = [
+            f"{number(before[m], form)} → {number(after[m], form)}"
+            for m, form in (("hint_leakage", ".1%"), ("distinct_2", ".3f"), ("self_bleu", ".3f"))
+        ]
+        rows.append([source, number(after["copy_ratio"], ".1%"), *both])
+    return ["source", "copied 4-grams", "speak of a reference", "distinct-2", "self-BLEU"], rows
+
+
+def rewriting(metrics: dict) -> Table:
+    """The yield funnel of a rewrite's `metrics.json`."""
+    counts, left, rows = metrics["yield"], metrics["yield"]["total"], []
+    for stage, attempts in metrics["stages"].items():
+        share = number(attempts["correct"] / attempts["sampled"] if attempts["sampled"] else None, ".1%")
+        kept = counts[stage]
+        rows.append(
+            [
+                stage,
+                f"{left:,}",
+                f"{attempts['sampled']:,}",
+                share,
+                f"{kept:,}",
+                f"{kept / max(1, counts['total']):.1%}",
+            ]
+        )
+        left -= kept
+    kept = counts["expert"]
+    rows.append(["expert", f"{left:,}", "", "", f"{kept:,}", f"{kept / max(1, counts['total']):.1%}"])
+    return ["stage", "rows that reach it", "attempts", "correct attempts", "rows kept", "share of all rows"], rows
