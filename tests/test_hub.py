@@ -316,7 +316,8 @@ def test_refused_before_anything_is_sampled(tmp_path, hub, monkeypatch):
 
 def test_pushed_every_so_many_rows(tmp_path, hub, monkeypatch):
     """A push of a run under way has the attempts so far and no rows; one that fails is said, and sampling goes on."""
-    run = rewriter(tmp_path, push_to_hub=True, hub_dataset_id="me/out", push_every=5)
+    monkeypatch.delenv("HF_TOKEN")
+    run = rewriter(tmp_path, push_to_hub=True, hub_dataset_id="me/out", push_every=5, hub_token=TOKEN)
 
     class Awaited(PeriodicPush):
         def update(self, rows):
@@ -336,6 +337,8 @@ def test_pushed_every_so_many_rows(tmp_path, hub, monkeypatch):
     )
     run.push_to_hub()
     assert same(fresh("me/out"), out) and "under way" not in DatasetCard.load("me/out").text
+    written = [path.read_bytes() for path in (tmp_path / "run").rglob("*.*") if path.is_file()]
+    assert len(written) >= 5 and not any(TOKEN.encode() in data for data in (*written, repr(run.args).encode()))
 
 
 # ---- the whole way, and the cards it leaves ----
