@@ -453,8 +453,8 @@ def test_no_token_anywhere_and_one_group(tmp_path, hub):
     del environment["HF_TOKEN"]
     command = [
         "-m", "trl_offpolicy.cli", "rewrite", "--model_name_or_path", POLICY, "--dataset_name", "demos.jsonl", "--output_dir", "run",
-        "--num_generations", "2", "--max_completion_length", "64", "--push_to_hub", "--hub_dataset_id", "me/out", "--private", "True",
-        "--push_every", "4", "--hub_token", TOKEN, "--report_to", "wandb", "--wandb_log_artifacts",
+        "--num_generations", "2", "--max_completion_length", "64", "--push_to_hub", "--hub_dataset_id", "me/out", "--private",
+        "--push_every", "4", "--hub-token", TOKEN, "--report_to", "wandb", "--wandb_log_artifacts",
     ]  # fmt: skip
     done = subprocess.run(
         [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600

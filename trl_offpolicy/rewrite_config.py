@@ -49,7 +49,8 @@ class RewriteConfig:
         push_to_hub (`bool`, *optional*, defaults to `False`): The command pushes rows, attempts and card when the run is done (in Python, call
             `push_to_hub`). Whether it may is found out before anything is sampled.
         hub_dataset_id (`str`, *optional*): Dataset repository, `owner/name`.
-        hub_private_repo (`bool`, *optional*): Whether a new repository is private (`--private`).
+        hub_private_repo (`bool`, *optional*, defaults to `False`): Make a new repository private (`--private`); otherwise it is what the
+            owner's new repositories are.
         hub_token (`str`, *optional*): By default `HF_TOKEN`, or that of `hf auth login`; a command line can be read by others.
         hub_revision (`str`, *optional*): Branch; by default `main`.
         push_attempts (`bool`, *optional*, defaults to `True`): Push every attempt too, as config `attempts`.
@@ -116,8 +117,8 @@ class RewriteConfig:
     )
     push_to_hub: bool = field(default=False, metadata={"help": "Push rows, attempts and card when the run is done."})
     hub_dataset_id: str | None = field(default=None, metadata={"help": "Dataset repository to push to: owner/name."})
-    hub_private_repo: bool | None = field(
-        default=None, metadata={"help": "Whether a new repository is private.", "aliases": ["--private"]}
+    hub_private_repo: bool = field(
+        default=False, metadata={"help": "Whether a new repository is private.", "aliases": ["--private"]}
     )
     hub_token: str | None = field(
         default=None, repr=False, metadata={"help": "Hub token; better in HF_TOKEN, where no process list shows it."}

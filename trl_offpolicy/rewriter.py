@@ -103,7 +103,7 @@ class DataRewriter:
             with wandb_run(self.args.report_to, self.output_dir, "rewrite", config, part) as logged:
                 if self.args.push_to_hub:  # what would fail at the end is better known now
                     args = self.args
-                    open_repo(args.hub_dataset_id, args.hub_private_repo, args.hub_token, args.hub_revision)
+                    open_repo(args.hub_dataset_id, args.hub_private_repo or None, args.hub_token, args.hub_revision)
                 scheduler = self._run(self._problems(dataset, copies), len(copies), journal, logged)
                 file = self._write(dataset, copies, columns, scheduler, journal, run)
                 self.metrics["seconds"] = round(time.monotonic() - began, 2)
@@ -143,7 +143,7 @@ class DataRewriter:
         return push_run(
             self.output_dir,
             repo_id,
-            private=args.hub_private_repo if private is None else private,
+            private=args.hub_private_repo or None if private is None else private,
             token=token or args.hub_token,
             revision=revision or args.hub_revision,
             push_attempts=args.push_attempts if push_attempts is None else push_attempts,

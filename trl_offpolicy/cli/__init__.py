@@ -79,7 +79,7 @@ def _hide_token(argv: list[str]) -> list[str]:
     kept = []
     for part in parts:
         name, equals, value = part.partition("=")
-        if name == "--hub_token":
+        if name in ("--hub_token", "--hub-token"):
             os.environ["HF_TOKEN"] = value if equals else next(parts, "")
         else:
             kept.append(part)

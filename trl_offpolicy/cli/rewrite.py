@@ -47,8 +47,8 @@ class PushArguments:
         metadata={"help": "Output directory of a finished rewrite; also the first word after `push`."}
     )
     hub_dataset_id: str = field(metadata={"help": "Dataset repository: owner/name."})
-    hub_private_repo: bool | None = field(
-        default=None, metadata={"help": "Whether a new repository is private.", "aliases": ["--private"]}
+    hub_private_repo: bool = field(
+        default=False, metadata={"help": "Whether a new repository is private.", "aliases": ["--private"]}
     )
     hub_token: str | None = field(
         default=None, repr=False, metadata={"help": "Hub token; better in HF_TOKEN, where no process list shows it."}
@@ -122,7 +122,7 @@ def push(argv: list[str]) -> int:
         return push_run(
             given.run_dir,
             given.hub_dataset_id,
-            given.hub_private_repo,
+            given.hub_private_repo or None,
             given.hub_token,
             given.hub_revision,
             given.push_attempts,
