@@ -26,7 +26,7 @@ COLUMNS = (
     "before_log_prob", "before_tokens", "after_log_prob", "after_tokens", "matched_difference", "matched_tokens", "k3", "ratio", "ratio_sq",
     "behavior_tokens",
 )  # fmt: skip
-MAX_TEXTS = 300  # of a source, for the diversity of its texts
+MAX_TEXTS = 200  # of a source, for the diversity of its texts
 NUM_RESAMPLES = 2000
 
 
@@ -62,7 +62,7 @@ def measure_policy_gap(
         - `before` (the demonstrations) and `after` (the rows' completions): `sequence_log_prob` (mean over rows of the sum, nats) with
           standard error `sequence_log_prob_se`, `token_log_prob` (mean over all tokens), `perplexity` (exp of minus that),
           `num_tokens` (mean length), and of the texts `hint_leakage` (share that speak of a reference), `distinct_2` and `self_bleu`
-          (of at most 300 texts); `after` also `copy_ratio` (share of 4-grams that the demonstration has too);
+          (of at most 200 texts); `after` also `copy_ratio` (share of 4-grams that the demonstration has too);
         - `difference`: after minus before of `sequence_log_prob` and `token_log_prob`, and `length_matched`: per token, over
           the first min(length before, length after) tokens of either target of a row;
         - `behavior`, where μ is known: `rows`, `kl` (k3 estimate of KL(μ‖π), nats per token) and `ess` ((Σw)²/(n·Σw²) of the tokens'

@@ -135,12 +135,15 @@ def target_log_probs(
             first = [max(1, len(pairs[i][0])) for i in batch]  # position of the first target that has a log-prob
             places = [(b, t) for b, row in enumerate(rows) for t in range(first[b], len(row))]
             b, t = torch.tensor(places, dtype=torch.long, device=model.device).view(-1, 2).T
-            divisors = torch.tensor([1.0 if temperatures is None else temperatures[i] for i in batch]).to(model.device)
-            chunks = zip(hidden[b, t - 1].split(CHUNK), ids[b, t].split(CHUNK), divisors[b].split(CHUNK), strict=True)
-            scored = [
-                (head_logits(head, h) / d[:, None]).log_softmax(-1).gather(-1, label[:, None])[:, 0]
-                for h, label, d in chunks
-            ]
+            divisors = (
+                None if temperatures is None else torch.tensor([temperatures[i] for i in batch]).to(ids.device)[b]
+            )
+            scored = []
+            for part in torch.arange(len(b), device=ids.device).split(CHUNK):
+                logits = head_logits(head, hidden[b[part], t[part] - 1])
+                if divisors is not None:
+                    logits = logits / divisors[part, None]
+                scored.append(logits.log_softmax(-1).gather(-1, ids[b[part], t[part]][:, None])[:, 0])
             scored = torch.cat(scored).cpu() if scored else torch.zeros(0)
             for i, row, begin in zip(batch, rows, first, strict=True):
                 own, scored = scored[: len(row) - begin], scored[len(row) - begin :]

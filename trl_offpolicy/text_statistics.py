@@ -22,9 +22,9 @@ _LEAK = re.compile(
 )
 
 
-def ngrams(text: str, n: int) -> Counter:
-    """How often each run of `n` tokens occurs."""
-    tokens = _TOKEN.findall(text)
+def ngrams(text: str | list[str], n: int) -> Counter:
+    """How often each run of `n` tokens occurs in a text, or in its tokens."""
+    tokens = _TOKEN.findall(text) if isinstance(text, str) else text
     return Counter(zip(*(tokens[i:] for i in range(n)), strict=False))
 
 
@@ -55,18 +55,25 @@ def self_bleu(texts: Sequence[str], max_n: int = 4) -> float | None:
     """
     if len(texts) < 2:
         return None
-    lengths = [len(_TOKEN.findall(text)) for text in texts]
+    tokens = [_TOKEN.findall(text) for text in texts]
+    lengths = list(map(len, tokens))
     by_length = sorted(lengths)
     log_precisions = [0.0] * len(texts)
     for n in range(1, max_n + 1):
-        counts = [ngrams(text, n) for text in texts]
-        highest: dict[tuple, list[int]] = {}  # an n-gram's two highest counts: what the others have is one of them
+        counts = [ngrams(each, n) for each in tokens]
+        highest: dict[
+            tuple, tuple[int, int]
+        ] = {}  # an n-gram's two highest counts: what the others have is one of them
         for count in counts:
             for gram, number in count.items():
-                pair = highest.setdefault(gram, [0, 0])
-                pair[:] = sorted([*pair, number])[:0:-1]
+                first, second = highest.get(gram, (0, 0))
+                if number > second:
+                    highest[gram] = (number, first) if number > first else (first, number)
         for i, count in enumerate(counts):
-            clipped = sum(min(number, highest[gram][highest[gram][0] == number]) for gram, number in count.items())
+            clipped = 0
+            for gram, number in count.items():
+                first, second = highest[gram]
+                clipped += number if number < first else second
             log_precisions[i] += math.log(clipped / count.total()) / max_n if clipped else -math.inf
     return fmean(
         math.exp(log_p + min(0.0, 1 - _closest(by_length, length) / max(1, length)))
