@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import POLICY, ROOT
 from scripted import ScriptedSampler, rows, verify
+from test_trainers import wandb_records
 
 from trl_offpolicy import Verdict, evaluate
 from trl_offpolicy.benchmarks import PRESETS, load_benchmark, load_benchmarks, read_questions
@@ -276,11 +277,26 @@ def test_command_line_with_preset(tmp_path):
         "--preset",
         "paper",
     ]
-    command += ["--num_generations", 2, "--max_completion_length", 60, "--output_dir", tmp_path / "out"]
-    result = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    command += [
+        "--num_generations",
+        2,
+        "--max_completion_length",
+        60,
+        "--output_dir",
+        tmp_path / "out",
+        "--report_to",
+        "wandb",
+    ]
+    env = {**os.environ, "WANDB_DIR": str(tmp_path), "WANDB_RUN_GROUP": "mine"}
+    result = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=600, env=env)
     assert result.returncode == 0, result.stderr
     written = json.loads((tmp_path / "out" / "results.json").read_text())
     assert written["config"]["seed"] == PRESETS["paper"]["seed"] == 0 and written["config"]["num_generations"] == 2
     assert written["config"]["system_prompt"] == "You are a helpful assistant."
     assert result.stdout.splitlines()[0] == str(tmp_path / "out") and "avg@2" in result.stdout
     assert written["benchmarks"]["p"]["entropy"] > 0
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    records = list(wandb_records(file))
+    logged = {i.key or i.nested_key[0]: json.loads(i.value_json) for r in records for i in r.history.item}
+    assert logged["p/avg@2"] == written["benchmarks"]["p"]["avg@2"]
+    assert {r.run.run_group for r in records if r.HasField("run")} == {"mine"}

@@ -26,6 +26,7 @@ from .hub import versions
 from .journal import Journal, read_entries
 from .rewriter import batched, judge
 from .rows import Verdict, final_answer
+from .run_log import wandb_run
 from .sampling import Completion, Request, Sampler, SamplingParams, attempt_seed
 from .shards import Shard, check_siblings
 
@@ -57,6 +58,7 @@ def evaluate(
     output_dir: str | None = None,
     shard: str = "0/1",
     overwrite: bool = False,
+    report_to: str = "none",
     baseline: str | None = None,
     train_tokenizer=None,
     train_dataset=None,
@@ -77,6 +79,7 @@ def evaluate(
         output_dir (`str`, *optional*): Run directory: journal, `samples.parquet`, `results.json`, `results.md`. An interrupted run resumes from it.
         shard (`str`, *optional*, defaults to `"0/1"`): `i/n` asks the i-th of n blocks of each benchmark's problems; needs `output_dir`, where
             the results appear with the last of them.
+        report_to (`str`, *optional*, defaults to `"none"`): `"wandb"` logs the numbers of `results.json`; needs `output_dir`.
         baseline (`str`, *optional*): Run directory of another model: paired comparison with it on the same problems.
         train_tokenizer, train_dataset (*optional*): What the model was trained with; an evaluation in another format is refused
             ([`~benchmarks.check_training_format`]).
@@ -128,7 +131,7 @@ def evaluate(
     for name in results.keys() & earlier.keys():
         results[name]["vs_baseline"] = {"baseline": str(baseline), **compare(results[name], earlier[name])}
     if output_dir is not None and run.complete:
-        write_results(Path(output_dir), {**config, "num_generations": num_generations}, results)
+        write_results(Path(output_dir), {**config, "num_generations": num_generations}, results, report_to)
     return results
 
 
@@ -326,8 +329,8 @@ def _entry(key: Key, completion: Completion, verdict: Verdict, reason: str) -> d
     }
 
 
-def write_results(output_dir: Path, config: dict, results: dict[str, dict]) -> None:
-    """`results.md` and `results.json`, whole or not at all."""
+def write_results(output_dir: Path, config: dict, results: dict[str, dict], report_to: str = "none") -> None:
+    """`results.md` and `results.json`, whole or not at all, and their numbers to W&B if asked."""
     packages = versions("trl-offpolicy", "math-verify", "transformers", "torch", "vllm")
     text = f"# {config['model']}\n\n{tables.markdown(tables.accuracy(results))}"
     if any("vs_baseline" in r for r in results.values()):
@@ -337,6 +340,9 @@ def write_results(output_dir: Path, config: dict, results: dict[str, dict]) -> N
         partial = output_dir / f"{name}.{os.getpid()}"  # two shards may finish at the same moment
         partial.write_text(content)
         partial.replace(output_dir / name)
+    with wandb_run(report_to, output_dir, "eval", config) as run:
+        if run is not None:
+            run.log({f"{n}/{k}": x for n, each in results.items() for k, x in each.items() if isinstance(x, float)})
 
 
 def _uncheckable(verifier, questions: list[Question]) -> int:

@@ -69,6 +69,9 @@ class EvalArguments(EngineArguments):
     max_problems: int | None = field(default=None, metadata={"help": "Only the first problems of each benchmark."})
     shard: str = field(default="0/1", metadata={"help": "i/n asks the i-th of n blocks of each benchmark's problems."})
     overwrite: bool = field(default=False, metadata={"help": "Delete the journal of other settings in output_dir."})
+    report_to: str = field(
+        default="none", metadata={"help": "Where the results are logged too.", "choices": ["none", "wandb"]}
+    )
     baseline: str | None = field(default=None, metadata={"help": "Run directory of another model to compare with."})
     train_tokenizer: str | None = field(
         default=None, metadata={"help": "Tokenizer in training; another chat template is refused."}
