@@ -35,6 +35,7 @@ from trl_offpolicy import (
     evaluate,
     measure_policy_gap,
 )
+from trl_offpolicy.cli.rewrite import RewriteArguments
 from trl_offpolicy.hub import END, push_run
 from trl_offpolicy.rows import output_features
 from trl_offpolicy.run_log import PeriodicPush, wandb_run
@@ -171,7 +172,7 @@ def test_card_is_what_the_journal_says(tmp_path, hub):
     HfApi().hf_hub_download("me/out", "run_config.yaml", repo_type="dataset", local_dir=tmp_path)
     from trl import TrlParser
 
-    parser = TrlParser((cli.RewriteArguments, RewriteConfig))
+    parser = TrlParser((RewriteArguments, RewriteConfig))
     given, again = parser.parse_args_and_config(
         ["--config", str(tmp_path / "run_config.yaml"), "--output_dir", "again"]
     )

@@ -368,6 +368,7 @@ def test_wandb_offline_run_holds_the_lines(tmp_path, monkeypatch):
     import wandb
     from test_trainers import wandb_records
 
+    wandb.teardown()  # it reads its environment once
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     rewrite(tmp_path, rows(30), report_to="wandb")
     assert wandb.run is None  # finished

@@ -715,6 +715,7 @@ def test_wandb_offline_run_holds_the_diagnostics(tmp_path, tiny_model, tokenizer
     """A real W&B file, written offline and read back."""
     import wandb
 
+    wandb.teardown()  # it reads its environment once
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     args = config(ImportanceWeightedSFTConfig, tmp_path, report_to="wandb", run_name="test", max_steps=2)
     trainer = ImportanceWeightedSFTTrainer(
