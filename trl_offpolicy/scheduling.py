@@ -259,6 +259,11 @@ class KnownAttempts:
     def __len__(self) -> int:
         return len(self._ids)
 
+    def __contains__(self, problem_id: str) -> bool:
+        key, _ = _split(problem_id)
+        place = np.searchsorted(self._ids, np.uint64(key))
+        return place < len(self._ids) and self._ids[place] == key
+
     def of(self, problem_id: str) -> dict[str, dict[int, Fate]]:
         """The known attempts of one problem by stage and index."""
         key, copy = _split(problem_id)
