@@ -267,3 +267,11 @@ def test_command(tmp_path):
         result = run(*wrong, "--output_file", tmp_path / "y")
         assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
         assert not (tmp_path / "y").exists()
+
+
+def test_plain_numbers_are_checked_without_a_worker():
+    golds = ["7", "-12", "0.5", "3.14159", "007", "\\frac{1}{", "", None, "1/2", "12 apples"]
+    with MathVerifier(num_workers=1) as verifier:
+        told = verifier.check_answers(golds)
+        assert told == [v for v, _ in verifier._run([[None, g or ""] for g in golds])]  # what the worker says of all
+        assert told[:5] == ["correct"] * 5 and "unparsable" in told
