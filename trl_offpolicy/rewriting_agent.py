@@ -258,15 +258,21 @@ class GroupReward:
     def _scored(self, model, places, qa_prompts, completion_ids, texts) -> tuple[np.ndarray, list[np.ndarray | None]]:
         """NLL per token and embedding of the candidates at `places`, from one forward of the base."""
         nll, embeddings = np.full(len(texts), np.nan), [None] * len(texts)
-        pairs = [(encode_prompt(self._tokenizer, qa_prompts[i]), list(completion_ids[i])) for i in places]
+        # The same candidate drawn twice is scored once: what rounding makes of its place in a batch would be taken for a difference.
+        alike: dict[tuple, list[int]] = {}
+        for i in places:
+            pair = tuple(encode_prompt(self._tokenizer, qa_prompts[i])), tuple(completion_ids[i])
+            alike.setdefault(pair, []).append(i)
+        members, pairs = list(alike.values()), [(list(prompt), list(target)) for prompt, target in alike]
 
         def mean_pooled(row: int, hidden: torch.Tensor) -> None:
-            embeddings[places[row]] = hidden[len(pairs[row][0]) :].float().mean(0).cpu().numpy()
+            for place in members[row]:
+                embeddings[place] = hidden[len(pairs[row][0]) :].float().mean(0).cpu().numpy()
 
         observe = mean_pooled if self.embed is None else None
         scored = target_log_probs(model, pairs, self.batch_tokens, progress=False, observe=observe)
-        for place, log_probs in zip(places, scored, strict=True):
-            nll[place] = -log_probs.double().mean().item()
+        for group, log_probs in zip(members, scored, strict=True):
+            nll[group] = -log_probs.double().mean().item()
         if self.embed is not None and len(places):
             for place, embedding in zip(places, self.embed([texts[i] for i in places]), strict=True):
                 embeddings[place] = np.asarray(embedding, np.float32)
