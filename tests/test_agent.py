@@ -33,17 +33,9 @@ from trl_offpolicy import (
     TransformersSampler,
     cli,
 )
+from trl_offpolicy.group_rewards import alignment_reward, diversity_reward, task_gate, total_reward
 from trl_offpolicy.prompts import PAPER_QA_PROMPT, REASONING_PROMPT
-from trl_offpolicy.rewriting_agent import (
-    Candidate,
-    GroupReward,
-    RewritingAgentTrainer,
-    agent_dataset,
-    alignment_reward,
-    diversity_reward,
-    task_gate,
-    total_reward,
-)
+from trl_offpolicy.rewriting_agent import Candidate, GroupReward, RewritingAgentTrainer, agent_dataset
 
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -589,7 +581,7 @@ def test_guided_rows_are_the_agents(tmp_path, adapter, tokenizer):
         ImportanceWeightedSFTTrainer(POLICY, config, train_dataset=out, processing_class=tokenizer)
 
 
-def test_command_trains_pushes_and_rewrites(tmp_path, hub, capsys, monkeypatch):  # noqa: F811
+def test_command_trains_pushes_and_rewrites(tmp_path, hub):  # noqa: F811
     """From demonstrations to rows by way of the Hub: `agent`, its card, and the command it prints last, with the adapter's Hub id."""
     data = tmp_path / "demos.jsonl"
     Dataset.from_list(mixed_rows()).to_json(data)
@@ -597,12 +589,23 @@ def test_command_trains_pushes_and_rewrites(tmp_path, hub, capsys, monkeypatch):
         "--model_name_or_path", POLICY, "--dataset_name", str(data), "--max_rows", "12", "--guided_prompt", GUIDED_PROMPT,
     ]  # fmt: skip
     argv = [
-        "agent", *options, "--output_dir", str(tmp_path / "agent"), "--solve_prompt", "{problem}", "--use_cpu", "--bf16", "False", "--max_steps", "2", "--save_steps", "1",
+        *options, "--output_dir", str(tmp_path / "agent"), "--solve_prompt", "{problem}", "--use_cpu", "--bf16", "False", "--max_steps", "2", "--save_steps", "1",
         "--logging_steps", "1", "--num_generations", "4", "--per_device_train_batch_size", "8", "--learning_rate", "3e-3", "--max_completion_length", "96",
         "--lora_r", "4", "--disable_tqdm", "True", "--push_to_hub", "--hub_model_id", "me/agent", "--dtype", "float32",
     ]  # fmt: skip
-    assert cli.main(argv) == 0
-    lines = capsys.readouterr().out.splitlines()
+    environment = {
+        **os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home"),
+        "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+
+    def train(*command):
+        return subprocess.run(
+            [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        )
+
+    done = train("-m", "trl_offpolicy.cli", "agent", *argv)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
     assert lines[0] == str(tmp_path / "agent") and "--rewriter_adapter me/agent" in "\n".join(lines[-3:])
     pushed = hub.repos["models", "me/agent"].at("main")[1]
     card = pushed["README.md"].decode()
@@ -610,7 +613,12 @@ def test_command_trains_pushes_and_rewrites(tmp_path, hub, capsys, monkeypatch):
     assert (
         "LORA, r 4" in card and "@misc{wang2026patch," in card and "library_name: peft" in card and "None" not in card
     )
-    assert cli.main([*argv, "--resume_from_checkpoint", "last"]) == 0  # nothing is left to do
+    # The same under `accelerate launch`, from the last checkpoint: one more step.
+    argv[argv.index("--max_steps") + 1] = "3"
+    done = train("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "examples/train_agent.py", *argv, "--resume_from_checkpoint", "last")  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    state = json.loads((tmp_path / "agent" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "reward" in entry] == [1, 2, 3]
     rewrite = [
         "rewrite",
         *options,

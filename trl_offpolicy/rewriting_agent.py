@@ -9,11 +9,9 @@
 
 ("Patch the Distribution Mismatch", arXiv 2602.11220.) A candidate's reward depends on all candidates of its prompt:
 
-    r = r_task · (1 + λ_dist · r_dist + λ_div · r_div)
-
-r_task is 1 where the answer is right and, if it judges, the base finds the reasoning valid: then the candidate is feasible. The
-other two compare it with the feasible candidates of its group. r_dist is standardised there, so its mean is near 0.5 by
-construction; what falls as the agent aligns with the base is the negative log-likelihood itself, logged as `reward/nll`.
+A candidate that is right (and, if the base judges, validly reasoned) is rewarded for being likely under the base and different from
+the other right ones: `group_rewards.py`. The likelihood is standardised within a group, so the mean of `reward/dist` is near 0.5 by
+construction; what falls as the agent aligns with the base is the negative log-likelihood itself, `reward/nll`.
 """
 
 import hashlib
@@ -29,83 +27,13 @@ from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset
 from trl import GRPOTrainer
 
+from .group_rewards import alignment_reward, diversity_reward, task_gate, total_reward
 from .initial_policy import InitialPolicy
 from .model_card import agent_card
 from .prompts import GUIDED_PROMPT, REASONING_PROMPT, SOLVE_PROMPT, check, fill
 from .rows import Verdict, encode_prompt, guided_prompt, read_rows
 from .scoring import causal_lm, head_logits, lm_head, target_log_probs
 from .verification import explain_with, rewards
-
-
-EPSILON = 1e-6  # nats per token; NLLs that are all the same have no spread to be divided by
-
-
-# ---- the terms of one group ----
-
-
-def task_gate(right, reasoned) -> np.ndarray:
-    """r_task = v_ans · v_rea: (N,) of 1, 0, and NaN where it could not be told. `reasoned` counts only where `right` is 1."""
-    right = np.asarray(right, float)
-    return np.where(right == 1, np.asarray(reasoned, float), right)
-
-
-def alignment_reward(nll, feasible) -> np.ndarray:
-    """
-    r_dist = 1 / (1 + exp(z)), where z is the NLL standardised over the feasible candidates of one group.
-
-    Args:
-        nll (array of shape (N,)): Negative log-likelihoods under the base, nats per token; looked at where feasible only.
-        feasible (bool array of shape (N,)): Which candidates passed the gate.
-
-    Returns:
-        `np.ndarray`: (N,) float64; 0.5 where one is feasible or all are equal, 0 where not feasible.
-
-    Raises:
-        ValueError: The NLL of a feasible candidate is not finite.
-    """
-    feasible = np.asarray(feasible, bool)
-    reward, own = np.zeros(len(feasible)), np.asarray(nll, float)[feasible]
-    if not np.isfinite(own).all():
-        raise ValueError(
-            f"A feasible candidate has no finite NLL: {own}. Take it out of `feasible`, it cannot be ranked."
-        )
-    if len(own):
-        reward[feasible] = 1 / (1 + np.exp((own - own.mean()) / (own.std() + EPSILON)))
-    return reward
-
-
-def diversity_reward(embeddings, feasible) -> np.ndarray:
-    """
-    r_div = max(0, D(S) - D(S without the candidate)), where D is the mean of (1 - cosine) / 2 over the pairs of a set.
-
-    Args:
-        embeddings (array of shape (N, H), or a list of N such rows): Looked at where feasible only.
-        feasible (bool array of shape (N,)): S, the candidates of one group that passed the gate.
-
-    Returns:
-        `np.ndarray`: (N,) float64 from 0 to 1; 0 where not feasible, and where only one is.
-    """
-    feasible = np.asarray(feasible, bool)
-    reward, places = np.zeros(len(feasible)), np.flatnonzero(feasible)
-    n = len(places)
-    if n < 2:
-        return reward
-    unit = np.stack([np.asarray(embeddings[i], float) for i in places])
-    unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
-    distance = (1 - unit @ unit.T) / 2
-    np.fill_diagonal(distance, 0)
-    total, own = distance.sum() / 2, distance.sum(1)
-    without = (total - own) / ((n - 1) * (n - 2) / 2) if n > 2 else 0.0  # one that is left has no pair
-    reward[places] = np.maximum(0, total / (n * (n - 1) / 2) - without)
-    return reward
-
-
-def total_reward(gate, dist, div, lambda_dist: float = 0.35, lambda_div: float = 0.5) -> np.ndarray:
-    """r = r_task · (1 + λ_dist · r_dist + λ_div · r_div): (N,) float64, NaN where the gate could not be told."""
-    return np.asarray(gate, float) * (1 + lambda_dist * np.asarray(dist) + lambda_div * np.asarray(div))
-
-
-# ---- the reward of a batch ----
 
 
 class Candidate(NamedTuple):
@@ -288,9 +216,6 @@ def _means(candidates: list[Candidate], terms: dict[str, np.ndarray]) -> dict[st
     if feasible.any():
         means |= {name: terms[name][feasible].mean() for name in ("dist", "div", "nll")}
     return {name: float(value) for name, value in means.items()}
-
-
-# ---- its data and its trainer ----
 
 
 def agent_dataset(
