@@ -1,7 +1,9 @@
 """`trl-offpolicy agent`, which `examples/train_agent.py` runs on several GPUs."""
 
+import contextlib
 import os
 import shlex
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,7 +73,10 @@ def agent(argv: list[str]) -> int:
     description = "Train a rewriting agent: GRPO on a LoRA adapter, rewarded for rewrites that are right, like the base's own answers, and diverse."
     if {"-h", "--help"} & set(argv):  # TRL's own options need torch
         parser_for((AgentArguments,), "agent", description, AGENT_EXAMPLES).parse_args(["--help"])
-    from trl import GRPOConfig, ModelConfig
+    with contextlib.redirect_stdout(
+        sys.stderr
+    ):  # transformers says there which W&B mode it found; our first line is the directory
+        from trl import GRPOConfig, ModelConfig
 
     parser = parser_for((AgentArguments, GRPOConfig, ModelConfig), "agent", description, AGENT_EXAMPLES)
     parser.set_defaults(use_peft=True, lora_target_modules=["all-linear"])
@@ -151,7 +156,7 @@ def _train(arguments: AgentArguments, args, model_args):
             arguments.lambda_dist,
             arguments.lambda_div,
             arguments.judge,
-            embed=_embedder(arguments.embedding_model),
+            embed=_embedder(arguments.embedding_model, str(args.device)),
         )
         trainer = RewritingAgentTrainer(
             model_args.model_name_or_path, reward, args, dataset, processing_class=tokenizer,
@@ -161,14 +166,14 @@ def _train(arguments: AgentArguments, args, model_args):
         trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(args.output_dir)
     trainer.create_model_card()
-    trainer.save_state()  # trainer_state.json: the curves of `trl-offpolicy report`
+    trainer.save_state()  # trainer_state.json: the terms of the reward, step by step
     if args.push_to_hub:
         trainer.push_to_hub()
     trainer.end()
     return trainer
 
 
-def _embedder(name: str | None):
+def _embedder(name: str | None, device: str):
     if name is None:
         return None
     try:
@@ -177,7 +182,7 @@ def _embedder(name: str | None):
         raise ModuleNotFoundError(
             f"embedding_model={name!r} needs sentence-transformers, which is not installed: pip install 'trl-offpolicy[embeddings]'"
         ) from error
-    return SentenceTransformer(name).encode
+    return SentenceTransformer(name, device=device).encode
 
 
 def _next_command(arguments: AgentArguments, model: str, adapter: str) -> str:

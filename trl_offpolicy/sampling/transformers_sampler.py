@@ -110,9 +110,8 @@ class TransformersSampler:
         self.eos_token_ids = sorted({*eos, self.processing_class.eos_token_id} - {None})
         self._pending: list[tuple[Request, list[int]]] = []
         self._failed: list[Completion] = []
-        self._adapter_state = (
-            contextlib.nullcontext
-        )  # as a context manager: the adapter as it must be while this one draws
+        # Entered while this one draws: switches an adapter off that another sampler on the same model draws with.
+        self._without_adapter = contextlib.nullcontext
 
     def with_adapter(self, adapter: str) -> "TransformersSampler":
         """
@@ -124,7 +123,7 @@ class TransformersSampler:
         """
         from peft import PeftConfig, PeftModel, PeftType
 
-        if self._adapter_state is not contextlib.nullcontext:
+        if self._without_adapter is not contextlib.nullcontext:
             raise ValueError(f"You passed adapter={adapter!r}, but the model of {self.name} has an adapter already.")
         directory = local_directory(adapter)
         kind = PeftConfig.from_pretrained(directory).peft_type
@@ -136,7 +135,7 @@ class TransformersSampler:
         other._pending, other._failed = [], []
         other.name, other.revision = adapter, adapted_revision(self.revision, adapter)
         # Layers of `self.model` are wrapped in place, so both samplers go on with it.
-        self._adapter_state = PeftModel.from_pretrained(self.model, directory).disable_adapter
+        self._without_adapter = PeftModel.from_pretrained(self.model, directory).disable_adapter
         return other
 
     def submit(self, request: Request) -> None:
@@ -186,7 +185,7 @@ class TransformersSampler:
         self.model.generation_config = GenerationConfig(eos_token_id=self.eos_token_ids, pad_token_id=pad)
         self.model.eval()
         try:
-            with self._adapter_state():
+            with self._without_adapter():
                 output = self.model.generate(
                     input_ids=input_ids, attention_mask=attention_mask, do_sample=False, max_new_tokens=max(room),
                     logits_processor=LogitsProcessorList([draw]),

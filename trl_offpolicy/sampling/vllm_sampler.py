@@ -127,8 +127,8 @@ class VLLMSampler:
         try:
             while not self._done and self in self._owners.values():
                 for output in self.engine.step():
-                    if output.finished:
-                        self._owners.pop(output.request_id)._done.append(self._completion(output))
+                    if output.finished and (owner := self._owners.pop(output.request_id, None)):
+                        owner._done.append(self._completion(output))
         except Exception as error:
             raise SamplerError(f"the vLLM engine stopped: {type(error).__name__}: {error}") from error
         finished, self._done = self._done, []
