@@ -11,6 +11,7 @@ from .. import prompts
 from .arguments import DatasetArguments, load_dataset, parser_for
 
 
+DESCRIPTION = "Train a rewriting agent: GRPO on a LoRA adapter, rewarded for rewrites that are right, like the base's own answers, and diverse."
 AGENT_EXAMPLES = """\
 examples:
   trl-offpolicy agent --model_name_or_path M --dataset_name D --output_dir runs/agent --use_vllm --dtype bfloat16
@@ -70,27 +71,12 @@ class AgentArguments(DatasetArguments):
 
 
 def agent(argv: list[str]) -> int:
-    description = "Train a rewriting agent: GRPO on a LoRA adapter, rewarded for rewrites that are right, like the base's own answers, and diverse."
     if {"-h", "--help"} & set(argv):  # TRL's own options need torch
-        parser_for((AgentArguments,), "agent", description, AGENT_EXAMPLES).parse_args(["--help"])
+        parser_for((AgentArguments,), "agent", DESCRIPTION, AGENT_EXAMPLES).parse_args(["--help"])
     with contextlib.redirect_stdout(
         sys.stderr
-    ):  # transformers says there which W&B mode it found; our first line is the directory
-        from trl import GRPOConfig, ModelConfig
-
-    parser = parser_for((AgentArguments, GRPOConfig, ModelConfig), "agent", description, AGENT_EXAMPLES)
-    parser.set_defaults(use_peft=True, lora_target_modules=["all-linear"])
-    own = parser_for((AgentArguments,), "agent", description, AGENT_EXAMPLES)
-    if own.parse_args_and_config(argv, return_remaining_strings=True)[0].preset:
-        # below what a flag or the config file says
-        parser.set_defaults(**PAPER, **_batches(int(os.environ.get("WORLD_SIZE", 1)), PAPER["num_generations"]))
-    arguments, args, model_args = parser.parse_args_and_config(argv)
-    if not args.output_dir or not model_args.model_name_or_path:
-        raise ValueError("Pass --model_name_or_path and --output_dir: which model, and where its adapter goes.")
-    if not model_args.use_peft:
-        raise ValueError(
-            "You passed use_peft=False, but the agent is a LoRA adapter: its reward asks the model without it."
-        )
+    ):  # transformers says which W&B mode it found; our first line is the directory
+        arguments, args, model_args = _parse(argv)
     main = args.process_index == 0
     if main:
         print(args.output_dir, flush=True)
@@ -103,6 +89,25 @@ def agent(argv: list[str]) -> int:
         print(f"adapter saved to {args.output_dir}")
         print(_next_command(arguments, model_args.model_name_or_path, trainer.hub_model_id or args.output_dir))
     return 0
+
+
+def _parse(argv: list[str]):
+    from trl import GRPOConfig, ModelConfig
+
+    parser = parser_for((AgentArguments, GRPOConfig, ModelConfig), "agent", DESCRIPTION, AGENT_EXAMPLES)
+    parser.set_defaults(use_peft=True, lora_target_modules=["all-linear"])
+    own = parser_for((AgentArguments,), "agent", DESCRIPTION, AGENT_EXAMPLES)
+    if own.parse_args_and_config(argv, return_remaining_strings=True)[0].preset:
+        # below what a flag or the config file says
+        parser.set_defaults(**PAPER, **_batches(int(os.environ.get("WORLD_SIZE", 1)), PAPER["num_generations"]))
+    arguments, args, model_args = parser.parse_args_and_config(argv)
+    if not args.output_dir or not model_args.model_name_or_path:
+        raise ValueError("Pass --model_name_or_path and --output_dir: which model, and where its adapter goes.")
+    if not model_args.use_peft:
+        raise ValueError(
+            "You passed use_peft=False, but the agent is a LoRA adapter: its reward asks the model without it."
+        )
+    return arguments, args, model_args
 
 
 def _batches(num_processes: int, num_generations: int) -> dict[str, int]:
@@ -141,10 +146,12 @@ def _train(arguments: AgentArguments, args, model_args):
         "dtype": model_args.dtype,
         **(args.model_init_kwargs or {}),
     }
-    tokenizer = AutoTokenizer.from_pretrained(
-        model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code,
-        padding_side="left",
-    )  # fmt: skip
+    model = model_args.model_name_or_path
+    try:
+        shared = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
+        tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", **shared)
+    except OSError as error:  # how transformers says that there is no such model, or none that may be read
+        raise ValueError(f"You passed model_name_or_path={model!r}, which cannot be loaded: {error}") from error
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     with MathVerifier(num_workers=max(1, cores)) as verifier:
         dataset = agent_dataset(
@@ -159,7 +166,7 @@ def _train(arguments: AgentArguments, args, model_args):
             embed=_embedder(arguments.embedding_model, str(args.device)),
         )
         trainer = RewritingAgentTrainer(
-            model_args.model_name_or_path, reward, args, dataset, processing_class=tokenizer,
+            model, reward, args, dataset, processing_class=tokenizer,
             quantization_config=get_quantization_config(model_args), peft_config=get_peft_config(model_args),
             guided_template=arguments.guided_prompt, dataset_name=arguments.dataset_name,
         )  # fmt: skip
