@@ -447,7 +447,7 @@ def adapter(tmp_path_factory):
     return str(directory)
 
 
-def test_transformers_switches_the_adapter_for_each_batch(adapter, tokenizer):
+def test_transformers_switches_the_adapter_for_each_batch(adapter, tokenizer, tmp_path):
     """Draws of the base are those without an adapter; the other's log-probs are the adapted model's."""
     sampler, wanted = TransformersSampler(POLICY), requests(6)
     alone = drain(TransformersSampler(POLICY), wanted)
@@ -471,6 +471,10 @@ def test_transformers_switches_the_adapter_for_each_batch(adapter, tokenizer):
         torch.testing.assert_close(drawn, expected, atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match="has an adapter already"):
         sampler.with_adapter(adapter)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM"}))
+    for directory, error in ((tmp_path, "PROMPT_TUNING; only LoRA"), (tmp_path / "none", "no such directory")):
+        with pytest.raises((ValueError, FileNotFoundError), match=error):
+            TransformersSampler(POLICY).with_adapter(str(directory))
 
 
 @needs_vllm
@@ -530,7 +534,7 @@ t.rewriter({out!r}, {adapter!r}, batch_size=4).rewrite(t.mixed_rows())
 
 
 def mixed_rows():
-    return demonstrations(problems(24, 9, (2, 4, 6), p_hard=1.0))
+    return demonstrations(problems(16, 9, (3, 5), p_hard=1.0))
 
 
 def test_guided_rows_are_the_agents(tmp_path, adapter, tokenizer):
@@ -586,7 +590,7 @@ def test_command_trains_pushes_and_rewrites(tmp_path, hub):  # noqa: F811
     data = tmp_path / "demos.jsonl"
     Dataset.from_list(mixed_rows()).to_json(data)
     options = [
-        "--model_name_or_path", POLICY, "--dataset_name", str(data), "--max_rows", "12", "--guided_prompt", GUIDED_PROMPT,
+        "--model_name_or_path", POLICY, "--dataset_name", str(data), "--max_rows", "8", "--guided_prompt", GUIDED_PROMPT,
     ]  # fmt: skip
     argv = [
         *options, "--output_dir", str(tmp_path / "agent"), "--solve_prompt", "{problem}", "--use_cpu", "--bf16", "False", "--max_steps", "2", "--save_steps", "1",
@@ -633,7 +637,7 @@ def test_command_trains_pushes_and_rewrites(tmp_path, hub):  # noqa: F811
     rows = load_dataset(str(tmp_path / "run" / "dataset"), split="train")
     guided = rows.filter(lambda row: row["source"] == "guided")
     sha = hub.repos["models", "me/agent"].heads["main"]
-    assert len(rows) == 12 and set(guided["model"]) == {"me/agent"} and guided[0]["model_revision"].endswith("+" + sha)
+    assert len(rows) == 8 and set(guided["model"]) == {"me/agent"} and guided[0]["model_revision"].endswith("+" + sha)
     assert "rewriter_adapter: me/agent" in (tmp_path / "run" / "run_config.yaml").read_text()
     assert cli.main([*rewrite, "--output_dir", str(tmp_path / "self"), "--stages", "self"]) == 2
     assert cli.main(["push", str(tmp_path / "run"), "--hub_dataset_id", "me/rows"]) == 0
