@@ -30,7 +30,7 @@ from .run_log import PeriodicPush, RunLog, log_artifact, wandb_run
 from .sampling import Completion, Request, Sampler, SamplingParams, attempt_seed
 from .scheduling import Draw, Fate, KnownAttempts, Outcome, Scheduler
 from .shards import RUN_KEY, Shard, check_siblings, publish
-from .verification import explain_with
+from .verification import describe, explain_with
 
 
 class DataRewriter:
@@ -199,7 +199,7 @@ class DataRewriter:
     def _open_journal(self, run_config: dict) -> tuple[Journal, dict]:
         identity, revision = self.args.identity(), self.sampler.revision
         config = {"journal_format": 2, "model": self.sampler.name, "model_revision": revision, **identity}
-        config["verifier"] = getattr(self.verifier, "__name__", type(self.verifier).__name__)
+        config["verifier"] = describe(self.verifier)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         check_siblings(self.output_dir, self.shard, config, self.args.overwrite)
         journal = Journal(self.shard.file(self.output_dir, "journal.jsonl"), config, overwrite=self.args.overwrite)

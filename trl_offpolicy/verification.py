@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 from collections import deque
+from inspect import signature
 
 import psutil
 
@@ -55,6 +56,21 @@ def explain_with(verifier, completions: list[str], answers: list) -> list[tuple[
             f"The verifier returned {len(told)} verdicts for {len(completions)} completions; it must return one for each."
         )
     return told
+
+
+def describe(verifier) -> str:
+    """Name and arguments of whatever verifies, for the record; no limits of time and processes, which a resumed run may change."""
+    name = getattr(verifier, "__name__", type(verifier).__name__)
+    if not isinstance(verifier, Verifier):
+        return name
+    now = {**vars(verifier), **vars(verifier).get("options", {})}
+    defaults = {p.name: p.default for p in signature(type(verifier)).parameters.values()}
+    given = [
+        f"{k}={now[k]!r}"
+        for k, default in defaults.items()
+        if k not in ("timeout", "num_workers", "sampler") and k in now and now[k] != default
+    ]
+    return name + (f"({', '.join(given)})" if given else "")
 
 
 class Verifier:
