@@ -239,7 +239,7 @@ class DataRewriter:
         """Streams all problems through sampling and verification until each has its outcome."""
         counts: Counter = Counter()
         known = KnownAttempts(journal.entries(until="reason"), self.args.stages)
-        scheduler = Scheduler(self._gated(problems, known, counts), total, self.args, known, counts)
+        scheduler = Scheduler(self._gated(problems, known, counts), total, self.args, counts)
         sampling: dict[str, Draw] = {}
         aborted: set[str] = set()
         verifying: dict[Future, list[tuple[Draw, Completion]]] = {}
@@ -306,11 +306,12 @@ class DataRewriter:
 
     def _gated(
         self, problems: Iterable[Problem], known: KnownAttempts, counts: Counter
-    ) -> Iterator[tuple[Problem, bool]]:
-        """Problems in the order given; one whose gold answer cannot be compared with goes straight to its demonstration."""
+    ) -> Iterator[tuple[Problem, bool, dict]]:
+        """What the scheduler takes; a problem whose gold answer cannot be compared with goes straight to its demonstration."""
         check = getattr(self.verifier, "check_answers", None)
         for chunk in batched(problems, 256):
-            new = [p for p in chunk if p.id not in known]  # what was sampled before has passed already
+            attempts = known.of([p.id for p in chunk])
+            new = [p for p, found in zip(chunk, attempts, strict=True) if not found]  # else it has passed already
             verdicts = (
                 check([p.answer for p in new])
                 if check
@@ -318,7 +319,7 @@ class DataRewriter:
             )
             refused = {p.id: v for p, v in zip(new, verdicts, strict=True) if v is not Verdict.CORRECT}
             counts.update("gold_" + verdict for verdict in refused.values())
-            yield from ((problem, problem.id not in refused) for problem in chunk)
+            yield from ((p, p.id not in refused, found) for p, found in zip(chunk, attempts, strict=True))
 
     def _prompt(self, problem: Problem, stage: str) -> list[dict[str, str]]:
         if stage == Source.SELF:
