@@ -86,6 +86,9 @@ def test_import_is_lazy_and_help_needs_no_torch():
     code = "import sys, trl_offpolicy.cli as c; c.main(['--help']); assert not {'torch', 'trl', 'datasets'} & set(sys.modules)"
     result = run("-c", code)
     assert result.returncode == 0 and "rewrite" in result.stdout, result.stderr
+    code = "import atexit, sys, trl_offpolicy.cli as c; atexit.register(lambda: print('torch' in sys.modules)); c.main(['agent', '--help'])"
+    result = run("-c", code)
+    assert result.returncode == 0 and "--preset" in result.stdout and result.stdout.endswith("False\n"), result.stderr
     import trl_offpolicy
 
     for name in trl_offpolicy.__all__:
@@ -101,7 +104,7 @@ def test_no_function_is_long_and_modules_look_upwards_only():
     order = [
         "prompts", "rows", "sampling", "answers", "math_grading", "verification", "code_verifier", "verifiers", "journal", "shards",
         "rewrite_config", "scheduling", "run_log", "hub", "rewriter", "data_collator", "losses", "model_card", "importance_weighted_sft_config",
-        "scoring", "initial_policy", "importance_weighted_sft_trainer", "dft_trainer", "estimators", "text_statistics", "tables",
+        "scoring", "initial_policy", "group_rewards", "rewriting_agent", "importance_weighted_sft_trainer", "dft_trainer", "estimators", "text_statistics", "tables",
         "policy_gap", "benchmarks", "evaluation", "page", "report", "cli",
     ]  # fmt: skip
     for path in (ROOT / "trl_offpolicy").rglob("*.py"):
@@ -123,9 +126,10 @@ def test_documented_commands_parse(tmp_path):
     import shlex
 
     from rewrite_ray import RayArguments
-    from trl import ModelConfig, ScriptArguments, TrlParser
+    from trl import GRPOConfig, ModelConfig, ScriptArguments, TrlParser
 
     from trl_offpolicy import ImportanceWeightedSFTConfig, RewriteConfig
+    from trl_offpolicy.cli.agent import AgentArguments
     from trl_offpolicy.cli.measure import EvalArguments, GapArguments
     from trl_offpolicy.cli.rewrite import RewriteArguments
     from trl_offpolicy.cli.verify import VerifyArguments
@@ -137,10 +141,12 @@ def test_documented_commands_parse(tmp_path):
         "trl-offpolicy verify": (VerifyArguments,),
         "trl-offpolicy eval": (EvalArguments,),
         "trl-offpolicy gap": (GapArguments,),
+        "trl-offpolicy agent": (AgentArguments, GRPOConfig, ModelConfig),
+        "accelerate launch examples/train_agent.py": (AgentArguments, GRPOConfig, ModelConfig),
     }
     found = 0
     for name in (
-        "README.md", "examples/train.py", "examples/quickstart.py", "examples/rewrite_ray.py",
+        "README.md", "examples/train.py", "examples/train_agent.py", "examples/quickstart.py", "examples/rewrite_ray.py",
         *(path.relative_to(ROOT) for path in (ROOT / "trl_offpolicy" / "cli").glob("*.py")),
     ):  # fmt: skip
         text = re.sub(r"\\+\n", " ", (ROOT / name).read_text())
@@ -150,7 +156,9 @@ def test_documented_commands_parse(tmp_path):
                 if re.search(r"\{[a-z]", line):  # a field of an f-string
                     continue
                 argv = shlex.split(line.removeprefix(command))
-                cpu = ["--use_cpu", "--bf16", "False"] if ImportanceWeightedSFTConfig in types else []
+                cpu = (
+                    ["--use_cpu", "--bf16", "False"] if {ImportanceWeightedSFTConfig, GRPOConfig} & set(types) else []
+                )
                 TrlParser(types, allow_abbrev=False).parse_args_and_config([*argv, *cpu])
                 found += 1
     assert found >= 20

@@ -24,6 +24,7 @@ from .rows import Source, Verdict, attempt_features
 
 CITATIONS = {
     "2509.15157": ("zhao2025mind", "Mind the Gap: Data Rewriting for Stable Off-Policy Supervised Fine-Tuning", "Zhao, Shiwan and Zhao, Xuyang and Zhou, Jiaming and Kong, Aobo and Li, Qicheng and Qin, Yong"),
+    "2602.11220": ("wang2026patch", "Patch the Distribution Mismatch: RL Rewriting Agent for Stable Off-Policy SFT", "Wang, Jiacheng and Jian, Ping and Yang, Zhen and Chen, Zirong and Liao, Keren and Guo, Zhongbin"),
     "2508.05629": ("wu2025generalization", "On the Generalization of SFT: A Reinforcement Learning Perspective with Reward Rectification", "Wu, Yongliang and Zhou, Yizhou and Zhou, Ziheng and Peng, Yingzhe and Ye, Xinyu and Hu, Xinting and Zhu, Wenbo and Qi, Lu and Yang, Ming-Hsuan and Yang, Xu"),
     "2510.00526": ("li2025beyond", "Beyond Log Likelihood: Probability-Based Objectives for Supervised Fine-Tuning across the Model Capability Continuum", "Li, Gaotang and Qiu, Ruizhong and Chen, Xiusi and Ji, Heng and Tong, Hanghang"),
     "2507.12856": ("qin2025supervised", "Supervised Fine Tuning on Curated Data is Reinforcement Learning (and can be improved)", "Qin, Chongli and Springenberg, Jost Tobias"),
@@ -215,6 +216,7 @@ def read_run(output_dir: Path, finished: bool = True) -> dict:
         "source": link(source, "datasets/", on_hub),
         # A digest of the weights stands where no commit names them: then it was a local model.
         "model": link(config["model"], "", False if re.fullmatch("[0-9a-f]{12}", config["model_revision"]) else None),
+        "rewriter": link(config.get("rewriter_adapter"), ""),
         "made_with": " ".join(line[2:] for line in text.splitlines() if line.startswith("# ")),
         "num_rows": sum(sources.values()),
         "num_untried": sum(sources.values()) - len(set().union(*tried.values())),
@@ -253,7 +255,7 @@ def edited_card(card, run: dict, repo_id: str, parts: dict[str, dict], source: d
         **run,
         repo_id=repo_id,
         name=name,
-        fence=_fence,
+        fence=fence,
         with_attempts=bool(parts.get("attempts")),
         licensed=bool(source.get("license")),
         citation=bibtex("2509.15157"),
@@ -366,7 +368,7 @@ def _size_category(rows: int) -> str:
     return next((name for limit, name in limits.items() if rows < limit), "10M<n<100M")
 
 
-def _fence(text: str) -> str:
+def fence(text: str) -> str:
     """`text` as a Markdown code block, whatever backticks are in it."""
     ticks = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{ticks}text\n{text}\n{ticks}"

@@ -96,6 +96,15 @@ class InitialPolicy:
                 of_row[len(of_row) - len(log_probs) :] = log_probs
             return filled
 
+        if "behavior_log_probs" in columns and "model_revision" in dataset.column_names:
+            adapted = next(
+                (i for i, revision in enumerate(dataset["model_revision"]) if "+" in (revision or "")), None
+            )
+            if adapted is not None:
+                raise ValueError(
+                    f"Row {adapted} was sampled with the adapter {dataset[adapted]['model']!r}, so its behaviour log-probs cannot be computed with the "
+                    "model that is trained. Set precompute_behavior_log_probs=False to use the stored ones."
+                )
         fingerprint = Hasher.hash((dataset._fingerprint, settings, self._digest()))
         alone = self.accelerator.num_processes == 1
         place = self.model.device

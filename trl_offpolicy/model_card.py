@@ -4,7 +4,7 @@ import re
 import sys
 from importlib.resources import files
 
-from .hub import bibtex, is_hub_id, link, versions
+from .hub import bibtex, fence, is_hub_id, link, versions
 from .losses import OBJECTIVES
 
 
@@ -75,7 +75,18 @@ def trained_model_card(trainer, model_name: str | None = None, dataset_name: str
             for source, o in by_source.items()
         ],
         settings={name: getattr(args, name) for objective in known.values() for name in objective.settings},
-        training=_training_facts(trainer, trainer.model.active_peft_config if peft else None),
+        training=_training_facts(
+            trainer,
+            {
+                "sequences": f"up to {args.max_length} tokens"
+                + (f", packed ({args.packing_strategy})" if args.packing else ""),
+                "trained on": "assistant turns"
+                if args.assistant_only_loss
+                else "completions"
+                if trainer.completion_only_loss
+                else "whole sequences",
+            },
+        ),
         results={key: last[key] for key in REPORTED if key in last},
         versions=versions(
             "trl-offpolicy", "trl", "transformers", "torch", "datasets", "tokenizers", "accelerate", "peft"
@@ -96,7 +107,48 @@ def _evaluations(log_history: list[dict]) -> dict[tuple[str, str], float]:
     return found
 
 
-def _training_facts(trainer, adapter) -> dict[str, str]:
+def agent_card(trainer, model_name: str | None = None, dataset_name: str | None = None, tags=None):
+    """
+    The card of the adapter that a `RewritingAgentTrainer` holds; the arguments are those of [`trained_model_card`].
+
+    Returns:
+        `huggingface_hub.ModelCard`.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    args, base_model = trainer.args, trainer.model.config._name_or_path or None
+    dataset_name = dataset_name or trainer.dataset_name
+    data = ModelCardData(
+        base_model=base_model if is_hub_id(base_model) else None,
+        datasets=[dataset_name] if is_hub_id(dataset_name) else None,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["generated_from_trainer", *trainer._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
+    )
+    last = next((entry for entry in reversed(trainer.state.log_history) if "reward" in entry), {})
+    drawn = (
+        f"{args.num_generations} a prompt, up to {args.max_completion_length} tokens, temperature {args.temperature:g}"
+    )
+    return ModelCard.from_template(
+        data,
+        template_path=str(files(__package__) / "templates" / "agent_card.md"),
+        model_name=model_name or args.output_dir.rstrip("/").split("/")[-1],
+        adapter=trainer.hub_model_id or args.output_dir,
+        base=link(base_model, "") or "a model made in memory",
+        base_model=base_model if is_hub_id(base_model) else "BASE",
+        dataset=link(dataset_name, "datasets/"),
+        wandb_url=_wandb_url(),
+        reward=next((r for r in trainer.reward_funcs if hasattr(r, "lambda_dist")), None),
+        guided_prompt=fence(trainer.guided_template),
+        training=_training_facts(trainer, {"completions": drawn, "KL to the base": f"{args.beta:g}"}),
+        results={key: value for key, value in last.items() if key == "reward" or key.startswith("reward/")},
+        versions=versions("trl-offpolicy", "trl", "transformers", "torch", "peft", "vllm"),
+        citations=f"{bibtex('2602.11220')}\n\n{TRL_CITATION}",
+    )
+
+
+def _training_facts(trainer, what: dict[str, str]) -> dict[str, str]:
+    """Optimizer, batch, `what` was trained on, precision, adapter."""
     args, processes = trainer.args, trainer.accelerator.num_processes
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     dtype = str(trainer.model.dtype).removeprefix("torch.")
@@ -105,12 +157,12 @@ def _training_facts(trainer, adapter) -> dict[str, str]:
         "optimizer": f"{args.optim.value}, weight decay {args.weight_decay:g}, gradient norm {args.max_grad_norm:g}",
         "batch": f"{batch} rows ({args.per_device_train_batch_size} on each of {processes} processes, {args.gradient_accumulation_steps} accumulated)",
         "steps": f"{trainer.state.global_step} ({trainer.state.epoch or 0:.2f} epochs)",
-        "sequences": f"up to {args.max_length} tokens" + (f", packed ({args.packing_strategy})" if args.packing else ""),
-        "trained on": "assistant turns" if args.assistant_only_loss else "completions" if trainer.completion_only_loss else "whole sequences",
+        **what,
         "precision": f"{'bfloat16' if args.bf16 else 'float16' if args.fp16 else 'no'} autocast, {dtype} weights",
         "seed": str(args.seed),
     }  # fmt: skip
-    if adapter is not None:
+    if hasattr(trainer.model, "peft_config"):
+        adapter = trainer.model.active_peft_config
         sizes = [
             f"{n} {getattr(adapter, n)}" for n in ("r", "lora_alpha", "num_virtual_tokens") if hasattr(adapter, n)
         ]

@@ -24,6 +24,23 @@ Teacher's solution (for reference):
 
 Now solve the problem in your own way:"""
 
+# The rewriting agent's judge (arXiv 2602.11220, in our words); the base model itself is asked, where the answer is right.
+REASONING_PROMPT = """\
+You are a strict verifier. Below are a problem and a solution that reaches the right answer. Check every step: is each one \
+valid, does it follow from those before it, and is nothing missing that the answer depends on?
+
+Problem:
+{problem}
+
+Solution:
+{completion}
+
+Reply with one word, YES or NO."""
+
+
+# The bare prompt under which arXiv 2602.11220's code takes the base's likelihood of a rewrite.
+PAPER_QA_PROMPT = "Problem:\n{problem}\n\nAnswer:\n"
+
 
 def fill(template: str, **fields: str) -> str:
     """`template` with each `{name}` of `fields` replaced once; every other brace (LaTeX, say) is left alone."""

@@ -21,11 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
-from . import prompts
 from .hub import open_repo, push_run, versions
 from .journal import Journal
 from .rewrite_config import RewriteConfig
-from .rows import Problem, Source, Verdict, hub_origin, number_copies, output_features, read_rows
+from .rows import Problem, Source, Verdict, guided_prompt, hub_origin, number_copies, output_features, read_rows
 from .run_log import PeriodicPush, RunLog, log_artifact, wandb_run
 from .sampling import Completion, Request, Sampler, SamplingParams, attempt_seed
 from .scheduling import Draw, Fate, KnownAttempts, Outcome, Scheduler
@@ -44,17 +43,25 @@ class DataRewriter:
         verifier (*optional*): Something with `verify(completions, answers) -> list[Verdict]`, or a function of that form; by
             default a [`MathVerifier`].
         processing_class (`PreTrainedTokenizerBase`, *optional*): Tokenizer of the default sampler.
+        guided_sampler ([`~trl_offpolicy.sampling.Sampler`], *optional*): Who draws in the guided stage, such as a trained rewriting agent,
+            `sampler.with_adapter("me/agent")`; by default `sampler`.
     """
 
     def __init__(
-        self, model, args: RewriteConfig, sampler: Sampler | None = None, verifier=None, processing_class=None
+        self,
+        model,
+        args: RewriteConfig,
+        sampler: Sampler | None = None,
+        verifier=None,
+        processing_class=None,
+        guided_sampler: Sampler | None = None,
     ):
         if sampler is None and not (isinstance(model, str) or hasattr(model, "generate")):
             raise ValueError(
                 f"You passed model={model!r:.200}; it must be a Hub id, a local directory or a loaded model, unless you pass a `sampler`."
             )
         self.model, self.args, self.processing_class = model, args, processing_class
-        self.sampler, self.verifier = sampler, verifier
+        self.sampler, self.guided_sampler, self.verifier = sampler, guided_sampler, verifier
         self.output_dir, self.shard = Path(args.output_dir), Shard.parse(args.shard)
         self._rows_file = self.shard.file(self.output_dir, "rows.npz")
         self.metrics: dict = {}
@@ -199,6 +206,9 @@ class DataRewriter:
     def _open_journal(self, run_config: dict) -> tuple[Journal, dict]:
         identity, revision = self.args.identity(), self.sampler.revision
         config = {"journal_format": 2, "model": self.sampler.name, "model_revision": revision, **identity}
+        if self.guided_sampler is not None:
+            config |= {"rewriter_adapter": self.guided_sampler.name, "rewriter_revision": self.guided_sampler.revision}
+            run_config = {"rewriter_adapter": self.guided_sampler.name, **run_config}
         config["verifier"] = describe(self.verifier)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         check_siblings(self.output_dir, self.shard, config, self.args.overwrite)
@@ -256,7 +266,7 @@ class DataRewriter:
                     self._submit(draw)
                 if not sampling and not verifying:
                     break
-                if sampling and (batch := self._poll(sampling, aborted, counts)):
+                for batch in self._poll(sampling, aborted, counts):
                     verifying[pool.submit(self._verify, batch)] = batch
                 finished = [f for f in verifying if f.done()]
                 if not finished and not sampling:
@@ -267,7 +277,7 @@ class DataRewriter:
                             draw, self._record(draw, completion, *verdict, journal, log)
                         ):
                             if sampling.pop(request_id, None):  # else it is paid for and being verified
-                                self.sampler.abort(request_id)
+                                self._sampler_of(draw.stage).abort(request_id)
                                 aborted.add(request_id)
                                 counts["aborted"] += 1
                 log.update(counts, len(sampling), sum(map(len, verifying.values())))
@@ -283,13 +293,24 @@ class DataRewriter:
         self._summarize(counts)
         return scheduler
 
-    def _poll(self, sampling: dict[str, Draw], aborted: set[str], counts: Counter) -> list[tuple[Draw, Completion]]:
-        """What the engine has finished, with what was asked for; an aborted attempt that it returns all the same is only counted."""
-        completions = self.sampler.poll()
+    def _sampler_of(self, stage: str) -> Sampler:
+        return self.guided_sampler if stage == Source.GUIDED and self.guided_sampler is not None else self.sampler
+
+    def _poll(
+        self, sampling: dict[str, Draw], aborted: set[str], counts: Counter
+    ) -> Iterator[list[tuple[Draw, Completion]]]:
+        """What each sampler with requests under way has finished."""
+        for sampler in {id(s): s for draw in sampling.values() if (s := self._sampler_of(draw.stage))}.values():
+            if batch := self._finished(sampler, sampling, aborted, counts):
+                yield batch
+
+    def _finished(
+        self, sampler: Sampler, sampling: dict[str, Draw], aborted: set[str], counts: Counter
+    ) -> list[tuple[Draw, Completion]]:
+        """What a sampler has finished, with what was asked for; an aborted attempt that it returns all the same is only counted."""
+        completions = sampler.poll()
         if not completions:
-            raise RuntimeError(
-                f"{self.sampler.name}: the sampler has {len(sampling)} requests but returned none of them."
-            )
+            raise RuntimeError(f"{sampler.name}: the sampler has requests under way but returned none of them.")
         batch = []
         for completion in completions:
             counts["drawn_tokens"] += len(completion.completion_ids)
@@ -300,7 +321,7 @@ class DataRewriter:
                 counts.update({"aborted": -1, "unused": 1, "unused_tokens": len(completion.completion_ids)})
             else:
                 raise RuntimeError(
-                    f"{self.sampler.name}: the sampler returned {completion.id!r}, which it was not asked for, or twice."
+                    f"{sampler.name}: the sampler returned {completion.id!r}, which it was not asked for, or twice."
                 )
         return batch
 
@@ -324,15 +345,13 @@ class DataRewriter:
     def _prompt(self, problem: Problem, stage: str) -> list[dict[str, str]]:
         if stage == Source.SELF:
             return problem.prompt
-        text = prompts.fill(self.args.guided_prompt, problem=problem.problem, solution=problem.demonstration)
-        last = max(i for i, turn in enumerate(problem.prompt) if turn["role"] == "user")
-        return [{**turn, "content": text} if i == last else turn for i, turn in enumerate(problem.prompt)]
+        return guided_prompt(problem, self.args.guided_prompt)
 
     def _submit(self, draw: Draw) -> None:
         args, problem = self.args, draw.progress.problem
         seed = attempt_seed(args.seed, problem.id, draw.stage, draw.attempt)
         params = SamplingParams(args.temperature, args.top_p, args.top_k, args.max_completion_length)
-        self.sampler.submit(Request(draw.id, self._prompt(problem, draw.stage), seed, params))
+        self._sampler_of(draw.stage).submit(Request(draw.id, self._prompt(problem, draw.stage), seed, params))
 
     def _verify(self, batch: list[tuple[Draw, Completion]]) -> list[tuple[Verdict, str]]:
         return judge(self.verifier, [c for _, c in batch], [draw.progress.problem.answer for draw, _ in batch])
@@ -345,7 +364,7 @@ class DataRewriter:
             log_prob = round(sum(log_probs) / len(log_probs), 6)
         elif verdict == Verdict.CORRECT and self.args.selection == "max_log_prob":
             raise ValueError(
-                f"You passed selection='max_log_prob', but {self.sampler.name} returned no log-probs for {completion.id}. Use another engine, "
+                f"You passed selection='max_log_prob', but {self._sampler_of(draw.stage).name} returned no log-probs for {completion.id}. Use another engine, "
                 "or selection='random'."
             )
         entry = {
@@ -438,6 +457,7 @@ class DataRewriter:
             if outcome.offset >= 0
             else {"text": problem.demonstration, "completion_ids": [], "behavior_log_probs": []}
         )
+        sampler = self._sampler_of(outcome.source)
         return {
             "prompt": problem.prompt,
             "completion": [{"role": "assistant", "content": kept["text"]}],
@@ -449,8 +469,8 @@ class DataRewriter:
             "completion_ids": kept["completion_ids"],
             # Drawn from a reshaped distribution, a token's log μ is not the model's log-prob: better none than a wrong one.
             "behavior_log_probs": kept["behavior_log_probs"] if self._plain else [],
-            "model": self.sampler.name,
-            "model_revision": self.sampler.revision,
+            "model": sampler.name,
+            "model_revision": sampler.revision,
             "temperature": self.args.temperature,
             "top_p": self.args.top_p,
             "top_k": self.args.top_k,

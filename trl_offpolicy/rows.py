@@ -21,7 +21,7 @@ from json.encoder import encode_basestring_ascii as _quote
 from pathlib import Path
 from typing import Any
 
-from .prompts import fill
+from .prompts import GUIDED_PROMPT, fill
 
 
 class Source(StrEnum):
@@ -202,6 +202,13 @@ def read_row(row: dict, index: int, answer_column: str, solve_prompt: str) -> Pr
         prompt = [{"role": "user", "content": fill(solve_prompt, problem=user_turns[-1])}]
     extra = {new: row[old] for old, new in carried.items()}
     return Problem(row_id, prompt, user_turns[-1], demonstration, answer, extra)
+
+
+def guided_prompt(problem: Problem, template: str = GUIDED_PROMPT) -> list[dict[str, str]]:
+    """A problem's own prompt with its last user turn replaced by `template`, which holds the problem and the reference."""
+    text = fill(template, problem=problem.problem, solution=problem.demonstration)
+    last = max(i for i, turn in enumerate(problem.prompt) if turn["role"] == "user")
+    return [{**turn, "content": text} if i == last else turn for i, turn in enumerate(problem.prompt)]
 
 
 def read_rows(

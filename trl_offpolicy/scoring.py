@@ -5,7 +5,7 @@ no (tokens, vocabulary) tensor of a whole batch ever exists.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -102,6 +102,7 @@ def target_log_probs(
     batch_tokens: int = 8192,
     temperatures: list[float] | None = None,
     progress: bool = True,
+    observe: Callable[[int, torch.Tensor], None] | None = None,
 ) -> list[torch.Tensor]:
     """
     log π of each target token given its prompt.
@@ -111,6 +112,7 @@ def target_log_probs(
         batch_tokens (`int`, *optional*, defaults to `8192`): Tokens of one forward, padding included.
         temperatures (`list[float]`, *optional*): By which each row's logits are divided; 1 by default.
         progress (`bool`, *optional*, defaults to `True`): Show a bar.
+        observe (`Callable`, *optional*): Called with each row's number and its last hidden states (prompt and target tokens, H).
 
     Returns:
         `list` of float32 `torch.Tensor`, each of the length of its target.
@@ -132,6 +134,9 @@ def target_log_probs(
             ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
             mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
             hidden = base.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            if observe is not None:
+                for i, row, states in zip(batch, rows, hidden, strict=True):
+                    observe(i, states[: len(row)])
             first = [max(1, len(pairs[i][0])) for i in batch]  # position of the first target that has a log-prob
             places = [(b, t) for b, row in enumerate(rows) for t in range(first[b], len(row))]
             b, t = torch.tensor(places, dtype=torch.long, device=model.device).view(-1, 2).T

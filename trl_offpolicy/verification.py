@@ -73,6 +73,12 @@ def describe(verifier) -> str:
     return name + (f"({', '.join(given)})" if given else "")
 
 
+def rewards(told: list[tuple[Verdict, str]]) -> list[float | None]:
+    """1.0 for `correct`, 0.0 for `wrong` or no answer, `None` where it could not be told: gold answer, time-out, error."""
+    values = {Verdict.CORRECT: 1.0, Verdict.WRONG: 0.0}
+    return [0.0 if reason == NO_ANSWER else values.get(verdict) for verdict, reason in told]
+
+
 class Verifier:
     """What all verifiers share; a new one needs `_explain`. Usable as a context manager, and as a reward for `GRPOTrainer`."""
 
@@ -103,8 +109,7 @@ class Verifier:
                 f"The dataset needs a column `answer` (or `solution`) with gold answers; it has {sorted(kwargs)}."
             )
         texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-        rewards = {Verdict.CORRECT: 1.0, Verdict.WRONG: 0.0}
-        return [0.0 if reason == NO_ANSWER else rewards.get(verdict) for verdict, reason in self.explain(texts, golds)]
+        return rewards(self.explain(texts, golds))
 
     def close(self) -> None:
         """Ends what it holds (processes, engines), if anything."""

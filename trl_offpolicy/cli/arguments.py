@@ -119,7 +119,8 @@ _ENGINE_OF = {
 }
 
 
-def make_sampler(arguments: EngineArguments):
+def make_sampler(arguments: EngineArguments, second_adapter: str | None = None):
+    """The engine; one on which `with_adapter(second_adapter)` can be called, if that is asked for."""
     given = {name: value for name in _ENGINE_OF if (value := getattr(arguments, name)) is not None}
     for name, value in given.items():
         if _ENGINE_OF[name] != arguments.sampler:
@@ -136,9 +137,11 @@ def make_sampler(arguments: EngineArguments):
             return OpenAISampler(model, batch_size=arguments.batch_size or 128, **given, **init)
         init |= {"dtype": arguments.dtype, "trust_remote_code": arguments.trust_remote_code}
         if arguments.sampler == "vllm":
-            from ..sampling.vllm_sampler import VLLMSampler
+            from ..sampling.vllm_sampler import VLLMSampler, lora_engine_kwargs
 
             given |= _mapping("engine_kwargs", given.pop("engine_kwargs", {}), '{"max_num_seqs": 256}')
+            if second_adapter is not None:
+                given = {**lora_engine_kwargs(second_adapter), **given}
             if arguments.batch_size is not None:
                 given["max_num_seqs"] = arguments.batch_size
             return VLLMSampler(model, **given, **init)

@@ -30,6 +30,8 @@ examples:
   trl-offpolicy rewrite --model_name_or_path M --dataset_name D --output_dir runs/d --sampler vllm --tensor_parallel_size 2
   trl-offpolicy rewrite --model_name_or_path M --dataset_name D --output_dir runs/d --sampler openai \\
       --base_url http://node1:8000/v1 http://node2:8000/v1          # two `vllm serve M`; the key is OPENAI_API_KEY, if they want one
+  trl-offpolicy rewrite --model_name_or_path M --dataset_name D --output_dir runs/agent-d --stages guided \\
+      --rewriter_adapter runs/agent                # every row is retold by a trained agent (`trl-offpolicy agent`)
 
 An interrupted run resumes: run the same command again.
 """
@@ -46,6 +48,14 @@ The token is HF_TOKEN's, or that of `hf auth login`. A push is one commit: one t
 @dataclass(kw_only=True)
 class RewriteArguments(DatasetArguments, EngineArguments, VerifierArguments):
     """What is rewritten by what."""
+
+    rewriter_adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "Rewriting agent that draws in the guided stage: LoRA adapter of the model, Hub id or local directory; openai: the name "
+            "under which it is served."
+        },
+    )
 
 
 @dataclass
@@ -78,8 +88,15 @@ def rewrite(argv: list[str]) -> int:
     arguments, config = parser.parse_args_and_config(argv)
     print(config.output_dir, flush=True)
     dataset = load_dataset(arguments)
-    sampler = None if config.dry_run else make_sampler(arguments)
-    rewriter = DataRewriter(arguments.model_name_or_path, config, sampler, make_verifier(arguments))
+    adapter = arguments.rewriter_adapter
+    if adapter is not None and "guided" not in config.stages:
+        raise ValueError(
+            f"You passed rewriter_adapter={adapter!r} with stages={config.stages}: it draws in the stage `guided`."
+        )
+    sampler = None if config.dry_run else make_sampler(arguments, adapter)
+    agent = sampler.with_adapter(adapter) if sampler is not None and adapter is not None else None
+    verifier = make_verifier(arguments)
+    rewriter = DataRewriter(arguments.model_name_or_path, config, sampler, verifier, guided_sampler=agent)
     try:
         # Where a model is served is nobody else's address.
         given = {k: v for k, v in vars(arguments).items() if v is not None and k != "base_url"}
@@ -90,8 +107,9 @@ def rewrite(argv: list[str]) -> int:
         print("Run the same command again to resume.")
         return 3
     finally:
-        if sampler is not None:
-            sampler.close()
+        for engine in (agent, sampler):
+            if engine is not None:
+                engine.close()
     if rewritten is None:
         print("nothing was sampled; drop --dry_run to start")
         return 0

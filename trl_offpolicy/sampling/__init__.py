@@ -51,7 +51,8 @@ class Completion:
 class Sampler(Protocol):
     """An engine that takes requests at any time and hands completions back in any order.
 
-    `name` and `revision` are written beside each row; `capacity` is how many requests keep the engine busy.
+    `name` and `revision` are written beside each row; `capacity` is how many requests keep the engine busy. Engines also have
+    `with_adapter(adapter)`: a second sampler on the same loaded weights, whose draws come from them with a LoRA adapter on.
     """
 
     name: str
@@ -118,6 +119,29 @@ def weights_digest(named_tensors) -> str:
         head = tensor.detach().flatten()[:1024].float().cpu().numpy().tobytes()
         digest.update(f"{name}{tuple(tensor.shape)}".encode() + head)
     return digest.hexdigest()
+
+
+def local_directory(model: str) -> Path:
+    """The directory of a model or adapter, fetched from the Hub if it is not one already."""
+    if Path(model).is_dir():
+        return Path(model)
+    if model.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"You passed {model!r}, but there is no such directory.")
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model))
+
+
+def checkpoint_digest(directory: Path) -> str:
+    """`weights_digest` of the files that a model in memory would have been loaded from (mapped, not read as a whole)."""
+    from safetensors.torch import load_file
+
+    return weights_digest(pair for file in directory.glob("*.safetensors") for pair in load_file(file).items())
+
+
+def adapted_revision(revision: str, adapter: str) -> str:
+    """`revision` of the base and that of the LoRA `adapter` on it: a Hub commit, else a digest of its weights."""
+    return f"{revision}+{hub_commit(adapter) or checkpoint_digest(Path(adapter))}"
 
 
 def hub_commit(model: str, revision: str | None = None) -> str | None:

@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections import deque
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -26,7 +27,15 @@ except ModuleNotFoundError as error:
         "OpenAISampler needs the `openai` SDK, which is not installed: `pip install 'trl-offpolicy[openai]'`."
     ) from error
 
-from . import Completion, Request, SamplerError, SamplingParams, beyond_context, load_processing_class
+from . import (
+    Completion,
+    Request,
+    SamplerError,
+    SamplingParams,
+    adapted_revision,
+    beyond_context,
+    load_processing_class,
+)
 
 
 # What is tried on a server, best first: prompts as token ids and ids back; messages with the fields that undo the defaults of
@@ -123,6 +132,23 @@ class OpenAISampler:
         except BaseException:
             self.close()
             raise
+
+    def with_adapter(self, adapter: str) -> "OpenAISampler":
+        """A sampler on the same servers that asks for `adapter` under that name (`vllm serve --lora-modules NAME=…`)."""
+        urls, revision = [str(server.client.base_url) for server in self._servers], self.revision
+        other = OpenAISampler(
+            self.name,
+            urls,
+            self.processing_class,
+            adapter,
+            revision,
+            self.batch_size,
+            self.request_timeout,
+            self.give_up_after,
+        )
+        known = Path(adapter).is_dir()  # a name that only the servers know has no revision
+        other.name, other.revision = adapter, adapted_revision(revision, adapter) if known else f"{revision}+unknown"
+        return other
 
     # ---- the four calls ----
 

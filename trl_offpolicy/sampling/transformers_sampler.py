@@ -7,6 +7,9 @@ no per-request seeds and is slower than `generate` on CPU, by a factor of ten fo
 `benchmarks/sampling_transformers.py`.
 """
 
+import contextlib
+import copy
+
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -20,7 +23,17 @@ from transformers import (
 )
 
 from ..rows import encode_prompt
-from . import Completion, Request, SamplingParams, beyond_context, hub_commit, load_processing_class, weights_digest
+from . import (
+    Completion,
+    Request,
+    SamplingParams,
+    adapted_revision,
+    beyond_context,
+    hub_commit,
+    load_processing_class,
+    local_directory,
+    weights_digest,
+)
 
 
 class _SeededDraw(LogitsProcessor):
@@ -97,6 +110,34 @@ class TransformersSampler:
         self.eos_token_ids = sorted({*eos, self.processing_class.eos_token_id} - {None})
         self._pending: list[tuple[Request, list[int]]] = []
         self._failed: list[Completion] = []
+        self._adapter_state = (
+            contextlib.nullcontext
+        )  # as a context manager: the adapter as it must be while this one draws
+
+    def with_adapter(self, adapter: str) -> "TransformersSampler":
+        """
+        A sampler on the same model that draws with a LoRA `adapter` (Hub id or local directory), which is off while this one draws.
+        A model that you passed keeps the adapter's layers, switched on.
+
+        Raises:
+            ValueError: The adapter is no LoRA, or this sampler's model has one already.
+        """
+        from peft import PeftConfig, PeftModel, PeftType
+
+        if self._adapter_state is not contextlib.nullcontext:
+            raise ValueError(f"You passed adapter={adapter!r}, but the model of {self.name} has an adapter already.")
+        directory = local_directory(adapter)
+        kind = PeftConfig.from_pretrained(directory).peft_type
+        if kind != PeftType.LORA:
+            raise ValueError(
+                f"You passed adapter={adapter!r}, which is {kind.value}; only LoRA can be switched on and off."
+            )
+        other = copy.copy(self)
+        other._pending, other._failed = [], []
+        other.name, other.revision = adapter, adapted_revision(self.revision, adapter)
+        # Layers of `self.model` are wrapped in place, so both samplers go on with it.
+        self._adapter_state = PeftModel.from_pretrained(self.model, directory).disable_adapter
+        return other
 
     def submit(self, request: Request) -> None:
         ids = encode_prompt(self.processing_class, request.prompt)
@@ -145,10 +186,11 @@ class TransformersSampler:
         self.model.generation_config = GenerationConfig(eos_token_id=self.eos_token_ids, pad_token_id=pad)
         self.model.eval()
         try:
-            output = self.model.generate(
-                input_ids=input_ids, attention_mask=attention_mask, do_sample=False, max_new_tokens=max(room),
-                logits_processor=LogitsProcessorList([draw]),
-            )  # fmt: skip
+            with self._adapter_state():
+                output = self.model.generate(
+                    input_ids=input_ids, attention_mask=attention_mask, do_sample=False, max_new_tokens=max(room),
+                    logits_processor=LogitsProcessorList([draw]),
+                )  # fmt: skip
         finally:
             self.model.generation_config = own_config
             self.model.train(was_training)

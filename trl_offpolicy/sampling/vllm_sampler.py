@@ -4,13 +4,23 @@ Each request is one sequence with its own seed; prefix caching makes the attempt
 are rendered and completions decoded here, as in every engine, so vLLM only ever sees token ids.
 """
 
+import copy
 import json
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from ..rows import encode_prompt
-from . import Completion, Request, SamplerError, beyond_context, hub_commit, load_processing_class, weights_digest
+from . import (
+    Completion,
+    Request,
+    SamplerError,
+    adapted_revision,
+    beyond_context,
+    checkpoint_digest,
+    hub_commit,
+    load_processing_class,
+    local_directory,
+)
 
 
 class VLLMSampler:
@@ -44,35 +54,61 @@ class VLLMSampler:
             raise ValueError(
                 f"You passed {sorted(unknown)}, which vLLM's engine does not know; see `vllm serve --help`."
             )
+        if adapter is not None:
+            engine_kwargs |= lora_engine_kwargs(adapter)
         if current_platform.is_cpu():
             # A seeded prompt that is prefilled in two steps ends the CPU engine ("CPU Generator does not use offset").
             engine_kwargs.setdefault("enable_chunked_prefill", False)
-        self.name, self._lora, adapter_revision = model, None, ""
-        if adapter is not None:
-            from vllm.lora.request import LoRARequest
-
-            directory = _local(adapter)
-            rank = json.loads((directory / "adapter_config.json").read_text())["r"]
-            engine_kwargs |= {"enable_lora": True, "max_lora_rank": next(r for r in _LORA_RANKS if r >= rank)}
-            self.name, self._lora = adapter, LoRARequest("adapter", 1, str(directory))
-            adapter_revision = "+" + _checkpoint_digest(directory)
+            if engine_kwargs.get("enable_lora"):
+                # Beside a request with an adapter, one without gets the last slot's there: it must be an empty one.
+                engine_kwargs.setdefault("max_loras", 2)
         # raw: the model's own log-probs, before temperature, top_p and top_k
         self.llm = LLM(model, **{"enable_prefix_caching": True, **engine_kwargs, "logprobs_mode": "raw_logprobs"})
         self.engine = self.llm.llm_engine
         config = self.engine.vllm_config
         commit = hub_commit(model, engine_kwargs.get("revision"))
-        self.revision = (commit or _checkpoint_digest(_local(model))) + adapter_revision
+        self.name, self.revision, self._lora = model, commit or checkpoint_digest(local_directory(model)), None
         self.context = config.model_config.max_model_len
         # As many again wait in the engine's queue, so that no slot is idle while finished ones are verified.
         self.capacity = 2 * config.scheduler_config.max_num_seqs
-        self._failed: list[Completion] = []
+        self._owners: dict[str, VLLMSampler] = {}  # of the requests in the engine, which several samplers may share
+        self._done: list[Completion] = []
+        self._shared = False
+        if adapter is not None:
+            self._adapt(adapter)
+
+    def with_adapter(self, adapter: str) -> "VLLMSampler":
+        """
+        A sampler on the same engine that draws with a LoRA `adapter`; the engine ends with this one's `close`.
+
+        Raises:
+            ValueError: The engine was started without [`lora_engine_kwargs`].
+        """
+        other = copy.copy(self)
+        other._done, other._shared = [], True
+        other._adapt(adapter)
+        return other
+
+    def _adapt(self, adapter: str) -> None:
+        from vllm.lora.request import LoRARequest
+
+        if self.engine.vllm_config.lora_config is None:
+            needed = ", ".join(f"{name}={value}" for name, value in lora_engine_kwargs(adapter).items())
+            raise ValueError(
+                f"This engine was started without LoRA: pass {needed} to VLLMSampler, then add {adapter!r}."
+            )
+        if self._lora is not None:
+            raise ValueError(f"You passed adapter={adapter!r} to a sampler that draws with {self.name} already.")
+        self._lora = LoRARequest("adapter", 1, str(local_directory(adapter)))
+        self.name, self.revision = adapter, adapted_revision(self.revision, adapter)
 
     def submit(self, request: Request) -> None:
         prompt, params = self.vllm_request(request)
         num_tokens = len(prompt["prompt_token_ids"])
         if num_tokens >= self.context:
-            self._failed.append(beyond_context(request, num_tokens, self.context))
+            self._done.append(beyond_context(request, num_tokens, self.context))
         else:
+            self._owners[request.id] = self
             self.engine.add_request(request.id, prompt, params, lora_request=self._lora)
 
     def vllm_request(self, request: Request) -> tuple[dict, Any]:
@@ -88,19 +124,24 @@ class VLLMSampler:
         )  # fmt: skip
 
     def poll(self) -> list[Completion]:
-        finished, self._failed = self._failed, []
         try:
-            while not finished and self.engine.has_unfinished_requests():
-                finished = [self._completion(output) for output in self.engine.step() if output.finished]
+            while not self._done and self in self._owners.values():
+                for output in self.engine.step():
+                    if output.finished:
+                        self._owners.pop(output.request_id)._done.append(self._completion(output))
         except Exception as error:
             raise SamplerError(f"the vLLM engine stopped: {type(error).__name__}: {error}") from error
+        finished, self._done = self._done, []
         return finished
 
     def abort(self, request_id: str) -> None:
-        self._failed = [c for c in self._failed if c.id != request_id]
+        self._done = [c for c in self._done if c.id != request_id]
+        self._owners.pop(request_id, None)
         self.engine.abort_request([request_id])
 
     def close(self) -> None:
+        if self._shared:
+            return
         self.engine.engine_core.shutdown()
         del self.llm, self.engine
 
@@ -116,17 +157,7 @@ class VLLMSampler:
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 512)  # vLLM takes a `max_lora_rank` of these only
 
 
-def _local(model: str) -> Path:
-    """The directory of a model or adapter, fetched from the Hub if it is not one already."""
-    if Path(model).is_dir():
-        return Path(model)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(model))
-
-
-def _checkpoint_digest(directory: Path) -> str:
-    """`weights_digest` of the files that a model in memory would have been loaded from (mapped, not read as a whole)."""
-    from safetensors.torch import load_file
-
-    return weights_digest(pair for file in directory.glob("*.safetensors") for pair in load_file(file).items())
+def lora_engine_kwargs(adapter: str) -> dict[str, Any]:
+    """The engine arguments without which a [`VLLMSampler`] cannot sample with a LoRA `adapter`."""
+    rank = json.loads((local_directory(adapter) / "adapter_config.json").read_text())["r"]
+    return {"enable_lora": True, "max_lora_rank": next(r for r in _LORA_RANKS if r >= rank)}
