@@ -187,17 +187,15 @@ class Scheduler:
         self._count_unused(fates.values())
         correct = [fate for fate in counted if fate.verdict == Verdict.CORRECT]
         num_sampled = sum(fate.finish_reason != "error" for fate in counted)
-        self.counts.update("verdict_" + fate.verdict for fate in counted)
-        self.counts.update(
-            {
-                "sampled": num_sampled,
-                f"{stage}_sampled": num_sampled,
-                f"{stage}_correct": len(correct),
-                "tokens": sum(fate.num_tokens for fate in counted),
-                "truncated": sum(fate.finish_reason == "length" for fate in counted),
-                "fixed_k": self.args.num_generations,  # what the usual script draws for every problem that reaches a stage
-            }
-        )
+        counts = self.counts  # one by one: `update` costs a resume a second in ten
+        for fate in counted:
+            counts["verdict_" + fate.verdict] += 1
+            counts["tokens"] += fate.num_tokens
+            counts["truncated"] += fate.finish_reason == "length"
+        counts["sampled"] += num_sampled
+        counts[f"{stage}_sampled"] += num_sampled
+        counts[f"{stage}_correct"] += len(correct)
+        counts["fixed_k"] += self.args.num_generations  # what the usual script draws for every problem that reaches a stage
         if correct:
             seed = attempt_seed(self.args.seed, progress.problem.id, stage, -1)
             kept = select(correct, self.args.selection, seed)
@@ -212,7 +210,8 @@ class Scheduler:
     def _settle(self, progress: Progress, outcome: Outcome) -> None:
         progress.stage = len(self.args.stages)
         self._outcomes[progress.row] = (self._sources.index(outcome.source), *outcome[1:])
-        self.counts.update({str(outcome.source): 1, "undrawn_rows": not progress.sampled})
+        self.counts[str(outcome.source)] += 1
+        self.counts["undrawn_rows"] += not progress.sampled
         del self._open[progress.row]
 
 
