@@ -15,6 +15,7 @@ from scripted import ScriptedSampler, rows, verify
 
 from trl_offpolicy import DataRewriter, RewriteConfig, TransformersSampler, prompts
 from trl_offpolicy.sampling import Request, SamplingParams, attempt_seed
+from trl_offpolicy.verifiers import NumericVerifier
 
 
 def config(tmp_path, **kwargs):
@@ -182,6 +183,10 @@ def test_other_configuration_in_the_run_directory(tmp_path):
         rewrite(tmp_path, rows(10), seed=7)
     again, _ = rewrite(tmp_path, rows(10), seed=7, overwrite=True)
     assert again.to_list() != first.to_list()
+    with pytest.raises(
+        ValueError, match=r"`verifier` was 'verify' there and is 'numeric_verifier\(rel_tol=0.05\)' now"
+    ):
+        rewrite(tmp_path, rows(10), seed=7, verifier=NumericVerifier(rel_tol=0.05))
 
 
 def test_dry_run_prints_prompts_and_touches_nothing(tmp_path, capsys):
@@ -278,7 +283,7 @@ def test_command_line_ctrl_c_kill_and_resume(tmp_path, demonstrations_file):
     process = cli(*args, "--batch_size", "2")
     interrupt(process, journal, before.count(b"\n") + 8, signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL and journal.read_bytes().startswith(before)
-    process = cli(*args)
+    process = cli(*args, "--verifier_kwargs", '{"timeout": 10}')  # may change on the way
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     lines = out.splitlines()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from trl_offpolicy import MathVerifier, Verdict
+from trl_offpolicy import MathVerifier, Verdict, verification
 from trl_offpolicy.rows import final_answer
 from trl_offpolicy.verification import MEMORY_LIMIT
 
@@ -106,9 +106,20 @@ def test_worker_that_dies_idle_costs_no_verdict(verifier):
         assert set(verifier.explain(["\\boxed{x+1}"] * 8, ["1+x"] * 8)) == {(Verdict.CORRECT, "")}
 
 
-def test_uninterruptible_code_is_killed_from_outside():
-    """A worker that ignores its own budget (as C code does) is ended by the wall deadline."""
-    with MathVerifier(timeout=0.5, num_workers=1) as verifier:
+def test_uninterruptible_code_is_killed_from_outside(monkeypatch):
+    """The budget inside is far away here (code in C would ignore it), so only the parent can end it."""
+    monkeypatch.setattr(verification, "WALL", 0.01)
+    monkeypatch.setattr(verification, "OVER_BUDGET", 0.01)
+    with MathVerifier(timeout=60, num_workers=1) as verifier:
+        ((verdict, reason),) = verifier.explain(["\\boxed{9^{9^{9^9}}}"], ["1"])
+        assert verdict == "timeout" and reason.startswith("killed after")
+        assert verifier.verify(["\\boxed{1}"], ["1"]) == ["correct"]
+
+
+@pytest.mark.parametrize("wakes, verdict", [(True, "correct"), (False, "timeout")])
+def test_a_worker_that_is_kept_from_running_is_waited_for(wakes, verdict):
+    """It is past its deadline with no CPU time used: no verdict on the answer, unless it never runs again."""
+    with MathVerifier(timeout=0.2, num_workers=1) as verifier:
         verifier.verify(["1"], ["1"])
         worker = verifier._workers[0]
 
@@ -116,9 +127,15 @@ def test_uninterruptible_code_is_killed_from_outside():
             while not worker.reading:
                 pass
             os.kill(worker.pid, signal.SIGSTOP)
+            deadline = worker.deadline
+            while wakes and worker.deadline == deadline:  # until more time was given
+                pass
+            os.kill(worker.pid, signal.SIGCONT if wakes else signal.SIGSTOP)
 
-        threading.Thread(target=stop).start()
-        assert verifier.explain(["\\boxed{9^{9^{9^9}}}"], ["1"]) == [(Verdict.TIMEOUT, "killed after 0.8 s")]
+        thread = threading.Thread(target=stop)
+        thread.start()
+        assert verifier.verify(["\\boxed{\\sqrt{x^2+2x+1}}"], ["\\sqrt{(x+1)^2}"]) == [verdict]
+        thread.join()
 
 
 def test_close_from_another_thread_ends_a_verification():

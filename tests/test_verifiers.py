@@ -135,7 +135,7 @@ def test_code_is_bounded(tmp_path, monkeypatch):
         (f"import subprocess\nsubprocess.Popen(['sh', '-c', 'sleep 2; touch {marker}'], stdout=subprocess.DEVNULL)", "correct"),
     ]  # fmt: skip
     codes, expected = zip(*cases, strict=True)
-    results = CodeVerifier(timeout=1.0, num_workers=4).explain(
+    results = CodeVerifier(timeout=2.0, num_workers=4).explain(
         [python(c) for c in codes], ["assert True"] * len(cases)
     )
     assert [v for v, _ in results] == list(expected), results

@@ -29,6 +29,7 @@ from .rows import Verdict, final_answer
 from .run_log import wandb_run
 from .sampling import Completion, Request, Sampler, SamplingParams, attempt_seed
 from .shards import Shard, check_siblings
+from .verification import describe
 
 
 NOT_JUDGED = (Verdict.TIMEOUT, Verdict.ERROR)
@@ -156,7 +157,7 @@ def _engine(sampler: Sampler, verifier, processing_class) -> dict:
         "model": sampler.name,
         "model_revision": sampler.revision,
         "chat_template": template and blake2b(template.encode(), digest_size=8).hexdigest(),
-        "verifier": getattr(verifier, "__name__", type(verifier).__name__),
+        "verifier": describe(verifier),
     }
 
 

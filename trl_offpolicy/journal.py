@@ -160,7 +160,7 @@ def lock(handle: int, how: int) -> None:
 
 def _parse(path: Path, line: bytes, number: int) -> dict:
     try:
-        return json.loads(line)
+        return json.loads(line.decode())  # of bytes it would find out the encoding first
     except ValueError as error:
         raise ValueError(
             f"Line {number} of {path} is not JSON ({error}): the file was changed or damaged. Remove that line to draw its "

@@ -29,7 +29,7 @@ from .run_log import PeriodicPush, RunLog, log_artifact, wandb_run
 from .sampling import Completion, Request, Sampler, SamplingParams, attempt_seed
 from .scheduling import Draw, Fate, KnownAttempts, Outcome, Scheduler
 from .shards import RUN_KEY, Shard, check_siblings, publish
-from .verification import explain_with
+from .verification import describe, explain_with
 
 
 class DataRewriter:
@@ -209,7 +209,7 @@ class DataRewriter:
         if self.guided_sampler is not None:
             config |= {"rewriter_adapter": self.guided_sampler.name, "rewriter_revision": self.guided_sampler.revision}
             run_config = {"rewriter_adapter": self.guided_sampler.name, **run_config}
-        config["verifier"] = getattr(self.verifier, "__name__", type(self.verifier).__name__)
+        config["verifier"] = describe(self.verifier)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         check_siblings(self.output_dir, self.shard, config, self.args.overwrite)
         journal = Journal(self.shard.file(self.output_dir, "journal.jsonl"), config, overwrite=self.args.overwrite)
@@ -249,7 +249,7 @@ class DataRewriter:
         """Streams all problems through sampling and verification until each has its outcome."""
         counts: Counter = Counter()
         known = KnownAttempts(journal.entries(until="reason"), self.args.stages)
-        scheduler = Scheduler(self._gated(problems, known, counts), total, self.args, known, counts)
+        scheduler = Scheduler(self._gated(problems, known, counts), total, self.args, counts)
         sampling: dict[str, Draw] = {}
         aborted: set[str] = set()
         verifying: dict[Future, list[tuple[Draw, Completion]]] = {}
@@ -327,11 +327,12 @@ class DataRewriter:
 
     def _gated(
         self, problems: Iterable[Problem], known: KnownAttempts, counts: Counter
-    ) -> Iterator[tuple[Problem, bool]]:
-        """Problems in the order given; one whose gold answer cannot be compared with goes straight to its demonstration."""
+    ) -> Iterator[tuple[Problem, bool, dict]]:
+        """What the scheduler takes; a problem whose gold answer cannot be compared with goes straight to its demonstration."""
         check = getattr(self.verifier, "check_answers", None)
         for chunk in batched(problems, 256):
-            new = [p for p in chunk if p.id not in known]  # what was sampled before has passed already
+            attempts = known.of([p.id for p in chunk])
+            new = [p for p, found in zip(chunk, attempts, strict=True) if not found]  # else it has passed already
             verdicts = (
                 check([p.answer for p in new])
                 if check
@@ -339,7 +340,7 @@ class DataRewriter:
             )
             refused = {p.id: v for p, v in zip(new, verdicts, strict=True) if v is not Verdict.CORRECT}
             counts.update("gold_" + verdict for verdict in refused.values())
-            yield from ((problem, problem.id not in refused) for problem in chunk)
+            yield from ((p, p.id not in refused, found) for p, found in zip(chunk, attempts, strict=True))
 
     def _prompt(self, problem: Problem, stage: str) -> list[dict[str, str]]:
         if stage == Source.SELF:

@@ -7,7 +7,8 @@ r"""(completion, gold answer) → `Verdict`, by math-verify in worker processes 
 math-verify's own time-out is a wall-clock alarm that only works in a main thread and answers "wrong" when it fires. Here
 each worker is a process of its own (`python -m trl_offpolicy.verification`: nothing is forked from a trainer that holds
 CUDA, and a user's script needs no `__main__` guard) with a CPU-time budget inside, so that a busy machine changes no
-verdict, and a wall deadline with SIGKILL outside, for code in C that no signal interrupts.
+verdict, and SIGKILL from outside for code in C that no signal interrupts; whoever is overdue only because others have the
+processor is given more time.
 """
 
 import contextlib
@@ -21,13 +22,18 @@ import sys
 import threading
 import time
 from collections import deque
+from inspect import signature
+
+import psutil
 
 from .answers import NO_ANSWER
 from .rows import Verdict
 
 
 MEMORY_LIMIT = 2 << 30  # bytes of address space of one worker
-WALL = 1.6  # x `timeout`: when a verification is ended from outside, so that its verdict is there within 2 x
+WALL = 1.6  # x `timeout`: when a verification is looked at from outside, so that its verdict is there within 2 x
+OVER_BUDGET = 1.3  # x `timeout`: CPU seconds with which it is ended then; with less it was only kept from running
+ASLEEP = 20  # x `timeout`: when it is ended whatever it used
 BATCH, BATCH_CHARACTERS = 32, 1 << 20  # of the tasks that one line hands to a worker
 TASKS_PER_WORKER = 2000  # then a fresh fork: sympy's caches grow without bound
 READ_SECONDS = 10.0  # to read a batch; who does not was killed with half of it read
@@ -50,6 +56,21 @@ def explain_with(verifier, completions: list[str], answers: list) -> list[tuple[
             f"The verifier returned {len(told)} verdicts for {len(completions)} completions; it must return one for each."
         )
     return told
+
+
+def describe(verifier) -> str:
+    """Name and arguments of whatever verifies, for the record; no limits of time and processes, which a resumed run may change."""
+    name = getattr(verifier, "__name__", type(verifier).__name__)
+    if not isinstance(verifier, Verifier):
+        return name
+    now = {**vars(verifier), **vars(verifier).get("options", {})}
+    defaults = {p.name: p.default for p in signature(type(verifier)).parameters.values()}
+    given = [
+        f"{k}={now[k]!r}"
+        for k, default in defaults.items()
+        if k not in ("timeout", "num_workers", "sampler") and k in now and now[k] != default
+    ]
+    return name + (f"({', '.join(given)})" if given else "")
 
 
 def rewards(told: list[tuple[Verdict, str]]) -> list[float | None]:
@@ -105,8 +126,8 @@ class MathVerifier(Verifier):
     Verifies final answers of mathematical problems; also a reward function for `GRPOTrainer`.
 
     Args:
-        timeout (`float`, *optional*, defaults to `4.0`): CPU seconds one verification may take. 1.6 times as many seconds on
-            the wall clock (for code that cannot be interrupted) end it as well; either is `Verdict.TIMEOUT`, never `WRONG`.
+        timeout (`float`, *optional*, defaults to `4.0`): CPU seconds one verification may take. Code that cannot be
+            interrupted is killed 1.6 times as many seconds later at the earliest; either is `Verdict.TIMEOUT`, never `WRONG`.
         num_workers (`int`, *optional*): Worker processes; by default one for each core.
         float_rounding (`int`, *optional*, defaults to `6`): Decimal places to which a decimal may stand for another number
             (`0.333333` for 1/3); it must keep five significant digits of it, too.
@@ -284,6 +305,17 @@ class _Worker:
             self.process.stdin.flush()
         self.batch = None
 
+    def _given_more_time(self) -> bool:
+        """Whether it is overdue only because the machine is busy; then it gets what it has not used."""
+        if not self.reading or time.monotonic() > self.task_began + ASLEEP * self.timeout:
+            return False
+        try:
+            used = sum(psutil.Process(self.pid).cpu_times()[:2]) - self.cpu_then
+        except psutil.NoSuchProcess:
+            return False
+        self.deadline = time.monotonic() + max(OVER_BUDGET * self.timeout - used, 0.05 * self.timeout)
+        return used < OVER_BUDGET * self.timeout
+
     def results(self, readable: bool) -> list[tuple[int, tuple[Verdict, str]]]:
         """What it has answered; where its fork died or is overdue (`lost`), that is the verdict on the task it was at."""
         chunk = self.process.stdout.read() if readable else None
@@ -299,11 +331,13 @@ class _Worker:
                 if self.batch is not None:
                     self._send()
             elif self.pid is not None:  # else from a fork that was killed in the moment of its answer
-                self.deadline = time.monotonic() + WALL * self.timeout
+                *rest, self.cpu_then = rest
+                self.task_began = time.monotonic()
+                self.deadline = self.task_began + WALL * self.timeout
                 if what != "reading":
                     told.append((self.tasks.popleft(), (Verdict(what), rest[0])))
                 self.reading = bool(self.tasks)
-        overdue = self.tasks and time.monotonic() > self.deadline
+        overdue = self.tasks and time.monotonic() > self.deadline and not self._given_more_time()
         if overdue and self.pid is None:
             raise RuntimeError(
                 f"A verifier worker was not ready after {START_SECONDS:.0f} s. Is the machine out of memory?"
@@ -316,7 +350,7 @@ class _Worker:
                     f"Try it by hand: {sys.executable} -m trl_offpolicy.verification < /dev/null"
                 )
         if self.reading and (died is not None or overdue):
-            end = Verdict.TIMEOUT, f"killed after {WALL * self.timeout:g} s"
+            end = Verdict.TIMEOUT, f"killed after {time.monotonic() - self.task_began:.1f} s"
             if died is not None:
                 end = Verdict.ERROR, f"the verifier's worker process died with exit code {died}"
             told.append((self.tasks.popleft(), end))
@@ -382,7 +416,7 @@ def _work(answers) -> None:
     signal.signal(signal.SIGPROF, over_budget)
     for line in sys.stdin:
         tasks, budget, options = json.loads(line)
-        print(json.dumps(["reading"]), file=answers, flush=True)
+        print(json.dumps(["reading", time.process_time()]), file=answers, flush=True)
         for completion, answer in tasks:
             try:
                 signal.setitimer(signal.ITIMER_PROF, budget, 0.5)  # fires again, should a library swallow the first
@@ -395,7 +429,7 @@ def _work(answers) -> None:
             except Exception as error:  # not ours to hide: it travels to the caller as a verdict with its reason
                 verdict, reason = Verdict.ERROR, f"{type(error).__name__}: {error}"[:500]
             signal.setitimer(signal.ITIMER_PROF, 0)
-            print(json.dumps([verdict, reason]), file=answers, flush=True)
+            print(json.dumps([verdict, reason, time.process_time()]), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ class JsonSchemaVerifier(Verifier):
 
     def __init__(self, schema: dict | None = None):
         self.jsonschema = _needs("jsonschema", "json", "JsonSchemaVerifier")
-        self.validator = None
+        self.schema, self.validator = schema, None
         if schema is not None:
             validator = self.jsonschema.validators.validator_for(schema)
             validator.check_schema(schema)

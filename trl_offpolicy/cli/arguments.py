@@ -3,6 +3,7 @@
 import argparse
 import json
 from dataclasses import dataclass, field
+from importlib import import_module
 
 from trl import TrlParser
 
@@ -65,6 +66,27 @@ class DatasetArguments:
     )
 
 
+# Name on the command line → (module, class).
+VERIFIERS = {
+    "math": ("verification", "MathVerifier"),
+    "choice": ("verifiers", "MultipleChoiceVerifier"),
+    "exact": ("verifiers", "ExactMatchVerifier"),
+    "numeric": ("verifiers", "NumericVerifier"),
+    "json": ("verifiers", "JsonSchemaVerifier"),
+    "code": ("code_verifier", "CodeVerifier"),
+}
+
+
+@dataclass(kw_only=True)
+class VerifierArguments:
+    """What tells right answers from wrong ones."""
+
+    verifier: str = field(default="math", metadata={"help": "Which verifier.", "choices": list(VERIFIERS)})
+    verifier_kwargs: str = field(
+        default="{}", metadata={"help": """Its arguments as JSON, for example '{"timeout": 10, "num_workers": 4}'."""}
+    )
+
+
 def parser_for(types, command: str, description: str, examples: str):
     return TrlParser(
         types,
@@ -117,7 +139,7 @@ def make_sampler(arguments: EngineArguments, second_adapter: str | None = None):
         if arguments.sampler == "vllm":
             from ..sampling.vllm_sampler import VLLMSampler, lora_engine_kwargs
 
-            given |= _mapping(given.pop("engine_kwargs", {}))
+            given |= _mapping("engine_kwargs", given.pop("engine_kwargs", {}), '{"max_num_seqs": 256}')
             if second_adapter is not None:
                 given = {**lora_engine_kwargs(second_adapter), **given}
             if arguments.batch_size is not None:
@@ -130,11 +152,20 @@ def make_sampler(arguments: EngineArguments, second_adapter: str | None = None):
         raise ValueError(f"You passed model_name_or_path={model!r}, which cannot be loaded: {error}") from error
 
 
-def _mapping(engine_kwargs: dict | str) -> dict:
+def make_verifier(arguments: VerifierArguments):
+    module, name = VERIFIERS[arguments.verifier]
+    kwargs = _mapping("verifier_kwargs", arguments.verifier_kwargs, '{"timeout": 10}')
+    try:
+        return getattr(import_module(f"..{module}", __package__), name)(**kwargs)
+    except TypeError as error:
+        raise ValueError(f"You passed verifier_kwargs={arguments.verifier_kwargs!r} to {name}: {error}") from error
+    except ImportError as error:  # an extra that is not installed
+        raise ValueError(str(error)) from error
+
+
+def _mapping(name: str, value: dict | str, example: str) -> dict:
     """From a config file it comes as a mapping, from the command line as JSON."""
     try:
-        return dict(json.loads(engine_kwargs) if isinstance(engine_kwargs, str) else engine_kwargs)
+        return dict(json.loads(value) if isinstance(value, str) else value)
     except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"""You passed engine_kwargs={engine_kwargs!r}; write a JSON object such as '{{"max_num_seqs": 256}}'."""
-        ) from error
+        raise ValueError(f"You passed {name}={value!r}; write a JSON object such as '{example}'.") from error

@@ -6,7 +6,15 @@ from pathlib import Path
 
 from .. import prompts
 from ..sampling import SamplerError
-from .arguments import DatasetArguments, EngineArguments, load_dataset, make_sampler, parser_for
+from .arguments import (
+    DatasetArguments,
+    EngineArguments,
+    VerifierArguments,
+    load_dataset,
+    make_sampler,
+    make_verifier,
+    parser_for,
+)
 
 
 EVAL_EXAMPLES = """\
@@ -44,7 +52,7 @@ examples:
 
 
 @dataclass(kw_only=True)
-class EvalArguments(EngineArguments):
+class EvalArguments(EngineArguments, VerifierArguments):
     """What is evaluated, on what, and how."""
 
     benchmarks: list[str] = field(
@@ -128,13 +136,15 @@ def evaluate(argv: list[str]) -> int:
     if arguments.max_problems is not None:
         rows = {name: each.select(range(min(arguments.max_problems, len(each)))) for name, each in rows.items()}
     options = {f.name: getattr(arguments, f.name) for f in fields(arguments)}
-    for name in ("benchmarks", "preset", "max_problems", "sampler", *(f.name for f in fields(EngineArguments))):
-        options.pop(name, None)
+    elsewhere = fields(EngineArguments) + fields(VerifierArguments)
+    for name in ("benchmarks", "preset", "max_problems", *(f.name for f in elsewhere)):
+        options.pop(name)
     if arguments.train_dataset:
         options["train_dataset"] = load_rows(arguments.train_dataset)
     sampler = make_sampler(arguments)
     try:
-        results = run(arguments.model_name_or_path, rows, sampler=sampler, **options)
+        with make_verifier(arguments) as verifier:
+            results = run(arguments.model_name_or_path, rows, sampler=sampler, verifier=verifier, **options)
     except (KeyboardInterrupt, SamplerError) as error:
         print(f"\nstopped; every finished sample is in {arguments.output_dir}. {error}".rstrip())
         print("Run the same command again to resume.")

@@ -8,7 +8,15 @@ from pathlib import Path
 
 from ..rewrite_config import RewriteConfig
 from ..sampling import SamplerError
-from .arguments import DatasetArguments, EngineArguments, load_dataset, make_sampler, parser_for
+from .arguments import (
+    DatasetArguments,
+    EngineArguments,
+    VerifierArguments,
+    load_dataset,
+    make_sampler,
+    make_verifier,
+    parser_for,
+)
 
 
 REWRITE_EXAMPLES = """\
@@ -16,6 +24,7 @@ examples:
   trl-offpolicy rewrite --model_name_or_path M --dataset_name demos.jsonl --output_dir runs/demos
   trl-offpolicy rewrite --model_name_or_path M --dataset_name demos.parquet --output_dir runs/ablation --stages self
   trl-offpolicy rewrite --config rewrite.yaml --max_rows 100
+  trl-offpolicy rewrite --config rewrite.yaml --verifier numeric --verifier_kwargs '{"rel_tol": 0.05}'
   trl-offpolicy rewrite --config rewrite.yaml --push_to_hub --hub_dataset_id me/demos-on-policy --private --push_every 1000
   trl-offpolicy rewrite --config rewrite.yaml --shard 0/4     # on the first of four machines, 1/4 on the second, …
   trl-offpolicy rewrite --model_name_or_path M --dataset_name D --output_dir runs/d --sampler vllm --tensor_parallel_size 2
@@ -37,7 +46,7 @@ The token is HF_TOKEN's, or that of `hf auth login`. A push is one commit: one t
 
 
 @dataclass(kw_only=True)
-class RewriteArguments(DatasetArguments, EngineArguments):
+class RewriteArguments(DatasetArguments, EngineArguments, VerifierArguments):
     """What is rewritten by what."""
 
     rewriter_adapter: str | None = field(
@@ -86,7 +95,8 @@ def rewrite(argv: list[str]) -> int:
         )
     sampler = None if config.dry_run else make_sampler(arguments, adapter)
     agent = sampler.with_adapter(adapter) if sampler is not None and adapter is not None else None
-    rewriter = DataRewriter(arguments.model_name_or_path, config, sampler=sampler, guided_sampler=agent)
+    verifier = make_verifier(arguments)
+    rewriter = DataRewriter(arguments.model_name_or_path, config, sampler, verifier, guided_sampler=agent)
     try:
         # Where a model is served is nobody else's address.
         given = {k: v for k, v in vars(arguments).items() if v is not None and k != "base_url"}

@@ -4,14 +4,13 @@ import json
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
 from ..rewriter import batched
 from ..rows import Source, Verdict, find_format, read_row
-from .arguments import DatasetArguments, load_dataset, parser_for
+from .arguments import DatasetArguments, VerifierArguments, load_dataset, make_verifier, parser_for
 
 
 VERIFY_EXAMPLES = """\
@@ -26,19 +25,9 @@ Columns are those of `rewrite` (the demonstration is what is checked), or the tw
 rows were checked, not that they are correct.
 """
 
-# Name on the command line → (module, class).
-VERIFIERS = {
-    "math": ("verification", "MathVerifier"),
-    "choice": ("verifiers", "MultipleChoiceVerifier"),
-    "exact": ("verifiers", "ExactMatchVerifier"),
-    "numeric": ("verifiers", "NumericVerifier"),
-    "json": ("verifiers", "JsonSchemaVerifier"),
-    "code": ("code_verifier", "CodeVerifier"),
-}
-
 
 @dataclass(kw_only=True)
-class VerifyArguments(DatasetArguments):
+class VerifyArguments(DatasetArguments, VerifierArguments):
     """What is verified by what."""
 
     completion_column: str | None = field(
@@ -48,10 +37,6 @@ class VerifyArguments(DatasetArguments):
     answer_column: str = field(
         default="answer",
         metadata={"help": "Gold answers (for code: the tests); where a row has none, its demonstration's box."},
-    )
-    verifier: str = field(default="math", metadata={"help": "Which verifier.", "choices": list(VERIFIERS)})
-    verifier_kwargs: str = field(
-        default="{}", metadata={"help": """Its arguments as JSON, for example '{"timeout": 10, "num_workers": 4}'."""}
     )
     output_file: str = field(
         default="not_correct.jsonl",
@@ -70,7 +55,7 @@ def verify(argv: list[str]) -> int:
     dataset = load_dataset(arguments)
     rows = _to_verify(dataset, arguments)
     counts: Counter = Counter()
-    with _verifier(arguments) as verifier, tqdm(total=len(dataset), unit="row") as bar:
+    with make_verifier(arguments) as verifier, tqdm(total=len(dataset), unit="row") as bar:
         output.parent.mkdir(parents=True, exist_ok=True)
         with output.open("w") as file:
             try:
@@ -90,18 +75,6 @@ def verify(argv: list[str]) -> int:
     bad = sum(n for (_, verdict), n in counts.items() if verdict is not Verdict.CORRECT)
     print(f"{bad:,} rows that are not correct: {output}" if bad else "every row is correct")
     return 0
-
-
-def _verifier(arguments: VerifyArguments):
-    module, name = VERIFIERS[arguments.verifier]
-    kwargs = arguments.verifier_kwargs
-    try:
-        kwargs = json.loads(kwargs) if isinstance(kwargs, str) else kwargs  # a mapping in YAML
-        return getattr(import_module(f"..{module}", __package__), name)(**kwargs)
-    except (TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"You passed verifier_kwargs={arguments.verifier_kwargs!r} to {name}: {error}") from error
-    except ImportError as error:  # an extra that is not installed
-        raise ValueError(str(error)) from error
 
 
 def _to_verify(dataset, arguments: VerifyArguments):
