@@ -654,8 +654,11 @@ def test_preset_is_the_papers(monkeypatch):
         agent, "_train", lambda *parsed: seen.append(parsed) or (_ for _ in ()).throw(KeyboardInterrupt)
     )
     argv = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o", "--use_cpu", "--bf16", "False"]
-    assert agent.agent([*argv, "--preset", "paper", "--learning_rate", "1e-5", "--judge", "False"]) == 3
-    ((own, args, model_args),) = seen
+    assert (
+        agent.agent([*argv, "--preset", "paper", "--learning_rate", "1e-5", "--judge", "False", "--verifier", "exact"])
+        == 3
+    )
+    own, args, model_args = seen[0]
     assert (args.generation_batch_size, args.per_device_train_batch_size * args.gradient_accumulation_steps) == (
         5040,
         2520,
@@ -663,9 +666,15 @@ def test_preset_is_the_papers(monkeypatch):
     assert (args.num_generations, args.beta, args.max_completion_length, args.learning_rate) == (10, 0.001, 4096, 1e-5)
     assert (model_args.lora_r, model_args.lora_alpha, model_args.lora_target_modules) == (64, 32, "all-linear")
     assert (own.judge, own.lambda_dist, own.lambda_div, own.max_prompt_length) == (False, 0.35, 0.5, 2048)
+    assert agent.agent([*argv, "--preset", "paper", "--num_generations", "5"]) == 3  # as in the script
+    assert (seen[1][1].generation_batch_size, seen[1][1].num_generations) == (2520, 5)
     for processes in (1, 2, 4, 7, 8):
         batches = agent._batches(processes, 10)
         update = batches["per_device_train_batch_size"] * processes * batches["gradient_accumulation_steps"]
         assert update == 2520 and batches["steps_per_generation"] == 2 * batches["gradient_accumulation_steps"]
+    assert agent._next_command(own, "m", "me/agent") == (
+        "trl-offpolicy rewrite --model_name_or_path m --rewriter_adapter me/agent --dataset_name d --verifier exact --stages guided "
+        "--output_dir agent-rewrite"
+    )
     with pytest.raises(ValueError, match="cannot be shared by 11 processes"):
         agent._batches(11, 10)

@@ -195,7 +195,9 @@ class Scheduler:
         counts["sampled"] += num_sampled
         counts[f"{stage}_sampled"] += num_sampled
         counts[f"{stage}_correct"] += len(correct)
-        counts["fixed_k"] += self.args.num_generations  # what the usual script draws for every problem that reaches a stage
+        counts["fixed_k"] += (
+            self.args.num_generations
+        )  # what the usual script draws for every problem that reaches a stage
         if correct:
             seed = attempt_seed(self.args.seed, progress.problem.id, stage, -1)
             kept = select(correct, self.args.selection, seed)

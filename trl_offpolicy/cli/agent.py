@@ -4,11 +4,11 @@ import contextlib
 import os
 import shlex
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from .. import prompts
-from .arguments import DatasetArguments, load_dataset, parser_for
+from .arguments import DatasetArguments, VerifierArguments, load_dataset, make_verifier, parser_for
 
 
 DESCRIPTION = "Train a rewriting agent: GRPO on a LoRA adapter, rewarded for rewrites that are right, like the base's own answers, and diverse."
@@ -40,7 +40,7 @@ PAPER_PROMPTS, PAPER_MINI_BATCH, PAPER_MICRO_BATCH = 504, 252, 4  # 504 in the s
 
 
 @dataclass(kw_only=True)
-class AgentArguments(DatasetArguments):
+class AgentArguments(DatasetArguments, VerifierArguments):
     """The rows it learns to rewrite, and its reward."""
 
     preset: str | None = field(default=None, metadata={"help": "Settings of the paper.", "choices": ["paper"]})
@@ -70,6 +70,13 @@ class AgentArguments(DatasetArguments):
     max_prompt_length: int | None = field(default=None, metadata={"help": "Rows with longer prompts are left out."})
 
 
+@dataclass
+class _Group:
+    """What the paper's batches depend on, whoever sets it."""
+
+    num_generations: int = PAPER["num_generations"]
+
+
 def agent(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):  # TRL's own options need torch
         parser_for((AgentArguments,), "agent", DESCRIPTION, AGENT_EXAMPLES).parse_args(["--help"])
@@ -96,10 +103,10 @@ def _parse(argv: list[str]):
 
     parser = parser_for((AgentArguments, GRPOConfig, ModelConfig), "agent", DESCRIPTION, AGENT_EXAMPLES)
     parser.set_defaults(use_peft=True, lora_target_modules=["all-linear"])
-    own = parser_for((AgentArguments,), "agent", DESCRIPTION, AGENT_EXAMPLES)
-    if own.parse_args_and_config(argv, return_remaining_strings=True)[0].preset:
-        # below what a flag or the config file says
-        parser.set_defaults(**PAPER, **_batches(int(os.environ.get("WORLD_SIZE", 1)), PAPER["num_generations"]))
+    first = parser_for((AgentArguments, _Group), "agent", DESCRIPTION, AGENT_EXAMPLES)
+    own, group, *_ = first.parse_args_and_config(argv, return_remaining_strings=True)
+    if own.preset:  # below what a flag or the config file says
+        parser.set_defaults(**PAPER, **_batches(int(os.environ.get("WORLD_SIZE", 1)), group.num_generations))
     arguments, args, model_args = parser.parse_args_and_config(argv)
     if not args.output_dir or not model_args.model_name_or_path:
         raise ValueError("Pass --model_name_or_path and --output_dir: which model, and where its adapter goes.")
@@ -133,7 +140,6 @@ def _train(arguments: AgentArguments, args, model_args):
     from trl import get_peft_config, get_quantization_config
 
     from ..rewriting_agent import GroupReward, RewritingAgentTrainer, agent_dataset
-    from ..verification import MathVerifier
 
     resume = args.resume_from_checkpoint
     if resume == "last" and (resume := get_last_checkpoint(args.output_dir)) is None:
@@ -152,8 +158,9 @@ def _train(arguments: AgentArguments, args, model_args):
         tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", **shared)
     except OSError as error:  # how transformers says that there is no such model, or none that may be read
         raise ValueError(f"You passed model_name_or_path={model!r}, which cannot be loaded: {error}") from error
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    with MathVerifier(num_workers=max(1, cores)) as verifier:
+    with make_verifier(arguments) as verifier:
+        if hasattr(verifier, "num_workers"):  # every process of the machine has one
+            verifier.num_workers = max(1, verifier.num_workers // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         dataset = agent_dataset(
             load_dataset(arguments), verifier, arguments.answer_column, arguments.solve_prompt, arguments.guided_prompt,
             arguments.qa_prompt, tokenizer, arguments.max_prompt_length,
@@ -193,9 +200,13 @@ def _embedder(name: str | None, device: str):
 
 
 def _next_command(arguments: AgentArguments, model: str, adapter: str) -> str:
-    given = {"dataset_name": arguments.dataset_name, "dataset_config": arguments.dataset_config}
-    defaults = {"dataset_split": "train", "solve_prompt": prompts.SOLVE_PROMPT, "guided_prompt": prompts.GUIDED_PROMPT}
-    given |= {name: getattr(arguments, name) for name, usual in defaults.items() if getattr(arguments, name) != usual}
-    flags = [part for name, value in given.items() if value is not None for part in (f"--{name}", value)]
+    """The rewrite with the adapter, of the same rows, prompts and verifier."""
+    usual = {f.name: f.default for f in fields(arguments)}
+    same = (
+        "dataset_name", "dataset_config", "dataset_split", "dataset_revision", "answer_column", "solve_prompt", "guided_prompt",
+        "verifier", "verifier_kwargs",
+    )  # fmt: skip
+    given = {name: value for name in same if (value := getattr(arguments, name)) != usual[name]}
+    flags = [part for name, value in given.items() for part in (f"--{name}", value)]
     command = ["trl-offpolicy", "rewrite", "--model_name_or_path", model, "--rewriter_adapter", adapter, *flags]
     return shlex.join([*command, "--stages", "guided", "--output_dir", f"{Path(adapter).name}-rewrite"])
