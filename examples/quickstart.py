@@ -39,21 +39,23 @@ K = 4  # attempts a problem and stage in rewriting
 K_EVAL = 2  # samples a problem in evaluation, for each fine-tuning seed
 
 
-def data(seed: int) -> dict:
+def data(seed: int, num_train: int = 400, num_dev: int = 100, num_test: int = 300, num_other: int = 150) -> dict:
     """Disjoint training, development and test problems, and the second family."""
-    rows = problems(400 + 100 + 300, seed, NUM_OPS, p_hard=P_HARD)
+    rows = problems(num_train + num_dev + num_test, seed, NUM_OPS, p_hard=P_HARD)
     rng = random.Random(seed)
-    other = [second_family(rng) for _ in range(150)]
+    other = [second_family(rng) for _ in range(num_other)]
     return {
-        "train": demonstrations(rows[:400]),
-        "dev": demonstrations(rows[400:500]),
-        "target": demonstrations(rows[500:]),
+        "train": demonstrations(rows[:num_train]),
+        "dev": demonstrations(rows[num_train : num_train + num_dev]),
+        "target": demonstrations(rows[num_train + num_dev :]),
         "other": [{"prompt": [{"role": "user", "content": row["problem"]}], "answer": row["answer"]} for row in other],
     }
 
 
-def train(rows, objective: str, learning_rate: float, seed: int, output_dir: Path) -> None:
-    """Fine-tunes a fresh copy of the policy and saves it in `output_dir`."""
+def train(
+    rows, objective: str, learning_rate: float, seed: int, output_dir: Path, policy: str = POLICY, **options
+) -> None:
+    """Fine-tunes a fresh copy of the policy and saves it in `output_dir`, `trainer_state.json` last."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -61,20 +63,21 @@ def train(rows, objective: str, learning_rate: float, seed: int, output_dir: Pat
 
     args = ImportanceWeightedSFTConfig(
         str(output_dir), objective=objective, learning_rate=learning_rate, num_train_epochs=1, per_device_train_batch_size=16,
-        lr_scheduler_type="cosine", warmup_steps=0.1, seed=seed, save_strategy="no", logging_steps=10, use_cpu=True, bf16=False,
-        disable_tqdm=True, report_to="none",
+        lr_scheduler_type="cosine", warmup_steps=0.1, seed=seed, save_strategy="no", logging_steps=5, use_cpu=True, bf16=False,
+        disable_tqdm=True, report_to="none", **options,
     )  # fmt: skip
     output_dir.mkdir(parents=True, exist_ok=True)
     dataset = rows if isinstance(rows, Dataset) else Dataset.from_list(rows)
     with open(output_dir / "training.log", "w") as log, contextlib.redirect_stdout(log):
         trainer = ImportanceWeightedSFTTrainer(
-            AutoModelForCausalLM.from_pretrained(POLICY),
+            AutoModelForCausalLM.from_pretrained(policy),
             args,
             train_dataset=dataset,
-            processing_class=AutoTokenizer.from_pretrained(POLICY),
+            processing_class=AutoTokenizer.from_pretrained(policy),
         )
         trainer.train()
         trainer.save_model(str(output_dir))
+        trainer.save_state()
 
 
 def run(job: dict) -> dict:

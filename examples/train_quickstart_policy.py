@@ -123,7 +123,7 @@ def loss_of(model, ids, labels):
 
 
 @torch.no_grad()
-def accuracy(model, tokenizer, rows, prompts, prefix="", num_samples=4, temperature=1.0) -> torch.Tensor:
+def accuracy(model, tokenizer, rows, prompts, prefix="", num_samples=4, temperature=1.0, max_new_tokens=160):
     """(rows, num_samples) bool: is the last boxed answer the gold one? `prefix` forces the first words of the answer."""
     correct = torch.zeros(len(rows), num_samples, dtype=torch.bool)
     tokenizer.padding_side = "left"
@@ -131,7 +131,7 @@ def accuracy(model, tokenizer, rows, prompts, prefix="", num_samples=4, temperat
         texts = [render(p, "")[0] + prefix for p in prompts[start : start + 64]]
         batch = tokenizer(texts, return_tensors="pt", padding=True)
         out = model.generate(
-            **batch, do_sample=temperature > 0, temperature=temperature or None, top_k=0, top_p=1.0, max_new_tokens=160,
+            **batch, do_sample=temperature > 0, temperature=temperature or None, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
             num_return_sequences=num_samples,
         )  # fmt: skip
         for i, text in enumerate(
@@ -189,7 +189,7 @@ def save(model, tokenizer, output_dir: Path, recipe: dict):
     (output_dir / "recipe.json").write_text(json.dumps(recipe, indent=1) + "\n")
 
 
-def main():
+def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("examples/quickstart_policy"))
     parser.add_argument("--steps", type=int, default=7500)
@@ -205,7 +205,7 @@ def main():
     parser.add_argument("--eval_every", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     mixture = {**MIXTURE, "guided": args.guided_share, "own": MIXTURE["own"] + MIXTURE["guided"] - args.guided_share}

@@ -221,11 +221,12 @@ class _Run:
         """Streams what is due through sampling and verification, which overlap, into the journal."""
         due = [item for name in self.questions for item in self.keys(name, self.shard) if item[0] not in self.samples]
         waiting, active = iter(due), {}
+        goal = len(self.samples) + len(due)  # not the bar's count: TQDM_DISABLE stops that
         verifying: dict[Future, list[Completion]] = {}
         pool = ThreadPoolExecutor(1, "verify")
         try:
             with tqdm(total=len(due), desc=", ".join(self.questions), unit="sample", leave=False) as bar:
-                while bar.n < len(due):
+                while len(self.samples) < goal:
                     unverified = sum(map(len, verifying.values()))
                     busy = len(active) - unverified
                     # A slow verifier holds the engine back, so that little is lost with a killed process.

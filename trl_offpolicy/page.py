@@ -16,7 +16,7 @@ h1 { line-height: 1.2; } h2 { border-bottom: 2px solid #0072B2; margin-top: 2.5r
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; margin: .5rem 0 1rem; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .25rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #ddd; }
-th { border-bottom: 2px solid #888; vertical-align: bottom; white-space: normal; } th:first-child, td:first-child { text-align: left; }
+th { border-bottom: 2px solid #888; vertical-align: bottom; white-space: normal; min-width: 3.5rem; } th:first-child, td:first-child { text-align: left; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); gap: 1rem; }
 figure { margin: 0; } figure img { width: 100%; max-width: 36rem; } figcaption { font-size: .85rem; color: #444; }
 details { border: 1px solid #ccc; border-radius: .4rem; padding: .5rem .8rem; margin: .5rem 0; }

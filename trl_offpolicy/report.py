@@ -155,7 +155,8 @@ def _accuracy(page: Page, runs: dict) -> None:
         ]
         values, error = _values_and_errors([r for _, r in present], metric)
         places = [x + 0.6 * ((i + 0.5) / len(results) - 0.5) for x, _ in present]
-        look = {"fmt": MARKERS[i % 8], "color": COLOURS[i % 8], "capsize": 3, "label": f"{label} ({metric})"}
+        colour, marker, _ = _look(i)
+        look = {"fmt": marker, "color": colour, "capsize": 3, "label": f"{label} ({metric})"}
         axis.errorbar(places, values, yerr=error, **look)
     axis.set_xticks(range(len(names)), names, rotation=20 if len(names) > 3 else 0)
     axis.set(ylabel="share correct", ylim=(-0.02, 1.02), xlim=(-0.5, len(names) - 0.5))
@@ -227,19 +228,18 @@ def _curves(metric: str, runs: dict) -> bytes | None:
     """One line for each run; with a single run, one for each source as well."""
     names = [metric] if len(runs) > 1 else [metric, *(f"{metric}/{source}" for source in Source)]
     lines = []
-    for label, (_, content) in runs.items():
-        for name in names:
+    for i, (label, (_, content)) in enumerate(runs.items()):
+        for j, name in enumerate(names):
             points = [(e["step"], e[name]) for e in content["log_history"] if name in e]
-            if points:
-                lines.append((label if name == metric else name.split("/")[1], points))
+            if points:  # a run looks the same in every figure
+                lines.append((i + j, label if name == metric else name.split("/")[1], points))
     if not lines:
         return None
     figure, axis = _axes()
-    for i, (label, points) in enumerate(lines):
-        look = {"color": COLOURS[i % 8], "linestyle": STYLES[i % 8], "linewidth": 1.6, "label": label}
-        axis.plot(
-            *zip(*points, strict=True), marker=MARKERS[i % 8], markersize=4, markevery=max(1, len(points) // 8), **look
-        )
+    for i, label, points in lines:
+        colour, marker, style = _look(i)
+        look = {"color": colour, "linestyle": style, "linewidth": 1.6, "label": label}
+        axis.plot(*zip(*points, strict=True), marker=marker, markersize=4, markevery=max(1, len(points) // 8), **look)
     axis.set(xlabel="step", ylabel=metric)
     if metric == "clip_fraction":
         axis.set_ylim(0, max(0.05, axis.get_ylim()[1]))
@@ -289,6 +289,12 @@ def _values_and_errors(results: list[dict], metric: str) -> tuple[list[float], l
     return values, [[abs(v - e[i]) for v, e in zip(values, ends, strict=True)] for i in (0, 1)]
 
 
+def _look(i: int) -> tuple:
+    """Colour, marker and line style of the i-th run; beyond eight, colours come again with another marker and style."""
+    shifted = (i + i // 8) % 8
+    return COLOURS[i % 8], MARKERS[shifted], STYLES[shifted]
+
+
 def _axes(height: float = 3.0):
     try:
         from matplotlib.figure import Figure
@@ -303,7 +309,10 @@ def _axes(height: float = 3.0):
 
 
 def _legend(axis, columns: int) -> None:
+    """Above the axes; the figure grows with it, so that it does not take their room."""
+    entries = len(axis.get_legend_handles_labels()[0])
     axis.legend(frameon=False, fontsize=8, ncols=columns, loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0.2)
+    axis.figure.set_figheight(axis.figure.get_figheight() + 0.17 * (-(-entries // columns) - 1))
 
 
 def _svg(figure) -> bytes:

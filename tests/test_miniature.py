@@ -1,0 +1,115 @@
+"""The miniature study at toy size: killed and resumed it gives what it gives undisturbed, and its intervals cover."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+
+sys.path.insert(0, str(ROOT / "examples" / "miniature"))
+
+import study  # noqa: E402
+from results import estimate  # noqa: E402
+
+
+TOY = [
+    "--bases", "0", "--methods", "sft", "rft", "--learning_rates", "1e-3", "--num_train", "12", "--num_dev", "2", "--num_test", "6",
+    "--num_other", "2",
+]  # fmt: skip
+
+
+def start(directory, *options):
+    command = [sys.executable, "examples/miniature/study.py", *TOY, "--output_dir", str(directory), *options]
+    return subprocess.Popen(
+        command, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def test_killed_and_resumed_is_undisturbed(tmp_path):
+    undisturbed, killed = start(tmp_path / "undisturbed"), start(tmp_path / "killed")
+    first, deadline = tmp_path / "killed" / "base-0" / "dev" / "sft-0.001.json", time.monotonic() + 300
+    while not first.exists():
+        assert killed.poll() is None and time.monotonic() < deadline, killed.communicate()[0]
+        time.sleep(0.02)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert not (tmp_path / "killed" / "results.json").exists()
+    resumed = start(tmp_path / "killed")
+    for run in (resumed, undisturbed):
+        output, _ = run.communicate(timeout=300)
+        assert run.returncode == 0, output
+    found = [(tmp_path / name / "results.json").read_text() for name in ("killed", "undisturbed")]
+    assert found[0] == found[1]
+    log = (tmp_path / "killed" / "jobs.log").read_text().splitlines()
+    assert log.count("prepare base-0") == log.count("tune base-0 sft 0.001") == 1  # what was done was not done again
+    results = json.loads(found[0])
+    for method, run in (("base", "base"), ("sft", "sft-0.001"), ("rft", "rft-0.001")):
+        file = tmp_path / "killed" / "base-0" / "seed-0" / run / "results.json"
+        evaluated = json.loads(file.read_text())["benchmarks"]  # what `evaluate` made of the same samples
+        ours = results["accuracy"][method]
+        for metric, (benchmark, _, _) in study.METRICS.items():
+            assert ours[metric]["value"]["mean"] == pytest.approx(evaluated[benchmark][metric.split()[-1]])
+        if method != "base":
+            difference = evaluated["target"]["vs_baseline"]["difference"]
+            assert ours["avg@4"]["minus_base"]["mean"] == pytest.approx(difference)
+            assert f"| {study.LABELS[method]} | 0.001 |" in (tmp_path / "killed" / "results.md").read_text()
+    other = start(tmp_path / "killed", "--num_dev", "3")
+    assert "--num_dev was 2 and is 3" in other.communicate()[0] and other.returncode == 2
+
+
+def test_rejection_sampling_rows(tmp_path):
+    """Each distinct correct text of a problem once, with the tokens of its earliest attempt, in an order that a resume keeps."""
+    from datasets import Dataset
+
+    args = study.parse(["--output_dir", str(tmp_path)])
+    run = tmp_path / "base-0" / "rewrite-self"
+    (run / "dataset").mkdir(parents=True)
+    prompt = [{"role": "user", "content": "?"}]
+    Dataset.from_list([{"id": i, "prompt": prompt, "source": "self"} for i in "ab"]).to_parquet(
+        run / "dataset" / "rows.parquet"
+    )
+    attempts = [
+        ("b", 1, "correct", "x"),
+        ("b", 0, "correct", "x"),
+        ("a", 0, "wrong", "y"),
+        ("a", 2, "correct", "z"),
+        ("b", 3, "correct", "w"),
+    ]
+    entries = [{"id": i, "attempt": n, "verdict": v, "text": t, "completion_ids": [n]} for i, n, v, t in attempts]
+    (run / "journal.jsonl").write_text("".join(json.dumps(e) + "\n" for e in [{"config": {}}, *entries]))
+    rows = study.training_rows(args, 0, "rft")
+    assert [(row["completion"][0]["content"], row["completion_ids"]) for row in rows] == [
+        ("z", [2]),
+        ("w", [3]),
+        ("x", [0]),
+    ]
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.05])
+def test_intervals_cover(spread):
+    """Bases that scatter by `spread`, seeds by 0.015, 300 problems by 0.3: the interval holds the truth at least 95 times in 100."""
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(400):
+        bases = []
+        for _ in range(3):
+            of_problem, of_seed = rng.normal(0, 0.3, (300, 1)), rng.normal(0, 0.015, (1, 2))
+            bases.append(rng.normal(0, spread) + of_problem + of_seed + rng.normal(0, 0.3, (300, 2)))
+        found = estimate(bases)
+        assert found["mean"] == pytest.approx(np.mean(bases)) and len(found["by_base"]) == 3
+        covered += abs(found["mean"]) <= found["half"]
+    assert covered / 400 > 0.93  # two standard errors below 0.95
+
+
+def test_help_and_dry_run_are_quick(tmp_path, capsys):
+    code = "import sys; sys.path.insert(0, 'examples/miniature'); import study; study.main(['--dry_run', '--output_dir', sys.argv[1]]); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "none")], cwd=ROOT, check=True)
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(SystemExit) as stopped:
+        study.main(["--help"])
+    assert stopped.value.code == 0 and "--learning_rates" in capsys.readouterr().out
