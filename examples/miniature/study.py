@@ -418,7 +418,7 @@ def parse(argv: list[str] | None):
     parser.add_argument("--bases", type=int, nargs="+", default=[0, 1, 2], help="pre-training seeds of the bases")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="fine-tuning seeds on each base")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))  # fmt: skip
-    parser.add_argument("--learning_rates", type=float, nargs="+", default=[3e-5, 1e-4, 3e-4, 1e-3], help="the grid")
+    parser.add_argument("--learning_rates", type=float, nargs="+", default=[3e-5, 1e-4, 3e-4], help="the grid")
     parser.add_argument("--num_train", type=int, default=400, help="demonstrations of each base")
     parser.add_argument("--num_dev", type=int, default=100, help="problems that learning rates are chosen on")
     parser.add_argument("--num_test", type=int, default=300, help="test problems of each base")
