@@ -158,9 +158,17 @@ def lock(handle: int, how: int) -> None:
             raise
 
 
+_raw_decode = json.JSONDecoder().raw_decode
+
+
 def _parse(path: Path, line: bytes, number: int) -> dict:
     try:
-        return json.loads(line.decode())  # of bytes it would find out the encoding first
+        # A third faster than `json.loads`, which looks for an encoding and for blanks.
+        text = line.decode()
+        entry, end = _raw_decode(text)
+        if text[end:].strip():
+            raise ValueError(f"more follows after character {end}")
+        return entry
     except ValueError as error:
         raise ValueError(
             f"Line {number} of {path} is not JSON ({error}): the file was changed or damaged. Remove that line to draw its "

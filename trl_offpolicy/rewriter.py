@@ -8,6 +8,7 @@
 verified and journaled, and the rows are written. A run holds the attempts in flight and some 20 bytes a row, not the texts.
 """
 
+import gc
 import hashlib
 import json
 import re
@@ -16,6 +17,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -107,7 +109,7 @@ class DataRewriter:
         run = hashlib.blake2b((digest + json.dumps(config)).encode(), digest_size=16).hexdigest()
         part = "" if self.shard.count == 1 else f"-{self.shard.index}"
         try:
-            with wandb_run(self.args.report_to, self.output_dir, "rewrite", config, part) as logged:
+            with wandb_run(self.args.report_to, self.output_dir, "rewrite", config, part) as logged, _frozen_heap():
                 if self.args.push_to_hub:  # what would fail at the end is better known now
                     args = self.args
                     open_repo(args.hub_dataset_id, args.hub_private_repo or None, args.hub_token, args.hub_revision)
@@ -492,6 +494,19 @@ def judge(verifier, completions: list[Completion], answers: list[str]) -> list[t
         else (Verdict.ERROR, c.error or c.finish_reason)
         for c in completions
     ]
+
+
+@contextmanager
+def _frozen_heap():
+    """Else the collector walks over all that torch and the engine hold again and again: a sixth of a resume's time."""
+    ours = gc.get_freeze_count() == 0  # vLLM does the same
+    if ours:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if ours:
+            gc.unfreeze()
 
 
 def _as_dataset(dataset):

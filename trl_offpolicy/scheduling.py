@@ -199,8 +199,7 @@ class Scheduler:
             self.args.num_generations
         )  # what the usual script draws for every problem that reaches a stage
         if correct:
-            seed = attempt_seed(self.args.seed, progress.problem.id, stage, -1)
-            kept = select(correct, self.args.selection, seed)
+            kept = select(correct, self.args.selection, (self.args.seed, progress.problem.id, stage, -1))
             self._settle(progress, Outcome(stage, kept.offset, num_sampled, len(correct)))
         else:
             self._enter_next_stage(progress)
@@ -217,12 +216,12 @@ class Scheduler:
         del self._open[progress.row]
 
 
-def select(correct: list[Fate], selection: str, seed: int) -> Fate:
-    """The attempt that is kept of the `correct` ones, which are in index order."""
+def select(correct: list[Fate], selection: str, key: tuple) -> Fate:
+    """The attempt that is kept of the `correct` ones, which are in index order; `key` is what [`attempt_seed`] takes."""
     if selection == "max_log_prob":
         return max(correct, key=lambda fate: fate.log_prob)  # the lowest index among equals
     if selection == "random":
-        return correct[random.Random(seed).randrange(len(correct))]
+        return correct[random.Random(attempt_seed(*key)).randrange(len(correct))]
     return correct[0]
 
 
