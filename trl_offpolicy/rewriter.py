@@ -302,8 +302,10 @@ class DataRewriter:
         self, sampling: dict[str, Draw], aborted: set[str], counts: Counter
     ) -> Iterator[list[tuple[Draw, Completion]]]:
         """What each sampler with requests under way has finished."""
-        for sampler in {id(s): s for draw in sampling.values() if (s := self._sampler_of(draw.stage))}.values():
-            if batch := self._finished(sampler, sampling, aborted, counts):
+        for sampler in {id(s): s for s in (self.sampler, self.guided_sampler)}.values():
+            # With one sampler the first request settles it: this runs at every step of the engine.
+            busy = any(self._sampler_of(draw.stage) is sampler for draw in sampling.values())
+            if busy and (batch := self._finished(sampler, sampling, aborted, counts)):
                 yield batch
 
     def _finished(
