@@ -4,6 +4,7 @@ import os
 import random
 import signal
 
+from trl_offpolicy.journal import Journal
 from trl_offpolicy.sampling import Completion
 
 
@@ -14,14 +15,14 @@ class ScriptedSampler:
 
     def __init__(self, p_self=0.3, p_guided=0.4, capacity=16, order_seed=0, kill_after=None):
         self.p_self, self.p_guided, self.capacity = p_self, p_guided, capacity
-        self.order, self.pending, self.sampled, self.kill_after = random.Random(order_seed), [], 0, kill_after
+        self.order, self.pending, self.sampled = random.Random(order_seed), [], 0
+        if kill_after is not None:
+            kill_after_attempts(kill_after)
 
     def submit(self, request):
         self.pending.append(request)
 
     def poll(self):
-        if self.kill_after is not None and self.sampled >= self.kill_after:
-            os.kill(os.getpid(), signal.SIGKILL)
         self.order.shuffle(self.pending)
         count = self.order.randint(1, 8)
         take, self.pending = self.pending[:count], self.pending[count:]
@@ -43,6 +44,20 @@ class ScriptedSampler:
 
     def close(self):
         pass
+
+
+def kill_after_attempts(number):
+    """kill -9 of this process as soon as it has journaled so many more attempts."""
+    append, left = Journal.append, [number]
+
+    def counting(self, entry):
+        offset = append(self, entry)
+        left[0] -= "config" not in entry
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return offset
+
+    Journal.append = counting
 
 
 def rows(num_rows):

@@ -200,6 +200,28 @@ def test_abort(sampler):
     assert set(drain(sampler, [])) == {"r0", "r2"} and sampler.poll() == []
 
 
+@needs_vllm
+def test_vllm_takes_requests_many_at_a_time(engine):
+    """Those that wait beside a busy engine are drawn as the others are, or aborted without a trace."""
+    sampler = engine("vllm", 4)
+    wanted = requests(16)
+    expected = drawn_ids(drain(sampler, wanted))
+    for request in wanted[:8]:
+        sampler.submit(request)
+    finished = sampler.poll()
+    drawing = set(sampler._owners)
+    assert drawing | {c.id for c in finished} == {f"r{i}" for i in range(8)} and len(drawing) > sampler._low
+    for request in wanted[8:]:
+        sampler.submit(request)
+    aborted = {"r9", min(drawing)}
+    for request_id in aborted:
+        sampler.abort(request_id)
+    while more := sampler.poll():
+        finished += more
+    assert drawn_ids({c.id: c for c in finished}) == {i: ids for i, ids in expected.items() if i not in aborted}
+    assert len(finished) == 14 and not sampler._owners and not sampler._waiting
+
+
 def test_the_revision_is_the_weights(tiny_model, tokenizer):
     before = TransformersSampler(tiny_model, tokenizer).revision
     with torch.no_grad():

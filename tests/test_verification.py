@@ -116,6 +116,15 @@ def test_uninterruptible_code_is_killed_from_outside(monkeypatch):
         assert verifier.verify(["\\boxed{1}"], ["1"]) == ["correct"]
 
 
+def test_a_worker_gives_way_to_the_engine_and_is_out_of_the_way_of_ctrl_c():
+    """Niceness counts within a session only (Linux shares a processor out among sessions first), ctrl-C within a process group."""
+    with MathVerifier(num_workers=1) as verifier:
+        verifier.verify(["1"], ["1"])
+        pid = verifier._workers[0].pid
+        assert os.getpriority(os.PRIO_PROCESS, pid) == min(19, os.getpriority(os.PRIO_PROCESS, 0) + verification.NICE)
+        assert os.getsid(pid) == os.getsid(0) and os.getpgid(pid) != os.getpgid(0)
+
+
 @pytest.mark.parametrize("wakes, verdict", [(True, "correct"), (False, "timeout")])
 def test_a_worker_that_is_kept_from_running_is_waited_for(wakes, verdict):
     """It is past its deadline with no CPU time used: no verdict on the answer, unless it never runs again."""

@@ -9,7 +9,6 @@ last of several shards to finish finds all the others' there.
 import json
 import os
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
 from itertools import islice
@@ -24,7 +23,8 @@ from .benchmarks import Question, check_format, load_benchmarks, read_questions
 from .estimators import accuracies, compare, share_interval
 from .hub import versions
 from .journal import Journal, read_entries
-from .rewriter import batched, judge
+from .judging import VerdictQueue
+from .rewriter import batched
 from .rows import Verdict, final_answer
 from .run_log import wandb_run
 from .sampling import Completion, Request, Sampler, SamplingParams, attempt_seed
@@ -221,44 +221,33 @@ class _Run:
         """Streams what is due through sampling and verification, which overlap, into the journal."""
         due = [item for name in self.questions for item in self.keys(name, self.shard) if item[0] not in self.samples]
         waiting, active = iter(due), {}
-        goal = len(self.samples) + len(due)  # not the bar's count: TQDM_DISABLE stops that
-        verifying: dict[Future, list[Completion]] = {}
-        pool = ThreadPoolExecutor(1, "verify")
-        try:
-            with tqdm(total=len(due), desc=", ".join(self.questions), unit="sample", leave=False) as bar:
-                while len(self.samples) < goal:
-                    unverified = sum(map(len, verifying.values()))
-                    busy = len(active) - unverified
-                    # A slow verifier holds the engine back, so that little is lost with a killed process.
-                    room = max(0, sampler.capacity - busy) if unverified < sampler.capacity else 0
-                    for key, question in islice(waiting, room):
-                        active["/".join(map(str, key))] = key, question
-                        sampler.submit(self._request(key, question))
-                        busy += 1
-                    finished = sampler.poll() if busy else []
-                    if finished:
-                        answers = [active[c.id][1].answer for c in finished]
-                        verifying[pool.submit(judge, verifier, finished, answers)] = finished
-                    elif not verifying:
-                        raise RuntimeError(
-                            f"{sampler.name}: the sampler has {busy} requests but returned none of them."
-                        )
-                    done = [f for f in verifying if f.done()] or (
-                        [] if busy else wait(verifying, return_when=FIRST_COMPLETED).done
+        with (
+            VerdictQueue(verifier) as verdicts,
+            tqdm(total=len(due), desc=", ".join(self.questions), unit="sample", leave=False) as bar,
+        ):
+            while True:
+                # A slow verifier holds the engine back, so that little is lost with a killed process.
+                room = sampler.capacity if len(verdicts) < sampler.capacity else 0
+                for key, question in islice(waiting, max(0, room - len(active))):
+                    request = self._request(key, question)
+                    active[request.id] = key, question.answer
+                    sampler.submit(request)
+                if not active and not verdicts:
+                    break
+                hurry = not room or len(active) < room
+                finished = sampler.poll() if active else []
+                if active and not finished:
+                    raise RuntimeError(
+                        f"{sampler.name}: the sampler has {len(active)} requests but returned none of them."
                     )
-                    for future in done:
-                        for completion, verdict in zip(verifying.pop(future), future.result(), strict=True):
-                            key, _ = active.pop(completion.id)
-                            self.samples[key] = entry = _entry(key, completion, *verdict)
-                            if journal is not None:
-                                offsets[key] = journal.append(entry)
-                            bar.update()
-        except BaseException:
-            if hasattr(verifier, "close"):
-                verifier.close()  # or the pool would wait for what it is verifying
-            raise
-        finally:
-            pool.shutdown(cancel_futures=True)
+                for completion in finished:
+                    key, answer = active.pop(completion.id)
+                    verdicts.put(key, completion, answer)
+                for key, *judged in verdicts.take(hurry, wait=not active):
+                    self.samples[key] = entry = _entry(key, *judged)
+                    if journal is not None:
+                        offsets[key] = journal.append(entry)
+                    bar.update()
 
     def _request(self, key: Key, question: Question) -> Request:
         params = replace(self.params, temperature=0.0, top_p=1.0, top_k=0) if key.stage == "greedy" else self.params

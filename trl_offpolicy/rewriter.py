@@ -16,7 +16,6 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -25,13 +24,14 @@ import numpy as np
 
 from .hub import open_repo, push_run, versions
 from .journal import Journal
+from .judging import Judged, VerdictQueue
 from .rewrite_config import RewriteConfig
 from .rows import Problem, Source, Verdict, guided_prompt, hub_origin, number_copies, output_features, read_rows
 from .run_log import PeriodicPush, RunLog, log_artifact, wandb_run
 from .sampling import Completion, Request, Sampler, SamplingParams, attempt_seed
 from .scheduling import Draw, Fate, KnownAttempts, Outcome, Scheduler
 from .shards import RUN_KEY, Shard, check_siblings, publish
-from .verification import describe, explain_with
+from .verification import describe
 
 
 class DataRewriter:
@@ -254,42 +254,32 @@ class DataRewriter:
         scheduler = Scheduler(self._gated(problems, known, counts), total, self.args, counts)
         sampling: dict[str, Draw] = {}
         aborted: set[str] = set()
-        verifying: dict[Future, list[tuple[Draw, Completion]]] = {}
         path = self.shard.file(self.output_dir, "metrics.jsonl")
-        log, pool = RunLog(path, total, len(known), logged), ThreadPoolExecutor(1, "verify")
+        log = RunLog(path, total, len(known), logged)
         push = PeriodicPush(lambda: self._push(finished=False), self.args.push_every)
+        capacity = self.sampler.capacity
         try:
-            while True:
-                waiting = sum(map(len, verifying.values()))
-                # An attempt that waits for its verdict leaves its slot to another one; a slow verifier holds the engine back.
-                room = self.sampler.capacity if waiting < self.sampler.capacity else 0
-                while len(sampling) < room and (draw := scheduler.next()):
-                    sampling[draw.id] = draw
-                    self._submit(draw)
-                if not sampling and not verifying:
-                    break
-                for batch in self._poll(sampling, aborted, counts):
-                    verifying[pool.submit(self._verify, batch)] = batch
-                finished = [f for f in verifying if f.done()]
-                if not finished and not sampling:
-                    finished = wait(verifying, return_when=FIRST_COMPLETED).done
-                for future in finished:
-                    for (draw, completion), verdict in zip(verifying.pop(future), future.result(), strict=True):
-                        for request_id in scheduler.record(
-                            draw, self._record(draw, completion, *verdict, journal, log)
-                        ):
+            with VerdictQueue(self.verifier) as verdicts:
+                while True:
+                    # An attempt that waits for its verdict leaves its slot to another one; a slow verifier holds the engine back.
+                    room = capacity if len(verdicts) < capacity else 0
+                    while len(sampling) < room and (draw := scheduler.next()):
+                        sampling[draw.id] = draw
+                        self._submit(draw)
+                    if not sampling and not verdicts:
+                        break
+                    hurry = not room or len(sampling) < room
+                    for draw, completion in self._poll(sampling, aborted, counts):
+                        verdicts.put(draw, completion, draw.progress.problem.answer)
+                    for judged in verdicts.take(hurry, wait=not sampling):
+                        for request_id in scheduler.record(judged.item, self._record(judged, journal, log)):
                             if sampling.pop(request_id, None):  # else it is paid for and being verified
-                                self._sampler_of(draw.stage).abort(request_id)
+                                self._sampler_of(judged.item.stage).abort(request_id)
                                 aborted.add(request_id)
                                 counts["aborted"] += 1
-                log.update(counts, len(sampling), sum(map(len, verifying.values())))
-                push.update(sum(counts[str(source)] for source in Source))
-        except BaseException:
-            if hasattr(self.verifier, "close"):
-                self.verifier.close()  # or the pool would wait for what it is verifying
-            raise
+                    log.update(counts, len(sampling), len(verdicts))
+                    push.update(sum(counts[str(source)] for source in Source))
         finally:
-            pool.shutdown(cancel_futures=True)
             log.update(counts, last=True)
             push.close()
         self._summarize(counts)
@@ -300,13 +290,13 @@ class DataRewriter:
 
     def _poll(
         self, sampling: dict[str, Draw], aborted: set[str], counts: Counter
-    ) -> Iterator[list[tuple[Draw, Completion]]]:
+    ) -> Iterator[tuple[Draw, Completion]]:
         """What each sampler with requests under way has finished."""
         for sampler in {id(s): s for s in (self.sampler, self.guided_sampler)}.values():
             # With one sampler the first request settles it: this runs at every step of the engine.
             busy = any(self._sampler_of(draw.stage) is sampler for draw in sampling.values())
-            if busy and (batch := self._finished(sampler, sampling, aborted, counts)):
-                yield batch
+            if busy:
+                yield from self._finished(sampler, sampling, aborted, counts)
 
     def _finished(
         self, sampler: Sampler, sampling: dict[str, Draw], aborted: set[str], counts: Counter
@@ -357,12 +347,8 @@ class DataRewriter:
         params = SamplingParams(args.temperature, args.top_p, args.top_k, args.max_completion_length)
         self._sampler_of(draw.stage).submit(Request(draw.id, self._prompt(problem, draw.stage), seed, params))
 
-    def _verify(self, batch: list[tuple[Draw, Completion]]) -> list[tuple[Verdict, str]]:
-        return judge(self.verifier, [c for _, c in batch], [draw.progress.problem.answer for draw, _ in batch])
-
-    def _record(
-        self, draw: Draw, completion: Completion, verdict: Verdict, reason: str, journal: Journal, log: RunLog
-    ) -> Fate:
+    def _record(self, judged: Judged, journal: Journal, log: RunLog) -> Fate:
+        draw, completion, verdict, reason = judged
         log_probs, log_prob = completion.log_probs, None
         if log_probs:
             log_prob = round(sum(log_probs) / len(log_probs), 6)
@@ -481,21 +467,6 @@ class DataRewriter:
             "behavior_prompt": self._prompt(problem, outcome.source) if outcome.source == Source.GUIDED else [],
             **problem.extra,
         }
-
-
-def judge(verifier, completions: list[Completion], answers: list[str]) -> list[tuple[Verdict, str]]:
-    """A verdict and its reason for each completion; one that was cut or never drawn is not shown to the verifier."""
-    whole = [(c.text, answer) for c, answer in zip(completions, answers, strict=True) if c.finish_reason == "stop"]
-    told = iter(explain_with(verifier, [text for text, _ in whole], [answer for _, answer in whole]))
-    cut = Verdict.UNPARSABLE, "cut at max_completion_length"
-    return [
-        next(told)
-        if c.finish_reason == "stop"
-        else cut
-        if c.finish_reason == "length"
-        else (Verdict.ERROR, c.error or c.finish_reason)
-        for c in completions
-    ]
 
 
 @contextmanager

@@ -33,7 +33,8 @@ from .rows import Verdict
 MEMORY_LIMIT = 2 << 30  # bytes of address space of one worker
 WALL = 1.6  # x `timeout`: when a verification is looked at from outside, so that its verdict is there within 2 x
 OVER_BUDGET = 1.3  # x `timeout`: CPU seconds with which it is ended then; with less it was only kept from running
-ASLEEP = 20  # x `timeout`: when it is ended whatever it used
+ASLEEP = 20  # x `timeout`: when one that does not even wait for a processor is ended, whatever it used
+NICE = 10  # a worker gives way to the engine, which it would only keep waiting; a starved engine leaves it time enough
 BATCH, BATCH_CHARACTERS = 32, 1 << 20  # of the tasks that one line hands to a worker
 TASKS_PER_WORKER = 2000  # then a fresh fork: sympy's caches grow without bound
 READ_SECONDS = 10.0  # to read a batch; who does not was killed with half of it read
@@ -259,9 +260,10 @@ class _Worker:
     def spawn(self):
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "trl_offpolicy.verification"]
-        # Its own session: a ctrl-C meant for the parent does not kill it in the middle of a task.
+        # Its own group: a ctrl-C meant for the parent does not kill it in the middle of a task. Not its own session, to which Linux
+        # would give as much of a busy processor as to the engine's.
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, process_group=0
         )
         os.set_blocking(self.process.stdout.fileno(), False)
         self.pid = None  # of the fork, as soon as it is ready
@@ -307,11 +309,15 @@ class _Worker:
 
     def _given_more_time(self) -> bool:
         """Whether it is overdue only because the machine is busy; then it gets what it has not used."""
-        if not self.reading or time.monotonic() > self.task_began + ASLEEP * self.timeout:
+        if not self.reading:
             return False
         try:
-            used = sum(psutil.Process(self.pid).cpu_times()[:2]) - self.cpu_then
+            process = psutil.Process(self.pid)
+            asleep = process.status() != psutil.STATUS_RUNNING  # which is also what waits for a processor
+            used = sum(process.cpu_times()[:2]) - self.cpu_then
         except psutil.NoSuchProcess:
+            return False
+        if asleep and time.monotonic() > self.task_began + ASLEEP * self.timeout:
             return False
         self.deadline = time.monotonic() + max(OVER_BUDGET * self.timeout - used, 0.05 * self.timeout)
         return used < OVER_BUDGET * self.timeout
@@ -395,6 +401,7 @@ def _serve() -> None:
     logging.disable(logging.CRITICAL)  # math-verify warns that we took over its time-outs
     for prediction, gold in WARM_UP:
         grade(f"\\boxed{{{prediction}}}", gold)
+    os.nice(NICE)
     status = None
     while status != 0:
         pid = os.fork()  # nothing else runs here: no thread, no CUDA

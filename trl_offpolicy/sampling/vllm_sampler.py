@@ -69,9 +69,17 @@ class VLLMSampler:
         commit = hub_commit(model, engine_kwargs.get("revision"))
         self.name, self.revision, self._lora = model, commit or checkpoint_digest(local_directory(model)), None
         self.context = config.model_config.max_model_len
-        # As many again wait in the engine's queue, so that no slot is idle while finished ones are verified.
-        self.capacity = 2 * config.scheduler_config.max_num_seqs
-        self._owners: dict[str, VLLMSampler] = {}  # of the requests in the engine, which several samplers may share
+        # As many again wait, so that no slot is idle while finished ones are verified ...
+        slots = config.scheduler_config.max_num_seqs
+        self.capacity = 2 * slots
+        # ... and go into the engine when its own queue is this short: many at a time, since what is encoded between two of its steps
+        # costs three times as much as one after another (the caches).
+        self._low = slots + slots // 4
+        self._waiting: dict[
+            str, tuple[VLLMSampler, Request]
+        ] = {}  # several samplers may share an engine: whose, and what
+        self._owners: dict[str, VLLMSampler] = {}  # of the requests in the engine
+        self._encoded: tuple[list, list[int]] = [], []  # the last prompt and its token ids
         self._done: list[Completion] = []
         self._shared = False
         if adapter is not None:
@@ -103,20 +111,30 @@ class VLLMSampler:
         self.name, self.revision = adapter, adapted_revision(self.revision, adapter)
 
     def submit(self, request: Request) -> None:
-        prompt, params = self.vllm_request(request)
-        num_tokens = len(prompt["prompt_token_ids"])
-        if num_tokens >= self.context:
-            self._done.append(beyond_context(request, num_tokens, self.context))
-        else:
-            self._owners[request.id] = self
-            self.engine.add_request(request.id, prompt, params, lora_request=self._lora)
+        self._waiting[request.id] = self, request
+
+    def _add_requests(self) -> None:
+        """Gives the engine all that waits, when it has little to go on with."""
+        if len(self._owners) > self._low or not self._waiting:
+            return
+        for owner, request in self._waiting.values():
+            prompt, params = owner.vllm_request(request)
+            num_tokens = len(prompt["prompt_token_ids"])
+            if num_tokens >= self.context:
+                owner._done.append(beyond_context(request, num_tokens, self.context))
+            else:
+                self._owners[request.id] = owner
+                self.engine.add_request(request.id, prompt, params, lora_request=owner._lora)
+        self._waiting.clear()
 
     def vllm_request(self, request: Request) -> tuple[dict, Any]:
         """The prompt and the `vllm.SamplingParams` with which vLLM draws what is asked for."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        prompt = {"type": "token", "prompt_token_ids": encode_prompt(self.processing_class, request.prompt)}
+        if request.prompt != self._encoded[0]:  # else another attempt at the problem of the last one
+            self._encoded = request.prompt, encode_prompt(self.processing_class, request.prompt)
+        prompt = {"type": "token", "prompt_token_ids": self._encoded[1]}
         params, eos = request.params, self.processing_class.eos_token_id
         return prompt, SamplingParams(
             temperature=params.temperature, top_p=params.top_p, top_k=params.top_k, max_tokens=params.max_completion_length, seed=request.seed,
@@ -124,20 +142,27 @@ class VLLMSampler:
         )  # fmt: skip
 
     def poll(self) -> list[Completion]:
-        try:
-            while not self._done and self in self._owners.values():
-                for output in self.engine.step():
-                    if output.finished and (owner := self._owners.pop(output.request_id, None)):
-                        owner._done.append(self._completion(output))
-        except Exception as error:
-            raise SamplerError(f"the vLLM engine stopped: {type(error).__name__}: {error}") from error
-        finished, self._done = self._done, []
-        return finished
+        while True:
+            self._add_requests()
+            if self._done or not self._under_way():
+                finished, self._done = self._done, []
+                return finished
+            try:
+                outputs = self.engine.step()
+            except Exception as error:
+                raise SamplerError(f"the vLLM engine stopped: {type(error).__name__}: {error}") from error
+            for output in outputs:
+                if output.finished and (owner := self._owners.pop(output.request_id, None)):
+                    owner._done.append(self._completion(output))
+
+    def _under_way(self) -> bool:
+        return self in self._owners.values() or any(owner is self for owner, _ in self._waiting.values())
 
     def abort(self, request_id: str) -> None:
         self._done = [c for c in self._done if c.id != request_id]
-        self._owners.pop(request_id, None)
-        self.engine.abort_request([request_id])
+        self._waiting.pop(request_id, None)
+        if self._owners.pop(request_id, None):
+            self.engine.abort_request([request_id])
 
     def close(self) -> None:
         if self._shared:

@@ -1,0 +1,121 @@
+"""Verdicts beside the sampling: nothing is lost or mixed up, and the verifier is called for many at a time, or at once."""
+
+import random
+import threading
+
+import pytest
+
+from trl_offpolicy import judging
+from trl_offpolicy.judging import VerdictQueue, judge
+from trl_offpolicy.rows import Verdict
+from trl_offpolicy.sampling import Completion
+
+
+class Recording:
+    """Right if the text is the answer; remembers how many it was asked about at a time, and can be made to wait."""
+
+    def __init__(self):
+        self.sizes, self.go, self.closed = [], threading.Event(), False
+        self.go.set()
+
+    def verify(self, completions, answers):
+        self.sizes.append(len(completions))
+        self.go.wait()
+        return [Verdict.CORRECT if c == a else Verdict.WRONG for c, a in zip(completions, answers, strict=True)]
+
+    def close(self):
+        self.closed = True
+        self.go.set()
+
+
+def completions(num):
+    rng = random.Random(0)
+    reasons = rng.choices(["stop", "length", "error"], [8, 1, 1], k=num)
+    return [Completion(f"r{i}", str(i % 3), [1], [-0.1], reason) for i, reason in enumerate(reasons)]
+
+
+def whole(num):
+    return [Completion(f"r{i}", str(i % 3), [1], [-0.1], "stop") for i in range(num)]
+
+
+@pytest.fixture
+def patient(monkeypatch):
+    """Nothing is handed over merely because time has passed."""
+    monkeypatch.setattr(judging, "HOLD", 600.0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_everything_comes_out_once_in_order_and_with_its_own_verdict(patient, seed):
+    rng, drawn, judged = random.Random(seed), completions(300), []
+    with VerdictQueue(Recording()) as verdicts:
+        for i, completion in enumerate(drawn):
+            verdicts.put(i, completion, "1")
+            if rng.random() < 0.5:
+                judged += verdicts.take(hurry=rng.random() < 0.5, wait=rng.random() < 0.1)
+            assert len(judged) + len(verdicts) == i + 1
+        while verdicts:
+            judged += verdicts.take(wait=True)
+    assert [j.item for j in judged] == list(range(300)) and [j.completion for j in judged] == drawn
+    assert [(j.verdict, j.reason) for j in judged] == judge(Recording(), drawn, ["1"] * 300)
+
+
+def test_the_verifier_is_called_for_many_unless_there_is_hurry(patient):
+    verifier = Recording()
+    with VerdictQueue(verifier) as verdicts:
+        for i, completion in enumerate(whole(judging.BATCH)):
+            assert (
+                verdicts.take() == [] and verifier.sizes == []
+            )  # the engine has enough to do: it can wait for the others
+            verdicts.put(i, completion, "1")
+        assert len(verdicts.take(wait=True)) == judging.BATCH
+        verdicts.put("last", whole(1)[0], "1")
+        while not (judged := verdicts.take(hurry=True)):
+            pass
+        assert judged[0].item == "last" and verifier.sizes == [judging.BATCH, 1]
+
+
+def test_a_backlog_is_handed_over_in_parts(patient):
+    verifier = Recording()
+    verifier.go.clear()
+    with VerdictQueue(verifier) as verdicts:
+        for i, completion in enumerate(whole(100)):
+            verdicts.put(i, completion, "1")
+        assert verdicts.take() == [] and len(verdicts) == 100
+        verifier.go.set()
+        judged = []
+        while verdicts:
+            judged += verdicts.take(wait=True)
+    assert len(judged) == 100 and verifier.sizes == [32, 32, 32, 4]
+
+
+def test_a_few_are_not_held_for_ever(monkeypatch):
+    monkeypatch.setattr(judging, "HOLD", 0.01)
+    with VerdictQueue(Recording()) as verdicts:
+        verdicts.put(0, whole(1)[0], "0")
+        while not (judged := verdicts.take()):
+            pass
+        assert judged[0].verdict == Verdict.CORRECT
+
+
+def test_what_the_verifier_raises_is_raised(patient):
+    class Broken(Recording):
+        def verify(self, completions, answers):
+            raise OSError("no such machine")
+
+    verifier = Broken()
+    with pytest.raises(OSError, match="no such machine"), VerdictQueue(verifier) as verdicts:
+        verdicts.put(0, whole(1)[0], "0")
+        verdicts.take(wait=True)
+    assert verifier.closed
+
+
+def test_leaving_by_an_exception_does_not_wait_for_a_slow_verifier(patient):
+    verifier = Recording()
+    verifier.go.clear()  # until it is closed
+    with pytest.raises(KeyboardInterrupt), VerdictQueue(verifier) as verdicts:
+        verdicts.put(0, whole(1)[0], "0")
+        verdicts.take(hurry=True)
+        while not verifier.sizes:
+            pass
+        raise KeyboardInterrupt
+    assert verifier.closed and not verdicts._thread.is_alive()

@@ -1,0 +1,129 @@
+"""What an engine has drawn and its verdicts, beside the sampling: rewriting and evaluation both wait for no verifier."""
+
+import threading
+from typing import Any, NamedTuple
+
+from .rows import Verdict
+from .sampling import Completion
+from .verification import explain_with
+
+
+BATCH = 32  # completions with which a verifier is called at least, as long as the engine has enough to do ...
+HOLD = 0.25  # ... and seconds for which the first of them may wait for the others
+
+
+class Judged(NamedTuple):
+    """A completion with its verdict and the reason for it; `item` is what it was put in with."""
+
+    item: Any
+    completion: Completion
+    verdict: Verdict
+    reason: str
+
+
+class VerdictQueue:
+    """
+    Calls a verifier in a thread of its own: what is [`put`] comes out of [`take`] with its verdict, in the same order.
+
+    Verdicts are asked for many at a time. An engine that runs in this process has to hand over the interpreter at each call, and our
+    code runs three times as fast when it has not just been thrown out of the caches by a step of the engine.
+
+    Args:
+        verifier: As [`DataRewriter`] takes it. It is closed if the `with` block is left by an exception, or leaving would have to
+            wait for what it is verifying.
+    """
+
+    def __init__(self, verifier):
+        self.verifier = verifier
+        self.batch = max(BATCH, 4 * getattr(verifier, "num_workers", 1))
+        self._untaken = 0
+        self._changed = threading.Condition()  # guards what follows
+        self._waiting: list[tuple[Any, Completion, str]] = []
+        self._judged: list[Judged] = []
+        self._hurry, self._closed = False, False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._serve, name="verify", daemon=True)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind, *_):
+        if kind is not None and hasattr(self.verifier, "close"):
+            self.verifier.close()
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def __len__(self) -> int:
+        """Completions that were put in and not yet taken."""
+        return self._untaken
+
+    def put(self, item, completion: Completion, answer: str) -> None:
+        self._untaken += 1
+        with self._changed:
+            self._waiting.append((item, completion, answer))
+            if len(self._waiting) >= self.batch:
+                self._changed.notify_all()
+
+    def take(self, hurry: bool = False, wait: bool = False) -> list[Judged]:
+        """
+        Whatever has its verdict by now.
+
+        Args:
+            hurry (`bool`, *optional*, defaults to `False`): Whether the verifier is called at once from now on, and not when there is a
+                batch: an engine without enough to do waits for what the verdicts let be drawn.
+            wait (`bool`, *optional*, defaults to `False`): Whether to wait for a verdict if there is none and one is to come.
+
+        Raises:
+            Exception: What the verifier raised.
+        """
+        with self._changed:
+            self._hurry = hurry or wait
+            if self._hurry and self._waiting:
+                self._changed.notify_all()
+            if wait and self._untaken:
+                self._changed.wait_for(lambda: self._judged or self._error)
+            if self._error and not self._judged:
+                raise self._error
+            judged, self._judged = self._judged, []
+        self._untaken -= len(judged)
+        return judged
+
+    def _due(self) -> bool:
+        return self._closed or len(self._waiting) >= (1 if self._hurry else self.batch)
+
+    def _serve(self) -> None:
+        while not self._closed:
+            with self._changed:
+                self._changed.wait_for(self._due, HOLD)
+                if self._closed or not self._waiting:
+                    continue
+                # Of a slow verifier's backlog no more than is worth a call: a verdict is in no journal before the call is over.
+                batch, self._waiting = self._waiting[: self.batch], self._waiting[self.batch :]
+            try:
+                told = judge(self.verifier, [c for _, c, _ in batch], [answer for *_, answer in batch])
+            except BaseException as error:
+                with self._changed:
+                    self._error = error
+                    self._changed.notify_all()
+                return
+            with self._changed:
+                self._judged += [Judged(item, c, *verdict) for (item, c, _), verdict in zip(batch, told, strict=True)]
+                self._changed.notify_all()
+
+
+def judge(verifier, completions: list[Completion], answers: list[str]) -> list[tuple[Verdict, str]]:
+    """A verdict and its reason for each completion; one that was cut or never drawn is not shown to the verifier."""
+    whole = [(c.text, answer) for c, answer in zip(completions, answers, strict=True) if c.finish_reason == "stop"]
+    told = iter(explain_with(verifier, [text for text, _ in whole], [answer for _, answer in whole]))
+    cut = Verdict.UNPARSABLE, "cut at max_completion_length"
+    return [
+        next(told)
+        if c.finish_reason == "stop"
+        else cut
+        if c.finish_reason == "length"
+        else (Verdict.ERROR, c.error or c.finish_reason)
+        for c in completions
+    ]
