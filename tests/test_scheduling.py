@@ -70,7 +70,8 @@ def test_rows_are_those_of_one_attempt_after_another(tmp_path, sampler, capacity
         assert len(engine.submitted) > needed
 
 
-def test_speculation_waits_until_no_other_problem_is_left(tmp_path):
+@pytest.mark.parametrize("capacity, slots", [(8, None), (40, 5)])
+def test_speculation_waits_until_no_other_problem_is_left_and_a_slot_is_free(tmp_path, capacity, slots):
     class Watching(Submitted):
         """Notes which requests come before the verdict on the attempt before them is in the journal."""
 
@@ -81,9 +82,12 @@ def test_speculation_waits_until_no_other_problem_is_left(tmp_path):
             before = f'"id":"{row_id}","stage":"{stage}","attempt":{int(attempt) - 1},'
             if int(attempt) and before not in (tmp_path / "run" / "journal.jsonl").read_text():
                 self.speculative.append(len(self.submitted))
+                assert len(self.pending) < (slots or capacity)
             super().submit(request)
 
-    engine = Watching(capacity=8)
+    engine = Watching(capacity=capacity)
+    if slots:
+        engine.slots = slots
     rewrite(tmp_path, rows(60), sampler=engine)
     first_attempts = [i for i, name in enumerate(engine.submitted) if name.endswith("self/0")]
     assert len(first_attempts) == 60 and engine.speculative and min(engine.speculative) > max(first_attempts)

@@ -258,12 +258,13 @@ class DataRewriter:
         log = RunLog(path, total, len(known), logged)
         push = PeriodicPush(lambda: self._push(finished=False), self.args.push_every)
         capacity = self.sampler.capacity
+        slots = getattr(self.sampler, "slots", capacity)
         try:
             with VerdictQueue(self.verifier) as verdicts:
                 while True:
                     # An attempt that waits for its verdict leaves its slot to another one; a slow verifier holds the engine back.
                     room = capacity if len(verdicts) < capacity else 0
-                    while len(sampling) < room and (draw := scheduler.next()):
+                    while len(sampling) < room and (draw := scheduler.next(speculate=len(sampling) < slots)):
                         sampling[draw.id] = draw
                         self._submit(draw)
                     if not sampling and not verdicts:

@@ -99,16 +99,17 @@ class Scheduler:
         source, *rest = self._outcomes[row].item()
         return Outcome(self._sources[source], *rest)
 
-    def next(self) -> Draw | None:
-        """The next attempt: one that is due, else a fresh problem's first, else a speculative one; `None` if there is none."""
+    def next(self, speculate: bool = True) -> Draw | None:
+        """The next attempt: one that is due, else a fresh problem's first, else a speculative one if allowed; `None` if there is none."""
         while (progress := self._due()) and not self._wanted(progress):
             pass  # an error has ended its stage while it was queued
-        if progress is None:
+        if progress is None and speculate:
             narrow = (p for p in self._open.values() if len(p.in_flight) < self.args.max_concurrent_attempts)
             progress = next((p for p in narrow if self._wanted(p)), None)
-            if progress is None:
-                return None
-            self._open.move_to_end(progress.row)  # a second attempt for every problem before a third for any
+            if progress is not None:
+                self._open.move_to_end(progress.row)  # a second attempt for every problem before a third for any
+        if progress is None:
+            return None
         attempt, *more = self._wanted(progress)
         progress.in_flight.add(attempt)
         progress.sampled = True

@@ -52,6 +52,7 @@ class Sampler(Protocol):
     """An engine that takes requests at any time and hands completions back in any order.
 
     `name` and `revision` are written beside each row; `capacity` is how many requests keep the engine busy. Engines also have
+    `slots`, how many of them are drawn at a time (attempts that may be in vain fill these only; by default `capacity`), and
     `with_adapter(adapter)`: a second sampler on the same loaded weights, whose draws come from them with a LoRA adapter on.
     """
 

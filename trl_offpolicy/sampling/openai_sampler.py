@@ -110,7 +110,8 @@ class OpenAISampler:
         self._key = os.environ.get("OPENAI_API_KEY") or "EMPTY"
         self._servers = [self._server(url) for url in ([base_url] if isinstance(base_url, str) else base_url)]
         # As many again wait here, so that no slot is idle while finished ones are verified.
-        self.capacity = 2 * batch_size * len(self._servers)
+        self.slots = batch_size * len(self._servers)
+        self.capacity = 2 * self.slots
         self._under_way: dict[str, _Job | None] = {}  # by request id; `None` for one that no server is asked for
         self._waiting: deque[_Job] = deque()
         self._finished: queue.SimpleQueue = queue.SimpleQueue()  # of completions, or of the exception that ends it all

@@ -103,7 +103,8 @@ class TransformersSampler:
         commit = hub_commit(model, (model_init_kwargs or {}).get("revision")) if isinstance(model, str) else None
         self.revision = commit or weights_digest(self.model.named_parameters())
         self.batch_size, self.batch_tokens = batch_size, batch_tokens
-        self.capacity = 2 * batch_size  # what waits is sorted by length, so a batch has little padding
+        # A batch is drawn to the end of its longest completion: of many that wait, those that go are much alike in length.
+        self.slots, self.capacity = batch_size, 8 * batch_size
         self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
         eos = self.model.generation_config.eos_token_id
         eos = eos if isinstance(eos, list) else [eos] if eos is not None else []

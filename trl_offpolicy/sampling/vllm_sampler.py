@@ -70,11 +70,11 @@ class VLLMSampler:
         self.name, self.revision, self._lora = model, commit or checkpoint_digest(local_directory(model)), None
         self.context = config.model_config.max_model_len
         # As many again wait, so that no slot is idle while finished ones are verified ...
-        slots = config.scheduler_config.max_num_seqs
-        self.capacity = 2 * slots
+        self.slots = config.scheduler_config.max_num_seqs
+        self.capacity = 2 * self.slots
         # ... and go into the engine when its own queue is this short: many at a time, since what is encoded between two of its steps
         # costs three times as much as one after another (the caches).
-        self._low = slots + slots // 4
+        self._low = self.slots + self.slots // 4
         self._waiting: dict[
             str, tuple[VLLMSampler, Request]
         ] = {}  # several samplers may share an engine: whose, and what
