@@ -16,6 +16,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -324,18 +325,35 @@ class DataRewriter:
         self, problems: Iterable[Problem], known: KnownAttempts, counts: Counter
     ) -> Iterator[tuple[Problem, bool, dict]]:
         """What the scheduler takes; a problem whose gold answer cannot be compared with goes straight to its demonstration."""
-        check = getattr(self.verifier, "check_answers", None)
-        for chunk in batched(problems, 256):
+        pool = ThreadPoolExecutor(1, "gold answers")
+
+        def look_up(chunk: list[Problem]) -> tuple[list[Problem], list[dict], Future | None]:
             attempts = known.of([p.id for p in chunk])
             new = [p for p, found in zip(chunk, attempts, strict=True) if not found]  # else it has passed already
-            verdicts = (
-                check([p.answer for p in new])
-                if check
-                else [Verdict.CORRECT if p.answer else Verdict.UNPARSABLE for p in new]
-            )
-            refused = {p.id: v for p, v in zip(new, verdicts, strict=True) if v is not Verdict.CORRECT}
-            counts.update("gold_" + verdict for verdict in refused.values())
-            yield from ((p, p.id not in refused, found) for p, found in zip(chunk, attempts, strict=True))
+            return chunk, attempts, pool.submit(self._refused, new) if new else None
+
+        chunks = map(look_up, batched(problems, 256))
+        try:
+            following = next(chunks, None)
+            while following:
+                # The next ones are checked while these are sampled.
+                (chunk, attempts, check), following = following, next(chunks, None)
+                refused = check.result() if check else {}
+                counts.update("gold_" + verdict for verdict in refused.values())
+                yield from ((p, p.id not in refused, found) for p, found in zip(chunk, attempts, strict=True))
+        finally:
+            pool.shutdown(
+                wait=False, cancel_futures=True
+            )  # a ctrl-C does not wait for a check: closing the verifier ends it
+
+    def _refused(self, problems: list[Problem]) -> dict[str, Verdict]:
+        """Problems whose gold answer cannot be compared with, and why."""
+        answers = [p.answer for p in problems]
+        if hasattr(self.verifier, "check_answers"):
+            verdicts = self.verifier.check_answers(answers)
+        else:
+            verdicts = [Verdict.CORRECT if answer else Verdict.UNPARSABLE for answer in answers]
+        return {p.id: v for p, v in zip(problems, verdicts, strict=True) if v is not Verdict.CORRECT}
 
     def _prompt(self, problem: Problem, stage: str) -> list[dict[str, str]]:
         if stage == Source.SELF:
