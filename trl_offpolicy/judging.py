@@ -25,12 +25,11 @@ class VerdictQueue:
     """
     Calls a verifier in a thread of its own: what is [`put`] comes out of [`take`] with its verdict, in the same order.
 
-    Verdicts are asked for many at a time. An engine that runs in this process has to hand over the interpreter at each call, and our
-    code runs three times as fast when it has not just been thrown out of the caches by a step of the engine.
+    Verdicts are asked for many at a time: an engine in this process has to hand over the interpreter at each call.
 
     Args:
-        verifier: As [`DataRewriter`] takes it. It is closed if the `with` block is left by an exception, or leaving would have to
-            wait for what it is verifying.
+        verifier: As [`DataRewriter`] takes it. It is closed if the `with` block is left by an exception, which would else have to wait
+            for what is being verified.
     """
 
     def __init__(self, verifier):

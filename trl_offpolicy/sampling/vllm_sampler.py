@@ -73,12 +73,11 @@ class VLLMSampler:
         self.slots = config.scheduler_config.max_num_seqs
         self.capacity = 2 * self.slots
         # ... and go into the engine when its own queue is this short: many at a time, since what is encoded between two of its steps
-        # costs three times as much as one after another (the caches).
+        # costs more than twice as much as one after another (the caches).
         self._low = self.slots + self.slots // 4
-        self._waiting: dict[
-            str, tuple[VLLMSampler, Request]
-        ] = {}  # several samplers may share an engine: whose, and what
-        self._owners: dict[str, VLLMSampler] = {}  # of the requests in the engine
+        # Several samplers may share an engine: what waits for it and what is in it, and whose it is.
+        self._waiting: dict[str, tuple[VLLMSampler, Request]] = {}
+        self._owners: dict[str, VLLMSampler] = {}
         self._encoded: tuple[list, list[int]] = [], []  # the last prompt and its token ids
         self._done: list[Completion] = []
         self._shared = False
@@ -134,7 +133,7 @@ class VLLMSampler:
 
         if request.prompt != self._encoded[0]:  # else another attempt at the problem of the last one
             self._encoded = request.prompt, encode_prompt(self.processing_class, request.prompt)
-        prompt = {"type": "token", "prompt_token_ids": self._encoded[1]}
+        prompt = {"type": "token", "prompt_token_ids": [*self._encoded[1]]}
         params, eos = request.params, self.processing_class.eos_token_id
         return prompt, SamplingParams(
             temperature=params.temperature, top_p=params.top_p, top_k=params.top_k, max_tokens=params.max_completion_length, seed=request.seed,
