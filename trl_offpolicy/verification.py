@@ -175,9 +175,7 @@ class MathVerifier(Verifier):
         """`CORRECT` for each gold answer that can be compared with at all, else `UNPARSABLE` (or why it could not be told)."""
         # A plain number needs no worker, so a rewrite does not wait for one to start before it samples.
         odd = [answer or "" for answer in answers if not _PLAIN_NUMBER.fullmatch(answer or "")]
-        told = iter(
-            self._run([[None, answer] for answer in odd]) if odd else []
-        )  # who has none does not wait for others
+        told = iter(self._run([[None, answer] for answer in odd]))
         return [Verdict.CORRECT if _PLAIN_NUMBER.fullmatch(a or "") else next(told)[0] for a in answers]
 
     def close(self) -> None:
@@ -196,6 +194,8 @@ class MathVerifier(Verifier):
             self.close()
 
     def _run(self, tasks: list[list]) -> list[tuple[Verdict, str]]:
+        if not tasks:
+            return []  # without waiting for another thread's
         with self._gate:
             pass
         with self._lock:
