@@ -2,8 +2,9 @@
 
 The requests run on an event loop in a thread of their own, through the `openai` SDK, which retries and backs off. A server
 that still fails is set aside and asked again later; its requests go to the others. Where a server takes token ids and
-returns them (vLLM), prompts are rendered here and rows carry ids and log-probs, the same as from the engine in process.
-Elsewhere the server's own chat template renders, and rows carry the text alone.
+returns them (vLLM; SGLang since July 2026, https://github.com/sgl-project/sglang/pull/30917), prompts are rendered here and
+rows carry ids and log-probs, the same as from the engine in process. Elsewhere the server's own chat template renders, and
+rows carry the text alone.
 """
 
 import asyncio
@@ -126,10 +127,13 @@ class OpenAISampler:
             if self._dialect == "token_ids":
                 self.processing_class = load_processing_class(model, processing_class, revision=revision)
             else:
-                warnings.warn(
-                    f"{self._servers[0].url} returns no token ids: rows will carry no `completion_ids` and no `behavior_log_probs`.",
-                    stacklevel=2,
-                )
+                told = "returns no token ids: rows will carry no `completion_ids` and no `behavior_log_probs`"
+                if self._dialect == "chat":
+                    told += (
+                        "; nor does it take `top_k`, `min_p` and `repetition_penalty`: if its defaults or the model's generation "
+                        "config set one, rows are not drawn from the model alone. Start the server without such defaults"
+                    )
+                warnings.warn(f"{self._servers[0].url} {told}.", stacklevel=2)
         except BaseException:
             self.close()
             raise
@@ -357,8 +361,8 @@ class OpenAISampler:
             "model": self.served_model_name, "temperature": params.temperature, "top_p": params.top_p, "seed": request.seed,
             "max_tokens": params.max_completion_length,
         }  # fmt: skip
-        # Said in so many words, or the model's generation config would decide.
-        extra = {} if dialect == "chat" else {"top_k": params.top_k, "min_p": 0.0, "repetition_penalty": 1.0}
+        # Said in so many words, or the model's generation config would decide. SGLang refuses 0 for the whole vocabulary.
+        extra = {} if dialect == "chat" else {"top_k": params.top_k or -1, "min_p": 0.0, "repetition_penalty": 1.0}
         async with asyncio.timeout(self.request_timeout):
             if dialect == "token_ids":
                 fields["max_tokens"] = min(fields["max_tokens"], server.context - len(ids))
