@@ -4,11 +4,12 @@ import random
 import threading
 
 import pytest
+from scripted import ScriptedSampler, rows
 
-from trl_offpolicy import judging
+from trl_offpolicy import DataRewriter, RewriteConfig, evaluate, judging
 from trl_offpolicy.judging import VerdictQueue, judge
 from trl_offpolicy.rows import Verdict
-from trl_offpolicy.sampling import Completion
+from trl_offpolicy.sampling import Completion, SamplerError
 
 
 class Recording:
@@ -47,7 +48,7 @@ def patient(monkeypatch):
 @pytest.mark.parametrize("seed", range(5))
 def test_everything_comes_out_once_in_order_and_with_its_own_verdict(patient, seed):
     rng, drawn, judged = random.Random(seed), completions(300), []
-    with VerdictQueue(Recording()) as verdicts:
+    with VerdictQueue(Recording(), 16) as verdicts:
         for i, completion in enumerate(drawn):
             verdicts.put(i, completion, "1")
             if rng.random() < 0.5:
@@ -61,7 +62,7 @@ def test_everything_comes_out_once_in_order_and_with_its_own_verdict(patient, se
 
 def test_the_verifier_is_called_for_many_unless_there_is_hurry(patient):
     verifier = Recording()
-    with VerdictQueue(verifier) as verdicts:
+    with VerdictQueue(verifier, 16) as verdicts:
         for i, completion in enumerate(whole(judging.BATCH)):
             assert (
                 verdicts.take() == [] and verifier.sizes == []
@@ -77,7 +78,7 @@ def test_the_verifier_is_called_for_many_unless_there_is_hurry(patient):
 def test_a_backlog_is_handed_over_in_parts(patient):
     verifier = Recording()
     verifier.go.clear()
-    with VerdictQueue(verifier) as verdicts:
+    with VerdictQueue(verifier, 16) as verdicts:
         for i, completion in enumerate(whole(100)):
             verdicts.put(i, completion, "1")
         assert verdicts.take() == [] and len(verdicts) == 100
@@ -88,9 +89,66 @@ def test_a_backlog_is_handed_over_in_parts(patient):
     assert len(judged) == 100 and verifier.sizes == [32, 32, 32, 4]
 
 
+def test_a_slow_verifier_holds_the_engine_back(patient, tmp_path, monkeypatch):
+    """However many requests wait at the engine, no more is drawn than is lost with a killed process and soon drawn again."""
+    verifier, drawn, take = Recording(), [], VerdictQueue.take
+
+    def taking(self, hurry=False, wait=False):
+        if wait:  # the engine stands still until there is a verdict
+            drawn.append(sampler.sampled)
+            verifier.go.set()
+        return take(self, hurry, wait)
+
+    monkeypatch.setattr(VerdictQueue, "take", taking)
+    for name in ("rewrite", "evaluate"):
+        sampler = ScriptedSampler(capacity=1000, p_self=1.0)
+        sampler.slots = 40
+        drawn.clear()
+        verifier.go.clear()
+        if name == "rewrite":
+            args = RewriteConfig(str(tmp_path), num_generations=2)
+            assert len(DataRewriter("", args, sampler=sampler, verifier=verifier).rewrite(rows(400))) == 400
+        else:
+            table = [{"problem": row["problem"], "answer": str(i % 50)} for i, row in enumerate(rows(400))]
+            result = evaluate("", {"a": table}, sampler=sampler, verifier=verifier, num_generations=1)
+            assert "avg@1" in result["a"] and sampler.sampled == 400
+        assert 80 <= drawn[0] < 80 + 8  # a poll hands over eight at most
+
+
+def test_what_was_drawn_before_the_engine_failed_is_in_the_journal(patient, tmp_path, monkeypatch):
+    """Though none of it has its verdict when the engine fails."""
+
+    class Failing(ScriptedSampler):
+        def poll(self):
+            if self.sampled:
+                raise SamplerError("no server answers")
+            return super().poll()
+
+    verifier, take = Recording(), VerdictQueue.take
+
+    def taking(self, hurry=False, wait=False):
+        if wait:
+            verifier.go.set()
+        return take(self, hurry, wait)
+
+    monkeypatch.setattr(VerdictQueue, "take", taking)
+    for name in ("rewrite", "evaluate"):
+        sampler = Failing(capacity=50, order_seed=1)
+        verifier.go.clear()
+        with pytest.raises(SamplerError, match="no server answers"):
+            if name == "rewrite":
+                args = RewriteConfig(str(tmp_path / name))
+                DataRewriter("", args, sampler=sampler, verifier=verifier).rewrite(rows(50))
+            else:
+                table = [{"problem": row["problem"], "answer": "1"} for row in rows(50)]
+                evaluate("", {"a": table}, sampler=sampler, verifier=verifier, output_dir=str(tmp_path / name))
+        journal = (tmp_path / name / "journal.jsonl").read_text().splitlines()
+        assert sampler.sampled == len(journal) - 1 > 1  # the first line is the configuration
+
+
 def test_a_few_are_not_held_for_ever(monkeypatch):
     monkeypatch.setattr(judging, "HOLD", 0.01)
-    with VerdictQueue(Recording()) as verdicts:
+    with VerdictQueue(Recording(), 16) as verdicts:
         verdicts.put(0, whole(1)[0], "0")
         while not (judged := verdicts.take()):
             pass
@@ -103,7 +161,7 @@ def test_what_the_verifier_raises_is_raised(patient):
             raise OSError("no such machine")
 
     verifier = Broken()
-    with pytest.raises(OSError, match="no such machine"), VerdictQueue(verifier) as verdicts:
+    with pytest.raises(OSError, match="no such machine"), VerdictQueue(verifier, 16) as verdicts:
         verdicts.put(0, whole(1)[0], "0")
         verdicts.take(wait=True)
     assert verifier.closed
@@ -112,7 +170,7 @@ def test_what_the_verifier_raises_is_raised(patient):
 def test_leaving_by_an_exception_does_not_wait_for_a_slow_verifier(patient):
     verifier = Recording()
     verifier.go.clear()  # until it is closed
-    with pytest.raises(KeyboardInterrupt), VerdictQueue(verifier) as verdicts:
+    with pytest.raises(KeyboardInterrupt), VerdictQueue(verifier, 16) as verdicts:
         verdicts.put(0, whole(1)[0], "0")
         verdicts.take(hurry=True)
         while not verifier.sizes:

@@ -27,7 +27,7 @@ from .judging import VerdictQueue
 from .rewriter import batched
 from .rows import Verdict, final_answer
 from .run_log import wandb_run
-from .sampling import Completion, Request, Sampler, SamplingParams, attempt_seed
+from .sampling import Completion, Request, Sampler, SamplerError, SamplingParams, attempt_seed
 from .shards import Shard, check_siblings
 from .verification import describe
 
@@ -222,28 +222,32 @@ class _Run:
         due = [item for name in self.questions for item in self.keys(name, self.shard) if item[0] not in self.samples]
         waiting, active = iter(due), {}
         with (
-            VerdictQueue(verifier) as verdicts,
+            VerdictQueue(verifier, getattr(sampler, "slots", sampler.capacity)) as verdicts,
             tqdm(total=len(due), desc=", ".join(self.questions), unit="sample", leave=False) as bar,
         ):
             while True:
-                # A slow verifier holds the engine back, so that little is lost with a killed process.
-                room = sampler.capacity if len(verdicts) < sampler.capacity else 0
-                for key, question in islice(waiting, max(0, room - len(active))):
+                for key, question in islice(waiting, sampler.capacity - len(active)):
                     request = self._request(key, question)
                     active[request.id] = key, question.answer
                     sampler.submit(request)
                 if not active and not verdicts:
                     break
-                hurry = not room or len(active) < room
-                finished = sampler.poll() if active else []
-                if active and not finished:
+                hurry, ask = len(active) < sampler.capacity, active and not verdicts.full
+                try:
+                    finished = sampler.poll() if ask else []
+                except SamplerError:
+                    for key, *judged in verdicts.drain():
+                        if journal is not None:
+                            journal.append(_entry(key, *judged))
+                    raise
+                if ask and not finished:
                     raise RuntimeError(
                         f"{sampler.name}: the sampler has {len(active)} requests but returned none of them."
                     )
                 for completion in finished:
                     key, answer = active.pop(completion.id)
                     verdicts.put(key, completion, answer)
-                for key, *judged in verdicts.take(hurry, wait=not active):
+                for key, *judged in verdicts.take(hurry, wait=verdicts.full or not active):
                     self.samples[key] = entry = _entry(key, *judged)
                     if journal is not None:
                         offsets[key] = journal.append(entry)

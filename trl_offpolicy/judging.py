@@ -1,6 +1,7 @@
 """What an engine has drawn and its verdicts, beside the sampling: rewriting and evaluation both wait for no verifier."""
 
 import threading
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from .rows import Verdict
@@ -30,11 +31,13 @@ class VerdictQueue:
     Args:
         verifier: As [`DataRewriter`] takes it. It is closed if the `with` block is left by an exception, which would else have to wait
             for what is being verified.
+        slots (`int`): Completions that the engine draws at a time.
     """
 
-    def __init__(self, verifier):
+    def __init__(self, verifier, slots: int):
         self.verifier = verifier
         self.batch = max(BATCH, 4 * getattr(verifier, "num_workers", 1))
+        self._limit = 2 * max(slots, self.batch)
         self._untaken = 0
         self._changed = threading.Condition()  # guards what follows
         self._waiting: list[tuple[Any, Completion, str]] = []
@@ -58,6 +61,11 @@ class VerdictQueue:
     def __len__(self) -> int:
         """Completions that were put in and not yet taken."""
         return self._untaken
+
+    @property
+    def full(self) -> bool:
+        """Whether a slow verifier should hold the engine back: what has no verdict is in no journal, and lost with a killed process."""
+        return self._untaken >= self._limit
 
     def put(self, item, completion: Completion, answer: str) -> None:
         self._untaken += 1
@@ -89,6 +97,11 @@ class VerdictQueue:
             judged, self._judged = self._judged, []
         self._untaken -= len(judged)
         return judged
+
+    def drain(self) -> Iterator[Judged]:
+        """All that has no verdict yet, as the verdicts come: for an engine that has failed, whose completions are paid for."""
+        while self._untaken:
+            yield from self.take(wait=True)
 
     def _due(self) -> bool:
         return self._closed or len(self._waiting) >= (1 if self._hurry else self.batch)

@@ -29,7 +29,7 @@ from .judging import Judged, VerdictQueue
 from .rewrite_config import RewriteConfig
 from .rows import Problem, Source, Verdict, guided_prompt, hub_origin, number_copies, output_features, read_rows
 from .run_log import PeriodicPush, RunLog, log_artifact, wandb_run
-from .sampling import Completion, Request, Sampler, SamplingParams, attempt_seed
+from .sampling import Completion, Request, Sampler, SamplerError, SamplingParams, attempt_seed
 from .scheduling import Draw, Fate, KnownAttempts, Outcome, Scheduler
 from .shards import RUN_KEY, Shard, check_siblings, publish
 from .verification import describe
@@ -261,19 +261,24 @@ class DataRewriter:
         capacity = self.sampler.capacity
         slots = getattr(self.sampler, "slots", capacity)
         try:
-            with VerdictQueue(self.verifier) as verdicts:
+            with VerdictQueue(self.verifier, slots) as verdicts:
                 while True:
-                    # An attempt that waits for its verdict leaves its slot to another one; a slow verifier holds the engine back.
-                    room = capacity if len(verdicts) < capacity else 0
-                    while len(sampling) < room and (draw := scheduler.next(speculate=len(sampling) < slots)):
+                    # An attempt that waits for its verdict leaves its slot to another one.
+                    while len(sampling) < capacity and (draw := scheduler.next(speculate=len(sampling) < slots)):
                         sampling[draw.id] = draw
                         self._submit(draw)
                     if not sampling and not verdicts:
                         break
-                    hurry = not room or len(sampling) < room
-                    for draw, completion in self._poll(sampling, aborted, counts):
-                        verdicts.put(draw, completion, draw.progress.problem.answer)
-                    for judged in verdicts.take(hurry, wait=not sampling):
+                    hurry = len(sampling) < capacity
+                    try:
+                        if not verdicts.full:
+                            for draw, completion in self._poll(sampling, aborted, counts):
+                                verdicts.put(draw, completion, draw.progress.problem.answer)
+                    except SamplerError:
+                        for judged in verdicts.drain():
+                            self._record(judged, journal, log)
+                        raise
+                    for judged in verdicts.take(hurry, wait=verdicts.full or not sampling):
                         for request_id in scheduler.record(judged.item, self._record(judged, journal, log)):
                             if sampling.pop(request_id, None):  # else it is paid for and being verified
                                 self._sampler_of(judged.item.stage).abort(request_id)

@@ -104,7 +104,7 @@ class TransformersSampler:
         self.revision = commit or weights_digest(self.model.named_parameters())
         self.batch_size, self.batch_tokens = batch_size, batch_tokens
         # A batch is drawn to the end of its longest completion: of many that wait, those that go are much alike in length.
-        self.slots, self.capacity = batch_size, 8 * batch_size
+        self.slots, self.capacity = batch_size, 32 * batch_size
         self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
         eos = self.model.generation_config.eos_token_id
         eos = eos if isinstance(eos, list) else [eos] if eos is not None else []
