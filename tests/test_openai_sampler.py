@@ -71,9 +71,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         if not self.refused():
-            self.answer(
-                {"object": "list", "data": [{"id": self.server.name, "object": "model", "max_model_len": 4096}]}
-            )
+            models = [{"id": self.server.name, "object": "model", "max_model_len": 4096}]
+            self.answer({"object": "list", "data": models if self.server.name else []})
 
     def do_POST(self):
         server, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -313,6 +312,11 @@ def test_bad_addresses_and_options_say_what_to_write(serve, tmp_path, capsys):
             sampler = OpenAISampler(POLICY, [nobody, serve().url])
         assert drain(sampler, requests(3)).keys() == {"r0", "r1", "r2"}
         sampler.close()
+    sampler = OpenAISampler(
+        POLICY, serve(name=None).url
+    )  # lists no model, but serves it, as `transformers serve` does
+    assert drain(sampler, requests(3)).keys() == {"r0", "r1", "r2"}
+    sampler.close()
     with pytest.raises(ValueError, match="http://host:port/v1"):
         OpenAISampler(POLICY, "localhost:8000")
     with pytest.raises(ValueError, match=r"does not serve 'other'.*served_model_name"):

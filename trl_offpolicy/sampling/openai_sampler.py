@@ -349,6 +349,8 @@ class OpenAISampler:
             return  # has no such route; what it serves shows when it is asked for a completion
         except (AttributeError, ValueError) as error:
             raise openai.OpenAIError("it sent something that is no list of models") from error
+        if not models:
+            return  # `transformers serve` lists what is in its cache, and serves other models too
         if self.served_model_name not in models:
             raise ValueError(
                 f"{server.url} does not serve {self.served_model_name!r} but {sorted(models)}; pass one of them as `served_model_name`."
