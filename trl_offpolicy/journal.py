@@ -5,6 +5,7 @@ appending, so a killed process leaves at most a torn last line, which the next o
 drawn again, from the same seed). Lines are never changed; a later one for the same key wins.
 """
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -118,6 +119,8 @@ def read_entries(path: Path, until: str | None = None) -> Iterator[tuple[int, di
     """
     mark = None if until is None else f',"{until}":'.encode()
     size, number = path.stat().st_size, 1
+    lines: list[bytes] = []  # not parsed yet
+    offsets: list[int] = []
     with (
         path.open("rb") as file,
         tqdm(total=size, unit="B", unit_scale=True, desc="reading the journal", disable=size < 1 << 24) as bar,
@@ -129,17 +132,21 @@ def read_entries(path: Path, until: str | None = None) -> Iterator[tuple[int, di
             number += 1
             end = -1 if mark is None else line.find(mark)
             whole = end < 0 or not line.endswith(b"}\n")  # a damaged line is parsed in full, to say what is wrong
-            yield offset, _parse(path, line if whole else line[:end] + b"}", number)
+            lines.append(line if whole else line[:end] + b"}")
+            offsets.append(offset)
             offset += len(line)
-            if number % 4096 == 0:
+            if len(lines) == 256:
+                yield from zip(offsets, _parse(path, lines, number), strict=True)
+                lines, offsets = [], []
                 bar.update(offset - bar.n)
+        yield from zip(offsets, _parse(path, lines, number), strict=True)
 
 
 def read_header(path: Path) -> dict | None:
     """The configuration in the first line of the journal at `path`; `None` if it has no whole line yet."""
     with Path(path).open("rb") as file:
         first = file.readline()
-    return _parse(path, first, 1).get("config", {}) if first.endswith(b"\n") else None
+    return _parse(path, [first], 1)[0].get("config", {}) if first.endswith(b"\n") else None
 
 
 def differences(found: dict | None, config: dict) -> str:
@@ -158,19 +165,20 @@ def lock(handle: int, how: int) -> None:
             raise
 
 
-_raw_decode = json.JSONDecoder().raw_decode
-
-
-def _parse(path: Path, line: bytes, number: int) -> dict:
-    try:
-        # A third faster than `json.loads`, which looks for an encoding and for blanks.
-        text = line.decode()
-        entry, end = _raw_decode(text)
-        if text[end:].strip():
-            raise ValueError(f"more follows after character {end}")
-        return entry
-    except ValueError as error:
-        raise ValueError(
-            f"Line {number} of {path} is not JSON ({error}): the file was changed or damaged. Remove that line to draw its "
-            "attempt again; nothing else depends on it."
-        ) from error
+def _parse(path: Path, lines: list[bytes], number: int) -> list[dict]:
+    """The entries in these lines, of which the last is the `number`-th of the file."""
+    with contextlib.suppress(ValueError):
+        # All at once takes half the time; a damaged line is found by itself, below.
+        entries = json.loads(b"[" + b",".join(lines) + b"]")
+        if len(entries) == len(lines):
+            return entries
+    entries = []
+    for n, line in enumerate(lines, number - len(lines) + 1):
+        try:
+            entries.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(
+                f"Line {n} of {path} is not JSON ({error}): the file was changed or damaged. Remove that line to draw its "
+                "attempt again; nothing else depends on it."
+            ) from error
+    return entries

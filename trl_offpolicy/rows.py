@@ -76,12 +76,13 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
 def last_boxed(text: str) -> str | None:
     r"""The content of the last `\boxed{…}` or `\fbox{…}`, braces balanced; `None` if there is none or it is not closed."""
-    start = None
-    for match in _BOX.finditer(text):
-        start = match.end()
-    if start is None:
-        return None
-    rest = text[start:].lstrip()
+    end, box = len(text), None
+    while box is None:  # from the end: many solutions are long and box their answer there
+        end = max(text.rfind("\\boxed", 0, end), text.rfind("\\fbox", 0, end))
+        if end < 0:
+            return None
+        box = _BOX.match(text, end)
+    rest = text[box.end() :].lstrip()
     if not rest.startswith("{"):  # `\boxed 9`
         return re.match(r"[^\s$\\.,;]*", rest)[0] or None
     depth = 0

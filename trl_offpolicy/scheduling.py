@@ -11,6 +11,7 @@ import struct
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -179,13 +180,14 @@ class Scheduler:
             self._settle(progress, Outcome(Source.EXPERT))
             return
         horizon, stage, fates = self._horizon(progress), self._stage_name(progress), progress.fates
-        if any(k not in fates for k in range(horizon)):
+        if [k for k in range(horizon) if k not in fates]:
             if not progress.queued and (self._all_needed or not progress.in_flight) and self._wanted(progress):
                 progress.queued = True
                 self._ready.append(progress)
             return
         counted = [fates.pop(k) for k in range(horizon)]
-        self._count_unused(fates.values())
+        if fates:
+            self._count_unused(fates.values())
         correct = [fate for fate in counted if fate.verdict == Verdict.CORRECT]
         num_sampled = sum(fate.finish_reason != "error" for fate in counted)
         counts = self.counts  # one by one: `update` costs a resume a second in ten
@@ -263,14 +265,16 @@ class KnownAttempts:
         """The known attempts of each of these problems by stage and index; many at a time, for one search costs as much as a hundred."""
         keys = [_split(problem_id) for problem_id in problem_ids]
         wanted = np.array([key for key, _ in keys], np.uint64)
-        first, end = (np.searchsorted(self._ids, wanted, side).tolist() for side in ("left", "right"))
-        return [self._between(*span, copy) for *span, (_, copy) in zip(first, end, keys, strict=True)]
+        first, end = (np.searchsorted(self._ids, wanted, side) for side in ("left", "right"))
+        sizes = end - first
+        # The places of all of them in the table, one problem's after another's: one `tolist`, which is what takes the time.
+        places = np.repeat(end - sizes.cumsum(), sizes) + np.arange(sizes.sum())
+        rows = iter(self._table[places].tolist())
+        return [self._known(islice(rows, size), copy) for size, (_, copy) in zip(sizes.tolist(), keys, strict=True)]
 
-    def _between(self, first: int, end: int, copy: int) -> dict[str, dict[int, Fate]]:
+    def _known(self, rows: Iterable[tuple], copy: int) -> dict[str, dict[int, Fate]]:
         found: dict[str, dict[int, Fate]] = {}
-        for _, of_copy, stage, attempt, verdict, finish_reason, num_tokens, log_prob, offset in (
-            self._table[first:end].tolist() if first < end else ()
-        ):
+        for _, of_copy, stage, attempt, verdict, finish_reason, num_tokens, log_prob, offset in rows:
             if of_copy == copy:
                 fate = Fate(offset, self._VERDICTS[verdict], self._FINISH_REASONS[finish_reason], num_tokens, log_prob)
                 found.setdefault(self._stages[stage], {})[attempt] = fate
