@@ -221,8 +221,9 @@ class _Run:
         """Streams what is due through sampling and verification, which overlap, into the journal."""
         due = [item for name in self.questions for item in self.keys(name, self.shard) if item[0] not in self.samples]
         waiting, active = iter(due), {}
+        slots = getattr(sampler, "slots", sampler.capacity)
         with (
-            VerdictQueue(verifier, getattr(sampler, "slots", sampler.capacity)) as verdicts,
+            VerdictQueue(verifier, limit=min(sampler.capacity, 2 * slots)) as verdicts,
             tqdm(total=len(due), desc=", ".join(self.questions), unit="sample", leave=False) as bar,
         ):
             while True:

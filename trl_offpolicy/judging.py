@@ -31,13 +31,13 @@ class VerdictQueue:
     Args:
         verifier: As [`DataRewriter`] takes it. It is closed if the `with` block is left by an exception, which would else have to wait
             for what is being verified.
-        slots (`int`): Completions that the engine draws at a time.
+        limit (`int`): Completions without a verdict at which the queue is [`full`].
     """
 
-    def __init__(self, verifier, slots: int):
+    def __init__(self, verifier, limit: int):
         self.verifier = verifier
         self.batch = max(BATCH, 4 * getattr(verifier, "num_workers", 1))
-        self._limit = 2 * max(slots, self.batch)
+        self.limit = limit
         self._untaken = 0
         self._changed = threading.Condition()  # guards what follows
         self._waiting: list[tuple[Any, Completion, str]] = []
@@ -65,7 +65,7 @@ class VerdictQueue:
     @property
     def full(self) -> bool:
         """Whether a slow verifier should hold the engine back: what has no verdict is in no journal, and lost with a killed process."""
-        return self._untaken >= self._limit
+        return self._untaken >= self.limit
 
     def put(self, item, completion: Completion, answer: str) -> None:
         self._untaken += 1

@@ -261,7 +261,7 @@ class DataRewriter:
         capacity = self.sampler.capacity
         slots = getattr(self.sampler, "slots", capacity)
         try:
-            with VerdictQueue(self.verifier, slots) as verdicts:
+            with VerdictQueue(self.verifier, limit=min(capacity, 2 * slots)) as verdicts:
                 while True:
                     # An attempt that waits for its verdict leaves its slot to another one.
                     while len(sampling) < capacity and (draw := scheduler.next(speculate=len(sampling) < slots)):
