@@ -48,7 +48,7 @@ def patient(monkeypatch):
 @pytest.mark.parametrize("seed", range(5))
 def test_everything_comes_out_once_in_order_and_with_its_own_verdict(patient, seed):
     rng, drawn, judged = random.Random(seed), completions(300), []
-    with VerdictQueue(Recording(), 16) as verdicts:
+    with VerdictQueue(Recording(), ScriptedSampler()) as verdicts:
         for i, completion in enumerate(drawn):
             verdicts.put(i, completion, "1")
             if rng.random() < 0.5:
@@ -62,7 +62,7 @@ def test_everything_comes_out_once_in_order_and_with_its_own_verdict(patient, se
 
 def test_the_verifier_is_called_for_many_unless_there_is_hurry(patient):
     verifier = Recording()
-    with VerdictQueue(verifier, 16) as verdicts:
+    with VerdictQueue(verifier, ScriptedSampler()) as verdicts:
         for i, completion in enumerate(whole(judging.BATCH)):
             assert (
                 verdicts.take() == [] and verifier.sizes == []
@@ -78,7 +78,7 @@ def test_the_verifier_is_called_for_many_unless_there_is_hurry(patient):
 def test_a_backlog_is_handed_over_in_parts(patient):
     verifier = Recording()
     verifier.go.clear()
-    with VerdictQueue(verifier, 16) as verdicts:
+    with VerdictQueue(verifier, ScriptedSampler()) as verdicts:
         for i, completion in enumerate(whole(100)):
             verdicts.put(i, completion, "1")
         assert verdicts.take() == [] and len(verdicts) == 100
@@ -148,7 +148,7 @@ def test_what_was_drawn_before_the_engine_failed_is_in_the_journal(patient, tmp_
 
 def test_a_few_are_not_held_for_ever(monkeypatch):
     monkeypatch.setattr(judging, "HOLD", 0.01)
-    with VerdictQueue(Recording(), 16) as verdicts:
+    with VerdictQueue(Recording(), ScriptedSampler()) as verdicts:
         verdicts.put(0, whole(1)[0], "0")
         while not (judged := verdicts.take()):
             pass
@@ -161,7 +161,7 @@ def test_what_the_verifier_raises_is_raised(patient):
             raise OSError("no such machine")
 
     verifier = Broken()
-    with pytest.raises(OSError, match="no such machine"), VerdictQueue(verifier, 16) as verdicts:
+    with pytest.raises(OSError, match="no such machine"), VerdictQueue(verifier, ScriptedSampler()) as verdicts:
         verdicts.put(0, whole(1)[0], "0")
         verdicts.take(wait=True)
     assert verifier.closed
@@ -170,7 +170,7 @@ def test_what_the_verifier_raises_is_raised(patient):
 def test_leaving_by_an_exception_does_not_wait_for_a_slow_verifier(patient):
     verifier = Recording()
     verifier.go.clear()  # until it is closed
-    with pytest.raises(KeyboardInterrupt), VerdictQueue(verifier, 16) as verdicts:
+    with pytest.raises(KeyboardInterrupt), VerdictQueue(verifier, ScriptedSampler()) as verdicts:
         verdicts.put(0, whole(1)[0], "0")
         verdicts.take(hurry=True)
         while not verifier.sizes:

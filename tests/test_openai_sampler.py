@@ -312,9 +312,8 @@ def test_bad_addresses_and_options_say_what_to_write(serve, tmp_path, capsys):
             sampler = OpenAISampler(POLICY, [nobody, serve().url])
         assert drain(sampler, requests(3)).keys() == {"r0", "r1", "r2"}
         sampler.close()
-    sampler = OpenAISampler(
-        POLICY, serve(name=None).url
-    )  # lists no model, but serves it, as `transformers serve` does
+    # Lists no model, but serves it, as `transformers serve` does.
+    sampler = OpenAISampler(POLICY, serve(name=None).url)
     assert drain(sampler, requests(3)).keys() == {"r0", "r1", "r2"}
     sampler.close()
     with pytest.raises(ValueError, match="http://host:port/v1"):

@@ -8,7 +8,7 @@ import re
 import unicodedata
 from fractions import Fraction
 
-from .rows import final_answer, last_boxed
+from .rows import final_answer, last_box, last_boxed
 
 
 NO_ANSWER = "the completion states no answer that can be parsed"
@@ -44,7 +44,7 @@ def stated_answer(completion: str) -> tuple[str | None, str]:
     text = _END.split(text, maxsplit=1)[0] or text
     phrases = list(_PHRASE.finditer(text))
     said = _from_sentence(text[phrases[-1].end() : phrases[-1].end() + 1000], first=True) if phrases else None
-    box = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+    box = last_box(text)
     if box >= 0:
         final = phrases and phrases[-1][1] and phrases[-1].start() > box
         if final and said and re.search(r"\d", said):

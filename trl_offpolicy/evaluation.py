@@ -221,9 +221,8 @@ class _Run:
         """Streams what is due through sampling and verification, which overlap, into the journal."""
         due = [item for name in self.questions for item in self.keys(name, self.shard) if item[0] not in self.samples]
         waiting, active = iter(due), {}
-        slots = getattr(sampler, "slots", sampler.capacity)
         with (
-            VerdictQueue(verifier, limit=min(sampler.capacity, 2 * slots)) as verdicts,
+            VerdictQueue(verifier, sampler) as verdicts,
             tqdm(total=len(due), desc=", ".join(self.questions), unit="sample", leave=False) as bar,
         ):
             while True:
@@ -233,7 +232,8 @@ class _Run:
                     sampler.submit(request)
                 if not active and not verdicts:
                     break
-                hurry, ask = len(active) < sampler.capacity, active and not verdicts.full
+                hurry = len(active) < sampler.capacity
+                ask = bool(active) and not verdicts.full
                 try:
                     finished = sampler.poll() if ask else []
                 except SamplerError:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from .rows import Verdict
-from .sampling import Completion
+from .sampling import Completion, Sampler, slots_of
 from .verification import explain_with
 
 
@@ -31,13 +31,13 @@ class VerdictQueue:
     Args:
         verifier: As [`DataRewriter`] takes it. It is closed if the `with` block is left by an exception, which would else have to wait
             for what is being verified.
-        limit (`int`): Completions without a verdict at which the queue is [`full`].
+        sampler ([`Sampler`]): Where the completions come from; how many of them may be without a verdict is up to its size.
     """
 
-    def __init__(self, verifier, limit: int):
+    def __init__(self, verifier, sampler: Sampler):
         self.verifier = verifier
         self.batch = max(BATCH, 4 * getattr(verifier, "num_workers", 1))
-        self.limit = limit
+        self.limit = min(sampler.capacity, 2 * slots_of(sampler))
         self._untaken = 0
         self._changed = threading.Condition()  # guards what follows
         self._waiting: list[tuple[Any, Completion, str]] = []

@@ -29,7 +29,7 @@ from .judging import Judged, VerdictQueue
 from .rewrite_config import RewriteConfig
 from .rows import Problem, Source, Verdict, guided_prompt, hub_origin, number_copies, output_features, read_rows
 from .run_log import PeriodicPush, RunLog, log_artifact, wandb_run
-from .sampling import Completion, Request, Sampler, SamplerError, SamplingParams, attempt_seed
+from .sampling import Completion, Request, Sampler, SamplerError, SamplingParams, attempt_seed, slots_of
 from .scheduling import Draw, Fate, KnownAttempts, Outcome, Scheduler
 from .shards import RUN_KEY, Shard, check_siblings, publish
 from .verification import describe
@@ -259,9 +259,9 @@ class DataRewriter:
         log = RunLog(path, total, len(known), logged)
         push = PeriodicPush(lambda: self._push(finished=False), self.args.push_every)
         capacity = self.sampler.capacity
-        slots = getattr(self.sampler, "slots", capacity)
+        slots = slots_of(self.sampler)
         try:
-            with VerdictQueue(self.verifier, limit=min(capacity, 2 * slots)) as verdicts:
+            with VerdictQueue(self.verifier, self.sampler) as verdicts:
                 while True:
                     # An attempt that waits for its verdict leaves its slot to another one.
                     while len(sampling) < capacity and (draw := scheduler.next(speculate=len(sampling) < slots)):

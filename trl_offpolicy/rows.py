@@ -74,11 +74,16 @@ _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
 
+def last_box(text: str, end: int | None = None) -> int:
+    r"""Where the last `\boxed` or `\fbox` before `end` starts; -1 if there is none."""
+    return max(text.rfind("\\boxed", 0, end), text.rfind("\\fbox", 0, end))
+
+
 def last_boxed(text: str) -> str | None:
     r"""The content of the last `\boxed{…}` or `\fbox{…}`, braces balanced; `None` if there is none or it is not closed."""
     end, box = len(text), None
     while box is None:  # from the end: many solutions are long and box their answer there
-        end = max(text.rfind("\\boxed", 0, end), text.rfind("\\fbox", 0, end))
+        end = last_box(text, end)
         if end < 0:
             return None
         box = _BOX.match(text, end)
@@ -105,8 +110,8 @@ def boxed_answer(text: str) -> str | None:
     while (answer := last_boxed(text)) is not None:
         if answer not in answers:
             answers.insert(0, answer)
-        start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
-        before = max(text.rfind("\\boxed", 0, start), text.rfind("\\fbox", 0, start))
+        start = last_box(text)
+        before = last_box(text, start)
         gap = text[before:start].rpartition("}")[2] if before >= 0 else None
         if gap is None or len(gap) > 100 or len(answers) > 20 or not _BETWEEN_BOXES.fullmatch(gap):
             break

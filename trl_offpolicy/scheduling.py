@@ -180,14 +180,13 @@ class Scheduler:
             self._settle(progress, Outcome(Source.EXPERT))
             return
         horizon, stage, fates = self._horizon(progress), self._stage_name(progress), progress.fates
-        if [k for k in range(horizon) if k not in fates]:
+        if any(k not in fates for k in range(horizon)):
             if not progress.queued and (self._all_needed or not progress.in_flight) and self._wanted(progress):
                 progress.queued = True
                 self._ready.append(progress)
             return
         counted = [fates.pop(k) for k in range(horizon)]
-        if fates:
-            self._count_unused(fates.values())
+        self._count_unused(fates.values())
         correct = [fate for fate in counted if fate.verdict == Verdict.CORRECT]
         num_sampled = sum(fate.finish_reason != "error" for fate in counted)
         counts = self.counts  # one by one: `update` costs a resume a second in ten

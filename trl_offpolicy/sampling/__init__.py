@@ -73,6 +73,11 @@ class Sampler(Protocol):
         """Frees the engine."""
 
 
+def slots_of(sampler: Sampler) -> int:
+    """How many requests an engine draws at a time."""
+    return getattr(sampler, "slots", sampler.capacity)
+
+
 def attempt_seed(seed: int, problem_id: str, stage: str, attempt: int) -> int:
     """The 63-bit seed of one attempt: unrelated between attempts, and the same on every machine and in every order.
 
