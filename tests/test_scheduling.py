@@ -9,13 +9,14 @@ import tracemalloc
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from datasets import Dataset
 from scripted import ScriptedSampler, rows
 from test_rewriter import config, naive, rewrite
 
 from trl_offpolicy.journal import Journal
-from trl_offpolicy.rows import Verdict, read_rows
+from trl_offpolicy.rows import KEY, Verdict, copy_id, read_rows
 from trl_offpolicy.run_log import status
 from trl_offpolicy.sampling import Completion, attempt_seed
 from trl_offpolicy.scheduling import KnownAttempts
@@ -303,8 +304,23 @@ def test_known_attempts_equal_the_journal(tmp_path):
         {k: e[k] for k in list(e)[:7]} for _, e in journal.entries()
     ]
     known = KnownAttempts(journal.entries(until="reason"), ["self", "guided"])
-    assert len(known) == 500 and dict(zip(expected, known.of(list(expected)), strict=True)) == expected
-    assert known.of(["00000000000000ff", next(iter(expected))]) == [{}, next(iter(expected.values()))]
+    keys = [(int(row_id[:16], 16), int(row_id[17:] or 1)) for row_id in expected]
+    assert [copy_id(*key) for key in keys] == list(expected)
+    assert len(known) == 500 and known.of(np.array(keys, KEY)) == list(expected.values())
+    assert known.of(np.array([(255, 1), keys[0], (keys[0][0], 99)], KEY)) == [{}, next(iter(expected.values())), {}]
+
+
+def test_lines_taken_out_of_the_journal_are_drawn_again(tmp_path):
+    """Among rows that are settled and not read again, also beyond the first few hundred."""
+    whole, metrics = rewrite(tmp_path, rows(600))
+    journal = tmp_path / "run" / "journal.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    gone = set(random.Random(0).sample(range(1, len(lines)), 60))
+    journal.write_bytes(b"".join(line for i, line in enumerate(lines) if i not in gone))
+    sampler = ScriptedSampler()
+    again, again_metrics = rewrite(tmp_path, rows(600), sampler)
+    assert again.to_list() == whole.to_list() and 30 < sampler.sampled < 120
+    assert again_metrics["sampling"] == metrics["sampling"]
 
 
 def test_memory_grows_by_a_few_dozen_bytes_a_row(tmp_path):

@@ -5,7 +5,7 @@
     trainer = ImportanceWeightedSFTTrainer("Qwen/Qwen2.5-Math-1.5B", train_dataset=dataset)
 
 ("Mind the Gap", arXiv 2509.15157, section 3.2.) Which attempt is drawn when is `scheduling.py`'s; here they are drawn,
-verified and journaled, and the rows are written. A run holds the attempts in flight and some 20 bytes a row, not the texts.
+verified and journaled, and the rows are written. A run holds the attempts in flight and some 25 bytes a row, not the texts.
 """
 
 import gc
@@ -27,7 +27,18 @@ from .hub import open_repo, push_run, versions
 from .journal import Journal
 from .judging import Judged, VerdictQueue
 from .rewrite_config import RewriteConfig
-from .rows import Problem, Source, Verdict, guided_prompt, hub_origin, number_copies, output_features, read_rows
+from .rows import (
+    KEY,
+    Problem,
+    Source,
+    Verdict,
+    copy_id,
+    guided_prompt,
+    hub_origin,
+    number_copies,
+    output_features,
+    read_rows,
+)
 from .run_log import PeriodicPush, RunLog, log_artifact, wandb_run
 from .sampling import Completion, Request, Sampler, SamplerError, SamplingParams, attempt_seed, slots_of
 from .scheduling import Draw, Fate, KnownAttempts, Outcome, Scheduler
@@ -91,11 +102,11 @@ class DataRewriter:
         """
         dataset = _as_dataset(dataset)
         columns = list(dataset.column_names)
-        copies, digest = self._check_rows(dataset)
-        own = self.shard.rows(len(copies))
-        dataset, copies = dataset.select(own), copies[own.start : own.stop]
+        keys, digest = self._check_rows(dataset)
+        own = self.shard.rows(len(keys))
+        dataset, keys = dataset.select(own), keys[own.start : own.stop]
         if self.args.dry_run:
-            self._dry_run(dataset, copies)
+            self._dry_run(dataset, keys)
             return None
         if not self._plain:
             warnings.warn(
@@ -114,8 +125,8 @@ class DataRewriter:
                 if self.args.push_to_hub:  # what would fail at the end is better known now
                     args = self.args
                     open_repo(args.hub_dataset_id, args.hub_private_repo or None, args.hub_token, args.hub_revision)
-                scheduler = self._run(self._problems(dataset, copies), len(copies), journal, logged)
-                file = self._write(dataset, copies, columns, scheduler, journal, run)
+                scheduler = self._run(dataset, keys, journal, logged)
+                file = self._write(dataset, keys, columns, scheduler, journal, run)
                 self.metrics["seconds"] = round(time.monotonic() - began, 2)
                 self.shard.file(self.output_dir, "metrics.json").write_text(json.dumps(self.metrics, indent=1) + "\n")
                 self._publish(file, run, logged)
@@ -178,33 +189,37 @@ class DataRewriter:
         """
         Reads every row once, so that a bad one is reported before anything is sampled; not again when a run is resumed.
 
-        Returns the rows' copy numbers, counted over the whole dataset so that an id does not depend on the shards, and a digest of it.
+        Returns each row's content id (as a number) with its copy number, counted over the whole dataset so that an id does not depend on
+        the shards, and a digest of it.
         """
-        key = f"{dataset._fingerprint} {self.args.answer_column}"
+        key = f"2 {dataset._fingerprint} {self.args.answer_column}"
         if self._rows_file.exists():
             with np.load(self._rows_file) as checked:
                 if checked["key"] == key:
-                    return checked["copies"], str(checked["digest"])
+                    return checked["keys"], str(checked["digest"])
         digest = hashlib.blake2b(digest_size=16)
 
         def content(problem: Problem) -> int:
             digest.update(f"{problem.id}{problem.demonstration}".encode(errors="surrogatepass"))
             return int(problem.id, 16)
 
-        problems = read_rows(_iterate(dataset), self.args.answer_column, self.args.solve_prompt)
+        problems = read_rows(_iterate(dataset, range(len(dataset))), self.args.answer_column, self.args.solve_prompt)
         ids = np.fromiter(map(content, problems), dtype=np.uint64)
         if not len(ids):
             raise ValueError("The dataset has no rows: there is nothing to rewrite. Check its split and filters.")
-        copies = number_copies(ids)
+        keys = np.empty(len(ids), KEY)
+        keys["id"], keys["copy"] = ids, number_copies(ids)
         if not self.args.dry_run:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             partial = self._rows_file.with_suffix(".partial.npz")
-            np.savez_compressed(partial, key=key, copies=copies, digest=digest.hexdigest())
+            np.savez_compressed(partial, key=key, keys=keys, digest=digest.hexdigest())
             partial.replace(self._rows_file)
-        return copies, digest.hexdigest()
+        return keys, digest.hexdigest()
 
-    def _problems(self, dataset, copies: np.ndarray) -> Iterator[Problem]:
-        return read_rows(_iterate(dataset), self.args.answer_column, self.args.solve_prompt, copies)
+    def _problems(self, dataset, keys: np.ndarray, first: int = 0, count: int | None = None) -> Iterator[Problem]:
+        keys = keys[first:][:count]
+        rows = _iterate(dataset, range(first, first + len(keys)))
+        return read_rows(rows, self.args.answer_column, self.args.solve_prompt, keys["copy"])
 
     def _open_journal(self, run_config: dict) -> tuple[Journal, dict]:
         identity, revision = self.args.identity(), self.sampler.revision
@@ -229,12 +244,12 @@ class DataRewriter:
         )
         return journal, config
 
-    def _dry_run(self, dataset, copies: np.ndarray) -> None:
-        total = len(copies)
+    def _dry_run(self, dataset, keys: np.ndarray) -> None:
+        total = len(keys)
         if not total:
             print(f"shard {self.shard} has no rows")  # noqa: T201
             return
-        first = next(self._problems(dataset, copies))
+        first = next(self._problems(dataset, keys))
         for stage in self.args.stages:
             print(f"---- first prompt of stage {stage} ----")  # noqa: T201
             for turn in self._prompt(first, stage):
@@ -248,15 +263,15 @@ class DataRewriter:
 
     # ---- the run ----
 
-    def _run(self, problems: Iterable[Problem], total: int, journal: Journal, logged) -> Scheduler:
+    def _run(self, dataset, keys: np.ndarray, journal: Journal, logged) -> Scheduler:
         """Streams all problems through sampling and verification until each has its outcome."""
         counts: Counter = Counter()
         known = KnownAttempts(journal.entries(until="reason"), self.args.stages)
-        scheduler = Scheduler(self._gated(problems, known, counts), total, self.args, counts)
+        scheduler = Scheduler(self._gated(dataset, keys, known, counts), len(keys), self.args, counts)
         sampling: dict[str, Draw] = {}
         aborted: set[str] = set()
         path = self.shard.file(self.output_dir, "metrics.jsonl")
-        log = RunLog(path, total, len(known), logged)
+        log = RunLog(path, len(keys), len(known), logged)
         push = PeriodicPush(lambda: self._push(finished=False), self.args.push_every)
         capacity = self.sampler.capacity
         slots = slots_of(self.sampler)
@@ -266,6 +281,8 @@ class DataRewriter:
                     # An attempt that waits for its verdict leaves its slot to another one.
                     while len(sampling) < capacity and (draw := scheduler.next(speculate=len(sampling) < slots)):
                         sampling[draw.id] = draw
+                        if draw.progress.problem is None:  # begun before a resume
+                            (draw.progress.problem,) = self._problems(dataset, keys, draw.progress.row, 1)
                         self._submit(draw)
                     if not sampling and not verdicts:
                         break
@@ -327,29 +344,37 @@ class DataRewriter:
         return batch
 
     def _gated(
-        self, problems: Iterable[Problem], known: KnownAttempts, counts: Counter
-    ) -> Iterator[tuple[Problem, bool, dict]]:
-        """What the scheduler takes; a problem whose gold answer cannot be compared with goes straight to its demonstration."""
+        self, dataset, keys: np.ndarray, known: KnownAttempts, counts: Counter
+    ) -> Iterator[tuple[str, Problem | None, bool, dict]]:
+        """
+        What the scheduler takes; a problem whose gold answer cannot be compared with goes straight to its demonstration.
+
+        One with attempts in the journal has passed that check, and is not read: most of them are settled.
+        """
         pool = ThreadPoolExecutor(1, "gold answers")
 
-        def look_up(chunk: list[Problem]) -> tuple[list[Problem], list[dict], Future | None]:
-            attempts = known.of([p.id for p in chunk])
-            new = [p for p, found in zip(chunk, attempts, strict=True) if not found]  # else it has passed already
-            return chunk, attempts, pool.submit(self._refused, new) if new else None
+        def look_up(start: int) -> tuple[list[dict], list[Problem | None], Future | None]:
+            attempts = known.of(keys[start : start + 256])
+            if all(attempts):
+                return attempts, [None] * len(attempts), None
+            problems = self._problems(dataset, keys, start, 256)
+            chunk = [None if found else problem for problem, found in zip(problems, attempts, strict=True)]
+            return attempts, chunk, pool.submit(self._refused, [p for p in chunk if p is not None])
 
-        chunks = map(look_up, batched(problems, 256))
+        chunks = map(look_up, range(0, len(keys), 256))
         try:
             following = next(chunks, None)
-            while following:
+            for start in range(0, len(keys), 256):
                 # The next ones are checked while these are sampled.
-                (chunk, attempts, check), following = following, next(chunks, None)
+                (attempts, chunk, check), following = following, next(chunks, None)
                 refused = check.result() if check else {}
                 counts.update("gold_" + verdict for verdict in refused.values())
-                yield from ((p, p.id not in refused, found) for p, found in zip(chunk, attempts, strict=True))
+                for key, problem, found in zip(keys[start : start + 256].tolist(), chunk, attempts, strict=True):
+                    row_id = copy_id(*key)
+                    yield row_id, problem, row_id not in refused, found
         finally:
-            pool.shutdown(
-                wait=False, cancel_futures=True
-            )  # a ctrl-C does not wait for a check: closing the verifier ends it
+            # A ctrl-C does not wait for a check: closing the verifier ends it.
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _refused(self, problems: list[Problem]) -> dict[str, Verdict]:
         """Problems whose gold answer cannot be compared with, and why."""
@@ -382,7 +407,7 @@ class DataRewriter:
                 "or selection='random'."
             )
         entry = {
-            "id": draw.progress.problem.id,
+            "id": draw.progress.id,
             "stage": draw.stage,
             "attempt": draw.attempt,
             "verdict": verdict,
@@ -421,7 +446,9 @@ class DataRewriter:
 
     # ---- rows out ----
 
-    def _write(self, dataset, copies, columns: list[str], scheduler: Scheduler, journal: Journal, run: str) -> Path:
+    def _write(
+        self, dataset, keys: np.ndarray, columns: list[str], scheduler: Scheduler, journal: Journal, run: str
+    ) -> Path:
         """Writes the rows, in the order they came in, to a file that is not yet in its place."""
         import pyarrow.parquet as pq
         from datasets import Dataset
@@ -431,7 +458,7 @@ class DataRewriter:
         schema = features.arrow_schema
         schema = schema.with_metadata({**schema.metadata, RUN_KEY: run.encode()})
         with pq.ParquetWriter(file, schema) as writer:
-            for chunk in batched(enumerate(self._problems(dataset, copies)), 1000):
+            for chunk in batched(enumerate(self._problems(dataset, keys)), 1000):
                 rows = [self._row(problem, scheduler.outcome(i), journal) for i, problem in chunk]
                 writer.write_table(Dataset.from_list(rows, features=features).data.table)
         return file
@@ -521,9 +548,10 @@ def _as_dataset(dataset):
     return dataset
 
 
-def _iterate(dataset) -> Iterator[dict]:
-    """The rows of a dataset, read a few hundred at a time: row by row takes many times as long."""
-    for columns in dataset.iter(batch_size=256):
+def _iterate(dataset, rows: range) -> Iterator[dict]:
+    """These rows of a dataset, read a few hundred at a time: row by row takes many times as long."""
+    for start in rows[::256]:
+        columns = dataset[start : min(start + 256, rows.stop)]
         for values in zip(*columns.values(), strict=True):
             yield dict(zip(columns, values, strict=True))
 

@@ -226,7 +226,16 @@ def read_rows(
     """Every row as a `Problem`; with the `copies` that [`number_copies`] counts, each has an id of its own."""
     for index, (row, copy) in enumerate(zip(rows, repeat(1) if copies is None else copies, strict=copies is not None)):
         problem = read_row(row, index, answer_column, solve_prompt)
-        yield problem if copy == 1 else replace(problem, id=f"{problem.id}-{copy}")
+        yield problem if copy == 1 else replace(problem, id=copy_id(int(problem.id, 16), copy))
+
+
+# A row's id as numbers: the content id and the how-manieth row with it this is.
+KEY = [("id", "<u8"), ("copy", "<u4")]
+
+
+def copy_id(content: int, copy: int) -> str:
+    """The `id` of the `copy`-th row with this content id (as a number)."""
+    return f"{content:016x}" if copy == 1 else f"{content:016x}-{copy}"
 
 
 def number_copies(ids: Sequence[int]):

@@ -45,7 +45,8 @@ class Progress:
     """Where one unfinished problem stands."""
 
     row: int
-    problem: Problem
+    id: str
+    problem: Problem | None  # `None` until it is drawn for, where the journal knows it
     known: dict[str, dict[int, Fate]]  # by stage and attempt: what the journal holds of stages to come
     stage: int = -1
     fates: dict[int, Fate] = field(default_factory=dict)  # of this stage's attempts, by index
@@ -64,7 +65,7 @@ class Draw:
 
     @property
     def id(self) -> str:
-        return f"{self.progress.problem.id}/{self.stage}/{self.attempt}"
+        return f"{self.progress.id}/{self.stage}/{self.attempt}"
 
 
 class Scheduler:
@@ -72,8 +73,8 @@ class Scheduler:
     Hands out attempts ([`next`]) and takes verdicts ([`record`]) until every problem has its outcome.
 
     Args:
-        problems (`Iterable[tuple[Problem, bool, dict]]`): Problems in order, whether each can be sampled at all, and what
-            [`KnownAttempts`] has of it.
+        problems (`Iterable[tuple[str, Problem | None, bool, dict]]`): Ids and problems in order, whether each can be sampled at all, and
+            what [`KnownAttempts`] has of it.
         total (`int`): How many they are.
         args ([`RewriteConfig`]): Stages, K, selection, seed and how far to speculate.
         counts (`Counter`): Where everything is counted. Attempts up to the one that settled a stage are `sampled`, and do not depend
@@ -82,7 +83,7 @@ class Scheduler:
 
     def __init__(
         self,
-        problems: Iterable[tuple[Problem, bool, dict]],
+        problems: Iterable[tuple[str, Problem | None, bool, dict]],
         total: int,
         args: RewriteConfig,
         counts: Counter,
@@ -122,8 +123,8 @@ class Scheduler:
     def _due(self) -> Progress | None:
         """A problem that waits for its next attempt, else a fresh one; `None` when all are under way or settled."""
         while not self._ready and (item := next(self._fresh, None)):
-            row, (problem, can_be_sampled, known) = item
-            progress = Progress(row, problem, known)
+            row, (row_id, problem, can_be_sampled, known) = item
+            progress = Progress(row, row_id, problem, known)
             self._open[row] = progress
             if can_be_sampled:
                 self._enter_next_stage(progress)
@@ -201,7 +202,7 @@ class Scheduler:
             self.args.num_generations
         )  # what the usual script draws for every problem that reaches a stage
         if correct:
-            kept = select(correct, self.args.selection, (self.args.seed, progress.problem.id, stage, -1))
+            kept = select(correct, self.args.selection, (self.args.seed, progress.id, stage, -1))
             self._settle(progress, Outcome(stage, kept.offset, num_sampled, len(correct)))
         else:
             self._enter_next_stage(progress)
@@ -260,16 +261,19 @@ class KnownAttempts:
     def __len__(self) -> int:
         return len(self._ids)
 
-    def of(self, problem_ids: list[str]) -> list[dict[str, dict[int, Fate]]]:
-        """The known attempts of each of these problems by stage and index; many at a time, for one search costs as much as a hundred."""
-        keys = [_split(problem_id) for problem_id in problem_ids]
-        wanted = np.array([key for key, _ in keys], np.uint64)
-        first, end = (np.searchsorted(self._ids, wanted, side) for side in ("left", "right"))
+    def of(self, keys: np.ndarray) -> list[dict[str, dict[int, Fate]]]:
+        """
+        The known attempts of each of the problems with these `rows.KEY`s by stage and index; many at a time, for one search costs as
+        much as a hundred.
+        """
+        first, end = (np.searchsorted(self._ids, keys["id"], side) for side in ("left", "right"))
         sizes = end - first
         # The places of all of them in the table, one problem's after another's: one `tolist`, which is what takes the time.
         places = np.repeat(end - sizes.cumsum(), sizes) + np.arange(sizes.sum())
         rows = iter(self._table[places].tolist())
-        return [self._known(islice(rows, size), copy) for size, (_, copy) in zip(sizes.tolist(), keys, strict=True)]
+        return [
+            self._known(islice(rows, n), copy) for n, copy in zip(sizes.tolist(), keys["copy"].tolist(), strict=True)
+        ]
 
     def _known(self, rows: Iterable[tuple], copy: int) -> dict[str, dict[int, Fate]]:
         found: dict[str, dict[int, Fate]] = {}
