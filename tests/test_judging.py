@@ -31,7 +31,7 @@ class Recording:
 
 def completions(num):
     rng = random.Random(0)
-    reasons = rng.choices(["stop", "length", "error"], [8, 1, 1], k=num)
+    reasons = rng.choices(["stop", "length", "error", "refused"], [16, 2, 1, 1], k=num)
     return [Completion(f"r{i}", str(i % 3), [1], [-0.1], reason) for i, reason in enumerate(reasons)]
 
 

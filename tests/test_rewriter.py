@@ -14,7 +14,8 @@ from datasets import Dataset, load_dataset
 from scripted import ScriptedSampler, rows, verify
 
 from trl_offpolicy import DataRewriter, RewriteConfig, TransformersSampler, prompts
-from trl_offpolicy.sampling import Request, SamplingParams, attempt_seed
+from trl_offpolicy.rows import Verdict
+from trl_offpolicy.sampling import Completion, Request, SamplingParams, attempt_seed
 from trl_offpolicy.verifiers import NumericVerifier
 
 
@@ -134,14 +135,55 @@ def test_reshaped_sampling_stores_no_behavior_log_probs(tmp_path):
     assert not any(rewritten["behavior_log_probs"]) and any(rewritten["completion_ids"])
 
 
+@pytest.mark.parametrize("kind", ["torch", "numpy", "pandas"])
+def test_a_dataset_with_a_format_is_read_without_it(tmp_path, kind):
+    data = Dataset.from_list([{**row, "answer": i % 50} for i, row in enumerate(rows(10))])
+    plain, _ = rewrite(tmp_path / "plain", data)
+    assert rewrite(tmp_path / kind, data.with_format(kind))[0].to_list() == plain.to_list()
+    with pytest.raises(ValueError, match="with_transform"):
+        rewrite(tmp_path / "transformed", data.with_transform(lambda row: row))
+
+
+@pytest.mark.parametrize("output_dir", ["~/run", "run[lr=1]*"])
+def test_a_directory_of_any_name(tmp_path, monkeypatch, output_dir):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    args = RewriteConfig(output_dir, num_generations=4)
+    rewriter = DataRewriter("scripted", args, sampler=ScriptedSampler(), verifier=verify)
+    assert len(rewriter.rewrite(rows(5))) == 5
+    assert (tmp_path / output_dir.replace("~", "home") / "dataset" / "train-00000-of-00001.parquet").exists()
+
+
+def test_a_text_without_utf8_is_written_all_the_same(tmp_path):
+    class Broken(ScriptedSampler):
+        def completion(self, request):
+            c = super().completion(request)
+            return Completion(c.id, "\ud800" + c.text, c.completion_ids, c.log_probs, c.finish_reason)
+
+    rewritten, _ = rewrite(tmp_path, rows(5), Broken(p_self=1.0))
+    assert all(row["completion"][0]["content"].startswith("?try") for row in rewritten)
+
+
+def test_gold_answers_that_could_not_be_checked_are_counted_apart(tmp_path):
+    class Slow:
+        def check_answers(self, answers):
+            return [[Verdict.CORRECT, Verdict.UNPARSABLE, Verdict.TIMEOUT, Verdict.ERROR][int(a) % 4] for a in answers]
+
+        def verify(self, completions, answers):
+            return verify(completions, answers)
+
+    _, metrics = rewrite(tmp_path, rows(40), verifier=Slow())
+    assert metrics["gold_unparsable"] == 10 and metrics["gold_not_told"] == 20
+
+
 def test_a_prompt_beyond_the_context_goes_to_the_next_stage(tmp_path):
     class Narrow(ScriptedSampler):
         def completion(self, request):
             if "Teacher" in request.prompt[-1]["content"]:
                 return super().completion(request)
-            from trl_offpolicy.sampling import Completion
-
-            return Completion(request.id, "", [], [], "error", "the prompt has 9 tokens, but the model's context is 8")
+            return Completion(
+                request.id, "", [], [], "refused", "the prompt has 9 tokens, but the model's context is 8"
+            )
 
     rewritten, metrics = rewrite(tmp_path, rows(10), sampler=Narrow(p_guided=1.0))
     assert set(rewritten["source"]) <= {"guided", "expert"} and metrics["verdicts"]["error"] == 10

@@ -1,11 +1,12 @@
 """Every engine against the model's own forward, against `generate`, and against itself with another number of requests in flight."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import VLLM_KWARGS, needs_vllm
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from trl_offpolicy import OpenAISampler, TransformersSampler, VLLMSampler
 from trl_offpolicy.rows import encode_prompt
@@ -185,10 +186,38 @@ def test_prompt_beyond_the_context_is_said_not_raised(sampler):
     params, processing_class = SamplingParams(max_completion_length=600), sampler.processing_class
     long, short = [{"role": "user", "content": "1 " * 4100}], [{"role": "user", "content": "1 " * 2000}]
     completions = drain(sampler, [Request("long", long, 1, params), Request("short", short, 1, params)])
-    assert completions["long"].finish_reason == "error" and "context is 4096" in completions["long"].error
+    assert completions["long"].finish_reason == "refused" and "context is 4096" in completions["long"].error
     num_tokens = len(encode_prompt(processing_class, short))
     assert 4096 - 600 < num_tokens < 4096, "a prompt that leaves room, but not all that is asked for"
     assert 0 < len(completions["short"].completion_ids) <= 4096 - num_tokens
+
+
+def test_a_prompt_that_the_template_refuses_is_said_not_raised(sampler, monkeypatch):
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    monkeypatch.setattr(sampler.processing_class, "chat_template", template + sampler.processing_class.chat_template)
+    wanted = requests(3)
+    refused = [
+        replace(r, id=f"x{r.id}", prompt=[{"role": "system", "content": "Be brief."}, *r.prompt]) for r in wanted
+    ]
+    completions = drain(sampler, [*refused, *wanted])
+    assert drawn_ids({r.id: completions[r.id] for r in wanted}) == drawn_ids(drain(sampler, wanted))
+    for request in refused:
+        completion = completions[request.id]
+        assert completion.finish_reason == "refused" and "no system role" in completion.error
+
+
+def test_learned_positions_end_where_the_context_does(tokenizer):
+    """A prompt with room for little beside one with room for all: neither changes the other, nor goes beyond the positions."""
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=128, n_embd=16, n_layer=1, n_head=2, eos_token_id=tokenizer.eos_token_id
+    )
+    sampler = TransformersSampler(GPT2LMHeadModel(config), tokenizer, batch_size=4)
+    params = SamplingParams(max_completion_length=100)
+    wanted = [Request(text, [{"role": "user", "content": text}], 1, params) for text in ("1+1", "7 " * 50, "7 " * 51)]
+    alone = {request.id: drain(sampler, [request])[request.id] for request in wanted}
+    assert drain(sampler, wanted) == alone
+    lengths = {len(c.completion_ids) for c in alone.values() if c.finish_reason == "length"}
+    assert all(n <= 100 for n in lengths) and min(lengths) < 100
 
 
 def test_abort(sampler):

@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import Dataset
-from scripted import ScriptedSampler, rows
+from scripted import ScriptedSampler, rows, verify
 from test_rewriter import config, naive, rewrite
 
+from trl_offpolicy import DataRewriter
 from trl_offpolicy.journal import Journal
 from trl_offpolicy.rows import KEY, Verdict, copy_id, read_rows
 from trl_offpolicy.run_log import status
-from trl_offpolicy.sampling import Completion, attempt_seed
+from trl_offpolicy.sampling import Completion, SamplerError, attempt_seed
 from trl_offpolicy.scheduling import KnownAttempts
 
 
@@ -103,23 +104,90 @@ def test_an_engine_that_invents_a_completion_is_an_error(tmp_path):
         rewrite(tmp_path, rows(5), sampler=Twice())
 
 
+class Failing(ScriptedSampler):
+    """Attempt 1 of each first stage comes to nothing."""
+
+    def __init__(self, finish_reason, **kwargs):
+        super().__init__(**kwargs)
+        self.finish_reason = finish_reason
+
+    def completion(self, request):
+        whole = super().completion(request)
+        return Completion(request.id, "", [], [], self.finish_reason, "no") if request.id.endswith("self/1") else whole
+
+
+@pytest.mark.parametrize("finish_reason", ["refused", "error"])
 @pytest.mark.parametrize("selection", ["first", "random"])
-def test_errors_end_a_stage_whatever_is_in_flight(tmp_path, selection):
-    """Attempt 1 of the first stage cannot be drawn: 0 counts, and nothing after it does."""
-
-    class Broken(ScriptedSampler):
-        def completion(self, request):
-            whole = super().completion(request)
-            return Completion(request.id, "", [], [], "error", "no") if request.id.endswith("self/1") else whole
-
+def test_refusals_end_a_stage_and_errors_cost_an_attempt(tmp_path, selection, finish_reason):
+    """Whatever is in flight, and a resume with an engine that is well again gives what one gave that was never ill."""
     runs = [
-        rewrite(tmp_path / str(capacity), rows(40), sampler=Broken(capacity=capacity), selection=selection)
+        rewrite(tmp_path / str(capacity), rows(40), Failing(finish_reason, capacity=capacity), selection=selection)
         for capacity in (1, 2, 3, 7, 500)
     ]
     for rewritten, metrics in runs[1:]:
         assert rewritten.to_list() == runs[0][0].to_list() and metrics["verdicts"] == runs[0][1]["verdicts"]
-    assert metrics["verdicts"]["error"] > 0
-    assert all(n == 1 for n, s in zip(rewritten["num_sampled"], rewritten["source"], strict=True) if s == "self")
+    assert metrics["verdicts"]["error"] > 0 and metrics["failed"] >= metrics["verdicts"]["error"]
+    of_self = [n for n, s in zip(rewritten["num_sampled"], rewritten["source"], strict=True) if s == "self"]
+    if finish_reason == "refused":
+        assert set(of_self) == {1}  # 0 counts, and nothing after 1 does
+    else:
+        assert set(of_self) == ({3} if selection == "random" else {1, 2, 3})  # of K = 4
+    whole, whole_metrics = rewrite(tmp_path / "well", rows(40), selection=selection)
+    resumed, resumed_metrics = rewrite(tmp_path / "1", rows(40), selection=selection)
+    assert resumed.to_list() == whole.to_list() and resumed_metrics["sampling"] == whole_metrics["sampling"]
+    assert resumed_metrics["failed"] == 0
+
+
+def test_an_engine_that_fails_at_everything_ends_the_run(tmp_path):
+    """Demonstrations are not kept because of it, and nothing that failed is known afterwards."""
+
+    class Dead(ScriptedSampler):
+        def __init__(self, finish_reason):
+            super().__init__(capacity=4)
+            self.finish_reason = finish_reason
+
+        def completion(self, request):
+            self.sampled += 1
+            return Completion(request.id, "", [], [], self.finish_reason, "out of memory")
+
+    for finish_reason, num_rows, most in [("error", 300, 110), ("error", 3, 48), ("refused", 3, 12)]:
+        sampler, directory = Dead(finish_reason), tmp_path / f"{finish_reason}{num_rows}"
+        with pytest.raises(SamplerError, match="not one of .* the last one: out of memory"):
+            rewrite(directory, rows(num_rows), sampler)
+        assert sampler.sampled <= most and not (directory / "run" / "dataset").exists()
+        whole, _ = rewrite(tmp_path / f"well{num_rows}", rows(num_rows))
+        assert rewrite(directory, rows(num_rows))[0].to_list() == whole.to_list()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_an_engine_can_be_used_again_after_an_exception(tmp_path, error):
+    sampler, judged = ScriptedSampler(), []
+
+    def interrupted(completions, answers):
+        judged.append(1)
+        if len(judged) == 3:
+            raise error
+        return verify(completions, answers)
+
+    def run(verifier):
+        return DataRewriter("scripted", config(tmp_path), sampler=sampler, verifier=verifier).rewrite(rows(60))
+
+    interrupted.__name__ = "verify"
+    with pytest.raises(error):
+        run(interrupted)
+    assert sampler.pending == []
+    whole, _ = rewrite(tmp_path / "whole", rows(60))
+    assert run(verify).to_list() == whole.to_list()
+
+
+def test_log_probs_that_are_no_numbers_end_the_run(tmp_path):
+    class Diverged(ScriptedSampler):
+        def completion(self, request):
+            c = super().completion(request)
+            return Completion(c.id, c.text, c.completion_ids, [float("nan")] * len(c.log_probs), c.finish_reason)
+
+    with pytest.raises(SamplerError, match="drawn from logits that are not numbers"):
+        rewrite(tmp_path, rows(5), Diverged())
 
 
 CHILD = """
@@ -289,24 +357,27 @@ def test_rows_are_checked_once_and_again_when_they_change(tmp_path, monkeypatch)
 
 def test_known_attempts_equal_the_journal(tmp_path):
     journal = Journal(tmp_path / "journal.jsonl", {})
-    rng, expected = random.Random(0), {}
+    rng, expected, num_known = random.Random(0), {}, 0
     for _ in range(500):
         row_id = f"{rng.choice([1, 2**63, 2**64 - 1]):016x}" + rng.choice(["", "-2", "-13"])
         stage, attempt = rng.choice(["self", "guided"]), rng.randrange(40)
         entry = {
             "id": row_id, "stage": stage, "attempt": attempt, "verdict": rng.choice(list(Verdict)),
-            "finish_reason": rng.choice(["stop", "length", "error"]), "num_tokens": rng.randrange(100_000),
+            "finish_reason": rng.choice(["stop", "length", "error", "refused"]), "num_tokens": rng.randrange(100_000),
             "log_prob": rng.choice([-0.25, -1e-6]), "reason": 'a "reason": {', "text": "x",
         }  # fmt: skip
         values = [entry[k] for k in ("verdict", "finish_reason", "num_tokens", "log_prob")]
-        expected.setdefault(row_id, {}).setdefault(stage, {})[attempt] = (journal.append(entry), *values)
+        fate = (journal.append(entry), *values)
+        if entry["finish_reason"] in ("stop", "length"):  # what failed is not known
+            expected.setdefault(row_id, {}).setdefault(stage, {})[attempt] = fate
+            num_known += 1
     assert [e for _, e in journal.entries(until="reason")] == [
         {k: e[k] for k in list(e)[:7]} for _, e in journal.entries()
     ]
     known = KnownAttempts(journal.entries(until="reason"), ["self", "guided"])
     keys = [(int(row_id[:16], 16), int(row_id[17:] or 1)) for row_id in expected]
     assert [copy_id(*key) for key in keys] == list(expected)
-    assert len(known) == 500 and known.of(np.array(keys, KEY)) == list(expected.values())
+    assert len(known) == num_known and known.of(np.array(keys, KEY)) == list(expected.values())
     assert known.of(np.array([(255, 1), keys[0], (keys[0][0], 99)], KEY)) == [{}, next(iter(expected.values())), {}]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import POLICY
 from datasets import Dataset, load_dataset
-from scripted import ScriptedSampler, rows
+from scripted import ScriptedSampler, rows, verify
 from test_rewriter import cli, rewrite
 
 from trl_offpolicy import DataRewriter, RewriteConfig
@@ -45,6 +45,28 @@ def test_union_is_the_unsharded_dataset(tmp_path, count):
         assert total[name] == metrics[name]
     assert sum(p["sampling"]["sampled"] for p in parts) == metrics["sampling"]["sampled"]
     assert not (tmp_path / "parts" / "run" / "dataset.partial").exists()
+
+
+def test_the_last_shard_may_finish_while_another_reads_its_rows_back(tmp_path):
+    """Between the moment when a shard's file is in its place and when it is read, all files move."""
+
+    def shard(i, verifier):
+        args = RewriteConfig(str(tmp_path / "run"), num_generations=4, shard=f"{i}/2")
+        rewriter = DataRewriter("scripted", args, sampler=ScriptedSampler(), verifier=verifier)
+        return rewriter, rewriter.rewrite(rows(20))
+
+    class Verifier:
+        others = [1]
+
+        def verify(self, completions, answers):
+            return verify(completions, answers)
+
+        def close(self):
+            while self.others:
+                shard(self.others.pop(), self)
+
+    rewriter, rewritten = shard(0, Verifier())
+    assert rewriter.missing_shards == [] and rewritten.to_list() == union(tmp_path / "run")[:10]
 
 
 def test_every_row_is_in_exactly_one_shard():

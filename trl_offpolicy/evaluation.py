@@ -23,11 +23,11 @@ from .benchmarks import Question, check_format, load_benchmarks, read_questions
 from .estimators import accuracies, compare, share_interval
 from .hub import versions
 from .journal import Journal, read_entries
-from .judging import VerdictQueue
+from .judging import VerdictQueue, abandoning
 from .rewriter import batched
 from .rows import Verdict, final_answer
 from .run_log import wandb_run
-from .sampling import Completion, Request, Sampler, SamplerError, SamplingParams, attempt_seed
+from .sampling import FAILED, Completion, Request, Sampler, SamplerError, SamplingParams, attempt_seed
 from .shards import Shard, check_siblings
 from .verification import describe
 
@@ -198,7 +198,7 @@ class _Run:
         journal = Journal(self.shard.file(path, "journal.jsonl"), config, overwrite)
         try:
             (path / "results.json").unlink(missing_ok=True)  # so that it never says what the journals no longer do
-            offsets = self._know(journal.path)
+            offsets = self._know(journal.path, failed=False)  # those are drawn again
             self._draw(sampler, verifier, journal, offsets)
             self._write_samples(self.shard.file(path, "samples.parquet"), journal, offsets)
         finally:
@@ -209,10 +209,12 @@ class _Run:
         every = (key for s in self.shard.siblings() for name in self.questions for key, _ in self.keys(name, s))
         self.complete = all(key in self.samples for key in every)
 
-    def _know(self, journal: Path) -> dict[Key, int]:
-        """Reads a journal, up to the texts; where each sample is in it."""
+    def _know(self, journal: Path, failed: bool = True) -> dict[Key, int]:
+        """Reads a journal, up to the texts; where each sample is in it, those that could not be drawn only if `failed`."""
         offsets = {}
         for offset, entry in read_entries(journal, until="reason"):
+            if entry["finish_reason"] in FAILED and not failed:
+                continue
             key = Key(*(entry[field] for field in Key._fields))
             self.samples[key], offsets[key] = entry, offset
         return offsets
@@ -222,6 +224,7 @@ class _Run:
         due = [item for name in self.questions for item in self.keys(name, self.shard) if item[0] not in self.samples]
         waiting, active = iter(due), {}
         with (
+            abandoning(lambda: [(sampler, request_id) for request_id in active]),
             VerdictQueue(verifier, sampler) as verdicts,
             tqdm(total=len(due), desc=", ".join(self.questions), unit="sample", leave=False) as bar,
         ):
@@ -236,18 +239,18 @@ class _Run:
                 ask = bool(active) and not verdicts.full
                 try:
                     finished = sampler.poll() if ask else []
+                    if ask and not finished:
+                        raise RuntimeError(
+                            f"{sampler.name}: the sampler has {len(active)} requests but returned none of them."
+                        )
+                    for completion in finished:
+                        key, answer = active.pop(completion.id)
+                        verdicts.put(key, completion, answer)
                 except SamplerError:
                     for key, *judged in verdicts.drain():
                         if journal is not None:
                             journal.append(_entry(key, *judged))
                     raise
-                if ask and not finished:
-                    raise RuntimeError(
-                        f"{sampler.name}: the sampler has {len(active)} requests but returned none of them."
-                    )
-                for completion in finished:
-                    key, answer = active.pop(completion.id)
-                    verdicts.put(key, completion, answer)
                 for key, *judged in verdicts.take(hurry, wait=verdicts.full or not active):
                     self.samples[key] = entry = _entry(key, *judged)
                     if journal is not None:

@@ -188,9 +188,6 @@ def read_run(output_dir: Path, finished: bool = True) -> dict:
         )
     text = (output_dir / "run_config.yaml").read_text()
     rows = sorted((output_dir / "dataset").glob("*.parquet")) if finished else []
-    sources: Counter = Counter()
-    for path in rows:
-        sources.update(pq.read_table(path, columns=["source"])["source"].to_pylist())
     counts, tokens, tried = Counter(), Counter(), {}
     for path in journals:
         for _, entry in read_entries(path, until="reason"):
@@ -199,6 +196,11 @@ def read_run(output_dir: Path, finished: bool = True) -> dict:
             counts[stage, "truncated"] += entry["finish_reason"] == "length"
             tokens[stage] += entry["num_tokens"]
             tried.setdefault(stage, set()).add(entry["id"])
+    sources, num_untried, every = Counter(), 0, set().union(*tried.values())
+    for path in rows:
+        table = pq.read_table(path, columns=["source", "id"])
+        sources.update(table["source"].to_pylist())
+        num_untried += sum(row_id not in every for row_id in table["id"].to_pylist())
     settings, config = yaml.safe_load(text), read_header(journals[0])
     source, on_hub = settings.get("dataset_name"), "dataset_revision" in settings
     gap = output_dir / "policy_gap.json"
@@ -219,7 +221,7 @@ def read_run(output_dir: Path, finished: bool = True) -> dict:
         "rewriter": link(config.get("rewriter_adapter"), ""),
         "made_with": " ".join(line[2:] for line in text.splitlines() if line.startswith("# ")),
         "num_rows": sum(sources.values()),
-        "num_untried": sum(sources.values()) - len(set().union(*tried.values())),
+        "num_untried": num_untried,
         "sources": {str(source): sources[source] for source in Source},
         "verdicts": [str(verdict) for verdict in Verdict],
         "attempts": {

@@ -1,16 +1,18 @@
 """What an engine has drawn and its verdicts, beside the sampling: rewriting and evaluation both wait for no verifier."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from .rows import Verdict
-from .sampling import Completion, Sampler, slots_of
+from .sampling import Completion, Sampler, SamplerError, slots_of
 from .verification import explain_with
 
 
 BATCH = 32  # completions with which a verifier is called at least, as long as the engine has enough to do ...
 HOLD = 0.25  # ... and seconds for which the first of them may wait for the others
+HOPELESS = 100  # failures in a row after which an engine that has drawn nothing yet is given up
 
 
 class Judged(NamedTuple):
@@ -39,6 +41,7 @@ class VerdictQueue:
         self.batch = max(BATCH, 4 * getattr(verifier, "num_workers", 1))
         self.limit = min(sampler.capacity, 2 * slots_of(sampler))
         self._untaken = 0
+        self._failed, self._drawn = 0, False
         self._changed = threading.Condition()  # guards what follows
         self._waiting: list[tuple[Any, Completion, str]] = []
         self._judged: list[Judged] = []
@@ -68,6 +71,16 @@ class VerdictQueue:
         return self._untaken >= self.limit
 
     def put(self, item, completion: Completion, answer: str) -> None:
+        """Raises `SamplerError` when the engine has failed at everything so far, or a log-prob is not a number."""
+        self._drawn |= completion.finish_reason != "error"
+        self._failed += completion.finish_reason == "error"
+        if self._failed == HOPELESS and not self._drawn:
+            raise SamplerError(f"not one of the first {HOPELESS} requests succeeded; the last one: {completion.error}")
+        if any(x != x for x in completion.log_probs):
+            raise SamplerError(
+                f"{completion.id} was drawn from logits that are not numbers (NaN). Has the training that made this model diverged, or do its "
+                "activations overflow in float16? Then use --dtype bfloat16 or float32."
+            )
         self._untaken += 1
         with self._changed:
             self._waiting.append((item, completion, answer))
@@ -124,6 +137,20 @@ class VerdictQueue:
             with self._changed:
                 self._judged += [Judged(item, c, *verdict) for (item, c, _), verdict in zip(batch, told, strict=True)]
                 self._changed.notify_all()
+
+
+@contextmanager
+def abandoning(requests: Callable[[], Iterable[tuple[Sampler, str]]]) -> Iterator[None]:
+    """Aborts what is under way when an exception ends a run: the next one on the same engine must not be given it."""
+    try:
+        yield
+    except BaseException as error:
+        try:
+            for sampler, request_id in requests():
+                sampler.abort(request_id)
+        except Exception as another:  # such as that the engine is dead
+            raise error from another
+        raise
 
 
 def judge(verifier, completions: list[Completion], answers: list[str]) -> list[tuple[Verdict, str]]:

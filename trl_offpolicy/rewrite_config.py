@@ -1,5 +1,6 @@
 """Configuration of `DataRewriter`."""
 
+import os
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 
@@ -138,6 +139,9 @@ class RewriteConfig:
     )
 
     def __post_init__(self):
+        self.output_dir = os.path.expanduser(self.output_dir)
+        # 1 and 1.0 are the same run.
+        self.temperature, self.top_p = float(self.temperature), float(self.top_p)
         unknown = [s for s in self.stages if s not in STAGES]
         if unknown or len(set(self.stages)) != len(self.stages):
             raise ValueError(

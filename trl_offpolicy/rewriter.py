@@ -9,6 +9,7 @@ verified and journaled, and the rows are written. A run holds the attempts in fl
 """
 
 import gc
+import glob
 import hashlib
 import json
 import re
@@ -25,7 +26,7 @@ import numpy as np
 
 from .hub import open_repo, push_run, versions
 from .journal import Journal
-from .judging import Judged, VerdictQueue
+from .judging import Judged, VerdictQueue, abandoning
 from .rewrite_config import RewriteConfig
 from .rows import (
     KEY,
@@ -40,9 +41,9 @@ from .rows import (
     read_rows,
 )
 from .run_log import PeriodicPush, RunLog, log_artifact, wandb_run
-from .sampling import Completion, Request, Sampler, SamplerError, SamplingParams, attempt_seed, slots_of
+from .sampling import FAILED, Completion, Request, Sampler, SamplerError, SamplingParams, attempt_seed, slots_of
 from .scheduling import Draw, Fate, KnownAttempts, Outcome, Scheduler
-from .shards import RUN_KEY, Shard, check_siblings, publish
+from .shards import RUN_KEY, Shard, check_siblings, publish, published
 from .verification import describe
 
 
@@ -134,7 +135,7 @@ class DataRewriter:
             journal.close()
             if hasattr(self.verifier, "close"):
                 self.verifier.close()  # a MathVerifier starts its workers again when it is used again
-        return self._load(self.output_dir / ("dataset.partial" if self.missing_shards else "dataset"))
+        return self._load()
 
     def push_to_hub(
         self,
@@ -276,7 +277,10 @@ class DataRewriter:
         capacity = self.sampler.capacity
         slots = slots_of(self.sampler)
         try:
-            with VerdictQueue(self.verifier, self.sampler) as verdicts:
+            with (
+                abandoning(lambda: [(self._sampler_of(draw.stage), draw.id) for draw in sampling.values()]),
+                VerdictQueue(self.verifier, self.sampler) as verdicts,
+            ):
                 while True:
                     # An attempt that waits for its verdict leaves its slot to another one.
                     while len(sampling) < capacity and (draw := scheduler.next(speculate=len(sampling) < slots)):
@@ -296,13 +300,19 @@ class DataRewriter:
                             self._record(judged, journal, log)
                         raise
                     for judged in verdicts.take(hurry, wait=verdicts.full or not sampling):
-                        for request_id in scheduler.record(judged.item, self._record(judged, journal, log)):
+                        fate = self._record(judged, journal, log)
+                        counts["failed" if fate.finish_reason in FAILED else "drawn"] += 1
+                        for request_id in scheduler.record(judged.item, fate):
                             if sampling.pop(request_id, None):  # else it is paid for and being verified
                                 self._sampler_of(judged.item.stage).abort(request_id)
                                 aborted.add(request_id)
                                 counts["aborted"] += 1
                     log.update(counts, len(sampling), len(verdicts))
                     push.update(sum(counts[str(source)] for source in Source))
+            if counts["failed"] and not counts["drawn"] and not len(known):  # no reason to keep all demonstrations
+                raise SamplerError(
+                    f"not one of {counts['failed']:,} attempts could be drawn; the last one: {judged.reason}"
+                )
         finally:
             log.update(counts, last=True)
             push.close()
@@ -428,7 +438,9 @@ class DataRewriter:
         by_source = {str(source): counts[source] for source in Source}
         self.metrics = {
             "yield": {**by_source, "total": sum(by_source.values())},
-            "gold_unparsable": sum(n for name, n in counts.items() if name.startswith("gold_")),
+            "gold_unparsable": counts["gold_unparsable"],
+            "gold_not_told": counts["gold_timeout"] + counts["gold_error"],
+            "failed": counts["failed"],
             "sampling": {
                 "sampled": counts["sampled"],
                 "fixed_k_equivalent": counts["fixed_k"],
@@ -479,7 +491,15 @@ class DataRewriter:
             paths = [self.output_dir / name for name in ("dataset", "run_config.yaml", "metrics.json")]
             log_artifact(logged, "dataset", [path for path in paths if path.exists()])
 
-    def _load(self, directory: Path):
+    def _load(self):
+        """This shard's rows, wherever its file is by now."""
+        with published(self.output_dir):
+            partial = self.output_dir / "dataset.partial"
+            if self.missing_shards and not (partial / self.shard.parquet).exists():
+                self.missing_shards = []  # the last of them has just moved it
+            return self._load_from(partial if self.missing_shards else self.output_dir / "dataset")
+
+    def _load_from(self, directory: Path):
         import pyarrow.parquet as pq
         from datasets import Dataset, load_dataset
         from pyarrow.dataset import ParquetFragmentScanOptions
@@ -489,7 +509,7 @@ class DataRewriter:
             return Dataset(pq.read_table(file))
         # Reading ahead is no faster here and takes twice the memory.
         scan = ParquetFragmentScanOptions(pre_buffer=False)
-        return load_dataset("parquet", data_files=str(file), split="train", fragment_scan_options=scan)
+        return load_dataset("parquet", data_files=glob.escape(str(file)), split="train", fragment_scan_options=scan)
 
     @property
     def _plain(self) -> bool:
@@ -504,7 +524,8 @@ class DataRewriter:
         sampler = self._sampler_of(outcome.source)
         return {
             "prompt": problem.prompt,
-            "completion": [{"role": "assistant", "content": kept["text"]}],
+            # An engine's text may hold a lone surrogate, which has no UTF-8.
+            "completion": [{"role": "assistant", "content": kept["text"].encode(errors="replace").decode()}],
             "id": problem.id,
             "source": str(outcome.source),
             "answer": problem.answer,
@@ -545,7 +566,11 @@ def _as_dataset(dataset):
         raise ValueError(
             f"`rewrite` takes one `datasets.Dataset` (or a list of dicts), not {type(dataset).__name__}. Pass one split, e.g. dataset['train']."
         )
-    return dataset
+    if dataset.format["type"] == "custom":
+        raise ValueError(
+            "The dataset has a transform (`with_transform`), which may say something else each time a row is read. Apply it with `dataset.map` instead."
+        )
+    return dataset if dataset.format["type"] is None else dataset.with_format(None)  # tensors are no answers
 
 
 def _iterate(dataset, rows: range) -> Iterator[dict]:

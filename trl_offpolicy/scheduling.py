@@ -18,7 +18,7 @@ import numpy as np
 
 from .rewrite_config import RewriteConfig
 from .rows import Problem, Source, Verdict
-from .sampling import attempt_seed
+from .sampling import FAILED, attempt_seed
 
 
 class Fate(NamedTuple):
@@ -104,7 +104,7 @@ class Scheduler:
     def next(self, speculate: bool = True) -> Draw | None:
         """The next attempt: one that is due, else a fresh problem's first, else a speculative one if allowed; `None` if there is none."""
         while (progress := self._due()) and not self._wanted(progress):
-            pass  # an error has ended its stage while it was queued
+            pass  # a refusal has ended its stage while it was queued
         if progress is None and speculate:
             narrow = (p for p in self._open.values() if len(p.in_flight) < self.args.max_concurrent_attempts)
             progress = next((p for p in narrow if self._wanted(p)), None)
@@ -157,8 +157,8 @@ class Scheduler:
         """One past the last attempt that can still matter."""
         for k in sorted(progress.fates):
             fate = progress.fates[k]
-            # What the engine cannot take (a prompt beyond the context) it will not take at the next attempt either.
-            if fate.finish_reason == "error" or (fate.verdict == Verdict.CORRECT and not self._all_needed):
+            # A prompt that cannot be asked (beyond the context) can be asked no better at the next attempt.
+            if fate.finish_reason == "refused" or (fate.verdict == Verdict.CORRECT and not self._all_needed):
                 return k + 1
         return self.args.num_generations
 
@@ -189,7 +189,7 @@ class Scheduler:
         counted = [fates.pop(k) for k in range(horizon)]
         self._count_unused(fates.values())
         correct = [fate for fate in counted if fate.verdict == Verdict.CORRECT]
-        num_sampled = sum(fate.finish_reason != "error" for fate in counted)
+        num_sampled = sum(fate.finish_reason not in FAILED for fate in counted)
         counts = self.counts  # one by one: `update` costs a resume a second in ten
         for fate in counted:
             counts["verdict_" + fate.verdict] += 1
@@ -230,7 +230,8 @@ def select(correct: list[Fate], selection: str, key: tuple) -> Fate:
 
 class KnownAttempts:
     """
-    The attempts that are in the journal already: 45 bytes each, found by the problem's id.
+    The attempts that are in the journal already: 45 bytes each, found by the problem's id. One that failed is not known: where it
+    matters it is tried again.
 
     Args:
         entries (`Iterator[tuple[int, dict]]`): Offset and head of each line, in the order written; a later line for the same attempt wins.
@@ -241,7 +242,7 @@ class KnownAttempts:
     _TYPES = [("id", "<u8"), ("copy", "<u4"), ("stage", "u1"), ("attempt", "<u2"), ("verdict", "u1"), ("finish_reason", "u1"),
               ("num_tokens", "<u4"), ("log_prob", "<f8"), ("offset", "<i8")]  # fmt: skip
     _VERDICTS = list(Verdict)
-    _FINISH_REASONS = ["stop", "length", "error"]
+    _FINISH_REASONS = ["stop", "length"]
 
     def __init__(self, entries: Iterator[tuple[int, dict]], stages: list[str]):
         self._stages, packed, nan = stages, bytearray(), float("nan")
@@ -249,6 +250,8 @@ class KnownAttempts:
             {name: i for i, name in enumerate(names)} for names in (stages, self._VERDICTS, self._FINISH_REASONS)
         )
         for offset, e in entries:
+            if e["finish_reason"] in FAILED:
+                continue
             log_prob = nan if e["log_prob"] is None else e["log_prob"]
             packed += self._RECORD.pack(
                 *_split(e["id"]), stage[e["stage"]], e["attempt"], verdict[e["verdict"]], finish_reason[e["finish_reason"]],

@@ -97,7 +97,7 @@ def publish(file: Path, output_dir: Path, shard: Shard, run: str) -> list[Shard]
         `list[Shard]`: The shards that are still missing.
     """
     final, partial = output_dir / "dataset", output_dir / "dataset.partial"
-    with _locked(output_dir / "run_config.yaml"):
+    with published(output_dir):
         if shard.count > 1 and not _missing(final, shard, run):  # a shard that was run once more
             file.replace(final / shard.parquet)
             return []
@@ -122,9 +122,9 @@ def _missing(directory: Path, shard: Shard, run: str) -> list[Shard]:
 
 
 @contextmanager
-def _locked(path: Path):
-    """Two shards that finish at the same moment take turns; a killed one lets go."""
-    handle = os.open(path, os.O_RDWR)
+def published(output_dir: Path):
+    """Nobody else moves a shard's file meanwhile: those that finish at the same moment take turns, and a killed one lets go."""
+    handle = os.open(output_dir / "run_config.yaml", os.O_RDWR)
     try:
         lock(handle, fcntl.LOCK_EX)
         yield

@@ -16,7 +16,7 @@ import unicodedata
 from . import prompts
 from .answers import NO_ANSWER, Unparsable, normalize, number, stated_answer
 from .rows import Verdict
-from .sampling import Request, SamplingParams, attempt_seed
+from .sampling import FAILED, Request, SamplingParams, attempt_seed
 from .verification import Verifier, explain_with
 
 
@@ -263,7 +263,7 @@ class JudgeVerifier(Verifier):
             for completion in finished:
                 index, in_flight = int(completion.id), in_flight - 1
                 draws[index] += 1
-                if completion.finish_reason == "error":
+                if completion.finish_reason in FAILED:
                     results[index] = Verdict.ERROR, completion.error or "the judge failed"
                     continue
                 if not completion.log_probs:

@@ -209,6 +209,14 @@ def _print_summary(metrics: dict) -> None:
         print(
             f"{metrics['gold_unparsable']:,} rows have no gold answer that can be compared with: kept as expert, not sampled"
         )
+    if metrics["gold_not_told"]:
+        print(
+            f"{metrics['gold_not_told']:,} gold answers could not be checked (time-outs, errors): kept as expert, not sampled"
+        )
+    if metrics["failed"]:
+        print(
+            f"{metrics['failed']:,} attempts could not be drawn (reasons in the journal); the same command again tries them again"
+        )
     trouble = {name: metrics["verdicts"][name] for name in ("timeout", "error") if metrics["verdicts"][name]}
     if trouble:
         print(

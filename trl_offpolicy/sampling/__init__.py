@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from jinja2 import TemplateError
+
+from ..rows import encode_prompt
+
 
 class SamplerError(RuntimeError):
     """The engine cannot go on (it died, no server answers). What it finished before is not lost: run again to resume."""
@@ -37,7 +41,8 @@ class Completion:
 
     `completion_ids` end with the end-of-turn token when `finish_reason` is `"stop"`, and `log_probs` holds the model's
     own log-probability (temperature 1, whole vocabulary) of each of them; `text` is their decoding without special tokens.
-    `finish_reason` is `"length"` when the limit cut the completion, and `"error"` when it could not be drawn: `error` says why.
+    `finish_reason` is `"length"` when the limit cut the completion. When there is none, `error` says why: `"refused"` if the prompt
+    cannot be asked (longer than the context, say), whatever the seed; `"error"` if the engine failed this once.
     """
 
     id: str
@@ -46,6 +51,10 @@ class Completion:
     log_probs: list[float]
     finish_reason: str
     error: str | None = None
+
+
+# Nothing was drawn: it counts as no attempt of the model's, and a resume tries again.
+FAILED = ("refused", "error")
 
 
 class Sampler(Protocol):
@@ -108,10 +117,17 @@ def load_processing_class(model: str, processing_class=None, **kwargs):
     return processing_class
 
 
-def beyond_context(request: Request, num_tokens: int, context: int) -> Completion:
-    """The answer to a request whose prompt of `num_tokens` leaves no room for a completion."""
-    reason = f"the prompt has {num_tokens} tokens, but the model's context is {context}"
-    return Completion(request.id, "", [], [], "error", reason)
+def prompt_ids(processing_class, request: Request, context: int) -> list[int] | Completion:
+    """The token ids of a request's prompt; or the answer to it if the chat template refuses it, or it leaves no room for a completion."""
+    try:
+        ids = encode_prompt(processing_class, request.prompt)
+    except TemplateError as error:
+        reason = f"the chat template refuses the prompt: {error}"
+        return Completion(request.id, "", [], [], "refused", reason)
+    if len(ids) < context:
+        return ids
+    reason = f"the prompt has {len(ids)} tokens, but the model's context is {context}"
+    return Completion(request.id, "", [], [], "refused", reason)
 
 
 def weights_digest(named_tensors) -> str:

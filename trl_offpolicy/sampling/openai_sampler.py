@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..rows import encode_prompt
-
 
 try:
     import openai
@@ -34,8 +32,8 @@ from . import (
     SamplerError,
     SamplingParams,
     adapted_revision,
-    beyond_context,
     load_processing_class,
+    prompt_ids,
 )
 
 
@@ -164,11 +162,10 @@ class OpenAISampler:
                 f"You passed top_k={request.params.top_k}, which {self._servers[0].url} does not take; use 0."
             )
         if self._dialect == "token_ids":
-            ids = encode_prompt(self.processing_class, request.prompt)
-            context = min(server.context for server in self._servers)
-            if len(ids) >= context:
+            ids = prompt_ids(self.processing_class, request, min(server.context for server in self._servers))
+            if isinstance(ids, Completion):
                 self._under_way[request.id] = None
-                self._finished.put(beyond_context(request, len(ids), context))
+                self._finished.put(ids)
                 return
         job = self._under_way[request.id] = _Job(request, ids, self._answered)
         self._loop.call_soon_threadsafe(self._enqueue, job)
@@ -251,7 +248,7 @@ class OpenAISampler:
 
     def _fault(self, job: _Job, server: _Server, error: Exception) -> Completion | None:
         """What to answer when a try has failed: nothing if it is the server's fault, and another may do better."""
-        reason = self._told(error)
+        reason, finish_reason = self._told(error), "refused"
         if getattr(error, "status_code", None) not in (400, 413, 422):
             self._set_aside(server, error)
             job.failed.add(server)
@@ -259,8 +256,8 @@ class OpenAISampler:
                 job.tries, job.answered = job.tries + 1, self._answered
             if job.tries < MAX_TRIES:
                 return None
-            reason = f"{job.tries} tries failed: {reason}"
-        return Completion(job.request.id, "", [], [], "error", reason)
+            reason, finish_reason = f"{job.tries} tries failed: {reason}", "error"
+        return Completion(job.request.id, "", [], [], finish_reason, reason)
 
     def _count_answer(self, server: _Server) -> None:
         self._answered += 1

@@ -22,16 +22,15 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ..rows import encode_prompt
 from . import (
     Completion,
     Request,
     SamplingParams,
     adapted_revision,
-    beyond_context,
     hub_commit,
     load_processing_class,
     local_directory,
+    prompt_ids,
     weights_digest,
 )
 
@@ -140,9 +139,9 @@ class TransformersSampler:
         return other
 
     def submit(self, request: Request) -> None:
-        ids = encode_prompt(self.processing_class, request.prompt)
-        if len(ids) >= self.context:
-            self._failed.append(beyond_context(request, len(ids), self.context))
+        ids = prompt_ids(self.processing_class, request, self.context)
+        if isinstance(ids, Completion):
+            self._failed.append(ids)
         else:
             self._pending.append((request, ids))
 
@@ -152,7 +151,8 @@ class TransformersSampler:
             return failed
         # The oldest request always goes, with the waiting requests nearest to it in length (and of the same parameters).
         oldest, oldest_ids = self._pending[0]
-        alike = [p for p in self._pending if p[0].params == oldest.params]
+        room = self._room(oldest, oldest_ids)
+        alike = [p for p in self._pending if p[0].params == oldest.params and self._room(*p) == room]
         batch, width = [], 0
         for request, ids in sorted(alike, key=lambda p: abs(len(p[1]) - len(oldest_ids)))[: self.batch_size]:
             width = max(width, len(ids))
@@ -161,9 +161,14 @@ class TransformersSampler:
             batch.append((request, ids))
         taken = {request.id for request, _ in batch}
         self._pending = [p for p in self._pending if p[0].id not in taken]
-        return failed + self._generate(batch, oldest.params)
+        return failed + self._generate(batch, oldest.params, room)
+
+    def _room(self, request: Request, ids: list[int]) -> int:
+        """How long a completion may get: that depends on its own prompt alone, so neighbours in a batch cannot change it."""
+        return min(request.params.max_completion_length, self.context - len(ids))
 
     def abort(self, request_id: str) -> None:
+        self._failed = [c for c in self._failed if c.id != request_id]
         self._pending = [p for p in self._pending if p[0].id != request_id]
 
     def close(self) -> None:
@@ -171,15 +176,13 @@ class TransformersSampler:
         del self.model
 
     @torch.no_grad()
-    def _generate(self, batch: list[tuple[Request, list[int]]], params: SamplingParams) -> list[Completion]:
+    def _generate(self, batch: list[tuple[Request, list[int]]], params: SamplingParams, room: int) -> list[Completion]:
         width = max(len(ids) for _, ids in batch)
         pad = self.processing_class.pad_token_id
         pad = self.eos_token_ids[0] if pad is None else pad
         device = self.model.device
         input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for _, ids in batch], device=device)
         attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for _, ids in batch], device=device)
-        # A completion's room depends on its own prompt alone, so its neighbours cannot change it.
-        room = [min(params.max_completion_length, self.context - len(ids)) for _, ids in batch]
         draw = _SeededDraw([request.seed for request, _ in batch], params, width, device)
         own_config, was_training = self.model.generation_config, self.model.training
         # The model's own generation config may carry a repetition penalty or a top_k: neither is the policy itself.
@@ -188,7 +191,7 @@ class TransformersSampler:
         try:
             with self._without_adapter():
                 output = self.model.generate(
-                    input_ids=input_ids, attention_mask=attention_mask, do_sample=False, max_new_tokens=max(room),
+                    input_ids=input_ids, attention_mask=attention_mask, do_sample=False, max_new_tokens=room,
                     logits_processor=LogitsProcessorList([draw]),
                 )  # fmt: skip
         finally:
@@ -196,13 +199,10 @@ class TransformersSampler:
             self.model.train(was_training)
         drawn = output[:, width:].tolist()
         log_probs = torch.stack(draw.log_probs, dim=1).tolist()
-        return [
-            self._completion(*row)
-            for row in zip((request for request, _ in batch), drawn, log_probs, room, strict=True)
-        ]
+        return [self._completion(*row) for row in zip((r for r, _ in batch), drawn, log_probs, strict=True)]
 
-    def _completion(self, request: Request, ids: list[int], log_probs: list[float], room: int) -> Completion:
-        stop = next((i for i, token in enumerate(ids[:room]) if token in self.eos_token_ids), None)
-        length = room if stop is None else stop + 1
+    def _completion(self, request: Request, ids: list[int], log_probs: list[float]) -> Completion:
+        stop = next((i for i, token in enumerate(ids) if token in self.eos_token_ids), None)
+        length = len(ids) if stop is None else stop + 1
         text = self.processing_class.decode(ids[:length], skip_special_tokens=True)
         return Completion(request.id, text, ids[:length], log_probs[:length], "length" if stop is None else "stop")

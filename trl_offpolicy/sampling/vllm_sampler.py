@@ -6,20 +6,20 @@ are rendered and completions decoded here, as in every engine, so vLLM only ever
 
 import copy
 import json
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
-from ..rows import encode_prompt
 from . import (
     Completion,
     Request,
     SamplerError,
     adapted_revision,
-    beyond_context,
     checkpoint_digest,
     hub_commit,
     load_processing_class,
     local_directory,
+    prompt_ids,
 )
 
 
@@ -78,7 +78,7 @@ class VLLMSampler:
         # Several samplers may share an engine: what waits for it and what is in it, and whose it is.
         self._waiting: dict[str, tuple[VLLMSampler, Request]] = {}
         self._owners: dict[str, VLLMSampler] = {}
-        self._encoded: tuple[list, list[int]] = [], []  # the last prompt and its token ids
+        self._encoded: tuple[list, list[int] | Completion] = [], []  # the last prompt and its token ids
         self._done: list[Completion] = []
         self._shared = False
         if adapter is not None:
@@ -118,22 +118,26 @@ class VLLMSampler:
             return
         for owner, request in self._waiting.values():
             prompt, params = owner.vllm_request(request)
-            num_tokens = len(prompt["prompt_token_ids"])
-            if num_tokens >= self.context:
-                owner._done.append(beyond_context(request, num_tokens, self.context))
+            if isinstance(prompt, Completion):
+                owner._done.append(prompt)
             else:
                 self._owners[request.id] = owner
                 self.engine.add_request(request.id, prompt, params, lora_request=owner._lora)
         self._waiting.clear()
 
-    def vllm_request(self, request: Request) -> tuple[dict, Any]:
-        """The prompt and the `vllm.SamplingParams` with which vLLM draws what is asked for."""
+    def vllm_request(self, request: Request) -> tuple[dict | Completion, Any]:
+        """The prompt (or why there is none) and the `vllm.SamplingParams` with which vLLM draws what is asked for."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         if request.prompt != self._encoded[0]:  # else another attempt at the problem of the last one
-            self._encoded = request.prompt, encode_prompt(self.processing_class, request.prompt)
-        prompt = {"type": "token", "prompt_token_ids": [*self._encoded[1]]}
+            self._encoded = request.prompt, prompt_ids(self.processing_class, request, self.context)
+        ids = self._encoded[1]
+        prompt = (
+            replace(ids, id=request.id)
+            if isinstance(ids, Completion)
+            else {"type": "token", "prompt_token_ids": [*ids]}
+        )
         params, eos = request.params, self.processing_class.eos_token_id
         return prompt, SamplingParams(
             temperature=params.temperature, top_p=params.top_p, top_k=params.top_k, max_tokens=params.max_completion_length, seed=request.seed,
