@@ -14,7 +14,7 @@ from datasets import Dataset, load_dataset
 from scripted import ScriptedSampler, rows, verify
 
 from trl_offpolicy import DataRewriter, RewriteConfig, TransformersSampler, prompts
-from trl_offpolicy.rows import Verdict
+from trl_offpolicy.rows import Verdict, demonstration
 from trl_offpolicy.sampling import Completion, Request, SamplingParams, attempt_seed
 from trl_offpolicy.verifiers import NumericVerifier
 
@@ -133,6 +133,56 @@ def test_reshaped_sampling_stores_no_behavior_log_probs(tmp_path):
     with pytest.warns(UserWarning, match="top_p=0.9"):
         rewritten, _ = rewrite(tmp_path, rows(20), top_p=0.9)
     assert not any(rewritten["behavior_log_probs"]) and any(rewritten["completion_ids"])
+
+
+def test_a_rewritten_dataset_can_be_rewritten_again(tmp_path):
+    """Its completions are the demonstrations now, and those of the first round come along."""
+    first, _ = rewrite(tmp_path / "a", rows(20))
+    again, _ = rewrite(tmp_path / "b", first, ScriptedSampler(p_self=0.0, p_guided=0.0))
+    assert [demonstration(row) for row in again] == [row["completion"][0]["content"] for row in first]
+    thrice, _ = rewrite(tmp_path / "c", again, ScriptedSampler(p_self=0.0, p_guided=0.0))
+    assert thrice["input_input_completion"] == first["completion"] and thrice["solution"] == first["solution"]
+
+
+def test_prompts_that_training_would_render_otherwise_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="'problem 1 gold:1 .'.* has tools and chat_template_kwargs, with which its"):
+        rewrite(
+            tmp_path,
+            [{**row, "tools": "[]", "chat_template_kwargs": {"enable_thinking": False}} for row in rows(2)][1:],
+        )
+
+
+def test_guided_attempts_are_those_of_the_demonstration(tmp_path):
+    """After a correction, and with rows that differ in nothing else in another order, no row has what another reference gave."""
+
+    class Told(ScriptedSampler):
+        def completion(self, request):
+            c = super().completion(request)
+            text = request.prompt[-1]["content"]
+            seen = text.split("demonstration ")[1].split(":")[0] if "Teacher" in text else ""
+            return Completion(c.id, f"<{seen}> {c.text}", c.completion_ids, c.log_probs, c.finish_reason)
+
+    def check(data):
+        sampler = Told(p_self=0.2, p_guided=0.9)
+        rewritten, _ = rewrite(tmp_path, data, sampler)
+        for row, given in zip(rewritten, data, strict=True):
+            if row["source"] == "guided":
+                seen = given["solution"].split("demonstration ")[1].split(":")[0]
+                assert row["completion"][0]["content"].startswith(f"<{seen}>")
+                assert given["solution"] in row["behavior_prompt"][-1]["content"]
+        return rewritten, sampler.sampled
+
+    data = rows(30)
+    same = {**data[0], "solution": data[0]["solution"].replace("demonstration 0", "demonstration other")}
+    first, drawn = check([*data, same])
+    again, redrawn = check([*data, same])
+    assert again.to_list() == first.to_list() and drawn and not redrawn
+    corrected = [
+        {**row, "solution": row["solution"].replace("demonstration ", "demonstration corrected ")} for row in data
+    ]
+    _, redrawn = check([*corrected, same])
+    assert 0 < redrawn < drawn
+    check([same, *data])
 
 
 @pytest.mark.parametrize("kind", ["torch", "numpy", "pandas"])

@@ -123,7 +123,22 @@ def test_nothing_of_the_input_is_lost():
     row = {"id": "gsm8k/1", "source": "web", "question": "1+1?", "answer": "one and one\n#### 2", "level": 3}
     (problem,) = read_rows([row])
     assert demonstration(problem.extra) == row["answer"] and problem.extra["input_id"] == "gsm8k/1"
-    features = output_features(Dataset.from_list([row]).features, columns)
+    for columns, answer_column, carried in [
+        (["problem", "solution", "answer", "gold"], "gold", {"answer": "input_answer"}),
+        (["problem", "solution", "answer", "gold"], "answer", {}),
+        (["problem", "solution", "prompt"], "answer", {"prompt": "input_prompt"}),
+        (["messages", "prompt"], "answer", {"messages": "input_messages", "prompt": "input_prompt"}),
+        (["prompt", "completion"], "answer", {"completion": "input_completion"}),
+        (["prompt", "completion", "input_completion"], "answer", {"completion": "input_completion", "input_completion": "input_input_completion"}),
+    ]:  # fmt: skip
+        same = {"prompt"} if columns[0] == "prompt" else {"answer"} if answer_column == "answer" else set()
+        expected = {c: carried.get(c, c) for c in columns if c not in same}
+        assert carried_columns(columns, answer_column) == expected
+    with pytest.raises(ValueError, match="answer_column='anwser', but the dataset has the columns"):
+        list(read_rows([{"problem": "1+1?", "solution": "2", "answer": "2"}], "anwser"))
+    with pytest.raises(ValueError, match=r"Row 0: `answer` is \['2'\]; a gold answer is one text"):
+        list(read_rows([{"problem": "1+1?", "solution": "2", "answer": ["2"]}]))
+    features = output_features(Dataset.from_list([row]).features, row)
     assert features["level"].dtype == "int64" and features["completion_ids"].feature.dtype == "int32"
 
 

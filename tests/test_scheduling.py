@@ -364,21 +364,29 @@ def test_known_attempts_equal_the_journal(tmp_path):
         entry = {
             "id": row_id, "stage": stage, "attempt": attempt, "verdict": rng.choice(list(Verdict)),
             "finish_reason": rng.choice(["stop", "length", "error", "refused"]), "num_tokens": rng.randrange(100_000),
-            "log_prob": rng.choice([-0.25, -1e-6]), "reason": 'a "reason": {', "text": "x",
+            "log_prob": rng.choice([-0.25, -1e-6]),
         }  # fmt: skip
+        if stage == "guided":
+            entry["reference"] = rng.choice([7, 7, 8])
+        entry |= {"reason": 'a "reason": {', "text": "x"}
         values = [entry[k] for k in ("verdict", "finish_reason", "num_tokens", "log_prob")]
         fate = (journal.append(entry), *values)
         if entry["finish_reason"] in ("stop", "length"):  # what failed is not known
-            expected.setdefault(row_id, {}).setdefault(stage, {})[attempt] = fate
             num_known += 1
+            if entry.get("reference") != 8:  # nor is what had another reference
+                expected.setdefault(row_id, {}).setdefault(stage, {})[attempt] = fate
     assert [e for _, e in journal.entries(until="reason")] == [
-        {k: e[k] for k in list(e)[:7]} for _, e in journal.entries()
+        {k: e[k] for k in list(e)[: list(e).index("reason")]} for _, e in journal.entries()
     ]
     known = KnownAttempts(journal.entries(until="reason"), ["self", "guided"])
-    keys = [(int(row_id[:16], 16), int(row_id[17:] or 1)) for row_id in expected]
-    assert [copy_id(*key) for key in keys] == list(expected)
+    keys = [(int(row_id[:16], 16), int(row_id[17:] or 1), 7) for row_id in expected]
+    assert [copy_id(*key[:2]) for key in keys] == list(expected)
     assert len(known) == num_known and known.of(np.array(keys, KEY)) == list(expected.values())
-    assert known.of(np.array([(255, 1), keys[0], (keys[0][0], 99)], KEY)) == [{}, next(iter(expected.values())), {}]
+    assert known.of(np.array([(255, 1, 7), keys[0], (keys[0][0], 99, 7)], KEY)) == [
+        {},
+        next(iter(expected.values())),
+        {},
+    ]
 
 
 def test_lines_taken_out_of_the_journal_are_drawn_again(tmp_path):

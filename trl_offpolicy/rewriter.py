@@ -39,6 +39,7 @@ from .rows import (
     number_copies,
     output_features,
     read_rows,
+    reference_digest,
 )
 from .run_log import PeriodicPush, RunLog, log_artifact, wandb_run
 from .sampling import FAILED, Completion, Request, Sampler, SamplerError, SamplingParams, attempt_seed, slots_of
@@ -190,26 +191,30 @@ class DataRewriter:
         """
         Reads every row once, so that a bad one is reported before anything is sampled; not again when a run is resumed.
 
-        Returns each row's content id (as a number) with its copy number, counted over the whole dataset so that an id does not depend on
-        the shards, and a digest of it.
+        Returns each row's [`~rows.KEY`], with copies counted over the whole dataset so that an id does not depend on the shards, and a
+        digest of it.
         """
-        key = f"2 {dataset._fingerprint} {self.args.answer_column}"
+        key = f"3 {dataset._fingerprint} {self.args.answer_column}"
         if self._rows_file.exists():
             with np.load(self._rows_file) as checked:
                 if checked["key"] == key:
                     return checked["keys"], str(checked["digest"])
         digest = hashlib.blake2b(digest_size=16)
 
-        def content(problem: Problem) -> int:
+        def key_of(problem: Problem) -> tuple[int, int, int]:
             digest.update(f"{problem.id}{problem.demonstration}".encode(errors="surrogatepass"))
-            return int(problem.id, 16)
+            if given := [name for name in ("tools", "chat_template_kwargs") if problem.extra.get(name)]:
+                raise ValueError(
+                    f"The row with the problem {problem.problem!r:.100} has {' and '.join(given)}, with which its prompt would be rendered in "
+                    "training but not in sampling. Write what the model needs to know into a system turn, and use `dataset.remove_columns`."
+                )
+            return int(problem.id, 16), 1, reference_digest(problem.demonstration)
 
         problems = read_rows(_iterate(dataset, range(len(dataset))), self.args.answer_column, self.args.solve_prompt)
-        ids = np.fromiter(map(content, problems), dtype=np.uint64)
-        if not len(ids):
+        keys = np.fromiter(map(key_of, problems), dtype=KEY)
+        if not len(keys):
             raise ValueError("The dataset has no rows: there is nothing to rewrite. Check its split and filters.")
-        keys = np.empty(len(ids), KEY)
-        keys["id"], keys["copy"] = ids, number_copies(ids)
+        keys["copy"] = number_copies(keys["id"])
         if not self.args.dry_run:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             partial = self._rows_file.with_suffix(".partial.npz")
@@ -380,7 +385,7 @@ class DataRewriter:
                 refused = check.result() if check else {}
                 counts.update("gold_" + verdict for verdict in refused.values())
                 for key, problem, found in zip(keys[start : start + 256].tolist(), chunk, attempts, strict=True):
-                    row_id = copy_id(*key)
+                    row_id = copy_id(*key[:2])
                     yield row_id, problem, row_id not in refused, found
         finally:
             # A ctrl-C does not wait for a check: closing the verifier ends it.
@@ -424,6 +429,11 @@ class DataRewriter:
             "finish_reason": completion.finish_reason,
             "num_tokens": len(completion.completion_ids),
             "log_prob": log_prob,
+            **(
+                {"reference": reference_digest(draw.progress.problem.demonstration)}
+                if draw.stage == Source.GUIDED
+                else {}
+            ),
             "reason": reason,  # a resume reads a line up to here
         }
         if verdict == Verdict.CORRECT or self.args.keep_rejected:
@@ -466,7 +476,7 @@ class DataRewriter:
         from datasets import Dataset
 
         file = self.output_dir / f"{self.shard.parquet}.partial"
-        features = output_features(dataset.features, columns)
+        features = output_features(dataset.features, columns, self.args.answer_column)
         schema = features.arrow_schema
         schema = schema.with_metadata({**schema.metadata, RUN_KEY: run.encode()})
         with pq.ParquetWriter(file, schema) as writer:

@@ -12,6 +12,7 @@ An output row, ready for `SFTTrainer` (`completion_ids` and `behavior_log_probs`
 
 import hashlib
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -147,18 +148,33 @@ def find_format(columns: Iterable[str]) -> tuple[str, str]:
     )
 
 
-def carried_columns(columns: Iterable[str]) -> dict[str, str]:
-    """Input column → output column, for everything that our own columns do not already say."""
+def carried_columns(columns: Iterable[str], answer_column: str = "answer") -> dict[str, str]:
+    """
+    Input column → output column, for everything that our own columns do not already say.
+
+    Raises:
+        ValueError: There is no `answer_column`, and it is not the default, without which answers are those of the demonstrations.
+    """
     columns = list(columns)
     prompt_column, demonstration_column = find_format(columns)
-    # A prompt comes out as it came in, and so does a gold answer, unless `answer` held the whole demonstration (GSM8K).
-    same = {"prompt"} if demonstration_column == "answer" else {"prompt", "answer"}
-    return {c: f"input_{c}" if c in _TAKEN else c for c in columns if c not in same}
+    if answer_column != "answer" and answer_column not in columns:
+        raise ValueError(f"You passed answer_column={answer_column!r}, but the dataset has the columns {columns}.")
+    # A prompt comes out as it came in, and so does a gold answer; `answer` may also hold the demonstration (GSM8K), or be none of ours.
+    same = {prompt_column} & {"prompt"} | {answer_column} & {"answer"} - {demonstration_column}
+    carried = {c: f"input_{c}" for c in columns if c in _TAKEN and c not in same}
+    for column in columns:
+        name = column
+        # A dataset that was rewritten before has an `input_completion`, and a `completion` that is the demonstration now.
+        while name in carried.values():
+            name = f"input_{name}"
+        if column not in same | _TAKEN:
+            carried[column] = name
+    return {column: carried[column] for column in columns if column in carried}
 
 
 @lru_cache(16)  # the same for every row of a dataset
-def _layout(columns: tuple[str, ...]) -> tuple[str, str, dict[str, str]]:
-    return *find_format(columns), carried_columns(columns)
+def _layout(columns: tuple[str, ...], answer_column: str) -> tuple[str, str, dict[str, str]]:
+    return *find_format(columns), carried_columns(columns, answer_column)
 
 
 def _messages(value, role: str, what: str) -> list[dict[str, str]]:
@@ -180,7 +196,7 @@ def read_row(row: dict, index: int, answer_column: str, solve_prompt: str) -> Pr
 
     Raises `ValueError` with the row's number when it has no problem or no demonstration: such a row has no fallback.
     """
-    prompt_column, demonstration_column, carried = _layout(tuple(row))
+    prompt_column, demonstration_column, carried = _layout(tuple(row), answer_column)
     if prompt_column == "messages":
         *prompt, last = _messages(row["messages"], "user", f"Row {index}: `messages`") or [{"role": "", "content": ""}]
         demonstration = last["content"] if last["role"] == "assistant" else ""
@@ -201,8 +217,12 @@ def read_row(row: dict, index: int, answer_column: str, solve_prompt: str) -> Pr
     if not user_turns or not user_turns[-1].strip():
         raise ValueError(f"Row {index} has no problem: `{prompt_column}` is {row[prompt_column]!r:.200}.")
     answer = None if demonstration_column == answer_column else row.get(answer_column)
-    answer = str(answer).strip() if answer is not None and not isinstance(answer, (list, dict)) else ""
-    answer = answer or final_answer(demonstration)
+    if isinstance(answer, (list, dict)):
+        raise ValueError(
+            f"Row {index}: `{answer_column}` is {answer!r:.200}; a gold answer is one text. Write it so, name another column, or rename this "
+            "one with `dataset.rename_column`, and the last box of each demonstration is its answer."
+        )
+    answer = ("" if answer is None else str(answer).strip()) or final_answer(demonstration)
     row_id = content_id(prompt, answer)
     if prompt_column in ("problem", "question"):
         prompt = [{"role": "user", "content": fill(solve_prompt, problem=user_turns[-1])}]
@@ -229,8 +249,13 @@ def read_rows(
         yield problem if copy == 1 else replace(problem, id=copy_id(int(problem.id, 16), copy))
 
 
-# A row's id as numbers: the content id and the how-manieth row with it this is.
-KEY = [("id", "<u8"), ("copy", "<u4")]
+# A row's id as numbers (the content id, and the how-manieth row with it this is), and the [`reference_digest`] of its demonstration.
+KEY = [("id", "<u8"), ("copy", "<u4"), ("reference", "<u4")]
+
+
+def reference_digest(demonstration: str) -> int:
+    """By which an attempt in the journal is known to have had this demonstration in its prompt; above 0."""
+    return zlib.crc32(demonstration.encode(errors="surrogatepass")) or 1
 
 
 def copy_id(content: int, copy: int) -> str:
@@ -270,7 +295,7 @@ def demonstration(row: dict) -> str | None:
     return None
 
 
-def output_features(input_features=None, columns: Iterable[str] = ()):
+def output_features(input_features=None, columns: Iterable[str] = (), answer_column: str = "answer"):
     """`datasets.Features` of the output: ours, then the carried columns with the type they came in."""
     from datasets import Features, List, Value
 
@@ -292,12 +317,17 @@ def output_features(input_features=None, columns: Iterable[str] = ()):
         "top_k": Value("int32"),
         "behavior_prompt": List(turn),
     }
-    carried = {new: input_features[old] for old, new in carried_columns(columns).items()} if input_features else {}
+    carried = (
+        {new: input_features[old] for old, new in carried_columns(columns, answer_column).items()}
+        if input_features
+        else {}
+    )
     return Features({**ours, **carried})
 
 
 def attempt_features():
-    """`datasets.Features` of the attempts, as the journal has them; `text` and what follows is null where it was not kept."""
+    """`datasets.Features` of the attempts, as the journal has them but for `reference`, which is for a resume; `text` and what follows is
+    null where it was not kept."""
     from datasets import Features, List, Value
 
     return Features(

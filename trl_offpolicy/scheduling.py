@@ -230,17 +230,17 @@ def select(correct: list[Fate], selection: str, key: tuple) -> Fate:
 
 class KnownAttempts:
     """
-    The attempts that are in the journal already: 45 bytes each, found by the problem's id. One that failed is not known: where it
-    matters it is tried again.
+    The attempts that are in the journal already: 49 bytes each, found by the problem's id. Not known are those that failed, and
+    guided ones whose reference was another than the row's demonstration is now: where they matter they are drawn again.
 
     Args:
         entries (`Iterator[tuple[int, dict]]`): Offset and head of each line, in the order written; a later line for the same attempt wins.
         stages (`list[str]`): Names of the stages.
     """
 
-    _RECORD = struct.Struct("<QIBHBBIdq")
+    _RECORD = struct.Struct("<QIBHBBIdqI")
     _TYPES = [("id", "<u8"), ("copy", "<u4"), ("stage", "u1"), ("attempt", "<u2"), ("verdict", "u1"), ("finish_reason", "u1"),
-              ("num_tokens", "<u4"), ("log_prob", "<f8"), ("offset", "<i8")]  # fmt: skip
+              ("num_tokens", "<u4"), ("log_prob", "<f8"), ("offset", "<i8"), ("reference", "<u4")]  # fmt: skip
     _VERDICTS = list(Verdict)
     _FINISH_REASONS = ["stop", "length"]
 
@@ -255,7 +255,7 @@ class KnownAttempts:
             log_prob = nan if e["log_prob"] is None else e["log_prob"]
             packed += self._RECORD.pack(
                 *_split(e["id"]), stage[e["stage"]], e["attempt"], verdict[e["verdict"]], finish_reason[e["finish_reason"]],
-                e["num_tokens"], log_prob, offset,
+                e["num_tokens"], log_prob, offset, e.get("reference", 0),
             )  # fmt: skip
         table = np.frombuffer(packed, self._TYPES)
         self._table = table[np.argsort(table["id"], kind="stable")]
@@ -274,14 +274,13 @@ class KnownAttempts:
         # The places of all of them in the table, one problem's after another's: one `tolist`, which is what takes the time.
         places = np.repeat(end - sizes.cumsum(), sizes) + np.arange(sizes.sum())
         rows = iter(self._table[places].tolist())
-        return [
-            self._known(islice(rows, n), copy) for n, copy in zip(sizes.tolist(), keys["copy"].tolist(), strict=True)
-        ]
+        numbers = zip(sizes.tolist(), keys["copy"].tolist(), keys["reference"].tolist(), strict=True)
+        return [self._known(islice(rows, n), copy, (0, reference)) for n, copy, reference in numbers]
 
-    def _known(self, rows: Iterable[tuple], copy: int) -> dict[str, dict[int, Fate]]:
+    def _known(self, rows: Iterable[tuple], copy: int, references: tuple[int, int]) -> dict[str, dict[int, Fate]]:
         found: dict[str, dict[int, Fate]] = {}
-        for _, of_copy, stage, attempt, verdict, finish_reason, num_tokens, log_prob, offset in rows:
-            if of_copy == copy:
+        for _, of_copy, stage, attempt, verdict, finish_reason, num_tokens, log_prob, offset, reference in rows:
+            if of_copy == copy and reference in references:
                 fate = Fate(offset, self._VERDICTS[verdict], self._FINISH_REASONS[finish_reason], num_tokens, log_prob)
                 found.setdefault(self._stages[stage], {})[attempt] = fate
         return found
