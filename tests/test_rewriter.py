@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -270,6 +271,12 @@ def test_bad_datasets_are_refused_before_sampling(tmp_path):
 
 
 def test_other_configuration_in_the_run_directory(tmp_path):
+    templates = [type("Tokenizer", (), {"chat_template": text}) for text in "ab"]
+    for i, tokenizer in enumerate(templates):
+        sampler = ScriptedSampler()
+        sampler.processing_class = tokenizer
+        with pytest.raises(ValueError, match="`chat_template` was '") if i else nullcontext():
+            rewrite(tmp_path / "template", rows(10), sampler)
     first, _ = rewrite(tmp_path, rows(10))
     with pytest.raises(ValueError, match="`seed` was 42 there and is 7 now.*output_dir.*overwrite"):
         rewrite(tmp_path, rows(10), seed=7)

@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
@@ -27,7 +26,7 @@ from .judging import VerdictQueue, abandoning
 from .rewriter import batched
 from .rows import Verdict, final_answer
 from .run_log import wandb_run
-from .sampling import FAILED, Completion, Request, Sampler, SamplerError, SamplingParams, attempt_seed
+from .sampling import FAILED, Completion, Request, Sampler, SamplerError, SamplingParams, attempt_seed, template_digest
 from .shards import Shard, check_siblings
 from .verification import describe
 
@@ -152,11 +151,10 @@ def _check_settings(num_generations: int, temperature: float, shard: Shard, outp
 
 def _engine(sampler: Sampler, verifier, processing_class) -> dict:
     """What a sample and its verdict depend on beside the settings."""
-    template = getattr(processing_class, "chat_template", None)
     return {
         "model": sampler.name,
         "model_revision": sampler.revision,
-        "chat_template": template and blake2b(template.encode(), digest_size=8).hexdigest(),
+        "chat_template": template_digest(processing_class),
         "verifier": describe(verifier),
     }
 

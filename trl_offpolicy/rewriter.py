@@ -42,7 +42,17 @@ from .rows import (
     reference_digest,
 )
 from .run_log import PeriodicPush, RunLog, log_artifact, wandb_run
-from .sampling import FAILED, Completion, Request, Sampler, SamplerError, SamplingParams, attempt_seed, slots_of
+from .sampling import (
+    FAILED,
+    Completion,
+    Request,
+    Sampler,
+    SamplerError,
+    SamplingParams,
+    attempt_seed,
+    slots_of,
+    template_digest,
+)
 from .scheduling import Draw, Fate, KnownAttempts, Outcome, Scheduler
 from .shards import RUN_KEY, Shard, check_siblings, publish, published
 from .verification import describe
@@ -233,6 +243,7 @@ class DataRewriter:
         if self.guided_sampler is not None:
             config |= {"rewriter_adapter": self.guided_sampler.name, "rewriter_revision": self.guided_sampler.revision}
             run_config = {"rewriter_adapter": self.guided_sampler.name, **run_config}
+        config["chat_template"] = template_digest(getattr(self.sampler, "processing_class", None))
         config["verifier"] = describe(self.verifier)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         check_siblings(self.output_dir, self.shard, config, self.args.overwrite)

@@ -87,6 +87,12 @@ def slots_of(sampler: Sampler) -> int:
     return getattr(sampler, "slots", sampler.capacity)
 
 
+def template_digest(processing_class) -> str | None:
+    """16 hex digits of the chat template that prompts are rendered with; `None` where nobody here renders them."""
+    template = getattr(processing_class, "chat_template", None)
+    return None if template is None else hashlib.blake2b(str(template).encode(), digest_size=8).hexdigest()
+
+
 def attempt_seed(seed: int, problem_id: str, stage: str, attempt: int) -> int:
     """The 63-bit seed of one attempt: unrelated between attempts, and the same on every machine and in every order.
 
