@@ -105,6 +105,8 @@ class TransformersSampler:
         # A batch is drawn to the end of its longest completion: of many that wait, those that go are much alike in length.
         self.slots, self.capacity = batch_size, 32 * batch_size
         self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+        # A row that is at its end goes on with its batch, and then there may be no position left to look up.
+        self._learned_positions = not any("rotary" in name for name, _ in self.model.named_modules())
         eos = self.model.generation_config.eos_token_id
         eos = eos if isinstance(eos, list) else [eos] if eos is not None else []
         self.eos_token_ids = sorted({*eos, self.processing_class.eos_token_id} - {None})
@@ -151,8 +153,9 @@ class TransformersSampler:
             return failed
         # The oldest request always goes, with the waiting requests nearest to it in length (and of the same parameters).
         oldest, oldest_ids = self._pending[0]
-        room = self._room(oldest, oldest_ids)
-        alike = [p for p in self._pending if p[0].params == oldest.params and self._room(*p) == room]
+        alike = [p for p in self._pending if p[0].params == oldest.params]
+        if self._learned_positions:
+            alike = [p for p in alike if self._room(*p) == self._room(oldest, oldest_ids)]
         batch, width = [], 0
         for request, ids in sorted(alike, key=lambda p: abs(len(p[1]) - len(oldest_ids)))[: self.batch_size]:
             width = max(width, len(ids))
@@ -161,7 +164,7 @@ class TransformersSampler:
             batch.append((request, ids))
         taken = {request.id for request, _ in batch}
         self._pending = [p for p in self._pending if p[0].id not in taken]
-        return failed + self._generate(batch, oldest.params, room)
+        return failed + self._generate(batch, oldest.params)
 
     def _room(self, request: Request, ids: list[int]) -> int:
         """How long a completion may get: that depends on its own prompt alone, so neighbours in a batch cannot change it."""
@@ -176,13 +179,14 @@ class TransformersSampler:
         del self.model
 
     @torch.no_grad()
-    def _generate(self, batch: list[tuple[Request, list[int]]], params: SamplingParams, room: int) -> list[Completion]:
+    def _generate(self, batch: list[tuple[Request, list[int]]], params: SamplingParams) -> list[Completion]:
         width = max(len(ids) for _, ids in batch)
         pad = self.processing_class.pad_token_id
         pad = self.eos_token_ids[0] if pad is None else pad
         device = self.model.device
         input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for _, ids in batch], device=device)
         attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for _, ids in batch], device=device)
+        room = [self._room(*pair) for pair in batch]
         draw = _SeededDraw([request.seed for request, _ in batch], params, width, device)
         own_config, was_training = self.model.generation_config, self.model.training
         # The model's own generation config may carry a repetition penalty or a top_k: neither is the policy itself.
@@ -191,7 +195,7 @@ class TransformersSampler:
         try:
             with self._without_adapter():
                 output = self.model.generate(
-                    input_ids=input_ids, attention_mask=attention_mask, do_sample=False, max_new_tokens=room,
+                    input_ids=input_ids, attention_mask=attention_mask, do_sample=False, max_new_tokens=max(room),
                     logits_processor=LogitsProcessorList([draw]),
                 )  # fmt: skip
         finally:
@@ -199,10 +203,10 @@ class TransformersSampler:
             self.model.train(was_training)
         drawn = output[:, width:].tolist()
         log_probs = torch.stack(draw.log_probs, dim=1).tolist()
-        return [self._completion(*row) for row in zip((r for r, _ in batch), drawn, log_probs, strict=True)]
+        return [self._completion(*row) for row in zip((r for r, _ in batch), drawn, log_probs, room, strict=True)]
 
-    def _completion(self, request: Request, ids: list[int], log_probs: list[float]) -> Completion:
-        stop = next((i for i, token in enumerate(ids) if token in self.eos_token_ids), None)
-        length = len(ids) if stop is None else stop + 1
+    def _completion(self, request: Request, ids: list[int], log_probs: list[float], room: int) -> Completion:
+        stop = next((i for i, token in enumerate(ids[:room]) if token in self.eos_token_ids), None)
+        length = room if stop is None else stop + 1
         text = self.processing_class.decode(ids[:length], skip_special_tokens=True)
         return Completion(request.id, text, ids[:length], log_probs[:length], "length" if stop is None else "stop")
