@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
-from peft import LoraConfig, PromptTuningConfig
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from test_trainers import config, demonstrations, rewritten, train
 
 from trl_offpolicy import ImportanceWeightedSFTConfig, ImportanceWeightedSFTTrainer
@@ -76,13 +76,14 @@ def sampled_elsewhere(tokenizer):
     return Dataset.from_list(data)
 
 
-@pytest.mark.parametrize("adapter", [None, "lora", "prompt_tuning"])
+@pytest.mark.parametrize("adapter", [None, "lora", "lora_not_neutral", "prompt_tuning"])
 def test_behavior_log_probs_computed_again(tmp_path, tiny_model, tokenizer, adapter):
-    """Under the prompt and the temperature that were really used, by the model without its adapter."""
+    """Under the prompt and the temperature that were really used, by the model as it is before training."""
     base, data = copy.deepcopy(tiny_model), sampled_elsewhere(tokenizer)
     peft_config = {
         None: None,
-        "lora": LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False),
+        "lora": LoraConfig(r=4, target_modules="all-linear"),
+        "lora_not_neutral": LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False),
         "prompt_tuning": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
     }[adapter]
     args = config(
@@ -100,6 +101,8 @@ def test_behavior_log_probs_computed_again(tmp_path, tiny_model, tokenizer, adap
         processing_class=tokenizer,
         peft_config=peft_config,
     )
+    if adapter == "lora_not_neutral":
+        base = copy.deepcopy(trainer.model).merge_and_unload().eval()
     for row in trainer.train_dataset:
         target = [t for t in row["labels"] if t != -100]
         behavior, reference = ([x for x in row[c] if x == x] for c in ("behavior_log_probs", "reference_log_probs"))
@@ -116,11 +119,36 @@ def test_behavior_log_probs_computed_again(tmp_path, tiny_model, tokenizer, adap
     again = trainer.evaluate(data)["eval_loss"]
     assert again == pytest.approx(trainer.evaluate()["eval_loss"], abs=1e-6)
     train(trainer)
-    if adapter is None:
+    if adapter in (None, "lora_not_neutral"):
         with pytest.raises(ValueError, match="after training had begun"):
             trainer.evaluate(data)
     else:  # switched off, the adapter leaves the initial policy as it was
         assert trainer.evaluate(data)["eval_loss"] != pytest.approx(again, abs=1e-6)
+
+
+def with_adapter(model, start):
+    """The model with an adapter that is not neutral, and what else to pass to a trainer."""
+    kwargs = {"r": 4, "target_modules": "all-linear"}
+    if start != "loaded":
+        return model, {"peft_config": LoraConfig(**kwargs, init_lora_weights=start)}
+    return get_peft_model(model, LoraConfig(**kwargs, init_lora_weights=False)), {}
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "loaded"])
+def test_the_initial_policy_has_an_adapter_that_is_not_neutral(tmp_path, tiny_model, tokenizer, start):
+    """Before the first update π is π_0: all ratios are 1. `asft` would have to ask it later, with the adapter off."""
+    for settings in ({"expert_weighting": "base"}, {"objective": "psft", "steps_per_outer_batch": 0}):
+        model, extra = with_adapter(copy.deepcopy(tiny_model), start)
+        args = config(ImportanceWeightedSFTConfig, tmp_path, max_steps=1, learning_rate=0.0, clip_max=None, **settings)
+        trainer = ImportanceWeightedSFTTrainer(
+            model, args, train_dataset=demonstrations(), processing_class=tokenizer, **extra
+        )
+        _, (first,) = train(trainer)
+        assert (first["weight_min"], first["weight_max"]) == pytest.approx((1, 1), abs=1e-4), settings
+    model, extra = with_adapter(copy.deepcopy(tiny_model), start)
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        args = config(ImportanceWeightedSFTConfig, tmp_path, objective="asft")
+        ImportanceWeightedSFTTrainer(model, args, train_dataset=demonstrations(), processing_class=tokenizer, **extra)
 
 
 def test_scores_are_cached(tmp_path, tiny_model, tokenizer, monkeypatch):
@@ -153,14 +181,17 @@ def test_asft_with_an_adapter_and_a_saved_head(tmp_path, tiny_model, tokenizer, 
     args = config(
         ImportanceWeightedSFTConfig, tmp_path, objective="asft", beta=0.5, per_device_train_batch_size=10, **layout
     )
-    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])
     trainer = ImportanceWeightedSFTTrainer(
         tiny_model, args, train_dataset=demonstrations(), processing_class=tokenizer, peft_config=lora
     )
     torch.manual_seed(1)
     head = trainer.model.get_output_embeddings()
-    with torch.no_grad():
+    with torch.no_grad():  # some training steps later
         head.weight.add_(0.05 * torch.randn_like(head.weight))
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
     batches = list(trainer.get_train_dataloader())
     loss = sum(trainer.compute_loss(trainer.model, dict(b), num_items_in_batch=torch.tensor(40.0)) for b in batches)
     loss.backward()

@@ -37,8 +37,8 @@ class ImportanceWeightedSFTConfig(SFTConfig):
         steps_per_outer_batch (`int`, *optional*, defaults to `8`): Under `psft`, the optimizer steps of an outer batch: π_old is the policy at its
             start (the paper takes 64 rows in mini-batches of 8). 0: π_old is π_0.
 
-    π_0 is the policy before training: with LoRA the model without its adapter. `asft` keeps a frozen copy
-    of the model when there is no adapter to switch off; the others compute log π_0 once, before training, and cache it.
+    π_0 is the policy before training. `asft` keeps a frozen copy of the model or, if there is an adapter, switches that off (it must change
+    nothing at the start, as LoRA's default does); the others compute log π_0 once, before training, and cache it.
     """
 
     _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["objective"]

@@ -15,7 +15,6 @@ from collections import Counter
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import is_peft_model
 from transformers import TrainingArguments
 from trl import SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -195,7 +194,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
                 f"{' and '.join(self._scored_columns)} must be computed before training, which a streaming dataset does not allow. "
                 "Load it without streaming=True, or use an objective that does not ask the initial policy."
             )
-        if self.state.global_step and not is_peft_model(self.model):
+        if self.state.global_step and not self.initial_policy.has_neutral_adapter:
             raise ValueError(
                 f"The {dataset_name} dataset came after training had begun, when the initial policy was gone. Pass it as `eval_dataset` to "
                 "the constructor."
