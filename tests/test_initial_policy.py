@@ -9,7 +9,8 @@ import torch
 import transformers
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from test_trainers import config, demonstrations, rewritten, train
+from test_trainers import QUESTIONS, config, demonstrations, rewritten, train
+from trl import SFTConfig, SFTTrainer
 
 from trl_offpolicy import ImportanceWeightedSFTConfig, ImportanceWeightedSFTTrainer
 from trl_offpolicy.scoring import head_logits, lm_head, target_log_probs
@@ -149,6 +150,92 @@ def test_the_initial_policy_has_an_adapter_that_is_not_neutral(tmp_path, tiny_mo
     with pytest.raises(ValueError, match="merge_and_unload"):
         args = config(ImportanceWeightedSFTConfig, tmp_path, objective="asft")
         ImportanceWeightedSFTTrainer(model, args, train_dataset=demonstrations(), processing_class=tokenizer, **extra)
+
+
+CUTS = {
+    "whole": {"max_length": None},
+    "keep_start": {"max_length": 30},
+    "keep_end": {"max_length": 30, "truncation_mode": "keep_end"},
+    "bfd": {"packing": True, "max_length": 30},
+    "bfd_split": {"packing": True, "packing_strategy": "bfd_split", "max_length": 30, "shuffle_dataset": True},
+    "wrapped": {"packing": True, "packing_strategy": "wrapped", "max_length": 30},
+    "eval_packed": {"eval_packing": True, "max_length": 120},
+}
+
+
+def long_rows():
+    turns = [(QUESTIONS[i % 5], f"step {'so ' * 20}it is {i} and {'then ' * i} done") for i in range(8)]
+    return Dataset.from_list([{"prompt": [{"role": "user", "content": q}], "completion": [{"role": "assistant", "content": a}]} for q, a in turns])  # fmt: skip
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("settings", [{"expert_weighting": "base"}, {"objective": "psft", "steps_per_outer_batch": 0}])
+def test_the_initial_policy_sees_what_is_trained_on(tmp_path, tiny_model, tokenizer, cut, settings):
+    """Rows are scored as they were cut and packed: before the first update every ratio is 1."""
+    args = config(
+        ImportanceWeightedSFTConfig, tmp_path, max_steps=1, learning_rate=0.0, clip_max=None, per_device_train_batch_size=8,
+        **settings, **CUTS[cut],
+    )  # fmt: skip
+    trainer = ImportanceWeightedSFTTrainer(
+        tiny_model, args, train_dataset=long_rows(), eval_dataset=long_rows(), processing_class=tokenizer
+    )
+    _, (first,) = train(trainer)
+    evaluated = trainer.evaluate()
+    for name, value in (("weight_min", 1), ("weight_max", 1)):
+        assert first[name] == pytest.approx(value, abs=1e-4) == evaluated[f"eval_{name}"]
+    for row in trainer.train_dataset:  # a ratio without reference would be 1 too
+        lengths = row.get("seq_lengths") or [len(row["input_ids"])]
+        starts = {sum(lengths[:i]) for i in range(len(lengths))}
+        trained_on = [t for t, label in enumerate(row["labels"]) if label != -100 and t not in starts]
+        assert not any(math.isnan(row["reference_log_probs"][t]) for t in trained_on)
+
+
+def test_rows_longer_than_the_positions_are_cut_before_they_are_scored(tmp_path, tokenizer):
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=len(tokenizer),
+            n_embd=32,
+            n_layer=1,
+            n_head=2,
+            n_positions=64,
+            resid_pdrop=0,
+            embd_pdrop=0,
+            attn_pdrop=0,
+        )
+    )
+    data = Dataset.from_list([{"prompt": "2+2?", "completion": "so it is " * 60}] * 4)
+    args = config(ImportanceWeightedSFTConfig, tmp_path, max_length=64, expert_weighting="base", max_steps=1)
+    trainer = ImportanceWeightedSFTTrainer(model, args, train_dataset=data, processing_class=tokenizer)
+    assert train(trainer)[1][0]["weight"] == pytest.approx(1, abs=1e-4)
+
+
+def test_data_that_is_packed_or_tokenized_already_is_only_scored(tmp_path, tiny_model, tokenizer):
+    """TRL's packed rows, ours, and with skip_prepare_dataset: the same rows, with a column more, and ratios of 1."""
+
+    def trainer(cls, conf, data, **kwargs):
+        args = config(conf, tmp_path, max_steps=1, learning_rate=0.0, **kwargs)
+        return cls(copy.deepcopy(tiny_model), args, train_dataset=data, processing_class=tokenizer)
+
+    packing = {"packing": True, "max_length": 64}
+    packed = [
+        trainer(SFTTrainer, SFTConfig, demonstrations(), **packing).train_dataset,
+        trainer(ImportanceWeightedSFTTrainer, ImportanceWeightedSFTConfig, rewritten(tokenizer), **packing).train_dataset,
+    ]  # fmt: skip
+    tokenized = trainer(SFTTrainer, SFTConfig, demonstrations()).train_dataset.select_columns(["input_ids", "labels"])
+    skip = {"dataset_kwargs": {"skip_prepare_dataset": True}}
+    psft = {"objective": "psft", "steps_per_outer_batch": 0}
+    for data, layout in ((packed[0], packing), (packed[1], packing), (tokenized, skip), (packed[0], skip | packing)):
+        ours = trainer(ImportanceWeightedSFTTrainer, ImportanceWeightedSFTConfig, data, **psft, **layout)
+        for column in ("input_ids", "labels", *({"seq_lengths"} & set(data.column_names))):
+            assert ours.train_dataset[column][:] == data[column][:]
+        (first,) = train(ours)[1]
+        assert (first["weight_min"], first["weight_max"]) == pytest.approx((1, 1), abs=1e-4)
+        with pytest.raises(ValueError, match="precompute_behavior_log_probs=True, but the train dataset is tokenized"):
+            trainer(ImportanceWeightedSFTTrainer, ImportanceWeightedSFTConfig, data, precompute_behavior_log_probs=True, **layout)  # fmt: skip
+    with pytest.raises(ValueError, match="it has no `input_ids`"):
+        trainer(ImportanceWeightedSFTTrainer, ImportanceWeightedSFTConfig, demonstrations(), **psft, **skip)
+    with pytest.raises(ValueError, match="The batch has no reference_log_probs"):
+        ours.evaluate(data)  # with skip_prepare_dataset nothing computes it
 
 
 def test_scores_are_cached(tmp_path, tiny_model, tokenizer, monkeypatch):

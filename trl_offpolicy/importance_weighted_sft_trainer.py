@@ -80,6 +80,10 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         self._scored_columns = ["behavior_log_probs"] * args.precompute_behavior_log_probs
         self._scored_columns += ["reference_log_probs"] * reference
         self.train_sources, self.num_train_rows, self.train_dataset_id = {}, 0, None  # for the model card
+        self._whole: set[str] = (
+            set()
+        )  # fingerprints of datasets that are tokenized and aligned, but not cut or packed yet
+        self._finished: set[str] = set()  # and of those that are ready
         self._outer: list = []  # what is left of psft's outer batch, and the epoch's iterator that it came from
         self._outer_source = None
         if any(map(callable, self.objectives)):  # what is saved with a checkpoint must be plain data
@@ -97,8 +101,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         if "asft" in self.objectives:
             self.initial_policy.freeze()
         if self._scored_columns:  # now that there is a model to ask
-            if self.train_dataset is not None:
-                self.train_dataset = self._finish(self.train_dataset, self.args, self.args.packing, "train")
+            self.train_dataset = self._finish(self.train_dataset, self.args, self.args.packing, "train")
             packing = args.packing if args.eval_packing is None else args.eval_packing
             finished = {name: self._finish(data, self.args, packing, name) for name, data in self._eval_sets().items()}
             self.eval_dataset = finished if isinstance(self.eval_dataset, dict) else finished.get("eval")
@@ -141,16 +144,31 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
             )  # else a column of the user's own
             self.train_dataset_id = hub_origin(dataset).get("dataset_name")
             self.num_train_rows = dataset.num_rows
-        if "seq_lengths" in columns:
-            return dataset  # packed already: TRL would pack it a second time and merge its documents
-        if not columns & ROW_COLUMNS and not self._scored_columns:
-            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        # Packed already (TRL would pack it a second time and merge its documents), or prepared here.
+        prepared = "seq_lengths" in columns or {"input_ids", "source_ids"} <= columns
+        if not prepared:
+            if not columns & ROW_COLUMNS and not self._scored_columns:
+                return super()._prepare_dataset(
+                    dataset, processing_class, args, packing, formatting_func, dataset_name
+                )
+            dataset = self._align(dataset, processing_class, args, formatting_func, dataset_name)
+            if hasattr(dataset, "num_rows"):
+                self._whole.add(dataset._fingerprint)
+            elif not self._scored_columns:
+                dataset = self._cut_or_pack(dataset, args, packing)
+                return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+        if self._scored_columns and not hasattr(self, "accelerator"):
+            return dataset  # `__init__` has it finished once there is a model
+        return self._finish(dataset, args, packing, dataset_name)
+
+    def _align(self, dataset, processing_class, args, formatting_func, dataset_name: str):
+        """Tokenizes whole rows, and aligns their columns with the tokens."""
         whole = copy.copy(args)
-        whole.max_length, whole.shuffle_dataset = None, False  # cut, packed and shuffled below, with all columns
+        whole.max_length, whole.shuffle_dataset = None, False  # cut, packed and shuffled later, with all columns
         dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
         map_kwargs = {"num_proc": args.dataset_num_proc} if hasattr(dataset, "num_rows") else {}
         with PartialState().local_main_process_first():
-            dataset = dataset.map(
+            return dataset.map(
                 align_row,
                 fn_kwargs={
                     "processing_class": processing_class,
@@ -161,17 +179,34 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
                 **map_kwargs,
                 **({"desc": f"Aligning {dataset_name} dataset"} if map_kwargs else {}),
             )
-        if self._scored_columns and not hasattr(self, "accelerator"):
-            return dataset  # whole rows: `__init__` has them scored, cut and packed once there is a model
-        return self._finish(dataset, args, packing, dataset_name)
 
     def _finish(self, dataset, args, packing: bool, dataset_name: str):
-        """Scores the rows if an objective asks for it, then cuts, packs and shuffles them, all columns alike."""
+        """
+        Scores the rows if an objective asks for it, and cuts, packs and shuffles them unless that is done.
+
+        μ is scored on whole rows, under the prompt they were sampled with; π_0 on what is left of them, as π will see it.
+        """
+        fingerprint = getattr(dataset, "_fingerprint", None)
+        whole = fingerprint in self._whole
+        if fingerprint in self._finished or not (whole or self._scored_columns):
+            return dataset
         if self._scored_columns:
-            dataset = self._score(dataset, dataset_name)
+            self._check_scorable(dataset, whole, dataset_name)
+        if "behavior_log_probs" in self._scored_columns:
+            dataset = self._score_behavior(dataset, dataset_name)
+        if whole:
+            dataset = self._cut_or_pack(dataset, args, packing)
+        if "reference_log_probs" in self._scored_columns:
+            dataset = self._score_reference(dataset, dataset_name)
+        if whole and args.shuffle_dataset:
+            dataset = dataset.shuffle(seed=args.seed)
+        self._finished.add(dataset._fingerprint)
+        return dataset
+
+    def _cut_or_pack(self, dataset, args, packing: bool):
         map_kwargs = {"num_proc": args.dataset_num_proc} if hasattr(dataset, "num_rows") else {}
-        absent = {"reference_log_probs", "old_log_probs"}.difference(self._scored_columns)
-        token_columns = ["input_ids", "labels", *(name for name in TOKEN_COLUMNS if name not in absent)]
+        scored_later = {"reference_log_probs", "old_log_probs"}
+        columns = ["input_ids", "labels", *(name for name in TOKEN_COLUMNS if name not in scored_later)]
         with PartialState().local_main_process_first():
             if args.max_length is not None and not packing:
                 cut = (
@@ -179,19 +214,20 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
                     if args.truncation_mode == "keep_start"
                     else slice(-args.max_length, None)
                 )
-                dataset = dataset.map(_cut, fn_kwargs={"columns": token_columns, "cut": cut}, **map_kwargs)
+                dataset = dataset.map(_cut, fn_kwargs={"columns": columns, "cut": cut}, **map_kwargs)
                 dataset = dataset.filter(_has_target, **map_kwargs)
             if packing:
-                dataset = dataset.select_columns(token_columns)
+                dataset = dataset.select_columns(columns)
                 if args.shuffle_dataset:
                     dataset = dataset.shuffle(seed=args.seed)
                 dataset = pack_dataset(dataset, args.max_length, args.packing_strategy, map_kwargs)
-        return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+        return dataset
 
-    def _score(self, dataset, dataset_name: str):
+    def _check_scorable(self, dataset, whole: bool, dataset_name: str) -> None:
+        wanted = " and ".join(self._scored_columns)
         if not hasattr(dataset, "num_rows"):
             raise ValueError(
-                f"{' and '.join(self._scored_columns)} must be computed before training, which a streaming dataset does not allow. "
+                f"{wanted} must be computed before training, which a streaming dataset does not allow. "
                 "Load it without streaming=True, or use an objective that does not ask the initial policy."
             )
         if self.state.global_step and not self.initial_policy.has_neutral_adapter:
@@ -199,22 +235,45 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
                 f"The {dataset_name} dataset came after training had begun, when the initial policy was gone. Pass it as `eval_dataset` to "
                 "the constructor."
             )
+        if "input_ids" not in dataset.column_names:
+            raise ValueError(
+                f"{wanted} must be computed before training, but with skip_prepare_dataset=True the {dataset_name} dataset is taken as it is, "
+                f"and it has no `input_ids`: {dataset.column_names}. Tokenize it, or drop skip_prepare_dataset."
+            )
+        if not whole and "behavior_log_probs" in self._scored_columns:
+            raise ValueError(
+                f"You passed precompute_behavior_log_probs=True, but the {dataset_name} dataset is tokenized, cut or packed already: which of "
+                "its tokens were sampled, and under which prompt, cannot be told any more. Pass the rows as DataRewriter wrote them, or set "
+                "precompute_behavior_log_probs=False to use the log-probs that it has."
+            )
 
-        def pairs_of(row: dict) -> dict:
-            pairs = {}
-            if "reference_log_probs" in self._scored_columns:
-                ids = row["input_ids"]
-                start = next((t for t, label in enumerate(row["labels"]) if label != -100), len(ids))
-                pairs["reference_log_probs"] = ids[:start], ids[start:], 1.0
-            if "behavior_log_probs" in self._scored_columns and row.get("completion_ids"):
-                prompt = row.get("behavior_prompt") or row["prompt"]
-                temperature = 1.0 if row.get("temperature") is None else row["temperature"]
-                ids = encode_prompt(self._tokenizer, prompt, self.chat_template)
-                pairs["behavior_log_probs"] = ids, row["completion_ids"], temperature
-            return pairs
+    def _score_behavior(self, dataset, dataset_name: str):
+        def pieces_of(row: dict) -> list[tuple]:
+            if not row.get("completion_ids"):
+                return []
+            prompt = row.get("behavior_prompt") or row["prompt"]
+            temperature = 1.0 if row.get("temperature") is None else row["temperature"]
+            ids = encode_prompt(self._tokenizer, prompt, self.chat_template)
+            return [(len(row["input_ids"]), ids, row["completion_ids"], temperature)]
 
-        settings, description = (self._scored_columns, self.chat_template), f"Scoring {dataset_name} dataset"
-        return self.initial_policy.score(dataset, self._scored_columns, pairs_of, settings, description)
+        return self.initial_policy.score(
+            dataset, "behavior_log_probs", pieces_of, self.chat_template, f"Scoring {dataset_name} dataset"
+        )
+
+    def _score_reference(self, dataset, dataset_name: str):
+        def pieces_of(row: dict) -> list[tuple]:
+            # A packed row is several documents only to a collator that keeps them apart.
+            lengths = self.padding_free and row.get("seq_lengths") or [len(row["input_ids"])]
+            pieces, end = [], 0
+            for length in lengths:
+                start, end = end, end + length
+                ids, labels = row["input_ids"][start:end], row.get("labels", row["input_ids"])[start:end]
+                first = next((t for t, label in enumerate(labels) if label != -100), length)
+                pieces.append((end, ids[:first], ids[first:], 1.0))
+            return pieces
+
+        description = f"Scoring {dataset_name} dataset with the initial policy"
+        return self.initial_policy.score(dataset, "reference_log_probs", pieces_of, self.padding_free, description)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -254,6 +313,12 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         inputs = dict(inputs)
         # (B, T-1): of the targets
         columns = {name: inputs.pop(name)[:, 1:] for name in TOKEN_COLUMNS if name in inputs}
+        missing = [name for name in self._scored_columns if name not in columns]
+        if missing:
+            raise ValueError(
+                f"The batch has no {' and no '.join(missing)}, which the weights need. Give the dataset to the constructor, or with "
+                "skip_prepare_dataset=False to `evaluate`, where it is computed; and let a data collator of your own subclass RewriteDataCollator."
+            )
         if "seq_idx" in inputs:  # padding-free: one row holds several examples
             columns["segment_ids"] = inputs["seq_idx"][:, 1:]
 

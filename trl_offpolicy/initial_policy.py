@@ -110,37 +110,36 @@ class InitialPolicy:
             with without_training(self.model):
                 yield self.model
 
-    def score(self, dataset, columns: list[str], pairs_of: Callable, settings, description: str):
+    def score(self, dataset, column: str, pieces_of: Callable, settings, description: str):
         """
-        A map-style dataset with log-probs under π_0 as new columns, cached like any `datasets` map.
+        A map-style dataset with log-probs under π_0 as a new column, cached like any `datasets` map.
 
         Args:
-            columns (`list[str]`): Columns to write: a value per token of `input_ids`, NaN where there is none.
-            pairs_of (`Callable`): row → `{column: (prompt ids, target ids, temperature)}`, where the targets are the last of the
-                row's `input_ids`.
+            column (`str`): Column to write: a value per token of `input_ids`, NaN where there is none.
+            pieces_of (`Callable`): row → list of `(end, prompt ids, target ids, temperature)`, where the targets stand in `input_ids` up
+                to the position `end`.
             settings: What else the result depends on, for the cache.
         """
 
         def score(batch: dict[str, list]) -> dict[str, list]:
             rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-            wanted = [(i, column, pair) for i, row in enumerate(rows) for column, pair in pairs_of(row).items()]
+            wanted = [(i, *piece) for i, row in enumerate(rows) for piece in pieces_of(row)]
             # Each process scores a share of each batch, and all write all.
             share = wanted[self.accelerator.process_index :: self.accelerator.num_processes]
             with self._before_training() as model, self.accelerator.autocast():
                 scored = target_log_probs(
                     model,
-                    [pair[:2] for *_, pair in share],
-                    temperatures=[pair[2] for *_, pair in share],
+                    [(prompt, target) for *_, prompt, target, _ in share],
+                    temperatures=[temperature for *_, temperature in share],
                     progress=False,
                 )
-            values = [(i, column, x.tolist()) for (i, column, _), x in zip(share, scored, strict=True)]
-            filled = {column: [[math.nan] * len(row["input_ids"]) for row in rows] for column in columns}
-            for i, column, log_probs in gather_object(values) if self.accelerator.num_processes > 1 else values:
-                of_row = filled[column][i]
-                of_row[len(of_row) - len(log_probs) :] = log_probs
-            return filled
+            values = [(i, end, x.tolist()) for (i, end, *_), x in zip(share, scored, strict=True)]
+            filled = [[math.nan] * len(row["input_ids"]) for row in rows]
+            for i, end, log_probs in gather_object(values) if self.accelerator.num_processes > 1 else values:
+                filled[i][end - len(log_probs) : end] = log_probs
+            return {column: filled}
 
-        if "behavior_log_probs" in columns and "model_revision" in dataset.column_names:
+        if column == "behavior_log_probs" and "model_revision" in dataset.column_names:
             adapted = next(
                 (i for i, revision in enumerate(dataset["model_revision"]) if "+" in (revision or "")), None
             )
@@ -149,14 +148,14 @@ class InitialPolicy:
                     f"Row {adapted} was sampled with the adapter {dataset[adapted]['model']!r}, so its behaviour log-probs cannot be computed with the "
                     "model that is trained. Set precompute_behavior_log_probs=False to use the stored ones."
                 )
-        fingerprint = Hasher.hash((dataset._fingerprint, settings, self._digest()))
+        fingerprint = Hasher.hash((dataset._fingerprint, column, settings, self._digest()))
         alone = self.accelerator.num_processes == 1
         place = self.model.device
         elsewhere = place.type != self.accelerator.device.type  # under FSDP, before training
         if elsewhere:
             self.model.to(self.accelerator.device)
         try:
-            return dataset.map(
+            return dataset.with_format(None).map(
                 score,
                 batched=True,
                 new_fingerprint=fingerprint if alone else f"{fingerprint}-{self.accelerator.process_index}",
