@@ -301,6 +301,60 @@ def test_evaluate_takes_raw_rows_and_logs_under_eval(tmp_path, tiny_model, token
     assert {"eval_nll", "eval_weight", "eval_ess", "eval_kl"} <= set(trainer.state.log_history[-1])
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"max_length": 20},
+        {"packing": True, "max_length": 64, "shuffle_dataset": True},
+        {"expert_weighting": "base"},
+    ],
+)
+def test_prepared_rows_are_not_prepared_again(tmp_path, tiny_model, tokenizer, settings):
+    """As TRL says of its own preparation: what a trainer has prepared may be given to it, or to another one, again."""
+    data = rewritten(tokenizer).map(lambda _, i: {"weight": 0.5 + i}, with_indices=True)
+
+    def trainer(data, **kwargs):
+        args = config(ImportanceWeightedSFTConfig, tmp_path, **{**settings, **kwargs})
+        return ImportanceWeightedSFTTrainer(
+            copy.deepcopy(tiny_model), args, train_dataset=data, eval_dataset=data, processing_class=tokenizer
+        )
+
+    first = trainer(data)
+    expected = first.evaluate()["eval_loss"]
+    assert first.evaluate({"a": data})["eval_a_loss"] == pytest.approx(expected, abs=1e-6)
+    for prepared in (first.eval_dataset, first.train_dataset):
+        assert first.evaluate(prepared)["eval_loss"] == pytest.approx(expected, abs=1e-6)
+    second = trainer(first.train_dataset)
+    assert second.train_dataset["input_ids"][:] == first.train_dataset["input_ids"][:]
+    assert second.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-6)
+    assert train(second)[0] == train(first)[0]
+    scoring = trainer(trainer(data, expert_weighting="one").train_dataset, expert_weighting="base")
+    column = scoring.train_dataset["reference_log_probs"][0]  # scored now, which it was not before
+    assert any(x < 0 for x in column) and scoring.evaluate()["eval_weight"] == pytest.approx(
+        trainer(data, expert_weighting="base").evaluate()["eval_weight"], abs=1e-6
+    )
+
+
+@pytest.mark.parametrize("own", ["numina", ["web"], {"url": "x"}, 7])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_source_column_of_the_users_own_means_nothing(tmp_path, tiny_model, tokenizer, own, streaming):
+    """Rows that name no source of ours are TRL's, whatever the column holds."""
+    data = demonstrations().map(lambda _: {"source": own})
+    weighted = data.map(lambda _: {"weight": 1.0})  # ours, because of the weight
+    losses = []
+    for cls, conf, kwargs, rows in (
+        (DFTTrainer, DFTConfig, {}, data),
+        (DFTTrainer, DFTConfig, {}, weighted),
+        (SFTTrainer, SFTConfig, {"loss_type": "dft"}, data),
+    ):
+        if streaming:
+            rows = rows.to_iterable_dataset()
+        trainer = cls(copy.deepcopy(tiny_model), config(conf, tmp_path, **kwargs), train_dataset=rows, processing_class=tokenizer)  # fmt: skip
+        losses.append([loss for loss, *_ in train(trainer)[0]])
+    assert losses[0] == pytest.approx(losses[2], abs=1e-6) and losses[1] == pytest.approx(losses[2], abs=1e-6)
+
+
 def test_every_eval_set_logs_under_its_own_name(tmp_path, tiny_model, tokenizer):
     data = rewritten(tokenizer)
     sets = {"a": data, "b": data.filter(lambda r: r["source"] == "expert")}

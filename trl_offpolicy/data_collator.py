@@ -85,12 +85,13 @@ def align_row(
         )
     _check_sampling(example, bool(log_probs), recompute and bool(completion_ids))
     unknown = [float("nan")] * (len(input_ids) - len(log_probs))
-    source, weight = SOURCE_IDS.get(example.get("source"), -1), example.get("weight")
+    source, weight = example.get("source"), example.get("weight")
+    source_id = SOURCE_IDS.get(source, -1) if isinstance(source, str) else -1  # a user's own column may hold anything
     return {
         "input_ids": input_ids,
         "labels": labels,
         "behavior_log_probs": unknown + log_probs,
-        "source_ids": [source] * len(input_ids),
+        "source_ids": [source_id] * len(input_ids),
         "weight": [1.0 if weight is None else float(weight)] * len(input_ids),
     }
 

@@ -17,6 +17,7 @@ import torch
 from accelerate import PartialState
 from transformers import TrainingArguments
 from trl import SFTTrainer, pack_dataset
+from trl.data_utils import get_dataset_column_names
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .data_collator import ROW_COLUMNS, SOURCE_IDS, TOKEN_COLUMNS, RewriteDataCollator, align_row
@@ -26,6 +27,9 @@ from .losses import NO_LIMITS, OBJECTIVES, diagnostic_means, weight_diagnostics
 from .model_card import trained_model_card
 from .rows import encode_prompt, hub_origin
 from .scoring import causal_lm, hidden_states, kl_divergence, lm_head, top_k_entropy
+
+
+STRINGS = ("string", "large_string")
 
 
 class ImportanceWeightedSFTTrainer(SFTTrainer):
@@ -80,10 +84,9 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         self._scored_columns = ["behavior_log_probs"] * args.precompute_behavior_log_probs
         self._scored_columns += ["reference_log_probs"] * reference
         self.train_sources, self.num_train_rows, self.train_dataset_id = {}, 0, None  # for the model card
-        self._whole: set[str] = (
-            set()
-        )  # fingerprints of datasets that are tokenized and aligned, but not cut or packed yet
-        self._finished: set[str] = set()  # and of those that are ready
+        # Fingerprints of datasets that are tokenized and aligned but not cut or packed yet, and of those that are ready.
+        self._whole: set[str] = set()
+        self._finished: set[str] = set()
         self._outer: list = []  # what is left of psft's outer batch, and the epoch's iterator that it came from
         self._outer_source = None
         if any(map(callable, self.objectives)):  # what is saved with a checkpoint must be plain data
@@ -136,18 +139,16 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
     # ---- columns ----
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        columns = set(dataset.column_names or next(iter(dataset)))
+        columns = set(get_dataset_column_names(dataset))
         if dataset_name == "train" and hasattr(dataset, "num_rows"):
-            sources = Counter(dataset["source"]) if "source" in columns else {}
-            self.train_sources = (
-                sources if SOURCE_IDS.keys() >= sources.keys() else {}
-            )  # else a column of the user's own
+            sources = _sources(dataset)
+            self.train_sources = sources if SOURCE_IDS.keys() >= sources.keys() else Counter()
             self.train_dataset_id = hub_origin(dataset).get("dataset_name")
             self.num_train_rows = dataset.num_rows
         # Packed already (TRL would pack it a second time and merge its documents), or prepared here.
         prepared = "seq_lengths" in columns or {"input_ids", "source_ids"} <= columns
         if not prepared:
-            if not columns & ROW_COLUMNS and not self._scored_columns:
+            if not _has_our_columns(dataset) and not self._scored_columns:
                 return super()._prepare_dataset(
                     dataset, processing_class, args, packing, formatting_func, dataset_name
                 )
@@ -454,6 +455,23 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
 
 def _name(objective) -> str:
     return objective if isinstance(objective, str) else getattr(objective, "__name__", type(objective).__name__)
+
+
+def _sources(dataset) -> Counter:
+    """How many rows of a map-style dataset have each `source`; empty if that is a column of the user's own, which names none of ours."""
+    if "source" not in dataset.column_names or getattr(dataset.features["source"], "dtype", None) not in STRINGS:
+        return Counter()
+    counts = Counter(dataset.with_format(None)["source"])
+    return counts if counts.keys() & SOURCE_IDS.keys() else Counter()
+
+
+def _has_our_columns(dataset) -> bool:
+    columns = ROW_COLUMNS.intersection(get_dataset_column_names(dataset))
+    if columns != {"source"}:
+        return bool(columns)
+    if hasattr(dataset, "num_rows"):
+        return bool(_sources(dataset))
+    return isinstance(next(iter(dataset))["source"], str)  # streaming: nobody has seen all rows
 
 
 def _cut(example: dict, columns: list[str], cut: slice) -> dict:
