@@ -12,8 +12,10 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from trl_offpolicy import DFTConfig, DFTTrainer, ImportanceWeightedSFTConfig, ImportanceWeightedSFTTrainer
+from trl_offpolicy.data_collator import RewriteDataCollator
 
 
 QUESTIONS = ["2+2?", "What is 3 times 4?", "Name the sum of 11 and 12, please.", "7-5?", "How many are 9 and 9 and 9?"]
@@ -353,6 +355,27 @@ def test_a_source_column_of_the_users_own_means_nothing(tmp_path, tiny_model, to
         trainer = cls(copy.deepcopy(tiny_model), config(conf, tmp_path, **kwargs), train_dataset=rows, processing_class=tokenizer)  # fmt: skip
         losses.append([loss for loss, *_ in train(trainer)[0]])
     assert losses[0] == pytest.approx(losses[2], abs=1e-6) and losses[1] == pytest.approx(losses[2], abs=1e-6)
+
+
+def test_a_collator_that_drops_the_columns_is_refused(tmp_path, tiny_model, tokenizer):
+    class Own(DataCollatorForLanguageModeling):
+        pass
+
+    class OwnWithColumns(RewriteDataCollator):
+        pass
+
+    def first_loss(collator, data):
+        args = config(ImportanceWeightedSFTConfig, tmp_path, objective="nll", max_steps=1)
+        trainer = ImportanceWeightedSFTTrainer(
+            copy.deepcopy(tiny_model), args, collator, data, eval_dataset=demonstrations(), processing_class=tokenizer
+        )
+        return train(trainer)[1][0]["loss"]
+
+    own, with_columns = (cls(pad_token_id=tokenizer.pad_token_id) for cls in (Own, OwnWithColumns))
+    weighted = demonstrations().map(lambda _: {"weight": 5.0})
+    with pytest.raises(ValueError, match="Own leaves them out .* subclass trl_offpolicy.RewriteDataCollator"):
+        first_loss(own, weighted)
+    assert first_loss(with_columns, weighted) == pytest.approx(5 * first_loss(own, demonstrations()), rel=1e-5)
 
 
 def test_every_eval_set_logs_under_its_own_name(tmp_path, tiny_model, tokenizer):

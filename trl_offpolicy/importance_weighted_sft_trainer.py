@@ -99,6 +99,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         super().__init__(model, args, data_collator, *other_args, **kwargs)
         if type(self.data_collator) is DataCollatorForLanguageModeling:
             self.data_collator = RewriteDataCollator.like(self.data_collator)
+        self._rows_are_aligned = "source_ids" in get_dataset_column_names(self.train_dataset)
         self._refuse_what_has_no_weights()
         self.initial_policy = InitialPolicy(self.model, self.accelerator)
         if "asft" in self.objectives:
@@ -314,6 +315,12 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         inputs = dict(inputs)
         # (B, T-1): of the targets
         columns = {name: inputs.pop(name)[:, 1:] for name in TOKEN_COLUMNS if name in inputs}
+        if self.model.training and self._rows_are_aligned and "source_ids" not in columns:
+            raise ValueError(
+                f"The training rows have per-token columns (behavior_log_probs, weight, …), but the data collator {type(self.data_collator).__name__} "
+                "leaves them out of the batch, so that all weights would be 1. Let it subclass trl_offpolicy.RewriteDataCollator, or drop the "
+                f"columns {sorted(ROW_COLUMNS)} from the dataset."
+            )
         missing = [name for name in self._scored_columns if name not in columns]
         if missing:
             raise ValueError(
