@@ -378,6 +378,28 @@ def test_a_collator_that_drops_the_columns_is_refused(tmp_path, tiny_model, toke
     assert first_loss(with_columns, weighted) == pytest.approx(5 * first_loss(own, demonstrations()), rel=1e-5)
 
 
+def test_weights_with_compute_metrics_and_predict(tmp_path, tiny_model, tokenizer):
+    """The logits that TRL computes for metrics are no loss; under label smoothing they are, and a weight would be lost."""
+    data = demonstrations().map(lambda _, i: {"weight": 0.5 + i}, with_indices=True)
+
+    def trainer(**kwargs):
+        args = config(ImportanceWeightedSFTConfig, tmp_path, objective="nll", **kwargs)
+        return ImportanceWeightedSFTTrainer(
+            copy.deepcopy(tiny_model), args, train_dataset=data, eval_dataset=data, processing_class=tokenizer,
+            compute_metrics=lambda predictions: {"rows": len(predictions.predictions)},
+        )  # fmt: skip
+
+    weighted = trainer()
+    metrics = weighted.evaluate()
+    assert metrics["eval_rows"] == 10
+    weighted.compute_metrics = None
+    assert weighted.evaluate()["eval_loss"] == pytest.approx(metrics["eval_loss"], abs=1e-6)
+    predicted = weighted.predict(weighted.eval_dataset).metrics
+    assert predicted["test_loss"] == pytest.approx(metrics["eval_loss"], abs=1e-6)
+    with pytest.raises(ValueError, match="`weight` has no effect on label smoothing"):
+        trainer(label_smoothing_factor=0.1).evaluate()
+
+
 def test_every_eval_set_logs_under_its_own_name(tmp_path, tiny_model, tokenizer):
     data = rewritten(tokenizer)
     sets = {"a": data, "b": data.filter(lambda r: r["source"] == "expert")}

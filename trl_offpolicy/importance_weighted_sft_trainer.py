@@ -332,7 +332,9 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
 
         def weighted(**model_inputs):
             if not model_inputs.get("fused_lm_head"):
-                if "weight" in columns and (columns["weight"] != 1).any():
+                # TRL asks for logits to compute another loss from, or, the loss being computed, for `compute_metrics` and `predict`.
+                other_loss = self.compute_loss_func is not None or self.label_smoother is not None
+                if other_loss and "weight" in columns and (columns["weight"] != 1).any():
                     raise ValueError(
                         "A column `weight` has no effect on label smoothing or a loss of your own. Drop one of them."
                     )
