@@ -163,6 +163,31 @@ def test_trains_on_the_sampled_ids(tmp_path, tiny_model, tokenizer):
     assert example["input_ids"] == prompt + odd
 
 
+def test_a_processor_encodes_as_for_trl(tmp_path, tiny_model, tokenizer):
+    """A processor's chat template, which takes contents in parts only, in the place of its tokenizer's."""
+    from transformers import LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}: {% for c in m.content %}{{ c.text }}{% endfor %}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
+    processor = LlavaProcessor(CLIPImageProcessorPil(), tokenizer, patch_size=14, chat_template=template)
+    tiny_model.resize_token_embeddings(len(tokenizer))
+    conversations = rewritten(tokenizer).filter(lambda row: row["completion_ids"])
+    for data in (conversations, conversations.map(lambda _: {"prompt": "2+2?", "completion": "it is 4"})):
+        theirs = SFTTrainer(
+            copy.deepcopy(tiny_model), config(SFTConfig, tmp_path), train_dataset=data, processing_class=processor
+        )
+        args = config(ImportanceWeightedSFTConfig, tmp_path, max_steps=1, precompute_behavior_log_probs=True)
+        ours = ImportanceWeightedSFTTrainer(
+            copy.deepcopy(tiny_model), args, train_dataset=data, processing_class=processor
+        )
+        for row, expected in zip(ours.train_dataset, theirs.train_dataset, strict=True):
+            prompt = expected["input_ids"][: next(t for t, x in enumerate(expected["labels"]) if x != -100)]
+            assert row["input_ids"] == prompt + row["completion_ids"]
+        assert train(ours)[1][0]["log_ratio"] == pytest.approx(0, abs=1e-4)
+
+
 def power_of_two_thirds(log_probs, **known):
     """An objective of a user's own: what it is handed, it may use."""
     assert {"behavior_log_probs", "mask", "entropy", "segment_ids"} <= set(known)

@@ -4,6 +4,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from transformers import ProcessorMixin
+from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import pad
 
@@ -58,6 +60,15 @@ class RewriteDataCollator(DataCollatorForLanguageModeling):
         return output
 
 
+def encode_prompt_of(row: dict, prompt: list | str, processing_class, chat_template: str | None = None) -> list[int]:
+    """Token ids of a `prompt` of this row, as TRL would have them of a text-only row: a processor's template, contents in parts."""
+    if isinstance(processing_class, ProcessorMixin):
+        chat_template = chat_template or processing_class.chat_template
+        prompt = prompt if isinstance(prompt, str) else prepare_multimodal_messages(prompt)
+        processing_class = processing_class.tokenizer  # the processor itself makes a batch of one text
+    return encode_prompt(processing_class, prompt, chat_template)
+
+
 def align_row(
     example: dict, processing_class, chat_template: str | None, completion_only: bool, recompute: bool = False
 ) -> dict:
@@ -71,7 +82,7 @@ def align_row(
     log_probs = [] if recompute else example.get("behavior_log_probs") or []
     input_ids, labels = example["input_ids"], example["labels"]
     if completion_ids:
-        prompt_ids = encode_prompt(processing_class, example["prompt"], chat_template)
+        prompt_ids = encode_prompt_of(example, example["prompt"], processing_class, chat_template)
         input_ids = prompt_ids + completion_ids
         labels = [-100] * len(prompt_ids) + completion_ids if completion_only else input_ids
         if log_probs and len(log_probs) != len(completion_ids):

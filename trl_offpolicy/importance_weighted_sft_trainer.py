@@ -20,12 +20,12 @@ from trl import SFTTrainer, pack_dataset
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from .data_collator import ROW_COLUMNS, SOURCE_IDS, TOKEN_COLUMNS, RewriteDataCollator, align_row
+from .data_collator import ROW_COLUMNS, SOURCE_IDS, TOKEN_COLUMNS, RewriteDataCollator, align_row, encode_prompt_of
 from .importance_weighted_sft_config import ImportanceWeightedSFTConfig
 from .initial_policy import InitialPolicy, without_training
 from .losses import NO_LIMITS, OBJECTIVES, diagnostic_means, weight_diagnostics
 from .model_card import trained_model_card
-from .rows import encode_prompt, hub_origin
+from .rows import hub_origin
 from .scoring import causal_lm, hidden_states, kl_divergence, lm_head, top_k_entropy
 
 
@@ -255,7 +255,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
                 return []
             prompt = row.get("behavior_prompt") or row["prompt"]
             temperature = 1.0 if row.get("temperature") is None else row["temperature"]
-            ids = encode_prompt(self._tokenizer, prompt, self.chat_template)
+            ids = encode_prompt_of(row, prompt, self.processing_class, self.chat_template)
             return [(len(row["input_ids"]), ids, row["completion_ids"], temperature)]
 
         return self.initial_policy.score(
