@@ -1,6 +1,7 @@
 """The trainers against TRL itself, and the importance weights against a naive full-logits formula."""
 
 import copy
+import json
 import math
 import subprocess
 import sys
@@ -186,6 +187,29 @@ def test_a_processor_encodes_as_for_trl(tmp_path, tiny_model, tokenizer):
             prompt = expected["input_ids"][: next(t for t, x in enumerate(expected["labels"]) if x != -100)]
             assert row["input_ids"] == prompt + row["completion_ids"]
         assert train(ours)[1][0]["log_ratio"] == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_tools_and_template_arguments_of_a_row_reach_the_template(tmp_path, tiny_model, tokenizer, as_json):
+    """Sampled rows and demonstrations alike: the prompt's ids that TRL has."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{% if enable_thinking is false %}/no_think {% endif %}{% if tools %}tools: {{ tools | tojson }}\n{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    columns = {"tools": json.dumps(tools) if as_json else tools, "chat_template_kwargs": {"enable_thinking": False}}
+    data = rewritten(tokenizer).map(lambda _: columns)
+    args = config(
+        ImportanceWeightedSFTConfig, tmp_path, precompute_behavior_log_probs=True, clip_max=None, max_steps=1
+    )
+    ours = ImportanceWeightedSFTTrainer(tiny_model, args, train_dataset=data, processing_class=tokenizer)
+    theirs = SFTTrainer(
+        copy.deepcopy(tiny_model), config(SFTConfig, tmp_path), train_dataset=data, processing_class=tokenizer
+    )
+    for row, expected in zip(ours.train_dataset, theirs.train_dataset, strict=True):
+        prompt = expected["input_ids"][: next(t for t, x in enumerate(expected["labels"]) if x != -100)]
+        assert tokenizer.decode(prompt).startswith("/no_think tools: [{")
+        assert row["input_ids"] == prompt + (row["completion_ids"] or expected["input_ids"][len(prompt) :])
+    # μ computed again is under the same prompt: on-policy.
+    assert train(ours)[1][0]["log_ratio"] == pytest.approx(0, abs=1e-4)
 
 
 def power_of_two_thirds(log_probs, **known):

@@ -66,7 +66,7 @@ def encode_prompt_of(row: dict, prompt: list | str, processing_class, chat_templ
         chat_template = chat_template or processing_class.chat_template
         prompt = prompt if isinstance(prompt, str) else prepare_multimodal_messages(prompt)
         processing_class = processing_class.tokenizer  # the processor itself makes a batch of one text
-    return encode_prompt(processing_class, prompt, chat_template)
+    return encode_prompt(processing_class, prompt, chat_template, row.get("tools"), row.get("chat_template_kwargs"))
 
 
 def align_row(

@@ -11,6 +11,7 @@ An output row, ready for `SFTTrainer` (`completion_ids` and `behavior_log_probs`
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -252,12 +253,26 @@ def number_copies(ids: Sequence[int]):
     return copies
 
 
-def encode_prompt(processing_class, prompt: list[dict[str, str]] | str, chat_template: str | None = None) -> list[int]:
-    """Token ids of a prompt as sampling, training and measuring all see it: rendered by the chat template, up to the answer."""
+def encode_prompt(
+    processing_class,
+    prompt: list[dict[str, str]] | str,
+    chat_template: str | None = None,
+    tools: list | str | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> list[int]:
+    """
+    Token ids of a prompt as sampling, training and measuring all see it: rendered by the chat template, up to the answer. A row's `tools`
+    (JSON, if a text) and `chat_template_kwargs` go to the template, as in TRL.
+    """
     if isinstance(prompt, str):
         return processing_class(prompt)["input_ids"]
+    options = {
+        "chat_template": chat_template,
+        "tools": json.loads(tools) if isinstance(tools, str) else tools,
+        **(chat_template_kwargs or {}),
+    }
     return processing_class.apply_chat_template(
-        prompt, chat_template=chat_template, add_generation_prompt=True, tokenize=True, return_dict=True
+        prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **options
     )["input_ids"]
 
 
