@@ -828,6 +828,11 @@ def test_contradicting_columns_are_refused(tmp_path, tiny_model, tokenizer, chan
         ),
         ({"objective": {"self": "iw", "teacher": "nll"}}, "\\['teacher'\\] is no source"),
         ({"objective": "iw_sequence", "packing": True, "packing_strategy": "wrapped"}, "cuts examples in two"),
+        (
+            {"objective": "iw_sequence", "packing": True, "packing_strategy": "bfd_split"},
+            "'bfd_split' cuts examples in two",
+        ),
+        ({"objective": "iw_sequence", "eval_packing": True}, "eval_packing=True without packing=True"),
         ({"clip_mode": "clip"}, "use one of \\['truncate', 'mask'\\]"),
         ({"loss_type": "dft"}, "write objective='dft'"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"),
@@ -839,6 +844,36 @@ def test_contradicting_columns_are_refused(tmp_path, tiny_model, tokenizer, chan
 def test_config_errors_say_what_to_write(tmp_path, kwargs, message):
     with pytest.raises(ValueError, match=message):
         config(ImportanceWeightedSFTConfig, tmp_path, **kwargs)
+
+
+def test_arguments_that_contradict_the_objective_are_refused(tmp_path, tiny_model, tokenizer):
+    """However they are passed."""
+    smoothed = config(SFTConfig, tmp_path, label_smoothing_factor=0.1)
+    kwargs = {"train_dataset": demonstrations(), "processing_class": tokenizer}
+    with pytest.raises(ValueError, match="You passed label_smoothing_factor=0.1"):
+        DFTTrainer(tiny_model, smoothed, **kwargs)
+    assert ImportanceWeightedSFTTrainer(tiny_model, smoothed, **kwargs).objective == "nll"
+    args = config(ImportanceWeightedSFTConfig, tmp_path)
+    with pytest.raises(ValueError, match="`compute_loss_func` together with objective='iw'"):
+        ImportanceWeightedSFTTrainer(
+            tiny_model, args, None, demonstrations(), None, tokenizer, lambda *_, **__: torch.tensor(0.0)
+        )
+    rows = Dataset.from_list([{"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}], "behavior_log_probs": [-0.1]}])  # fmt: skip
+    with pytest.raises(ValueError, match="no `completion_ids`: .*2\\+2"):
+        ImportanceWeightedSFTTrainer(tiny_model, args, train_dataset=rows, processing_class=tokenizer)
+    with pytest.raises(ValueError, match="`completion_ids` but no `prompt`"):
+        rows = rows.map(lambda _: {"completion_ids": [5]})
+        ImportanceWeightedSFTTrainer(tiny_model, args, train_dataset=rows, processing_class=tokenizer)
+
+
+def test_rows_are_counted_of_the_training_data_only(tmp_path, tiny_model, tokenizer):
+    data = rewritten(tokenizer)
+    trainer = ImportanceWeightedSFTTrainer(
+        tiny_model, config(ImportanceWeightedSFTConfig, tmp_path), train_dataset=data,
+        eval_dataset={"train": data.select([0, 1]), "test": data.select([2])}, processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.evaluate({"train": data.select([2])})
+    assert (trainer.num_train_rows, trainer.train_sources) == (8, {"self": 3, "guided": 3, "expert": 2})
 
 
 def wandb_records(file):

@@ -79,20 +79,25 @@ def align_row(
     `recompute` the row's own log-probs are left out, and it is only checked that they can be computed.
     """
     completion_ids = example.get("completion_ids") or []
+    text = next((example[name] for name in ("prompt", "messages", "text") if name in example), "")  # for errors
     log_probs = [] if recompute else example.get("behavior_log_probs") or []
     input_ids, labels = example["input_ids"], example["labels"]
     if completion_ids:
+        if "prompt" not in example:
+            raise ValueError(
+                f"A row has `completion_ids` but no `prompt` that they continue. Give it its own column, as DataRewriter does: {text!r:.200}"
+            )
         prompt_ids = encode_prompt_of(example, example["prompt"], processing_class, chat_template)
         input_ids = prompt_ids + completion_ids
         labels = [-100] * len(prompt_ids) + completion_ids if completion_only else input_ids
         if log_probs and len(log_probs) != len(completion_ids):
             raise ValueError(
-                f"A row has {len(completion_ids)} `completion_ids` but {len(log_probs)} `behavior_log_probs`: {example['prompt']!r:.200}"
+                f"A row has {len(completion_ids)} `completion_ids` but {len(log_probs)} `behavior_log_probs`: {text!r:.200}"
             )
     elif log_probs:
         raise ValueError(
             "A row has `behavior_log_probs` but no `completion_ids`: a text tokenised again need not give the sampled tokens, so "
-            f"the log-probs cannot be matched. Store the sampled ids in `completion_ids`, or drop the log-probs: {example['prompt']!r:.200}"
+            f"the log-probs cannot be matched. Store the sampled ids in `completion_ids`, or drop the log-probs: {text!r:.200}"
         )
     _check_sampling(example, bool(log_probs), recompute and bool(completion_ids))
     unknown = [float("nan")] * (len(input_ids) - len(log_probs))

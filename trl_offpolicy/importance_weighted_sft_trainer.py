@@ -10,6 +10,7 @@ training, or `old_log_probs`, computed at the start of each outer batch of `psft
 """
 
 import copy
+import inspect
 import math
 from collections import Counter
 
@@ -60,14 +61,16 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
     _config_class = ImportanceWeightedSFTConfig
 
     def __init__(self, model, args: TrainingArguments | None = None, data_collator=None, *other_args, **kwargs):
+        given = inspect.signature(SFTTrainer.__init__).bind(self, model, args, data_collator, *other_args, **kwargs)
+        train_dataset, loss_func = (given.arguments.get(name) for name in ("train_dataset", "compute_loss_func"))
         if args is None:
             name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
             args = self._config_class(f"{name.split('/')[-1]}-{self._tag_names[-1]}")
         elif not isinstance(args, ImportanceWeightedSFTConfig):
             args = self._config_class.of(args)
-            if kwargs.get("compute_loss_func") is not None and args.objective != "dft":
+            if loss_func is not None and args.objective != "dft":
                 args.objective = "nll"  # a plain SFT script with a loss of its own
-        if kwargs.get("compute_loss_func") is not None and args.objective != "nll":
+        if loss_func is not None and args.objective != "nll":
             raise ValueError(
                 f"You passed `compute_loss_func` together with objective={args.objective!r}: the objective weights the loss here, and "
                 "a loss of your own would ignore it. Write objective='nll', or give your weights as a function in `objective`."
@@ -83,7 +86,6 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         # What the initial policy is asked for before training.
         self._scored_columns = ["behavior_log_probs"] * args.precompute_behavior_log_probs
         self._scored_columns += ["reference_log_probs"] * reference
-        self.train_sources, self.num_train_rows, self.train_dataset_id = {}, 0, None  # for the model card
         # Fingerprints of datasets that are tokenized and aligned but not cut or packed yet, and of those that are ready.
         self._whole: set[str] = set()
         self._finished: set[str] = set()
@@ -99,6 +101,11 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         super().__init__(model, args, data_collator, *other_args, **kwargs)
         if type(self.data_collator) is DataCollatorForLanguageModeling:
             self.data_collator = RewriteDataCollator.like(self.data_collator)
+        # For the model card.
+        self.num_train_rows = getattr(train_dataset, "num_rows", 0)
+        sources = _sources(train_dataset) if self.num_train_rows else Counter()
+        self.train_sources = sources if SOURCE_IDS.keys() >= sources.keys() else Counter()
+        self.train_dataset_id = hub_origin(train_dataset).get("dataset_name")
         self._rows_are_aligned = "source_ids" in get_dataset_column_names(self.train_dataset)
         self._refuse_what_has_no_weights()
         self.initial_policy = InitialPolicy(self.model, self.accelerator)
@@ -141,11 +148,6 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         columns = set(get_dataset_column_names(dataset))
-        if dataset_name == "train" and hasattr(dataset, "num_rows"):
-            sources = _sources(dataset)
-            self.train_sources = sources if SOURCE_IDS.keys() >= sources.keys() else Counter()
-            self.train_dataset_id = hub_origin(dataset).get("dataset_name")
-            self.num_train_rows = dataset.num_rows
         # Packed already (TRL would pack it a second time and merge its documents), or prepared here.
         prepared = "seq_lengths" in columns or {"input_ids", "source_ids"} <= columns
         if not prepared:
@@ -467,7 +469,7 @@ def _name(objective) -> str:
 
 
 def _sources(dataset) -> Counter:
-    """How many rows of a map-style dataset have each `source`; empty if that is a column of the user's own, which names none of ours."""
+    """How many rows of a map-style dataset have each `source`; empty if that is a column of the user's own."""
     if "source" not in dataset.column_names or getattr(dataset.features["source"], "dtype", None) not in STRINGS:
         return Counter()
     counts = Counter(dataset.with_format(None)["source"])
