@@ -46,6 +46,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
 
     Args:
         args ([`ImportanceWeightedSFTConfig`], *optional*): An `SFTConfig` or `TrainingArguments` is accepted too.
+        data_collator ([`RewriteDataCollator`], *optional*): One of your own should subclass it: it hands on the per-token columns.
 
     Raises:
         ValueError: The combination has no defined importance weight (`compute_loss_func`, context or sequence parallelism,
@@ -131,7 +132,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
             )
         if self._is_vision_dataset:
             datasets = [self.train_dataset, *self._eval_sets().values()]
-            columns = {c for data in datasets if data is not None for c in data.column_names or ()} & ROW_COLUMNS
+            columns = {c for data in datasets if _has_our_columns(data) for c in data.column_names or ()} & ROW_COLUMNS
             if columns or self._scored_columns or {"asft", "eaft", "psft"}.intersection(self.objectives):
                 raise ValueError(
                     "The dataset has images: TRL tokenises those in the collator, where our per-token columns cannot be aligned with "

@@ -39,7 +39,7 @@ def adapter_is_neutral(model) -> bool:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, own in parameters.items():
         part = re.search(r"\.(lora_B|lora_embedding_B|modules_to_save)\.([^.]+)", name)
-        if part is None or part[2] not in active:
+        if part is None or part[2] not in active or own.is_meta:  # only the main process of FSDP may hold weights yet
             continue
         if part[1] != "modules_to_save":
             if own.any():
