@@ -400,6 +400,9 @@ def test_what_cannot_be_weighted_is_refused(tmp_path, tiny_model, tokenizer):
     built._is_vision_dataset = True
     with pytest.raises(ValueError, match=r"drop the columns \['behavior_log_probs', 'completion_ids', 'source'"):
         built._refuse_what_has_no_weights()
+    own = trainer(demonstrations().map(lambda _: {"source": "web"}), objective="dft")
+    own._is_vision_dataset = True
+    own._refuse_what_has_no_weights()  # a `source` of the user's own is not ours to align
     built._is_vision_dataset = False
     for state, message in (
         ({"parallelism_config": SimpleNamespace(cp_enabled=True, sp_enabled=False)}, "cp_size=1"),
