@@ -45,7 +45,8 @@ def main(script_args, training_args, model_args):
     if training_args.eval_strategy != "no":
         splits.append(script_args.dataset_test_split)
     train_dataset, *eval_dataset = (
-        load_rows(script_args.dataset_name, script_args.dataset_config, split) for split in splits
+        load_rows(script_args.dataset_name, script_args.dataset_config, split, streaming=script_args.dataset_streaming)
+        for split in splits
     )
     trainer = ImportanceWeightedSFTTrainer(
         model=model_args.model_name_or_path,

@@ -269,6 +269,9 @@ def test_what_cannot_work_is_refused(tmp_path, tiny_model, tokenizer):
         GroupReward(verify)(**candidates_of(tokenizer))
     with pytest.raises(ValueError, match="lambda_div=-1"):
         GroupReward(verify, lambda_div=-1)
+    with pytest.raises(ValueError, match="init_lora_weights='pissa_niter_2', which takes a part out of the frozen"):
+        lora = {"init_lora_weights": "pissa_niter_2"}
+        make_trainer(copy.deepcopy(tiny_model), tokenizer, tmp_path, GroupReward(verify), lora=lora)
     with pytest.raises(ValueError, match="switching the adapter off"):
         RewritingAgentTrainer(
             tiny_model, GroupReward(verify), GRPOConfig(str(tmp_path), use_cpu=True, bf16=False),

@@ -8,8 +8,9 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
-from peft import LoraConfig, PromptTuningConfig
-from test_trainers import config, demonstrations, rewritten, train
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from test_trainers import QUESTIONS, config, demonstrations, rewritten, train
+from trl import SFTConfig, SFTTrainer
 
 from trl_offpolicy import ImportanceWeightedSFTConfig, ImportanceWeightedSFTTrainer
 from trl_offpolicy.scoring import head_logits, lm_head, target_log_probs
@@ -76,13 +77,14 @@ def sampled_elsewhere(tokenizer):
     return Dataset.from_list(data)
 
 
-@pytest.mark.parametrize("adapter", [None, "lora", "prompt_tuning"])
+@pytest.mark.parametrize("adapter", [None, "lora", "lora_not_neutral", "prompt_tuning"])
 def test_behavior_log_probs_computed_again(tmp_path, tiny_model, tokenizer, adapter):
-    """Under the prompt and the temperature that were really used, by the model without its adapter."""
+    """Under the prompt and the temperature that were really used, by the model as it is before training."""
     base, data = copy.deepcopy(tiny_model), sampled_elsewhere(tokenizer)
     peft_config = {
         None: None,
-        "lora": LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False),
+        "lora": LoraConfig(r=4, target_modules="all-linear"),
+        "lora_not_neutral": LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False),
         "prompt_tuning": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
     }[adapter]
     args = config(
@@ -100,6 +102,8 @@ def test_behavior_log_probs_computed_again(tmp_path, tiny_model, tokenizer, adap
         processing_class=tokenizer,
         peft_config=peft_config,
     )
+    if adapter == "lora_not_neutral":
+        base = copy.deepcopy(trainer.model).merge_and_unload().eval()
     for row in trainer.train_dataset:
         target = [t for t in row["labels"] if t != -100]
         behavior, reference = ([x for x in row[c] if x == x] for c in ("behavior_log_probs", "reference_log_probs"))
@@ -116,11 +120,122 @@ def test_behavior_log_probs_computed_again(tmp_path, tiny_model, tokenizer, adap
     again = trainer.evaluate(data)["eval_loss"]
     assert again == pytest.approx(trainer.evaluate()["eval_loss"], abs=1e-6)
     train(trainer)
-    if adapter is None:
+    if adapter in (None, "lora_not_neutral"):
         with pytest.raises(ValueError, match="after training had begun"):
             trainer.evaluate(data)
     else:  # switched off, the adapter leaves the initial policy as it was
         assert trainer.evaluate(data)["eval_loss"] != pytest.approx(again, abs=1e-6)
+
+
+def with_adapter(model, start):
+    """The model with an adapter that is not neutral, and what else to pass to a trainer."""
+    kwargs = {"r": 4, "target_modules": "all-linear"}
+    if start != "loaded":
+        return model, {"peft_config": LoraConfig(**kwargs, init_lora_weights=start)}
+    return get_peft_model(model, LoraConfig(**kwargs, init_lora_weights=False)), {}
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "loaded"])
+def test_the_initial_policy_has_an_adapter_that_is_not_neutral(tmp_path, tiny_model, tokenizer, start):
+    """Before the first update π is π_0: all ratios are 1. `asft` would have to ask it later, with the adapter off."""
+    for settings in ({"expert_weighting": "base"}, {"objective": "psft", "steps_per_outer_batch": 0}):
+        model, extra = with_adapter(copy.deepcopy(tiny_model), start)
+        args = config(ImportanceWeightedSFTConfig, tmp_path, max_steps=1, learning_rate=0.0, clip_max=None, **settings)
+        trainer = ImportanceWeightedSFTTrainer(
+            model, args, train_dataset=demonstrations(), processing_class=tokenizer, **extra
+        )
+        _, (first,) = train(trainer)
+        assert (first["weight_min"], first["weight_max"]) == pytest.approx((1, 1), abs=1e-4), settings
+    model, extra = with_adapter(copy.deepcopy(tiny_model), start)
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        args = config(ImportanceWeightedSFTConfig, tmp_path, objective="asft")
+        ImportanceWeightedSFTTrainer(model, args, train_dataset=demonstrations(), processing_class=tokenizer, **extra)
+
+
+CUTS = {
+    "whole": {"max_length": None},
+    "keep_start": {"max_length": 30},
+    "keep_end": {"max_length": 30, "truncation_mode": "keep_end"},
+    "bfd": {"packing": True, "max_length": 30},
+    "bfd_split": {"packing": True, "packing_strategy": "bfd_split", "max_length": 30, "shuffle_dataset": True},
+    "wrapped": {"packing": True, "packing_strategy": "wrapped", "max_length": 30},
+    "eval_packed": {"eval_packing": True, "max_length": 120},
+}
+
+
+def long_rows():
+    turns = [(QUESTIONS[i % 5], f"step {'so ' * 20}it is {i} and {'then ' * i} done") for i in range(8)]
+    return Dataset.from_list([{"prompt": [{"role": "user", "content": q}], "completion": [{"role": "assistant", "content": a}]} for q, a in turns])  # fmt: skip
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("settings", [{"expert_weighting": "base"}, {"objective": "psft", "steps_per_outer_batch": 0}])
+def test_the_initial_policy_sees_what_is_trained_on(tmp_path, tiny_model, tokenizer, cut, settings):
+    """Rows are scored as they were cut and packed: before the first update every ratio is 1."""
+    args = config(
+        ImportanceWeightedSFTConfig, tmp_path, max_steps=1, learning_rate=0.0, clip_max=None, per_device_train_batch_size=8,
+        **settings, **CUTS[cut],
+    )  # fmt: skip
+    trainer = ImportanceWeightedSFTTrainer(
+        tiny_model, args, train_dataset=long_rows(), eval_dataset=long_rows(), processing_class=tokenizer
+    )
+    _, (first,) = train(trainer)
+    evaluated = trainer.evaluate()
+    for name, value in (("weight_min", 1), ("weight_max", 1)):
+        assert first[name] == pytest.approx(value, abs=1e-4) == evaluated[f"eval_{name}"]
+    for row in trainer.train_dataset:  # a ratio without reference would be 1 too
+        lengths = row.get("seq_lengths") or [len(row["input_ids"])]
+        starts = {sum(lengths[:i]) for i in range(len(lengths))}
+        trained_on = [t for t, label in enumerate(row["labels"]) if label != -100 and t not in starts]
+        assert not any(math.isnan(row["reference_log_probs"][t]) for t in trained_on)
+
+
+def test_rows_longer_than_the_positions_are_cut_before_they_are_scored(tmp_path, tokenizer):
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=len(tokenizer),
+            n_embd=32,
+            n_layer=1,
+            n_head=2,
+            n_positions=64,
+            resid_pdrop=0,
+            embd_pdrop=0,
+            attn_pdrop=0,
+        )
+    )
+    data = Dataset.from_list([{"prompt": "2+2?", "completion": "so it is " * 60}] * 4)
+    args = config(ImportanceWeightedSFTConfig, tmp_path, max_length=64, expert_weighting="base", max_steps=1)
+    trainer = ImportanceWeightedSFTTrainer(model, args, train_dataset=data, processing_class=tokenizer)
+    assert train(trainer)[1][0]["weight"] == pytest.approx(1, abs=1e-4)
+
+
+def test_data_that_is_packed_or_tokenized_already_is_only_scored(tmp_path, tiny_model, tokenizer):
+    """TRL's packed rows, ours, and with skip_prepare_dataset: the same rows, with a column more, and ratios of 1."""
+
+    def trainer(cls, conf, data, **kwargs):
+        args = config(conf, tmp_path, max_steps=1, learning_rate=0.0, **kwargs)
+        return cls(copy.deepcopy(tiny_model), args, train_dataset=data, processing_class=tokenizer)
+
+    packing = {"packing": True, "max_length": 64}
+    packed = [
+        trainer(SFTTrainer, SFTConfig, demonstrations(), **packing).train_dataset,
+        trainer(ImportanceWeightedSFTTrainer, ImportanceWeightedSFTConfig, rewritten(tokenizer), **packing).train_dataset,
+    ]  # fmt: skip
+    tokenized = trainer(SFTTrainer, SFTConfig, demonstrations()).train_dataset.select_columns(["input_ids", "labels"])
+    skip = {"dataset_kwargs": {"skip_prepare_dataset": True}}
+    psft = {"objective": "psft", "steps_per_outer_batch": 0}
+    for data, layout in ((packed[0], packing), (packed[1], packing), (tokenized, skip), (packed[0], skip | packing)):
+        ours = trainer(ImportanceWeightedSFTTrainer, ImportanceWeightedSFTConfig, data, **psft, **layout)
+        for column in ("input_ids", "labels", *({"seq_lengths"} & set(data.column_names))):
+            assert ours.train_dataset[column][:] == data[column][:]
+        (first,) = train(ours)[1]
+        assert (first["weight_min"], first["weight_max"]) == pytest.approx((1, 1), abs=1e-4)
+        with pytest.raises(ValueError, match="precompute_behavior_log_probs=True, but the train dataset is tokenized"):
+            trainer(ImportanceWeightedSFTTrainer, ImportanceWeightedSFTConfig, data, precompute_behavior_log_probs=True, **layout)  # fmt: skip
+    with pytest.raises(ValueError, match="it has no `input_ids`"):
+        trainer(ImportanceWeightedSFTTrainer, ImportanceWeightedSFTConfig, demonstrations(), **psft, **skip)
+    with pytest.raises(ValueError, match="The batch has no reference_log_probs"):
+        ours.evaluate(data)  # with skip_prepare_dataset nothing computes it
 
 
 def test_scores_are_cached(tmp_path, tiny_model, tokenizer, monkeypatch):
@@ -153,14 +268,17 @@ def test_asft_with_an_adapter_and_a_saved_head(tmp_path, tiny_model, tokenizer, 
     args = config(
         ImportanceWeightedSFTConfig, tmp_path, objective="asft", beta=0.5, per_device_train_batch_size=10, **layout
     )
-    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])
     trainer = ImportanceWeightedSFTTrainer(
         tiny_model, args, train_dataset=demonstrations(), processing_class=tokenizer, peft_config=lora
     )
     torch.manual_seed(1)
     head = trainer.model.get_output_embeddings()
-    with torch.no_grad():
+    with torch.no_grad():  # some training steps later
         head.weight.add_(0.05 * torch.randn_like(head.weight))
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
     batches = list(trainer.get_train_dataloader())
     loss = sum(trainer.compute_loss(trainer.model, dict(b), num_items_in_batch=torch.tensor(40.0)) for b in batches)
     loss.backward()
@@ -282,6 +400,9 @@ def test_what_cannot_be_weighted_is_refused(tmp_path, tiny_model, tokenizer):
     built._is_vision_dataset = True
     with pytest.raises(ValueError, match=r"drop the columns \['behavior_log_probs', 'completion_ids', 'source'"):
         built._refuse_what_has_no_weights()
+    own = trainer(demonstrations().map(lambda _: {"source": "web"}), objective="dft")
+    own._is_vision_dataset = True
+    own._refuse_what_has_no_weights()  # a `source` of the user's own is not ours to align
     built._is_vision_dataset = False
     for state, message in (
         ({"parallelism_config": SimpleNamespace(cp_enabled=True, sp_enabled=False)}, "cp_size=1"),

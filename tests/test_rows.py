@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset
 
 from trl_offpolicy import prompts
 from trl_offpolicy.rows import (
@@ -162,6 +162,12 @@ def test_load_rows_from_every_place(tmp_path):
     rows.to_parquet(tmp_path / "folder" / "train-00000-of-00001.parquet")
     for name in ("a.jsonl", "a.parquet", "a.csv", "saved", "dict", "folder"):
         assert load_rows(str(tmp_path / name)).to_list() == rows.to_list(), name
+        stream = load_rows(str(tmp_path / name), streaming=True)
+        assert isinstance(stream, IterableDataset) and list(stream) == rows.to_list(), name
+        with pytest.raises(ValueError, match="test"):  # not the training rows again
+            load_rows(str(tmp_path / name), dataset_split="test")
+    with pytest.raises(ValueError, match="a file has no splits. Give it as the split 'train'"):
+        load_rows(str(tmp_path / "a.csv"), dataset_split="test")
     with pytest.raises(ValueError, match="\\['train'\\]"):
         load_rows(str(tmp_path / "dict"), dataset_split="test")
     (tmp_path / "empty.jsonl").touch()

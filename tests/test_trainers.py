@@ -1,6 +1,7 @@
 """The trainers against TRL itself, and the importance weights against a naive full-logits formula."""
 
 import copy
+import json
 import math
 import subprocess
 import sys
@@ -12,8 +13,10 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from trl_offpolicy import DFTConfig, DFTTrainer, ImportanceWeightedSFTConfig, ImportanceWeightedSFTTrainer
+from trl_offpolicy.data_collator import RewriteDataCollator
 
 
 QUESTIONS = ["2+2?", "What is 3 times 4?", "Name the sum of 11 and 12, please.", "7-5?", "How many are 9 and 9 and 9?"]
@@ -161,6 +164,54 @@ def test_trains_on_the_sampled_ids(tmp_path, tiny_model, tokenizer):
     assert example["input_ids"] == prompt + odd
 
 
+def test_a_processor_encodes_as_for_trl(tmp_path, tiny_model, tokenizer):
+    """A processor's chat template, which takes contents in parts only, in the place of its tokenizer's."""
+    from transformers import LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}: {% for c in m.content %}{{ c.text }}{% endfor %}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
+    processor = LlavaProcessor(CLIPImageProcessorPil(), tokenizer, patch_size=14, chat_template=template)
+    tiny_model.resize_token_embeddings(len(tokenizer))
+    conversations = rewritten(tokenizer).filter(lambda row: row["completion_ids"])
+    for data in (conversations, conversations.map(lambda _: {"prompt": "2+2?", "completion": "it is 4"})):
+        theirs = SFTTrainer(
+            copy.deepcopy(tiny_model), config(SFTConfig, tmp_path), train_dataset=data, processing_class=processor
+        )
+        args = config(ImportanceWeightedSFTConfig, tmp_path, max_steps=1, precompute_behavior_log_probs=True)
+        ours = ImportanceWeightedSFTTrainer(
+            copy.deepcopy(tiny_model), args, train_dataset=data, processing_class=processor
+        )
+        for row, expected in zip(ours.train_dataset, theirs.train_dataset, strict=True):
+            prompt = expected["input_ids"][: next(t for t, x in enumerate(expected["labels"]) if x != -100)]
+            assert row["input_ids"] == prompt + row["completion_ids"]
+        assert train(ours)[1][0]["log_ratio"] == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_tools_and_template_arguments_of_a_row_reach_the_template(tmp_path, tiny_model, tokenizer, as_json):
+    """Sampled rows and demonstrations alike: the prompt's ids that TRL has."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{% if enable_thinking is false %}/no_think {% endif %}{% if tools %}tools: {{ tools | tojson }}\n{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    columns = {"tools": json.dumps(tools) if as_json else tools, "chat_template_kwargs": {"enable_thinking": False}}
+    data = rewritten(tokenizer).map(lambda _: columns)
+    args = config(
+        ImportanceWeightedSFTConfig, tmp_path, precompute_behavior_log_probs=True, clip_max=None, max_steps=1
+    )
+    ours = ImportanceWeightedSFTTrainer(tiny_model, args, train_dataset=data, processing_class=tokenizer)
+    theirs = SFTTrainer(
+        copy.deepcopy(tiny_model), config(SFTConfig, tmp_path), train_dataset=data, processing_class=tokenizer
+    )
+    for row, expected in zip(ours.train_dataset, theirs.train_dataset, strict=True):
+        prompt = expected["input_ids"][: next(t for t, x in enumerate(expected["labels"]) if x != -100)]
+        assert tokenizer.decode(prompt).startswith("/no_think tools: [{")
+        assert row["input_ids"] == prompt + (row["completion_ids"] or expected["input_ids"][len(prompt) :])
+    # μ computed again is under the same prompt: on-policy.
+    assert train(ours)[1][0]["log_ratio"] == pytest.approx(0, abs=1e-4)
+
+
 def power_of_two_thirds(log_probs, **known):
     """An objective of a user's own: what it is handed, it may use."""
     assert {"behavior_log_probs", "mask", "entropy", "segment_ids"} <= set(known)
@@ -299,6 +350,103 @@ def test_evaluate_takes_raw_rows_and_logs_under_eval(tmp_path, tiny_model, token
     assert trainer.evaluate(data)["eval_loss"] == pytest.approx(prepared["eval_loss"], abs=1e-5)
     assert trainer.evaluate(trainer.eval_dataset)["eval_loss"] == pytest.approx(prepared["eval_loss"], abs=1e-5)
     assert {"eval_nll", "eval_weight", "eval_ess", "eval_kl"} <= set(trainer.state.log_history[-1])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"max_length": 20},
+        {"packing": True, "max_length": 64, "shuffle_dataset": True},
+        {"expert_weighting": "base"},
+    ],
+)
+def test_prepared_rows_are_not_prepared_again(tmp_path, tiny_model, tokenizer, settings):
+    """As TRL says of its own preparation: what a trainer has prepared may be given to it, or to another one, again."""
+    data = rewritten(tokenizer).map(lambda _, i: {"weight": 0.5 + i}, with_indices=True)
+
+    def trainer(data, **kwargs):
+        args = config(ImportanceWeightedSFTConfig, tmp_path, **{**settings, **kwargs})
+        return ImportanceWeightedSFTTrainer(
+            copy.deepcopy(tiny_model), args, train_dataset=data, eval_dataset=data, processing_class=tokenizer
+        )
+
+    first = trainer(data)
+    expected = first.evaluate()["eval_loss"]
+    assert first.evaluate({"a": data})["eval_a_loss"] == pytest.approx(expected, abs=1e-6)
+    for prepared in (first.eval_dataset, first.train_dataset):
+        assert first.evaluate(prepared)["eval_loss"] == pytest.approx(expected, abs=1e-6)
+    second = trainer(first.train_dataset)
+    assert second.train_dataset["input_ids"][:] == first.train_dataset["input_ids"][:]
+    assert second.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-6)
+    assert train(second)[0] == train(first)[0]
+    scoring = trainer(trainer(data, expert_weighting="one").train_dataset, expert_weighting="base")
+    column = scoring.train_dataset["reference_log_probs"][0]  # scored now, which it was not before
+    assert any(x < 0 for x in column) and scoring.evaluate()["eval_weight"] == pytest.approx(
+        trainer(data, expert_weighting="base").evaluate()["eval_weight"], abs=1e-6
+    )
+
+
+@pytest.mark.parametrize("own", ["numina", ["web"], {"url": "x"}, 7])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_source_column_of_the_users_own_means_nothing(tmp_path, tiny_model, tokenizer, own, streaming):
+    """Rows that name no source of ours are TRL's, whatever the column holds."""
+    data = demonstrations().map(lambda _: {"source": own})
+    weighted = data.map(lambda _: {"weight": 1.0})  # ours, because of the weight
+    losses = []
+    for cls, conf, kwargs, rows in (
+        (DFTTrainer, DFTConfig, {}, data),
+        (DFTTrainer, DFTConfig, {}, weighted),
+        (SFTTrainer, SFTConfig, {"loss_type": "dft"}, data),
+    ):
+        if streaming:
+            rows = rows.to_iterable_dataset()
+        trainer = cls(copy.deepcopy(tiny_model), config(conf, tmp_path, **kwargs), train_dataset=rows, processing_class=tokenizer)  # fmt: skip
+        losses.append([loss for loss, *_ in train(trainer)[0]])
+    assert losses[0] == pytest.approx(losses[2], abs=1e-6) and losses[1] == pytest.approx(losses[2], abs=1e-6)
+
+
+def test_a_collator_that_drops_the_columns_is_refused(tmp_path, tiny_model, tokenizer):
+    class Own(DataCollatorForLanguageModeling):
+        pass
+
+    class OwnWithColumns(RewriteDataCollator):
+        pass
+
+    def first_loss(collator, data):
+        args = config(ImportanceWeightedSFTConfig, tmp_path, objective="nll", max_steps=1)
+        trainer = ImportanceWeightedSFTTrainer(
+            copy.deepcopy(tiny_model), args, collator, data, eval_dataset=demonstrations(), processing_class=tokenizer
+        )
+        return train(trainer)[1][0]["loss"]
+
+    own, with_columns = (cls(pad_token_id=tokenizer.pad_token_id) for cls in (Own, OwnWithColumns))
+    weighted = demonstrations().map(lambda _: {"weight": 5.0})
+    with pytest.raises(ValueError, match="Own leaves them out .* subclass trl_offpolicy.RewriteDataCollator"):
+        first_loss(own, weighted)
+    assert first_loss(with_columns, weighted) == pytest.approx(5 * first_loss(own, demonstrations()), rel=1e-5)
+
+
+def test_weights_with_compute_metrics_and_predict(tmp_path, tiny_model, tokenizer):
+    """The logits that TRL computes for metrics are no loss; under label smoothing they are, and a weight would be lost."""
+    data = demonstrations().map(lambda _, i: {"weight": 0.5 + i}, with_indices=True)
+
+    def trainer(**kwargs):
+        args = config(ImportanceWeightedSFTConfig, tmp_path, objective="nll", **kwargs)
+        return ImportanceWeightedSFTTrainer(
+            copy.deepcopy(tiny_model), args, train_dataset=data, eval_dataset=data, processing_class=tokenizer,
+            compute_metrics=lambda predictions: {"rows": len(predictions.predictions)},
+        )  # fmt: skip
+
+    weighted = trainer()
+    metrics = weighted.evaluate()
+    assert metrics["eval_rows"] == 10
+    weighted.compute_metrics = None
+    assert weighted.evaluate()["eval_loss"] == pytest.approx(metrics["eval_loss"], abs=1e-6)
+    predicted = weighted.predict(weighted.eval_dataset).metrics
+    assert predicted["test_loss"] == pytest.approx(metrics["eval_loss"], abs=1e-6)
+    with pytest.raises(ValueError, match="`weight` has no effect on label smoothing"):
+        trainer(label_smoothing_factor=0.1).evaluate()
 
 
 def test_every_eval_set_logs_under_its_own_name(tmp_path, tiny_model, tokenizer):
@@ -680,6 +828,11 @@ def test_contradicting_columns_are_refused(tmp_path, tiny_model, tokenizer, chan
         ),
         ({"objective": {"self": "iw", "teacher": "nll"}}, "\\['teacher'\\] is no source"),
         ({"objective": "iw_sequence", "packing": True, "packing_strategy": "wrapped"}, "cuts examples in two"),
+        (
+            {"objective": "iw_sequence", "packing": True, "packing_strategy": "bfd_split"},
+            "'bfd_split' cuts examples in two",
+        ),
+        ({"objective": "iw_sequence", "eval_packing": True}, "eval_packing=True without packing=True"),
         ({"clip_mode": "clip"}, "use one of \\['truncate', 'mask'\\]"),
         ({"loss_type": "dft"}, "write objective='dft'"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"),
@@ -691,6 +844,36 @@ def test_contradicting_columns_are_refused(tmp_path, tiny_model, tokenizer, chan
 def test_config_errors_say_what_to_write(tmp_path, kwargs, message):
     with pytest.raises(ValueError, match=message):
         config(ImportanceWeightedSFTConfig, tmp_path, **kwargs)
+
+
+def test_arguments_that_contradict_the_objective_are_refused(tmp_path, tiny_model, tokenizer):
+    """However they are passed."""
+    smoothed = config(SFTConfig, tmp_path, label_smoothing_factor=0.1)
+    kwargs = {"train_dataset": demonstrations(), "processing_class": tokenizer}
+    with pytest.raises(ValueError, match="You passed label_smoothing_factor=0.1"):
+        DFTTrainer(tiny_model, smoothed, **kwargs)
+    assert ImportanceWeightedSFTTrainer(tiny_model, smoothed, **kwargs).objective == "nll"
+    args = config(ImportanceWeightedSFTConfig, tmp_path)
+    with pytest.raises(ValueError, match="`compute_loss_func` together with objective='iw'"):
+        ImportanceWeightedSFTTrainer(
+            tiny_model, args, None, demonstrations(), None, tokenizer, lambda *_, **__: torch.tensor(0.0)
+        )
+    rows = Dataset.from_list([{"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}], "behavior_log_probs": [-0.1]}])  # fmt: skip
+    with pytest.raises(ValueError, match="no `completion_ids`: .*2\\+2"):
+        ImportanceWeightedSFTTrainer(tiny_model, args, train_dataset=rows, processing_class=tokenizer)
+    with pytest.raises(ValueError, match="`completion_ids` but no `prompt`"):
+        rows = rows.map(lambda _: {"completion_ids": [5]})
+        ImportanceWeightedSFTTrainer(tiny_model, args, train_dataset=rows, processing_class=tokenizer)
+
+
+def test_rows_are_counted_of_the_training_data_only(tmp_path, tiny_model, tokenizer):
+    data = rewritten(tokenizer)
+    trainer = ImportanceWeightedSFTTrainer(
+        tiny_model, config(ImportanceWeightedSFTConfig, tmp_path), train_dataset=data,
+        eval_dataset={"train": data.select([0, 1]), "test": data.select([2])}, processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.evaluate({"train": data.select([2])})
+    assert (trainer.num_train_rows, trainer.train_sources) == (8, {"self": 3, "guided": 3, "expert": 2})
 
 
 def wandb_records(file):

@@ -4,6 +4,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from transformers import ProcessorMixin
+from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import pad
 
@@ -58,6 +60,15 @@ class RewriteDataCollator(DataCollatorForLanguageModeling):
         return output
 
 
+def encode_prompt_of(row: dict, prompt: list | str, processing_class, chat_template: str | None = None) -> list[int]:
+    """Token ids of a `prompt` of this row, as TRL would have them of a text-only row: a processor's template, contents in parts."""
+    if isinstance(processing_class, ProcessorMixin):
+        chat_template = chat_template or processing_class.chat_template
+        prompt = prompt if isinstance(prompt, str) else prepare_multimodal_messages(prompt)
+        processing_class = processing_class.tokenizer  # the processor itself makes a batch of one text
+    return encode_prompt(processing_class, prompt, chat_template, row.get("tools"), row.get("chat_template_kwargs"))
+
+
 def align_row(
     example: dict, processing_class, chat_template: str | None, completion_only: bool, recompute: bool = False
 ) -> dict:
@@ -68,29 +79,35 @@ def align_row(
     `recompute` the row's own log-probs are left out, and it is only checked that they can be computed.
     """
     completion_ids = example.get("completion_ids") or []
+    text = next((example[name] for name in ("prompt", "messages", "text") if name in example), "")  # for errors
     log_probs = [] if recompute else example.get("behavior_log_probs") or []
     input_ids, labels = example["input_ids"], example["labels"]
     if completion_ids:
-        prompt_ids = encode_prompt(processing_class, example["prompt"], chat_template)
+        if "prompt" not in example:
+            raise ValueError(
+                f"A row has `completion_ids` but no `prompt` that they continue. Give it its own column, as DataRewriter does: {text!r:.200}"
+            )
+        prompt_ids = encode_prompt_of(example, example["prompt"], processing_class, chat_template)
         input_ids = prompt_ids + completion_ids
         labels = [-100] * len(prompt_ids) + completion_ids if completion_only else input_ids
         if log_probs and len(log_probs) != len(completion_ids):
             raise ValueError(
-                f"A row has {len(completion_ids)} `completion_ids` but {len(log_probs)} `behavior_log_probs`: {example['prompt']!r:.200}"
+                f"A row has {len(completion_ids)} `completion_ids` but {len(log_probs)} `behavior_log_probs`: {text!r:.200}"
             )
     elif log_probs:
         raise ValueError(
             "A row has `behavior_log_probs` but no `completion_ids`: a text tokenised again need not give the sampled tokens, so "
-            f"the log-probs cannot be matched. Store the sampled ids in `completion_ids`, or drop the log-probs: {example['prompt']!r:.200}"
+            f"the log-probs cannot be matched. Store the sampled ids in `completion_ids`, or drop the log-probs: {text!r:.200}"
         )
     _check_sampling(example, bool(log_probs), recompute and bool(completion_ids))
     unknown = [float("nan")] * (len(input_ids) - len(log_probs))
-    source, weight = SOURCE_IDS.get(example.get("source"), -1), example.get("weight")
+    source, weight = example.get("source"), example.get("weight")
+    source_id = SOURCE_IDS.get(source, -1) if isinstance(source, str) else -1  # a user's own column may hold anything
     return {
         "input_ids": input_ids,
         "labels": labels,
         "behavior_log_probs": unknown + log_probs,
-        "source_ids": [source] * len(input_ids),
+        "source_ids": [source_id] * len(input_ids),
         "weight": [1.0 if weight is None else float(weight)] * len(input_ids),
     }
 

@@ -37,8 +37,8 @@ class ImportanceWeightedSFTConfig(SFTConfig):
         steps_per_outer_batch (`int`, *optional*, defaults to `8`): Under `psft`, the optimizer steps of an outer batch: π_old is the policy at its
             start (the paper takes 64 rows in mini-batches of 8). 0: π_old is π_0.
 
-    π_0 is the policy before training: with LoRA the model without its adapter. `asft` keeps a frozen copy
-    of the model when there is no adapter to switch off; the others compute log π_0 once, before training, and cache it.
+    π_0 is the policy before training. `asft` keeps a frozen copy of the model or, if there is an adapter, switches that off (it must change
+    nothing at the start, as LoRA's default does); the others compute log π_0 once, before training, and cache it.
     """
 
     _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["objective"]
@@ -98,11 +98,8 @@ class ImportanceWeightedSFTConfig(SFTConfig):
         for name, values in (("expert_weighting", EXPERT_WEIGHTINGS), ("clip_mode", CLIP_MODES)):
             if getattr(self, name) not in values:
                 raise ValueError(f"You passed {name}={getattr(self, name)!r}; use one of {list(values)}.")
-        if self.packing and self.packing_strategy == "wrapped" and "iw_sequence" in self.objectives:
-            raise ValueError(
-                "objective='iw_sequence' needs to know where an example ends, but packing_strategy='wrapped' cuts examples in two. "
-                "Use packing_strategy='bfd'."
-            )
+        if "iw_sequence" in self.objectives:
+            self._check_sequences_stay_whole()
         if self.loss_type != "nll":
             raise ValueError(
                 f"You passed loss_type={self.loss_type!r} together with objective={self.objective!r}; the objective is what "
@@ -119,6 +116,18 @@ class ImportanceWeightedSFTConfig(SFTConfig):
         if self.clip_min is not None and self.clip_max is not None and self.clip_min > self.clip_max:
             raise ValueError(f"You passed clip_min={self.clip_min} above clip_max={self.clip_max}; swap them.")
 
+    def _check_sequences_stay_whole(self) -> None:
+        if self.packing and self.packing_strategy != "bfd":
+            raise ValueError(
+                f"objective='iw_sequence' needs whole examples, but packing_strategy={self.packing_strategy!r} cuts examples in two. "
+                "Use packing_strategy='bfd'."
+            )
+        if self.eval_packing and not self.packing:  # TRL's collator is not padding-free then
+            raise ValueError(
+                "objective='iw_sequence' needs to know where an example ends, but eval_packing=True without packing=True shows a packed row to "
+                "the model as one example. Write eval_packing=False."
+            )
+
     @property
     def objectives(self) -> list:
         """The objectives that the run mixes."""
@@ -134,6 +143,8 @@ class ImportanceWeightedSFTConfig(SFTConfig):
         values = {f.name: getattr(args, f.name) for f in fields(args) if f.init and f.name in known}
         if values.get("loss_type") == "dft":
             values |= {"loss_type": "nll", "objective": "dft"}
-        elif values.get("label_smoothing_factor"):
-            values["objective"] = "nll"
+        elif values.get("label_smoothing_factor") and cls.objective == "iw":
+            values["objective"] = (
+                "nll"  # a plain SFT script; with a trainer chosen for its objective, the two contradict each other
+            )
         return cls(**values)

@@ -1,13 +1,15 @@
 """The policy before training, π_0: what it says of a dataset's tokens, and its hidden states while another one is trained.
 
-With a peft adapter it is the model with the adapter off, at any time. Without one it is the model itself until training
-begins; `asft`, which asks it at every step, keeps a frozen copy.
+Until training begins it is the model itself. With a peft adapter that changes nothing yet (LoRA's default, prompt tuning) it is
+the model with the adapter off too, and that at any time. `asft`, which asks it at every step, keeps a frozen copy of a model without
+adapter. Adapters that start as something else (PiSSA, OLoRA, LoftQ, one that was trained before) are scored before training only.
 """
 
 import contextlib
 import copy
 import hashlib
 import math
+import re
 from collections.abc import Callable
 
 import torch
@@ -31,18 +33,47 @@ def without_training(model):
         model.train(was_training)
 
 
+def adapter_is_neutral(model) -> bool:
+    """Whether a peft model computes the same with its adapter and without: LoRA's B is zero, and its copies of modules are copies."""
+    active = [model.active_adapter] if isinstance(model.active_adapter, str) else model.active_adapter
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, own in parameters.items():
+        part = re.search(r"\.(lora_B|lora_embedding_B|modules_to_save)\.([^.]+)", name)
+        if part is None or part[2] not in active or own.is_meta:  # only the main process of FSDP may hold weights yet
+            continue
+        if part[1] != "modules_to_save":
+            if own.any():
+                return False
+            continue
+        original = parameters.get(name.replace(part[0], ".original_module"))
+        if original is not None and not torch.equal(own, original.to(own)):  # it may be kept in another precision
+            return False
+    return True
+
+
 class InitialPolicy:
-    """π_0 of the `model` that `accelerator` trains."""
+    """π_0 of the `model` that `accelerator` trains; made before training begins."""
 
     def __init__(self, model, accelerator):
         self.model, self.accelerator = model, accelerator
         self.has_adapter = is_peft_model(model)
+        self.has_neutral_adapter = self.has_adapter and adapter_is_neutral(model)
         self.frozen = None
 
     def freeze(self) -> None:
-        """Keeps a copy of the model as it is, unless there is an adapter to switch off."""
-        if self.has_adapter:
+        """Keeps a copy of the model as it is, unless there is an adapter to switch off.
+
+        Raises:
+            ValueError: Without its adapter the model would be another one than it is now.
+        """
+        if self.has_neutral_adapter:
             return
+        if self.has_adapter:
+            raise ValueError(
+                "objective='asft' asks the policy before training at every step, by switching the adapter off, but this adapter changes the "
+                "model from the start (it was trained before, or its init_lora_weights is 'pissa', 'olora', 'loftq' or the like). Merge it with "
+                "`model.merge_and_unload()` and start a new adapter, or write init_lora_weights=True."
+            )
         frozen = copy.deepcopy(self.model)
         del frozen.forward  # its fused head is bound to the model that is trained
         add_fused_lm_head(frozen)
@@ -57,7 +88,10 @@ class InitialPolicy:
 
     @contextlib.contextmanager
     def asked(self, model=None):
-        """The model to call for π_0, without gradient or dropout; `model` is `self.model` as accelerate wrapped it."""
+        """
+        The frozen copy, or the model with its adapter off (π_0 if that is neutral, the base in any case), without gradient or dropout;
+        `model` is `self.model` as accelerate wrapped it.
+        """
         if self.frozen is not None:
             with torch.no_grad():
                 yield self.frozen
@@ -66,37 +100,46 @@ class InitialPolicy:
         with without_training(self.model), off:
             yield self.model if model is None else model
 
-    def score(self, dataset, columns: list[str], pairs_of: Callable, settings, description: str):
+    @contextlib.contextmanager
+    def _before_training(self):
+        """π_0, before training; where the adapter is neutral, at any time."""
+        if self.has_neutral_adapter:
+            with self.asked() as model:
+                yield model
+        else:
+            with without_training(self.model):
+                yield self.model
+
+    def score(self, dataset, column: str, pieces_of: Callable, settings, description: str):
         """
-        A map-style dataset with log-probs under π_0 as new columns, cached like any `datasets` map.
+        A map-style dataset with log-probs under π_0 as a new column, cached like any `datasets` map.
 
         Args:
-            columns (`list[str]`): Columns to write: a value per token of `input_ids`, NaN where there is none.
-            pairs_of (`Callable`): row → `{column: (prompt ids, target ids, temperature)}`, where the targets are the last of the
-                row's `input_ids`.
+            column (`str`): Column to write: a value per token of `input_ids`, NaN where there is none.
+            pieces_of (`Callable`): row → list of `(end, prompt ids, target ids, temperature)`, where the targets stand in `input_ids` up
+                to the position `end`.
             settings: What else the result depends on, for the cache.
         """
 
         def score(batch: dict[str, list]) -> dict[str, list]:
             rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-            wanted = [(i, column, pair) for i, row in enumerate(rows) for column, pair in pairs_of(row).items()]
+            wanted = [(i, *piece) for i, row in enumerate(rows) for piece in pieces_of(row)]
             # Each process scores a share of each batch, and all write all.
             share = wanted[self.accelerator.process_index :: self.accelerator.num_processes]
-            with self.asked() as model, self.accelerator.autocast():
+            with self._before_training() as model, self.accelerator.autocast():
                 scored = target_log_probs(
                     model,
-                    [pair[:2] for *_, pair in share],
-                    temperatures=[pair[2] for *_, pair in share],
+                    [(prompt, target) for *_, prompt, target, _ in share],
+                    temperatures=[temperature for *_, temperature in share],
                     progress=False,
                 )
-            values = [(i, column, x.tolist()) for (i, column, _), x in zip(share, scored, strict=True)]
-            filled = {column: [[math.nan] * len(row["input_ids"]) for row in rows] for column in columns}
-            for i, column, log_probs in gather_object(values) if self.accelerator.num_processes > 1 else values:
-                of_row = filled[column][i]
-                of_row[len(of_row) - len(log_probs) :] = log_probs
-            return filled
+            values = [(i, end, x.tolist()) for (i, end, *_), x in zip(share, scored, strict=True)]
+            filled = [[math.nan] * len(row["input_ids"]) for row in rows]
+            for i, end, log_probs in gather_object(values) if self.accelerator.num_processes > 1 else values:
+                filled[i][end - len(log_probs) : end] = log_probs
+            return {column: filled}
 
-        if "behavior_log_probs" in columns and "model_revision" in dataset.column_names:
+        if column == "behavior_log_probs" and "model_revision" in dataset.column_names:
             adapted = next(
                 (i for i, revision in enumerate(dataset["model_revision"]) if "+" in (revision or "")), None
             )
@@ -105,14 +148,14 @@ class InitialPolicy:
                     f"Row {adapted} was sampled with the adapter {dataset[adapted]['model']!r}, so its behaviour log-probs cannot be computed with the "
                     "model that is trained. Set precompute_behavior_log_probs=False to use the stored ones."
                 )
-        fingerprint = Hasher.hash((dataset._fingerprint, settings, self._digest()))
+        fingerprint = Hasher.hash((dataset._fingerprint, column, settings, self._digest()))
         alone = self.accelerator.num_processes == 1
         place = self.model.device
         elsewhere = place.type != self.accelerator.device.type  # under FSDP, before training
         if elsewhere:
             self.model.to(self.accelerator.device)
         try:
-            return dataset.map(
+            return dataset.with_format(None).map(
                 score,
                 batched=True,
                 new_fingerprint=fingerprint if alone else f"{fingerprint}-{self.accelerator.process_index}",
@@ -124,10 +167,13 @@ class InitialPolicy:
                 self.model.to(place)
 
     def _digest(self) -> str:
-        """Of the weights without the adapter's, and of the arithmetic they are used with."""
+        """Of the weights, without those of an adapter that changes nothing yet, and of the arithmetic they are used with."""
         digest = hashlib.blake2b(self.accelerator.mixed_precision.encode())
+        if self.has_adapter and not self.has_neutral_adapter:  # an adapter's scaling is not among the weights
+            scaling = [getattr(module, "scaling", None) for module in self.model.modules()]
+            digest.update(repr([x for x in scaling if isinstance(x, dict)]).encode())
         for name, tensor in sorted(causal_lm(self.model).state_dict().items()):
-            if ".default" not in name:  # peft's name for the adapter that is trained
+            if not self.has_neutral_adapter or ".default" not in name:  # peft's name for the adapter that is trained
                 digest.update(name.encode())
                 digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()

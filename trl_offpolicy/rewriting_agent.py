@@ -36,6 +36,10 @@ from .scoring import causal_lm, head_logits, lm_head, target_log_probs
 from .verification import explain_with, rewards
 
 
+# Values of `init_lora_weights` (or how they begin) that change the frozen weights, so that the adapter off is another model.
+CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
 class Candidate(NamedTuple):
     """What a process knows of one candidate; every process gets those of all."""
 
@@ -95,13 +99,20 @@ class GroupReward:
         Takes the base, the model of `trainer` with its adapter off; [`RewritingAgentTrainer`] calls it.
 
         Raises:
-            ValueError: The model has no adapter, its parameters are sharded, or (with a judge) YES and NO begin with the same token.
+            ValueError: The model has no adapter, or one whose `init_lora_weights` changes the base; its parameters are sharded, or (with a judge) YES and NO begin with the same token.
         """
         if not is_peft_model(trainer.model):
             raise ValueError(
                 "The reward asks the frozen base by switching the adapter off, but the model has none. Pass a `peft_config`, such as "
                 "LoraConfig(r=64, lora_alpha=32, target_modules='all-linear')."
             )
+        for config in trainer.model.peft_config.values():
+            start = getattr(config, "init_lora_weights", True)
+            if isinstance(start, str) and start.lower().startswith(CHANGES_THE_BASE):
+                raise ValueError(
+                    f"Your peft_config has init_lora_weights={start!r}, which takes a part out of the frozen weights and puts it into the adapter: with "
+                    "the adapter off, the model would not be the base that the reward asks. Write init_lora_weights=True."
+                )
         deepspeed = trainer.accelerator.state.deepspeed_plugin
         if trainer.is_fsdp_enabled or (deepspeed is not None and deepspeed.zero_stage == 3):
             raise ValueError(

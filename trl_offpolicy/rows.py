@@ -11,6 +11,7 @@ An output row, ready for `SFTTrainer` (`completion_ids` and `behavior_log_probs`
 """
 
 import hashlib
+import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -277,12 +278,26 @@ def number_copies(ids: Sequence[int]):
     return copies
 
 
-def encode_prompt(processing_class, prompt: list[dict[str, str]] | str, chat_template: str | None = None) -> list[int]:
-    """Token ids of a prompt as sampling, training and measuring all see it: rendered by the chat template, up to the answer."""
+def encode_prompt(
+    processing_class,
+    prompt: list[dict[str, str]] | str,
+    chat_template: str | None = None,
+    tools: list | str | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> list[int]:
+    """
+    Token ids of a prompt as sampling, training and measuring all see it: rendered by the chat template, up to the answer. A row's `tools`
+    (JSON, if a text) and `chat_template_kwargs` go to the template, as in TRL.
+    """
     if isinstance(prompt, str):
         return processing_class(prompt)["input_ids"]
+    options = {
+        "chat_template": chat_template,
+        "tools": json.loads(tools) if isinstance(tools, str) else tools,
+        **(chat_template_kwargs or {}),
+    }
     return processing_class.apply_chat_template(
-        prompt, chat_template=chat_template, add_generation_prompt=True, tokenize=True, return_dict=True
+        prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **options
     )["input_ids"]
 
 
@@ -369,9 +384,24 @@ def load_rows(
     dataset_config: str | None = None,
     dataset_split: str = "train",
     dataset_revision: str | None = None,
+    streaming: bool = False,
 ):
-    """A `datasets.Dataset` from a JSONL, JSON, CSV or Parquet file, a directory (Parquet or `save_to_disk`) or a Hub id."""
+    """
+    A `datasets.Dataset` from a JSONL, JSON, CSV or Parquet file, a directory (Parquet or `save_to_disk`) or a Hub id; an
+    `IterableDataset` with `streaming`.
+
+    Raises:
+        ValueError: The file cannot be read, or there is no such split: a file and a single saved dataset are the split `train` only.
+        FileNotFoundError: It is a path at which there is nothing.
+    """
     from datasets import DatasetDict, load_dataset, load_from_disk
+
+    def only_train(what: str) -> None:
+        if dataset_split != "train":  # the same rows under another name would be held out from nothing
+            raise ValueError(
+                f"You asked for the split {dataset_split!r} of {dataset_name!r}, but {what} has no splits. Give it as the split 'train' if "
+                "these are the rows you want; for a split of its own, save a DatasetDict, use a Hub dataset, or pass another file."
+            )
 
     path = Path(dataset_name)
     builders = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -382,16 +412,21 @@ def load_rows(
             head = file.read(1024)
         if not head.strip():
             raise ValueError(f"You passed dataset_name={dataset_name!r}, but that file is empty.")
-        return load_dataset(builders[path.suffix], data_files={dataset_split: str(path)}, split=dataset_split)
+        only_train("a file")
+        return load_dataset(builders[path.suffix], data_files=str(path), split="train", streaming=streaming)
     if path.is_dir() and any((path / f).exists() for f in ("dataset_dict.json", "state.json")):
         loaded = load_from_disk(str(path))
         if not isinstance(loaded, DatasetDict):
-            return loaded
+            only_train("a single saved dataset")
+            loaded = DatasetDict(train=loaded)
         if dataset_split not in loaded:
             raise ValueError(
                 f"You asked for dataset_split={dataset_split!r}, but {dataset_name!r} has {list(loaded)}."
             )
-        return loaded[dataset_split]
+        rows = loaded[dataset_split]
+        return rows.to_iterable_dataset() if streaming else rows
     if not path.is_dir() and (path.suffix in builders or dataset_name.startswith((".", "/", "~"))):
         raise FileNotFoundError(f"You passed dataset_name={dataset_name!r}, but there is no such file or directory.")
-    return load_dataset(dataset_name, dataset_config, split=dataset_split, revision=dataset_revision)
+    return load_dataset(
+        dataset_name, dataset_config, split=dataset_split, revision=dataset_revision, streaming=streaming
+    )
