@@ -170,6 +170,8 @@ def test_load_rows_from_every_place(tmp_path):
         load_rows(str(tmp_path / "a.csv"), dataset_split="test")
     with pytest.raises(ValueError, match="\\['train'\\]"):
         load_rows(str(tmp_path / "dict"), dataset_split="test")
+    rows.to_json(tmp_path / "odd[1].jsonl")
+    assert load_rows(str(tmp_path / "odd[1].jsonl"), dataset_split="train[1:]").to_list() == rows.to_list()[1:]
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(ValueError, match="is empty"):
         load_rows(str(tmp_path / "empty.jsonl"))

@@ -10,6 +10,7 @@ An output row, ready for `SFTTrainer` (`completion_ids` and `behavior_log_probs`
 `behavior_prompt` is what the sampler was asked where that is not `prompt`: in guided rows, with the reference in it.
 """
 
+import glob
 import hashlib
 import json
 import re
@@ -397,7 +398,9 @@ def load_rows(
     from datasets import DatasetDict, load_dataset, load_from_disk
 
     def only_train(what: str) -> None:
-        if dataset_split != "train":  # the same rows under another name would be held out from nothing
+        if (
+            re.split(r"[\[+]", dataset_split)[0] != "train"
+        ):  # the same rows under another name would be held out from nothing
             raise ValueError(
                 f"You asked for the split {dataset_split!r} of {dataset_name!r}, but {what} has no splits. Give it as the split 'train' if "
                 "these are the rows you want; for a split of its own, save a DatasetDict, use a Hub dataset, or pass another file."
@@ -413,7 +416,9 @@ def load_rows(
         if not head.strip():
             raise ValueError(f"You passed dataset_name={dataset_name!r}, but that file is empty.")
         only_train("a file")
-        return load_dataset(builders[path.suffix], data_files=str(path), split="train", streaming=streaming)
+        return load_dataset(
+            builders[path.suffix], data_files=glob.escape(str(path)), split=dataset_split, streaming=streaming
+        )
     if path.is_dir() and any((path / f).exists() for f in ("dataset_dict.json", "state.json")):
         loaded = load_from_disk(str(path))
         if not isinstance(loaded, DatasetDict):
