@@ -5,6 +5,7 @@ import random
 import socket
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -227,6 +228,25 @@ def test_abort_closes_the_connection(serve, sample):
     sampler.abort(request.id)
     sampler.abort("never there")
     assert server.hung_up.wait(30) and sampler.poll() == []
+
+
+def test_an_abort_gives_the_slot_back_whenever_it_comes(serve, sample, expected):
+    """Also of a request that was just about to be sent; and what is asked for anew is not answered with what was aborted."""
+    sampler = sample(serve(), batch_size=4)
+    for request in requests(300):
+        sampler.submit(request)
+        sampler.abort(request.id)
+    assert drain(sampler, requests(40)) == expected
+    deadline = time.monotonic() + 30
+    while sampler._servers[0].outstanding and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert sampler._servers[0].outstanding == 0
+    first, other = requests(2)
+    sampler.submit(first)
+    while sampler._finished.empty() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    sampler.abort(first.id)  # finished, and not taken
+    assert drain(sampler, [replace(other, id=first.id)])[first.id].text == expected[other.id].text
 
 
 def test_what_no_server_can_answer_is_said_and_the_rest_goes_on(serve, sample, expected):

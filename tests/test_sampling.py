@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from trl_offpolicy import OpenAISampler, TransformersSampler, VLLMSampler
 from trl_offpolicy.rows import encode_prompt
 from trl_offpolicy.sampling import Request, SamplerError, SamplingParams, attempt_seed
+from trl_offpolicy.sampling.vllm_sampler import lora_engine_kwargs
 
 
 QUESTIONS = [
@@ -266,19 +267,26 @@ def test_vllm_samples_with_an_adapter(engine, policy, model, tokenizer, tmp_path
     torch.manual_seed(0)
     # A rank that is none of vLLM's, and weights that are not the zeros an adapter starts from.
     config = LoraConfig(r=5, target_modules=["q_proj", "up_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-    adapted = get_peft_model(copy.deepcopy(model), config).eval()
-    adapted.save_pretrained(tmp_path)
-    plain, sampler = engine("vllm"), engine("vllm", adapter=str(tmp_path))
-    assert sampler.name == str(tmp_path) and sampler.revision.startswith(plain.revision + "+")
+    adapted = {str(tmp_path / name): get_peft_model(copy.deepcopy(model), config).eval() for name in "ab"}
+    for directory, each in adapted.items():
+        each.save_pretrained(directory)
+    plain = engine("vllm", **lora_engine_kwargs(str(tmp_path / "a")), max_loras=3)
+    samplers = [plain.with_adapter(directory) for directory in adapted]
+    with pytest.raises(ValueError, match="as the 3. one on this engine, whose 3 slots .* Pass max_loras=4"):
+        plain.with_adapter(policy)
+    with pytest.raises(ValueError, match="that draws with .* already"):
+        samplers[0].with_adapter(str(tmp_path / "b"))
     assert plain.revision == TransformersSampler(policy).revision, "the same weights, whichever engine loads them"
     wanted = requests(6)
-    completions = drain(sampler, wanted)
-    for request in wanted:
-        ids = completions[request.id].completion_ids
-        prompt = encode_prompt(tokenizer, request.prompt)
-        drawn = torch.tensor(completions[request.id].log_probs)
-        torch.testing.assert_close(drawn, forward_log_probs(adapted, prompt, ids), atol=1e-4, rtol=1e-4)
-    assert drawn_ids(completions) != drawn_ids(drain(plain, wanted))
+    for sampler, (directory, each) in zip(samplers, adapted.items(), strict=True):
+        assert sampler.name == directory and sampler.revision.startswith(plain.revision + "+")
+        completions = drain(sampler, wanted)
+        for request in wanted:
+            ids = completions[request.id].completion_ids
+            prompt = encode_prompt(tokenizer, request.prompt)
+            drawn = torch.tensor(completions[request.id].log_probs)
+            torch.testing.assert_close(drawn, forward_log_probs(each, prompt, ids), atol=1e-4, rtol=1e-4)
+        assert drawn_ids(completions) != drawn_ids(drain(plain, wanted))
 
 
 @needs_vllm

@@ -113,7 +113,8 @@ class OpenAISampler:
         self.capacity = 2 * self.slots
         self._under_way: dict[str, _Job | None] = {}  # by request id; `None` for one that no server is asked for
         self._waiting: deque[_Job] = deque()
-        self._finished: queue.SimpleQueue = queue.SimpleQueue()  # of completions, or of the exception that ends it all
+        # Of jobs (`None` as in `_under_way`) with their completions, or of the exception that ends it all.
+        self._finished: queue.SimpleQueue = queue.SimpleQueue()
         self._answered = 0
         self._failing_since: float | None = None  # the first failure after the last answer
         self._last_error = ""
@@ -165,7 +166,7 @@ class OpenAISampler:
             ids = prompt_ids(self.processing_class, request, min(server.context for server in self._servers))
             if isinstance(ids, Completion):
                 self._under_way[request.id] = None
-                self._finished.put(ids)
+                self._finished.put((None, ids))
                 return
         job = self._under_way[request.id] = _Job(request, ids, self._answered)
         self._loop.call_soon_threadsafe(self._enqueue, job)
@@ -173,13 +174,16 @@ class OpenAISampler:
     def poll(self) -> list[Completion]:
         finished: list[Completion] = []
         while self._under_way and not (finished and self._finished.empty()):
-            completion = self._finished.get()
-            if isinstance(completion, BaseException):
-                self._finished.put(completion)  # for the next poll
+            item = self._finished.get()
+            if isinstance(item, BaseException):
+                self._finished.put(item)  # for the next poll
                 if finished:
                     break
-                raise completion
-            if completion.id in self._under_way:  # or it was aborted just now
+                raise item
+            job, completion = item
+            if (
+                self._under_way.get(completion.id, item) is job
+            ):  # else it was aborted just now, or asked for anew since
                 del self._under_way[completion.id]
                 finished.append(completion)
         return finished
@@ -213,6 +217,7 @@ class OpenAISampler:
             job.task.cancel()  # closes the connection, and the server stops generating
 
     async def _hang_up(self) -> None:
+        self._waiting.clear()
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()
@@ -229,6 +234,12 @@ class OpenAISampler:
                 server = min(free, key=lambda s: (s in job.failed, s.outstanding))
                 server.outstanding += 1
                 job.task = self._loop.create_task(self._try(job, server))
+                # Not at the end of the task itself: one that is cancelled before it has begun never gets there.
+                job.task.add_done_callback(lambda _, server=server: self._give_back(server))
+
+    def _give_back(self, server: _Server) -> None:
+        server.outstanding -= 1
+        self._dispatch()
 
     async def _try(self, job: _Job, server: _Server) -> None:
         try:
@@ -237,14 +248,12 @@ class OpenAISampler:
         except _FAILURES as error:
             completion = self._fault(job, server, error)
         except Exception as error:
-            completion = error  # ours: `poll` raises it
-        finally:
-            server.outstanding -= 1
-            self._loop.call_soon(self._dispatch)
+            self._finished.put(error)  # ours: `poll` raises it
+            return
         if completion is None:
             self._waiting.appendleft(job)
         else:
-            self._finished.put(completion)
+            self._finished.put((job, completion))
 
     def _fault(self, job: _Job, server: _Server, error: Exception) -> Completion | None:
         """What to answer when a try has failed: nothing if it is the server's fault, and another may do better."""

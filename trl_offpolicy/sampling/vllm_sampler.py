@@ -75,6 +75,7 @@ class VLLMSampler:
         # ... and go into the engine when its own queue is this short: many at a time, since what is encoded between two of its steps
         # costs more than twice as much as one after another (the caches).
         self._low = self.slots + self.slots // 4
+        self._adapters: dict[str, int] = {}
         # Several samplers may share an engine: what waits for it and what is in it, and whose it is.
         self._waiting: dict[str, tuple[VLLMSampler, Request]] = {}
         self._owners: dict[str, VLLMSampler] = {}
@@ -98,6 +99,7 @@ class VLLMSampler:
 
     def _adapt(self, adapter: str) -> None:
         from vllm.lora.request import LoRARequest
+        from vllm.platforms import current_platform
 
         if self.engine.vllm_config.lora_config is None:
             needed = ", ".join(f"{name}={value}" for name, value in lora_engine_kwargs(adapter).items())
@@ -106,7 +108,16 @@ class VLLMSampler:
             )
         if self._lora is not None:
             raise ValueError(f"You passed adapter={adapter!r} to a sampler that draws with {self.name} already.")
-        self._lora = LoRARequest("adapter", 1, str(local_directory(adapter)))
+        # vLLM takes two adapters with one id for the same.
+        number = self._adapters.get(adapter, len(self._adapters) + 1)
+        slots = self.engine.vllm_config.lora_config.max_loras
+        if current_platform.is_cpu() and number >= slots:
+            raise ValueError(
+                f"You passed adapter={adapter!r} as the {number}. one on this engine, whose {slots} slots must hold all of them and an empty one for "
+                f"requests without (vLLM's CPU build). Pass max_loras={number + 1} to VLLMSampler."
+            )
+        self._lora = LoRARequest(adapter, number, str(local_directory(adapter)))
+        self._adapters[adapter] = number
         self.name, self.revision = adapter, adapted_revision(self.revision, adapter)
 
     def submit(self, request: Request) -> None:
