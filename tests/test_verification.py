@@ -51,6 +51,23 @@ CASES = [
     ("\\boxed{3}", "", "unparsable"),
     ("\\boxed{3}", "\\frac{1}{", "unparsable"),
     ("\ud800 NUL \x00 \\boxed{7}", "7", "correct"),
+    # what is said of a variable, as it is usually written: with spaces
+    ("\\boxed{x \\in (2,\\infty)}", "x>2", "correct"),
+    ("\\boxed{a \\in (0,1)}", "0<a<1", "correct"),
+    ("\\boxed{x \\in \\{1, 2\\}}", "1,2", "correct"),
+    ("\\boxed{x \\in \\{1, 2\\}}", "\\{2,1\\}", "correct"),
+    ("\\boxed{x \\in \\{1, 2\\}}", "(1,2)", "wrong"),
+    ("\\boxed{(x, y) \\in \\{(1,2), (3,4)\\}}", "(1,2),(3,4)", "correct"),
+    ("\\boxed{x \\in \\mathbb{R}}", "(-\\infty,\\infty)", "correct"),
+    ("\\boxed{S = \\{1,2\\}}", "\\{1,2\\}", "correct"),
+    ("\\boxed{A = \\{1,2\\}}", "B=\\{1,2\\}", "wrong"),
+    ("\\boxed{\\{1,2\\}, \\{3,4\\}}", "\\{1,4\\},\\{3,2\\}", "wrong"),
+    ("\\boxed{x \\in [-2,8]}", "x \\in [-2,7]", "wrong"),
+    ("\\boxed{x \\le 7}", "x \\in [-2,7]", "wrong"),
+    # sympy raises for what it has no way to compare
+    ("\\boxed{x < 3}", "x \\neq 3", "wrong"),
+    ("\\boxed{x < 1}", "\\sin x = 1", "wrong"),
+    ("\\boxed{x > 1}", "x \\notin \\{1\\}", "wrong"),
 ]
 
 

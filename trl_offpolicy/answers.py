@@ -148,7 +148,7 @@ _REWRITES = [
         (r"(?<![\w.])(\d+(?:\.\d*)?|\.\d+)[eE]([+-]?\d+)(?!\w)", r"\1\\times 10^{\2}"),
         (r"(?<=\d)\s*(?:\\cdot|\*)\s*10\s*\^", r"\\times 10^"),
         (rf"((?<![\\A-Za-z])[A-Za-z]|\\(?:{_GREEK}))\s*_\s*(\{{[^{{}}]*\}}|\{{\\text\s*\{{[^{{}}]*\}}\s*\}}|\\[A-Za-z]+|\w)", lambda m: f"{m[1]}_{{{_plain(m[2])}}}"),
-        (r",?\s*(?:\\text\{[^{}]*\})?\s*\b[a-z]\s*\\in\s*\\mathbb\{[A-Z]\}$", ""),
+        (r"(?!^),?\s*(?:\\text\{[^{}]*\})?\s*\b[a-z]\s*\\in\s*\\mathbb\{[A-Z]\}$", ""),
         (r"\\\{\s*[a-z](?:\s*\\in\s*\\mathbb\{R\})?\s*[|:]([^{}|]*)\\\}", r"\1"),
         (r"^\\text\s*\{[^{}]*(?:\bis|\bare|:|=)\s*\}\s*(?=\S)|\s*\\text\s*\{\s*(?:for (?:all|every|any)|only)\b.*$", ""),
         (r"\s+", " "),
@@ -175,7 +175,7 @@ def normalize(answer: str) -> str:
         text = pattern.sub(replacement, text)
     text = _brace_arguments(text)
     text = re.sub(r" ?([-+*/^_=<>(),;|{}\[\]&]) ?", r"\1", text)
-    text = re.sub(r"(\\[A-Za-z]+) (?![A-Za-z])", r"\1", text).strip()
+    text = re.sub(r"(\\[A-Za-z]+) (?![A-Za-z])", r"\1", text).replace(" \\", "\\").strip()
     text = re.sub(r"^(?:[=:]|\\approx)\s*|[.,;:\\\s]+$", "", text)
     # `\text{204 minutes}`, `\text{(B)}`: text around a value, not words
     if wrapped := re.fullmatch(r"\\text\{([^{}]*)\}", text):
