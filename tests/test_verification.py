@@ -64,6 +64,16 @@ CASES = [
     ("\\boxed{\\{1,2\\}, \\{3,4\\}}", "\\{1,4\\},\\{3,2\\}", "wrong"),
     ("\\boxed{x \\in [-2,8]}", "x \\in [-2,7]", "wrong"),
     ("\\boxed{x \\le 7}", "x \\in [-2,7]", "wrong"),
+    # a magnitude is part of the number, not a unit that is dropped
+    ("\\boxed{5\\text{ million}}", "5", "wrong"),
+    ("\\boxed{5\\text{ million}}", "5\\text{ thousand}", "wrong"),
+    ("\\boxed{\\$5 \\text{ million}}", "5000000", "correct"),
+    ("\\boxed{3\\text{ thousand dollars}}", "\\$3,000", "correct"),
+    ("\\boxed{3\\text{ dozen eggs}}", "36", "correct"),
+    ("\\boxed{0.5 billion}", "500 \\text{ million}", "correct"),
+    ("The answer is about 5 million.", "5", "wrong"),
+    ("\\boxed{1500000}", "\\$1,500,000", "correct"),  # one number, though there is a unit behind it
+    ("\\boxed{1,500,000\\text{ people}}", "1500000", "correct"),
     # sympy raises for what it has no way to compare
     ("\\boxed{x < 3}", "x \\neq 3", "wrong"),
     ("\\boxed{x < 1}", "\\sin x = 1", "wrong"),

@@ -52,6 +52,7 @@ QUANTITIES = [
     ("\\boxed{\\$3.50}", "3.5 USD", "correct"),
     ("\\boxed{3.5 EUR}", "3.5 USD", "wrong"),
     ("\\boxed{\\frac{1}{2} h}", "30 min", "correct"),
+    ("\\boxed{3 dozen}", "36", "correct"),
     ("\\boxed{9**9**9**9}", "5", "unparsable"),
     ("\\boxed{5 quux}", "5 m", "unparsable"),
     ("\\boxed{about ten}", "10", "unparsable"),

@@ -82,7 +82,7 @@ def _from_sentence(text: str, first: bool) -> str | None:
     piece = said[-1].strip()
     if _LEADS.match(piece):
         return _ASIDE.split(piece, maxsplit=1)[0]
-    numbers = re.findall(r"(?<![\w.])-?\$?[\d,]*\.?\d+(?:/\d+)?(?:\s?\\?%)?", piece)
+    numbers = re.findall(rf"(?<![\w.])-?\$?[\d,]*\.?\d+(?:/\d+)?(?:\s?\\?%|\s(?:{'|'.join(MAGNITUDES)})\b)?", piece)
     return (numbers[0] if len(numbers) == 1 else None) if numbers else piece
 
 
@@ -168,7 +168,7 @@ def normalize(answer: str) -> str:
     text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻ⁿ]+", lambda m: f"^{{{unicodedata.normalize('NFKC', m[0])}}}", answer)
     text = re.sub(r"[₀-₉]+", lambda m: f"_{{{unicodedata.normalize('NFKC', m[0])}}}", text)
     text = "".join(_ascii(c) if ord(c) > 127 else c for c in text)
-    text = re.sub(r"\\\$ ?(\d[\d,.]*\d|\d)(?![\d.,{\\]| ?[a-z])", r"\1\\text{ dollars}", text)
+    text = re.sub(rf"\\\$ ?(\d[\d,.]*\d|\d)(?![\d.,{{\\]| ?[a-z]|{_SCALED})", r"\1\\text{ dollars}", text)
     text = text.replace("\\$", "").replace("$", "").strip()
     text = re.sub(r"\\\\(?:\[[^\]]*\])?", r"\\cr ", text)  # or the second backslash would begin a command
     for pattern, replacement in _REWRITES:
@@ -237,6 +237,8 @@ _NUMBER = re.compile(
 )
 _WORDS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty"
 NUMBER_WORDS = {word: value for value, word in enumerate(_WORDS.split())}
+MAGNITUDES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_SCALED = rf" ?\\text\s*\{{\s*(?:{'|'.join(MAGNITUDES)})\b"  # `\$5 \text{ million}`: no five dollars
 
 
 def number(text: str) -> tuple[Fraction, bool] | None:
@@ -298,20 +300,24 @@ _UNIT = re.compile(
 
 
 def split_unit(text: str) -> tuple[str, tuple[str, Fraction] | None]:
-    """A value without its unit, and the unit's (dimension, factor) if it is one that can be converted."""
+    """A value (times the "million" behind it) without its unit, and the unit's (dimension, factor) if it can be converted."""
     if not re.search(r"[A-Za-z]{2}|\\text", text) or not (match := _UNIT.fullmatch(text)):
         return text, None
-    name = (match["text"] or match["bare"]).strip().casefold().rstrip(".")
+    value, name = match["value"].strip(), (match["text"] or match["bare"]).strip().casefold().rstrip(".")
+    if scaled := re.fullmatch(rf"({'|'.join(MAGNITUDES)})s?(?: (.*))?", name):
+        factor, known = MAGNITUDES[scaled[1]], number(value)
+        value = str(known[0] * factor) if known else f"{factor}\\cdot({value})"
+        return split_unit(f"{value}\\text{{ {scaled[2]}}}") if scaled[2] else (value, None)
     power = int(match["power"] or 1)
-    for word, value in (("square", 2), ("sq", 2), ("cubic", 3), ("cu", 3)):
+    for word, its_power in (("square", 2), ("sq", 2), ("cubic", 3), ("cu", 3)):
         if found := re.fullmatch(rf"{word}\.? (.*)", name):
-            name, power = found[1], value
+            name, power = found[1], its_power
     known = [_UNITS.get(part) or _UNITS.get(part.removesuffix("s")) for part in name.split("/")]
     if re.search(r"\b(?:or|and|base|if|for|when)\b", name) or (
-        match["bare"] and not (number(match["value"].strip()) and (known[0] or re.search(r"[a-z]{4}|^mph$", name)))
+        match["bare"] and not (number(value) and (known[0] or re.search(r"[a-z]{4}|^mph$", name)))
     ):
         return text, None  # `2ab` is no number of `ab`
     if None in known or len(known) > 2:
-        return match["value"].strip(), None
+        return value, None
     dimension, factor = "/".join(k[0] for k in known), known[0][1] / (known[1][1] if len(known) == 2 else 1)
-    return match["value"].strip(), (f"{dimension}^{power}", factor**power)
+    return value, (f"{dimension}^{power}", factor**power)

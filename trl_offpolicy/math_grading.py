@@ -124,8 +124,8 @@ def _items(text: str) -> list[str]:
         text = text[2:-2]
     elif re.fullmatch(r"\{[^{}]+,[^{}]+\}", text):
         text = text[1:-1]
-    if number(text):
-        return [text]
+    if number(split_unit(text)[0]):
+        return [text]  # `1,500,000` of whatever is one number
     separator = r";|,?\s*\\text\s*\{[^{}]*\b(?:and|or)\b[^{}]*\}\s*,?|,?\s*(?<![A-Za-z])(?:and|or)(?![A-Za-z])|(?<!\d),|,(?!\d{3}(?!\d))|(?<=\d),(?=\d{3}\D*,)"
     pieces = _split(text, r";") if re.search(r"=.*,.*;", text) else _split(text, separator)
     if len(pieces) == 1 and "," in text and re.fullmatch(r"-?\d+(?:,-?\d+)+", text):

@@ -14,7 +14,7 @@ import string
 import unicodedata
 
 from . import prompts
-from .answers import NO_ANSWER, Unparsable, normalize, number, stated_answer
+from .answers import MAGNITUDES, NO_ANSWER, Unparsable, normalize, number, stated_answer
 from .rows import Verdict
 from .sampling import FAILED, Request, SamplingParams, attempt_seed
 from .verification import Verifier, explain_with
@@ -99,11 +99,11 @@ class NumericVerifier(_StatedVerifier):
         require_unit (`bool`, *optional*, defaults to `False`): A number without a unit is wrong where the gold answer has one.
     """
 
-    _SCALES = {"thousand": 1e3, "k": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12, "%": 0.01, "percent": 0.01}
+    _SCALES = {**MAGNITUDES, "k": 1e3, "%": 0.01, "percent": 0.01}
     _QUANTITY = re.compile(
         r"(?P<value>[-+−]?\s*(?:\\frac\{[^{}]*\}\{[^{}]*\}|(?:\d[\d,]*)?\.?\d+(?:/\d+|\s*\\frac\{\d+\}\{\d+\})?(?:[eE][-+]?\d+)?"
         r"(?:\s*(?:\\times|\\cdot|×|\*)\s*10\s*\^\s*(?:\{[-+]?\d+\}|\d))?))"
-        r"\s*(?P<scale>thousand\b|k\b|million\b|billion\b|trillion\b|%|percent\b)?\s*(?P<unit>.*)",
+        rf"\s*(?P<scale>(?:{'|'.join(MAGNITUDES)}|k|percent)\b|%)?\s*(?P<unit>.*)",
         re.S,
     )
 
