@@ -15,6 +15,7 @@ from scripted import ScriptedSampler, rows, verify
 from test_trainers import wandb_records
 
 from trl_offpolicy import Verdict, evaluate
+from trl_offpolicy.answers import canonical
 from trl_offpolicy.benchmarks import PRESETS, load_benchmark, load_benchmarks, read_questions
 from trl_offpolicy.estimators import accuracies, bootstrap, compare, majority, paired_test, pass_at_k, share_interval
 from trl_offpolicy.prompts import SOLVE_PROMPT
@@ -125,6 +126,42 @@ def test_what_is_not_judged_is_not_wrong():
     assert result["not_told"] == pytest.approx(1 - judged / 120) and 0.3 < result["not_told"] < 0.6
     shares = [c / n for c, n in zip(result["num_correct"], result["num_judged"], strict=True) if n]
     assert result["avg@4"] == pytest.approx(sum(shares) / len(shares))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        [f"{how}\nThe answer is 42." for how in ("Adding.", "By symmetry.", "Step by step.", "Let us see.")],
+        ["\\boxed{42}", "#### 42.0", "so $x = \\boxed{42}$", "The answer is $\\frac{84}{2}$."],
+        ["\\boxed{B}", "The answer is (B).", "\\boxed{\\text{(B) } 12}", "\\boxed{B. A line}"],
+    ],
+)
+def test_wrong_answers_vote_together_however_they_are_written(wrong):
+    """Four of six samples say the same wrong thing: the majority is wrong, in each way of writing it."""
+
+    class Says(ScriptedSampler):
+        def completion(self, request):
+            text = [*wrong, "So.\nThe answer is 7.", "Hence.\nThe answer is 7."][int(request.id.rpartition("/")[2])]
+            return Completion(request.id, text, [1], [-0.1], "stop")
+
+    def seven(completions, answers):
+        return [Verdict.CORRECT if "7" in c else Verdict.WRONG for c in completions]
+
+    one = {"a": [{"problem": "p", "answer": "7"}]}
+    result = run(one, Says(), num_generations=6, verifier=seven)["a"]
+    assert result["avg@6"] == pytest.approx(1 / 3) and result["maj@6"] == 0
+
+
+def test_the_text_of_a_vote_never_raises():
+    """Custom verifiers call any text wrong, and what it votes for is looked up in this process."""
+    rng = np.random.default_rng(0)
+    bits = [
+        "\\frac", "{", "}", "(", ")", "[", "1", "2", ",", ".", "=", "\\text{", "cm}", " million", "$", "%", "^", "_", "\\overline{", "10^",
+        "1e999", "\u0665", "\u00bd", "\u2153", "\ud800", "\x00", "\\pm", "\u00b2", "B. ", "1/0",
+    ]  # fmt: skip
+    for length in (1, 3, 8, 2000):
+        for _ in range(500 if length < 10 else 5):
+            assert isinstance(canonical("".join(rng.choice(bits, length))), str)
 
 
 def test_a_killed_and_resumed_evaluation_and_one_in_shards_say_the_same(tmp_path):

@@ -270,6 +270,26 @@ def number(text: str) -> tuple[Fraction, bool] | None:
     return (-value if part["sign"] == "-" else value), bool(part["dec"]) and not part["rep"]
 
 
+_MARKED = re.compile(r"\s*(?:\\text\w*\s*\{)?\s*\(?([A-J])(?:[.):]+(?=[\s}\\]|$)|\s*\}?\s*$)")
+
+
+def canonical(answer: str) -> str:
+    r"""One spelling of what letter, number, unit or words alone show to be equal: `42` for `42.0`, `x=42` and `$42$`, `B` for `(B) 12`.
+
+    For counting votes, in this process and of any text: it neither parses mathematics nor raises.
+    """
+    if marked := _MARKED.match(answer):
+        return marked[1]
+    try:
+        text, unit = split_unit(re.sub(r"^[A-Za-z]=(?!=)", "", normalize(answer)))
+        value = number(text)
+    except (Unparsable, RecursionError):
+        return answer
+    if value is None:
+        return words(text) or text
+    return f"{value[0] * unit[1]} {unit[0]}" if unit else str(value[0])
+
+
 def words(text: str) -> str | None:
     """The words of a text answer, for comparison; `None` for mathematics. Up to three bare letters are a product."""
     bare = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text)

@@ -19,13 +19,14 @@ from typing import NamedTuple
 from tqdm.auto import tqdm
 
 from . import prompts, tables
+from .answers import canonical, stated_answer
 from .benchmarks import Question, check_format, load_benchmarks, read_questions
 from .estimators import accuracies, compare, share_interval
 from .hub import versions
 from .journal import Journal, read_entries
 from .judging import VerdictQueue, abandoning
 from .rewriter import batched
-from .rows import Verdict, final_answer
+from .rows import Verdict
 from .run_log import wandb_run
 from .sampling import FAILED, Completion, Request, Sampler, SamplerError, SamplingParams, attempt_seed
 from .shards import Shard, check_siblings
@@ -223,6 +224,7 @@ class _Run:
         """Streams what is due through sampling and verification, which overlap, into the journal."""
         due = [item for name in self.questions for item in self.keys(name, self.shard) if item[0] not in self.samples]
         waiting, active = iter(due), {}
+        stated = getattr(verifier, "stated", True)
         with (
             abandoning(lambda: [(sampler, request_id) for request_id in active]),
             VerdictQueue(verifier, sampler) as verdicts,
@@ -249,10 +251,10 @@ class _Run:
                 except SamplerError:
                     for key, *judged in verdicts.drain():
                         if journal is not None:
-                            journal.append(_entry(key, *judged))
+                            journal.append(_entry(key, *judged, stated))
                     raise
                 for key, *judged in verdicts.take(hurry, wait=verdicts.full or not active):
-                    self.samples[key] = entry = _entry(key, *judged)
+                    self.samples[key] = entry = _entry(key, *judged, stated)
                     if journal is not None:
                         offsets[key] = journal.append(entry)
                     bar.update()
@@ -274,7 +276,7 @@ class _Run:
         every = [sample for samples in drawn.values() for sample in samples]
         judged = [[s for s in samples if s["verdict"] not in NOT_JUDGED] for samples in drawn.values()]
         correct = [[s["verdict"] == Verdict.CORRECT for s in samples] for samples in judged]
-        result = accuracies([[s["answer"] for s in samples] for samples in judged], correct, self.k)
+        result = accuracies([[_vote(s) for s in samples] for samples in judged], correct, self.k)
         if greedy:
             told = [float(s["verdict"] == Verdict.CORRECT) for s in greedy if s["verdict"] not in NOT_JUDGED]
             result |= {"greedy": fmean(told) if told else None, "greedy_ci95": share_interval(told)}
@@ -313,16 +315,23 @@ class _Run:
                 writer.write_table(pa.Table.from_pylist(rows, schema))
 
 
-def _entry(key: Key, completion: Completion, verdict: Verdict, reason: str) -> dict:
+def _vote(sample: dict) -> str | None:
+    """What a sample votes for in maj@k; a wrong answer must not lose its votes to how it is written."""
+    return None if sample["answer"] is None else canonical(sample["answer"])
+
+
+def _entry(key: Key, completion: Completion, verdict: Verdict, reason: str, stated: bool) -> dict:
+    answer = None
+    if completion.finish_reason == "stop" and verdict in (Verdict.CORRECT, Verdict.WRONG):
+        # the answer that the verifier read; where it reads something else, the text itself
+        answer = (stated and stated_answer(completion.text)[0]) or completion.text.strip()[-200:]
     return {
         **key._asdict(),
         "verdict": verdict,
         "finish_reason": completion.finish_reason,
         "num_tokens": len(completion.completion_ids),
         "log_prob": round(sum(completion.log_probs), 6) if completion.log_probs else None,
-        "answer": (final_answer(completion.text) or completion.text.strip()[-200:])
-        if completion.finish_reason == "stop" and verdict in (Verdict.CORRECT, Verdict.WRONG)
-        else None,
+        "answer": answer,
         "reason": reason,  # a resume reads a line up to here
         "text": completion.text,
     }

@@ -163,6 +163,8 @@ class JsonSchemaVerifier(Verifier):
         schema (`dict`, *optional*): JSON Schema. Without one, only equality counts; an answer of `None` asks for validity only.
     """
 
+    stated = False
+
     def __init__(self, schema: dict | None = None):
         self.jsonschema = _needs("jsonschema", "json", "JsonSchemaVerifier")
         self.schema, self.validator = schema, None
