@@ -315,6 +315,7 @@ def test_command(tmp_path):
     for wrong, message in [
         (("--dataset_name", DATA / "math_50.jsonl", "--verifier_kwargs", '{"tiemout": 1}'), "tiemout"),
         (("--dataset_name", DATA / "math_50.jsonl", "--completion_column", "nope"), "no nope"),
+        (("--dataset_name", DATA / "math_50.jsonl", "--answer_column", "anwser"), "no anwser"),
         (("--dataset_name", tmp_path / "none.jsonl"), "no such file"),
     ]:
         result = run(*wrong, "--output_file", tmp_path / "y")

@@ -83,9 +83,8 @@ def rewards(told: list[tuple[Verdict, str]]) -> list[float | None]:
 class Verifier:
     """What all verifiers share; a new one needs `_explain`. Usable as a context manager, and as a reward for `GRPOTrainer`."""
 
-    stated = (
-        True  # what is judged is the final answer that a completion states, not all of it: what maj@k counts votes for
-    )
+    # Whether the answer that a completion states is judged, not all of its text: what maj@k counts votes for.
+    stated = True
 
     @property
     def __name__(self) -> str:  # what GRPOTrainer calls its reward in the logs

@@ -80,7 +80,9 @@ def verify(argv: list[str]) -> int:
 def _to_verify(dataset, arguments: VerifyArguments):
     """(index, row, completion, gold answer) of each row; `ValueError` at once if a column is missing."""
     named = [arguments.completion_column, arguments.answer_column] if arguments.completion_column else []
-    if missing := [column for column in named if column not in dataset.column_names]:
+    # without it every demonstration would be compared with its own box, and be right
+    asked = named or [name for name in [arguments.answer_column] if name != VerifyArguments.answer_column]
+    if missing := [column for column in asked if column not in dataset.column_names]:
         raise ValueError(f"The dataset has the columns {dataset.column_names}, but no {' and no '.join(missing)}.")
     if not named:
         find_format(dataset.column_names)
