@@ -101,11 +101,25 @@ class NumericVerifier(_StatedVerifier):
 
     _SCALES = {**MAGNITUDES, "k": 1e3, "%": 0.01, "percent": 0.01}
     _QUANTITY = re.compile(
-        r"(?P<value>[-+−]?\s*(?:\\frac\{[^{}]*\}\{[^{}]*\}|(?:\d[\d,]*)?\.?\d+(?:/\d+|\s*\\frac\{\d+\}\{\d+\})?(?:[eE][-+]?\d+)?"
-        r"(?:\s*(?:\\times|\\cdot|×|\*)\s*10\s*\^\s*(?:\{[-+]?\d+\}|\d))?))"
+        r"(?P<value>[-+−]?\s*(?:10\s*\^\s*[-+]?\d+|\\frac\{[^{}]*\}\{[^{}]*\}|(?:\d[\d,]*)?\.?\d+(?:/\d+|\s*\\frac\{\d+\}\{\d+\})?(?:[eE][-+]?\d+)?"
+        r"(?:\s*(?:\\times|\\cdot|×|\*)\s*10\s*\^\s*[-+]?\d+)?))"
         rf"\s*(?P<scale>(?:{'|'.join(MAGNITUDES)}|k|percent)\b|%)?\s*(?P<unit>.*)",
         re.S,
     )
+
+    # LaTeX of units in pint's spelling; plain exponents first, or `\mathrm{s^{-1}}` would be one brace in another
+    _LATEX = [
+        (re.compile(pattern), replacement)
+        for pattern, replacement in (
+            (r"\^\s*\{\s*([-+−]?\d+)\s*\}", r"^\1"),
+            (r"\\(?:text|mathrm|operatorname)\s*\{([^{}]*)\}", r" \1"),
+            (r"\^\s*\{?\s*\\circ\s*\}?\s*|\\degree\s*", "°"),
+            (r"\\mu(?![A-Za-z])\s*", "µ"),
+            (r"\\Omega(?![A-Za-z])", "Ω"),
+            (r"(?<=[A-Za-z\d])\s*(?:\\cdot(?![A-Za-z])|·|⋅)\s*(?=[A-Za-zµΩ])", "*"),
+            (r"\\?[$€£]|~|\\\s|\\[,;:!]", " "),
+        )
+    ]
 
     def __init__(self, rel_tol: float = 1e-2, abs_tol: float = 0.0, require_unit: bool = False):
         if rel_tol < 0 or abs_tol < 0:
@@ -118,17 +132,19 @@ class NumericVerifier(_StatedVerifier):
 
     def quantity(self, text: str):
         """A pint quantity, or `None` where there is no number. The unit alone is given to pint: it evaluates arithmetic."""
-        text = re.sub(r"\\(?:text|mathrm)\s*\{([^{}]*)\}", r" \1", text.replace("\\%", "%"))
+        text = text.replace("\\%", "%")
         money = re.search(r"[$€£]", text.removesuffix("$"))
-        text = re.sub(r"\\?[$€£]|[~\\]\s|\\[,;]", " ", text).strip(" .")
+        for pattern, replacement in self._LATEX:
+            text = pattern.sub(replacement, text)
+        text = text.strip(" .")
         match = self._QUANTITY.fullmatch(text.rpartition("=")[2].strip()) if text.count("=") < 3 else None
         try:
-            value = number(normalize(match["value"])) if match else None
-        except Unparsable:
-            value = None
+            exact = number(normalize(re.sub(r"\^\s*([-+]?\d+)", r"^{\1}", match["value"]))) if match else None
+            value = exact and float(exact[0]) * self._SCALES.get(match["scale"] or "", 1.0)
+        except (Unparsable, OverflowError):  # 10^400 is no float
+            return None
         if value is None:
             return None
-        value = float(value[0]) * self._SCALES.get(match["scale"] or "", 1.0)
         unit = match["unit"].strip() or {"$": "USD", "€": "EUR", "£": "GBP"}.get(money[0] if money else "", "")
         if len(unit) > 40 or re.search(r"[^\w\s/*^{}().$€£°µ-]|\d{2}", unit):
             return None
