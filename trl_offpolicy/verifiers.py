@@ -62,6 +62,9 @@ class MultipleChoiceVerifier(_StatedVerifier):
         if len(text) == 1 or re.fullmatch(r"\(\w\)", text):
             text = text.upper()
         marked = re.findall(rf"\(([{self.letters}])\)", text)  # `(B) A line`: the letter is the marked one
+        if not marked and (first := re.match(rf"[{self.letters}]([.):])\s", text)):
+            # `B. A line`, `C) A and B`; but in `A. 3, C. 5` two are marked so
+            marked = re.findall(rf"(?<![\w'])([{self.letters}])\{first[1]}(?=\s|$)", text)
         return list(dict.fromkeys(marked or re.findall(rf"(?<![\w'])([{self.letters}])(?![\w'])", text)))
 
     def judge(self, stated: str, answer) -> tuple[Verdict, str]:
