@@ -217,6 +217,39 @@ def test_baseline(tmp_path):
     assert "paired" in (tmp_path / "new" / "results.md").read_text()
 
 
+def test_a_baseline_with_nothing_in_common_is_refused_before_sampling(tmp_path):
+    base, new = str(tmp_path / "base"), str(tmp_path / "new")
+    few = {"a": benchmark()[:3]}
+    run(few, output_dir=base)
+    run(output_dir=new)
+    written = (tmp_path / "new" / "results.json").read_text()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "results.json").write_text("[1, 2]")
+    sampler = ScriptedSampler()
+    asked = {"sampler": sampler, "output_dir": new}
+    for directory, benchmarks, message in [
+        (base, {"c": benchmark()}, "nothing to compare"),
+        (base, {"a": benchmark()[10:]}, "'a' has no problem in common"),
+        (base + "s", {"a": benchmark()}, "no results.json"),
+        (str(tmp_path / "foreign"), {"a": benchmark()}, "no result of an evaluation"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run(benchmarks, baseline=directory, **asked)
+    with pytest.raises(ValueError, match="no problem in common"):
+        run(few, baseline=base, solve_prompt="{problem} Be brief.", **asked)
+    assert sampler.sampled == 0 and (tmp_path / "new" / "results.json").read_text() == written
+    parts = [run(output_dir=str(tmp_path / "s"), baseline=base, shard=f"{i}/2") for i in (1, 0)]
+    assert "vs_baseline" not in parts[0]["a"]  # the baseline's three problems are in the other shard
+    assert parts[1]["a"]["vs_baseline"]["num_problems"] == 3 and "vs_baseline" not in parts[1]["b"]
+
+
+def test_the_home_directory_is_meant_by_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run(output_dir="~/base")
+    assert "vs_baseline" in run(output_dir="~/new", baseline="~/base")["a"]
+    assert (tmp_path / "base" / "results.json").exists() and (tmp_path / "new" / "results.json").exists()
+
+
 # ---- benchmarks and formats ----
 
 

@@ -100,13 +100,14 @@ def evaluate(
 
     Raises:
         ValueError: A benchmark is empty or unknown, a row has no problem or no answer, the prompts' format is wrong, or `output_dir`
-            holds an evaluation with other settings.
+            holds an evaluation with other settings, or `baseline` one with no problem in common.
     """
     part = Shard.parse(shard)
     _check_settings(num_generations, temperature, part, output_dir, solve_prompt)
     rows = benchmarks if isinstance(benchmarks, dict) else load_benchmarks(benchmarks)
     questions = {name: read_questions(name, each, solve_prompt, system_prompt) for name, each in rows.items()}
-    earlier = json.loads((Path(baseline) / "results.json").read_text())["benchmarks"] if baseline else {}
+    earlier = _read_baseline(Path(os.path.expanduser(baseline)), questions) if baseline else {}
+    output_dir = output_dir and os.path.expanduser(output_dir)
     if sampler is None:
         from .sampling.transformers_sampler import TransformersSampler
 
@@ -131,7 +132,8 @@ def evaluate(
             verifier.close()
     results = {name: {**run.summarize(name), "gold_unparsable": odd[name]} for name in questions if run.has(name)}
     for name in results.keys() & earlier.keys():
-        results[name]["vs_baseline"] = {"baseline": str(baseline), **compare(results[name], earlier[name])}
+        if _judged(results[name]) & _judged(earlier[name]):  # one shard of several may have none of them yet
+            results[name]["vs_baseline"] = {"baseline": str(baseline), **compare(results[name], earlier[name])}
     if output_dir is not None and run.complete:
         write_results(Path(output_dir), {**config, "num_generations": num_generations}, results, report_to)
     return results
@@ -149,6 +151,38 @@ def _check_settings(num_generations: int, temperature: float, shard: Shard, outp
             f"You passed shard={str(shard)!r} without output_dir, where the shards would find each other."
         )
     prompts.check(solve_prompt, "solve_prompt", "problem")
+
+
+def _read_baseline(directory: Path, questions: dict[str, list[Question]]) -> dict[str, dict]:
+    """The benchmarks of an earlier evaluation; `ValueError` before anything is sampled where nothing could be compared with it."""
+    path = directory / "results.json"
+    if not path.exists():
+        raise ValueError(
+            f"You passed baseline={str(directory)!r}, where there is no results.json; pass the output_dir of an evaluation that has finished."
+        )
+    try:
+        earlier = {name: each for name, each in json.loads(path.read_text())["benchmarks"].items() if _judged(each)}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"You passed baseline={str(directory)!r}, but {path} is no result of an evaluation."
+        ) from error
+    if not earlier.keys() & questions.keys():
+        raise ValueError(
+            f"You passed baseline={str(directory)!r}, which has judged {list(earlier)}, and benchmarks {list(questions)}: there is nothing to "
+            "compare. Name at least one benchmark as it is named there (a file is named by its stem), or leave `baseline` out."
+        )
+    for name in earlier.keys() & questions.keys():
+        if not _judged(earlier[name]) & {question.id for question in questions[name]}:
+            raise ValueError(
+                f"You passed baseline={str(directory)!r}, but its {name!r} has no problem in common with this one. The id of a problem depends on "
+                "its prompt and its gold answer: ask both the same benchmark in the same words (solve_prompt, system_prompt)."
+            )
+    return earlier
+
+
+def _judged(result: dict) -> set[str]:
+    """The ids of the problems of which at least one sample was judged."""
+    return {i for i, judged in zip(result["problem_ids"], result["num_judged"], strict=True) if judged}
 
 
 def _engine(sampler: Sampler, verifier, processing_class) -> dict:

@@ -1,6 +1,7 @@
 """`trl-offpolicy eval`, `gap` and `report`."""
 
 import itertools
+import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -131,6 +132,7 @@ def evaluate(argv: list[str]) -> int:
     if arguments.preset:
         parser.set_defaults(**PRESETS[arguments.preset])  # below what a flag or the config file says
         (arguments,) = parser.parse_args_and_config(argv)
+    arguments.output_dir = os.path.expanduser(arguments.output_dir)
     print(arguments.output_dir, flush=True)
     rows = load_benchmarks(arguments.benchmarks)
     if arguments.max_problems is not None:
