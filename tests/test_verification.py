@@ -323,6 +323,24 @@ def test_command(tmp_path):
         assert not (tmp_path / "y").exists()
 
 
+def test_command_on_numbers_and_on_its_own_output(tmp_path):
+    """What pandas reads as numbers is text; a failure leaves no file that the next run would stumble over; the input is no output."""
+    csv, out = tmp_path / "p.csv", tmp_path / "odd.jsonl"
+    csv.write_text("prediction,gold\n7,7\n8,9\n0,0\n")
+    named = ("--completion_column", "prediction", "--answer_column", "gold", "--output_file", out)
+    lists = tmp_path / "lists.jsonl"
+    lists.write_text('{"prediction": ["a", "b"], "gold": "1"}\n')
+    result = run("--dataset_name", lists, *named)
+    assert result.returncode == 2 and "Row 0: `prediction` must be a text" in result.stderr, result.stderr
+    assert {p.name for p in tmp_path.iterdir()} == {"p.csv", "lists.jsonl"}
+    result = run("--dataset_name", csv, *named, "--verifier", "exact")
+    assert result.returncode == 0, result.stderr
+    assert [json.loads(line)["index"] for line in out.open()] == [1]  # 0 is an answer, too
+    before = out.read_text()
+    result = run("--dataset_name", out, *named, "--overwrite")
+    assert result.returncode == 2 and "is the dataset itself" in result.stderr and out.read_text() == before
+
+
 def test_plain_numbers_are_checked_without_a_worker():
     golds = ["7", "-12", "0.5", "3.14159", "007", "\\frac{1}{", "", None, "1/2", "12 apples"]
     with MathVerifier(num_workers=1) as verifier:
