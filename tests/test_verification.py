@@ -74,6 +74,22 @@ CASES = [
     ("The answer is about 5 million.", "5", "wrong"),
     ("\\boxed{1500000}", "\\$1,500,000", "correct"),  # one number, though there is a unit behind it
     ("\\boxed{1,500,000\\text{ people}}", "1500000", "correct"),
+    # a bare unit is one where it can be nothing else, and one letter only behind an answer to a plain number
+    ("\\boxed{5 km/h}", "5", "correct"),
+    ("\\boxed{5 m/s}", "18\\text{ km/h}", "correct"),
+    ("\\boxed{1\\text{ km/h}^2}", "3600\\text{ m/h}^2", "wrong"),
+    ("\\boxed{1\\text{ km/h}^2}", "1000\\text{ m/h}^2", "correct"),
+    ("The answer is 12 m.", "12", "correct"),
+    ("The answer is 12 m^2.", "12", "correct"),
+    ("\\boxed{12}", "12 m", "wrong"),
+    ("\\boxed{12m}", "12", "wrong"),
+    ("\\boxed{12 x}", "12", "wrong"),
+    ("We solve.\nThe answers are 5 and 6.", "5,6", "correct"),
+    ("We solve.\nThe answer is 7.\nBoth solutions are valid.", "7", "correct"),
+    ("We solve.\nBoth solutions are valid.", "7", "unparsable"),
+    ("We solve.\n\n**Final Answer**\n\n18", "18", "correct"),
+    ("We solve.\n## Answer\n$\\frac{1}{2}$", "0.5", "correct"),
+    ("We look for the answer\n\n18 is not it, I think", "18", "unparsable"),
     # sympy raises for what it has no way to compare
     ("\\boxed{x < 3}", "x \\neq 3", "wrong"),
     ("\\boxed{x < 1}", "\\sin x = 1", "wrong"),

@@ -25,6 +25,11 @@ _END = re.compile(r"<\|(?:im_end|im_start|endoftext|eot_id|end_of_text)\|>|</s>"
 _PHRASE = re.compile(
     r"\b(final )?(?:answer|solution|result)\W{0,4}?(?:\s(?:is|are)\b|[:=])[\s*:=]*|^A:\s*", re.M | re.I
 )
+# Only where there is no such phrase, and only before what looks like a value: "the solutions are valid" says none.
+_PHRASES = re.compile(
+    r"\b(final )?(?:answers|solutions)\s+are[\s:]*|^(?:[ \t#*_]*(?:the )?final answer|[ \t]*(?:#+ *|\*\*)answer)[ \t*_]*\n\s*",
+    re.M | re.I,
+)
 _MATH = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<![\\$])\$([^$\n]+?)(?<!\\)\$(?!\d)", re.S)
 _ASIDE = re.compile(
     r"[,;.]? (?:not|which|because|since|as|instead|rather|where|so|when) |(?<=[^\s\d])\. |(?<=\d)\. |\n"
@@ -36,13 +41,14 @@ def stated_answer(completion: str) -> tuple[str | None, str]:
     """The text of the final answer, and where it was: `"box"`, `"phrase"` or `"line"`.
 
     In this order: what follows "final answer is" behind the last box; the last box (with those that only "and", "or" or a
-    comma separate from it), which must be closed; GSM8K's `####`; what follows "answer is", "answer:" or "A:"; a completion
-    that is a single line. Never the last number of whatever came out: a rambling sample would be right by chance, and be trained on.
+    comma separate from it), which must be closed; GSM8K's `####`; what follows "answer is", "answer:", "A:", else "answers are" or a
+    heading "Final Answer"; a completion that is a single line. Never the last number of whatever came out: a rambling sample would be right by chance, and be trained on.
     """
     visible = completion.rpartition("</think>")[2]
     text = visible if visible.strip() else completion
     text = _END.split(text, maxsplit=1)[0] or text
     phrases = list(_PHRASE.finditer(text))
+    phrases = phrases or [m for m in _PHRASES.finditer(text) if _LEADS.match(text, m.end())]
     said = _from_sentence(text[phrases[-1].end() : phrases[-1].end() + 1000], first=True) if phrases else None
     box = last_box(text)
     if box >= 0:
@@ -314,14 +320,14 @@ _UNITS = {
     for name, factor in zip(units.split()[::2], units.split()[1::2], strict=True)
 }  # fmt: skip
 _UNIT = re.compile(
-    r"(?P<value>.*?[\d)}a-z%])\s*(?:\\text\s*\{\s*(?P<text>[A-Za-z][^{}]*)\}|(?<=[\d})])\s*(?P<bare>[A-Za-z]{2,}(?:[ -][A-Za-z]+)*))"
+    r"(?P<value>.*?[\d)}a-z%])\s*(?:\\text\s*\{\s*(?P<text>[A-Za-z][^{}]*)\}|(?<=[\d})])\s*(?P<bare>[A-Za-z]+/[A-Za-z]+|[A-Za-z]{2,}(?:[ -][A-Za-z]+)*))"
     r"(?:\^\{?(?P<power>-?\d)\}?)?\.?(?:/\\text\s*\{[^{}]*\})?"
 )
 
 
 def split_unit(text: str) -> tuple[str, tuple[str, Fraction] | None]:
     """A value (times the "million" behind it) without its unit, and the unit's (dimension, factor) if it can be converted."""
-    if not re.search(r"[A-Za-z]{2}|\\text", text) or not (match := _UNIT.fullmatch(text)):
+    if not re.search(r"[A-Za-z]{2}|\\text|[A-Za-z]/[A-Za-z]", text) or not (match := _UNIT.fullmatch(text)):
         return text, None
     value, name = match["value"].strip(), (match["text"] or match["bare"]).strip().casefold().rstrip(".")
     if scaled := re.fullmatch(rf"({'|'.join(MAGNITUDES)})s?(?: (.*))?", name):
@@ -334,10 +340,11 @@ def split_unit(text: str) -> tuple[str, tuple[str, Fraction] | None]:
             name, power = found[1], its_power
     known = [_UNITS.get(part) or _UNITS.get(part.removesuffix("s")) for part in name.split("/")]
     if re.search(r"\b(?:or|and|base|if|for|when)\b", name) or (
-        match["bare"] and not (number(value) and (known[0] or re.search(r"[a-z]{4}|^mph$", name)))
+        match["bare"] and not (number(value) and (None not in known or re.search(r"^[^/]*[a-z]{4}[^/]*$|^mph$", name)))
     ):
         return text, None  # `2ab` is no number of `ab`
     if None in known or len(known) > 2:
         return value, None
-    dimension, factor = "/".join(k[0] for k in known), known[0][1] / (known[1][1] if len(known) == 2 else 1)
-    return value, (f"{dimension}^{power}", factor**power)
+    if len(known) == 2:  # `m/s^2`: the power is that of what it stands behind
+        return value, (f"{known[0][0]}/{known[1][0]}^{power}", known[0][1] / known[1][1] ** power)
+    return value, (f"{known[0][0]}^{power}", known[0][1] ** power)

@@ -74,6 +74,7 @@ _RELATION = re.compile(r"[<>]|\\(?:le|ge|neq)\b")
 _MEMBER = re.compile(
     r"^(?:(?:[A-Za-z]|\\[A-Za-z]+)(?:_\{[^{}]*\})?|\([A-Za-z](?:,[A-Za-z])+\))\\in(?![A-Za-z]) ?(?=[\[(\\])"
 )
+_LETTER_UNIT = re.compile(r"(.*\S) [mshgL](?:\^\{?[23]\}?)?")
 _ASSIGNED = re.compile(
     r"((?:\\?[A-Za-z|:\\]+(?:_\{[^{}]*\})?'*|\([A-Za-z,]+\)|\\angle [A-Z ]+)(?:\([^()=]*\))?)=(?!=)(.*)"
 )
@@ -315,6 +316,9 @@ class _Comparison:
             return self._same_value(told, wanted)
         if (told, wanted) != (prediction, gold):
             return self.same(told, wanted)
+        # `12 m` is twelve metres where a plain number was asked for; as a gold answer it may be a product
+        if number(gold) and (metres := _LETTER_UNIT.fullmatch(prediction)) and number(metres[1]):
+            return self._same_value(metres[1], gold)
         if "%" in prediction or "%" in gold:
             told, wanted = prediction.removesuffix("%").strip(), gold.removesuffix("%").strip()
             if self.same(told, wanted):
