@@ -30,7 +30,7 @@ from .rows import Verdict
 from .run_log import wandb_run
 from .sampling import FAILED, Completion, Request, Sampler, SamplerError, SamplingParams, attempt_seed
 from .shards import Shard, check_siblings
-from .verification import describe
+from .verification import MathVerifier, describe
 
 
 NOT_JUDGED = (Verdict.TIMEOUT, Verdict.ERROR)
@@ -117,8 +117,6 @@ def evaluate(
         check_format(processing_class, questions, train_tokenizer, train_dataset)
     own_verifier = verifier is None
     if own_verifier:
-        from .verification import MathVerifier
-
         verifier = MathVerifier()
     params = SamplingParams(temperature, top_p, top_k, max_completion_length)
     asked = {"seed": seed, "solve_prompt": solve_prompt, "system_prompt": system_prompt}
@@ -131,9 +129,7 @@ def evaluate(
         if own_verifier:
             verifier.close()
     results = {name: {**run.summarize(name), "gold_unparsable": odd[name]} for name in questions if run.has(name)}
-    for name in results.keys() & earlier.keys():
-        if _judged(results[name]) & _judged(earlier[name]):  # one shard of several may have none of them yet
-            results[name]["vs_baseline"] = {"baseline": str(baseline), **compare(results[name], earlier[name])}
+    _compare(results, earlier, str(baseline))
     if output_dir is not None and run.complete:
         write_results(Path(output_dir), {**config, "num_generations": num_generations}, results, report_to)
     return results
@@ -178,6 +174,13 @@ def _read_baseline(directory: Path, questions: dict[str, list[Question]]) -> dic
                 "its prompt and its gold answer: ask both the same benchmark in the same words (solve_prompt, system_prompt)."
             )
     return earlier
+
+
+def _compare(results: dict[str, dict], earlier: dict[str, dict], baseline: str) -> None:
+    """Adds `vs_baseline` where both have judged a problem; one shard of several may have none of the baseline's."""
+    for name in results.keys() & earlier.keys():
+        if _judged(results[name]) & _judged(earlier[name]):
+            results[name]["vs_baseline"] = {"baseline": baseline, **compare(results[name], earlier[name])}
 
 
 def _judged(result: dict) -> set[str]:
