@@ -15,6 +15,7 @@ from scripted import ScriptedSampler, rows, verify
 from test_trainers import wandb_records
 
 from trl_offpolicy import Verdict, evaluate
+from trl_offpolicy.answers import canonical
 from trl_offpolicy.benchmarks import PRESETS, load_benchmark, load_benchmarks, read_questions
 from trl_offpolicy.estimators import accuracies, bootstrap, compare, majority, paired_test, pass_at_k, share_interval
 from trl_offpolicy.prompts import SOLVE_PROMPT
@@ -127,6 +128,42 @@ def test_what_is_not_judged_is_not_wrong():
     assert result["avg@4"] == pytest.approx(sum(shares) / len(shares))
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        [f"{how}\nThe answer is 42." for how in ("Adding.", "By symmetry.", "Step by step.", "Let us see.")],
+        ["\\boxed{42}", "#### 42.0", "so $x = \\boxed{42}$", "The answer is $\\frac{84}{2}$."],
+        ["\\boxed{B}", "The answer is (B).", "\\boxed{\\text{(B) } 12}", "\\boxed{B. A line}"],
+    ],
+)
+def test_wrong_answers_vote_together_however_they_are_written(wrong):
+    """Four of six samples say the same wrong thing: the majority is wrong, in each way of writing it."""
+
+    class Says(ScriptedSampler):
+        def completion(self, request):
+            text = [*wrong, "So.\nThe answer is 7.", "Hence.\nThe answer is 7."][int(request.id.rpartition("/")[2])]
+            return Completion(request.id, text, [1], [-0.1], "stop")
+
+    def seven(completions, answers):
+        return [Verdict.CORRECT if "7" in c else Verdict.WRONG for c in completions]
+
+    one = {"a": [{"problem": "p", "answer": "7"}]}
+    result = run(one, Says(), num_generations=6, verifier=seven)["a"]
+    assert result["avg@6"] == pytest.approx(1 / 3) and result["maj@6"] == 0
+
+
+def test_the_text_of_a_vote_never_raises():
+    """Custom verifiers call any text wrong, and what it votes for is looked up in this process."""
+    rng = np.random.default_rng(0)
+    bits = [
+        "\\frac", "{", "}", "(", ")", "[", "1", "2", ",", ".", "=", "\\text{", "cm}", " million", "$", "%", "^", "_", "\\overline{", "10^",
+        "1e999", "\u0665", "\u00bd", "\u2153", "\ud800", "\x00", "\\pm", "\u00b2", "B. ", "1/0",
+    ]  # fmt: skip
+    for length in (1, 3, 8, 2000):
+        for _ in range(500 if length < 10 else 5):
+            assert isinstance(canonical("".join(rng.choice(bits, length))), str)
+
+
 def test_a_killed_and_resumed_evaluation_and_one_in_shards_say_the_same(tmp_path):
     whole = run(output_dir=str(tmp_path / "whole"), greedy=True)
     script = (
@@ -178,6 +215,39 @@ def test_baseline(tmp_path):
     )["a"]
     assert better["vs_baseline"]["p_value"] < 0.01 and better["vs_baseline"]["difference_ci95"][0] > 0
     assert "paired" in (tmp_path / "new" / "results.md").read_text()
+
+
+def test_a_baseline_with_nothing_in_common_is_refused_before_sampling(tmp_path):
+    base, new = str(tmp_path / "base"), str(tmp_path / "new")
+    few = {"a": benchmark()[:3]}
+    run(few, output_dir=base)
+    run(output_dir=new)
+    written = (tmp_path / "new" / "results.json").read_text()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "results.json").write_text("[1, 2]")
+    sampler = ScriptedSampler()
+    asked = {"sampler": sampler, "output_dir": new}
+    for directory, benchmarks, message in [
+        (base, {"c": benchmark()}, "nothing to compare"),
+        (base, {"a": benchmark()[10:]}, "'a' has no problem in common"),
+        (base + "s", {"a": benchmark()}, "no results.json"),
+        (str(tmp_path / "foreign"), {"a": benchmark()}, "no result of an evaluation"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run(benchmarks, baseline=directory, **asked)
+    with pytest.raises(ValueError, match="no problem in common"):
+        run(few, baseline=base, solve_prompt="{problem} Be brief.", **asked)
+    assert sampler.sampled == 0 and (tmp_path / "new" / "results.json").read_text() == written
+    parts = [run(output_dir=str(tmp_path / "s"), baseline=base, shard=f"{i}/2") for i in (1, 0)]
+    assert "vs_baseline" not in parts[0]["a"]  # the baseline's three problems are in the other shard
+    assert parts[1]["a"]["vs_baseline"]["num_problems"] == 3 and "vs_baseline" not in parts[1]["b"]
+
+
+def test_the_home_directory_is_meant_by_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run(output_dir="~/base")
+    assert "vs_baseline" in run(output_dir="~/new", baseline="~/base")["a"]
+    assert (tmp_path / "base" / "results.json").exists() and (tmp_path / "new" / "results.json").exists()
 
 
 # ---- benchmarks and formats ----

@@ -8,10 +8,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import POLICY
 from datasets import Dataset
 from scripted import ScriptedSampler, rows, verify
 
 from trl_offpolicy import evaluate, measure_policy_gap
+from trl_offpolicy.cli import main
 from trl_offpolicy.rows import encode_prompt
 from trl_offpolicy.sampling import Request, SamplingParams, attempt_seed
 from trl_offpolicy.text_statistics import copy_ratio, distinct_n, leaks_hint, self_bleu
@@ -74,6 +76,24 @@ def test_policy_gap_refuses_what_it_cannot_measure(tiny_model, tokenizer):
     row = {k: v for k, v in rewritten_rows(tokenizer)[0].items() if k != "input_completion"}
     with pytest.raises(ValueError, match="does not carry its demonstration"):
         measure_policy_gap(tiny_model, [row], tokenizer)
+
+
+def test_the_gap_command_says_what_is_wrong_before_a_model_is_loaded(tmp_path, monkeypatch, capsys, tokenizer):
+    """Exit code 2 and a sentence; ~ is the home directory."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    plain, whole = tmp_path / "plain.jsonl", tmp_path / "whole.parquet"
+    plain.write_text('{"problem": "1+1?", "solution": "2"}\n')
+    Dataset.from_list(rewritten_rows(tokenizer)).to_parquet(whole)
+    for dataset, model, options, message in [
+        (plain, "./nope", [], "no column prompt and no completion and no source and no completion_ids"),
+        (whole, "./nope", [], "model='./nope', which cannot be loaded"),
+        (whole, POLICY, ["--dtype", "floaty"], "dtype='floaty', which torch does not know"),
+    ]:
+        command = ["gap", "--model_name_or_path", model, "--dataset_name", str(dataset), "--output_dir", "~/gap"]
+        assert main([*command, *options]) == 2
+        assert message in capsys.readouterr().err
+    assert main([*command[:2], POLICY, *command[3:]]) == 0
+    assert {p.name for p in (tmp_path / "gap").iterdir()} == {"policy_gap.json", "policy_gap.parquet"}
 
 
 def test_gap_statistics_against_naive_formulas(tiny_model, tokenizer):

@@ -126,3 +126,16 @@ def test_command_lines_of_gap_and_report(tmp_path):
         result = subprocess.run(argv, capture_output=True, text=True, timeout=600, cwd=ROOT)
         assert result.returncode == 0, result.stderr
     assert "policy gap" in (tmp_path / "report" / "report.html").read_text().lower()
+
+
+def test_files_of_other_programs_and_torn_ones(tmp_path):
+    """The first are no runs, the second end the report with their path."""
+    run = tmp_path / "gap"
+    run.mkdir()
+    (run / "results.json").write_text("[1, 2]")
+    (run / "metrics.json").write_text('"yield"')
+    with pytest.raises(ValueError, match="nothing to report"):
+        write_report([str(tmp_path)], str(tmp_path / "report"))
+    (run / "metrics.json").write_text('{"yield": {"self": 1')
+    with pytest.raises(ValueError, match=re.escape(f"{run / 'metrics.json'} is not whole JSON")):
+        write_report([str(tmp_path)], str(tmp_path / "report"))

@@ -51,6 +51,49 @@ CASES = [
     ("\\boxed{3}", "", "unparsable"),
     ("\\boxed{3}", "\\frac{1}{", "unparsable"),
     ("\ud800 NUL \x00 \\boxed{7}", "7", "correct"),
+    # what is said of a variable, as it is usually written: with spaces
+    ("\\boxed{x \\in (2,\\infty)}", "x>2", "correct"),
+    ("\\boxed{a \\in (0,1)}", "0<a<1", "correct"),
+    ("\\boxed{x \\in \\{1, 2\\}}", "1,2", "correct"),
+    ("\\boxed{x \\in \\{1, 2\\}}", "\\{2,1\\}", "correct"),
+    ("\\boxed{x \\in \\{1, 2\\}}", "(1,2)", "wrong"),
+    ("\\boxed{(x, y) \\in \\{(1,2), (3,4)\\}}", "(1,2),(3,4)", "correct"),
+    ("\\boxed{x \\in \\mathbb{R}}", "(-\\infty,\\infty)", "correct"),
+    ("\\boxed{S = \\{1,2\\}}", "\\{1,2\\}", "correct"),
+    ("\\boxed{A = \\{1,2\\}}", "B=\\{1,2\\}", "wrong"),
+    ("\\boxed{\\{1,2\\}, \\{3,4\\}}", "\\{1,4\\},\\{3,2\\}", "wrong"),
+    ("\\boxed{x \\in [-2,8]}", "x \\in [-2,7]", "wrong"),
+    ("\\boxed{x \\le 7}", "x \\in [-2,7]", "wrong"),
+    # a magnitude is part of the number, not a unit that is dropped
+    ("\\boxed{5\\text{ million}}", "5", "wrong"),
+    ("\\boxed{5\\text{ million}}", "5\\text{ thousand}", "wrong"),
+    ("\\boxed{\\$5 \\text{ million}}", "5000000", "correct"),
+    ("\\boxed{3\\text{ thousand dollars}}", "\\$3,000", "correct"),
+    ("\\boxed{3\\text{ dozen eggs}}", "36", "correct"),
+    ("\\boxed{0.5 billion}", "500 \\text{ million}", "correct"),
+    ("The answer is about 5 million.", "5", "wrong"),
+    ("\\boxed{1500000}", "\\$1,500,000", "correct"),  # one number, though there is a unit behind it
+    ("\\boxed{1,500,000\\text{ people}}", "1500000", "correct"),
+    # a bare unit is one where it can be nothing else, and one letter only behind an answer to a plain number
+    ("\\boxed{5 km/h}", "5", "correct"),
+    ("\\boxed{5 m/s}", "18\\text{ km/h}", "correct"),
+    ("\\boxed{1\\text{ km/h}^2}", "3600\\text{ m/h}^2", "wrong"),
+    ("\\boxed{1\\text{ km/h}^2}", "1000\\text{ m/h}^2", "correct"),
+    ("The answer is 12 m.", "12", "correct"),
+    ("The answer is 12 m^2.", "12", "correct"),
+    ("\\boxed{12}", "12 m", "wrong"),
+    ("\\boxed{12m}", "12", "wrong"),
+    ("\\boxed{12 x}", "12", "wrong"),
+    ("We solve.\nThe answers are 5 and 6.", "5,6", "correct"),
+    ("We solve.\nThe answer is 7.\nBoth solutions are valid.", "7", "correct"),
+    ("We solve.\nBoth solutions are valid.", "7", "unparsable"),
+    ("We solve.\n\n**Final Answer**\n\n18", "18", "correct"),
+    ("We solve.\n## Answer\n$\\frac{1}{2}$", "0.5", "correct"),
+    ("We look for the answer\n\n18 is not it, I think", "18", "unparsable"),
+    # sympy raises for what it has no way to compare
+    ("\\boxed{x < 3}", "x \\neq 3", "wrong"),
+    ("\\boxed{x < 1}", "\\sin x = 1", "wrong"),
+    ("\\boxed{x > 1}", "x \\notin \\{1\\}", "wrong"),
 ]
 
 
@@ -288,11 +331,30 @@ def test_command(tmp_path):
     for wrong, message in [
         (("--dataset_name", DATA / "math_50.jsonl", "--verifier_kwargs", '{"tiemout": 1}'), "tiemout"),
         (("--dataset_name", DATA / "math_50.jsonl", "--completion_column", "nope"), "no nope"),
+        (("--dataset_name", DATA / "math_50.jsonl", "--answer_column", "anwser"), "no anwser"),
         (("--dataset_name", tmp_path / "none.jsonl"), "no such file"),
     ]:
         result = run(*wrong, "--output_file", tmp_path / "y")
         assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
         assert not (tmp_path / "y").exists()
+
+
+def test_command_on_numbers_and_on_its_own_output(tmp_path):
+    """What pandas reads as numbers is text; a failure leaves no file that the next run would stumble over; the input is no output."""
+    csv, out = tmp_path / "p.csv", tmp_path / "odd.jsonl"
+    csv.write_text("prediction,gold\n7,7\n8,9\n0,0\n")
+    named = ("--completion_column", "prediction", "--answer_column", "gold", "--output_file", out)
+    lists = tmp_path / "lists.jsonl"
+    lists.write_text('{"prediction": ["a", "b"], "gold": "1"}\n')
+    result = run("--dataset_name", lists, *named)
+    assert result.returncode == 2 and "Row 0: `prediction` must be a text" in result.stderr, result.stderr
+    assert {p.name for p in tmp_path.iterdir()} == {"p.csv", "lists.jsonl"}
+    result = run("--dataset_name", csv, *named, "--verifier", "exact")
+    assert result.returncode == 0, result.stderr
+    assert [json.loads(line)["index"] for line in out.open()] == [1]  # 0 is an answer, too
+    before = out.read_text()
+    result = run("--dataset_name", out, *named, "--overwrite")
+    assert result.returncode == 2 and "is the dataset itself" in result.stderr and out.read_text() == before
 
 
 def test_plain_numbers_are_checked_without_a_worker():

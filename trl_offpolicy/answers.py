@@ -25,6 +25,11 @@ _END = re.compile(r"<\|(?:im_end|im_start|endoftext|eot_id|end_of_text)\|>|</s>"
 _PHRASE = re.compile(
     r"\b(final )?(?:answer|solution|result)\W{0,4}?(?:\s(?:is|are)\b|[:=])[\s*:=]*|^A:\s*", re.M | re.I
 )
+# Only where there is no such phrase, and only before what looks like a value: "the solutions are valid" says none.
+_PHRASES = re.compile(
+    r"\b(final )?(?:answers|solutions)\s+are[\s:]*|^(?:[ \t#*_]*(?:the )?final answer|[ \t]*(?:#+ *|\*\*)answer)[ \t*_]*\n\s*",
+    re.M | re.I,
+)
 _MATH = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<![\\$])\$([^$\n]+?)(?<!\\)\$(?!\d)", re.S)
 _ASIDE = re.compile(
     r"[,;.]? (?:not|which|because|since|as|instead|rather|where|so|when) |(?<=[^\s\d])\. |(?<=\d)\. |\n"
@@ -36,13 +41,14 @@ def stated_answer(completion: str) -> tuple[str | None, str]:
     """The text of the final answer, and where it was: `"box"`, `"phrase"` or `"line"`.
 
     In this order: what follows "final answer is" behind the last box; the last box (with those that only "and", "or" or a
-    comma separate from it), which must be closed; GSM8K's `####`; what follows "answer is", "answer:" or "A:"; a completion
-    that is a single line. Never the last number of whatever came out: a rambling sample would be right by chance, and be trained on.
+    comma separate from it), which must be closed; GSM8K's `####`; what follows "answer is", "answer:", "A:", else "answers are" or a
+    heading "Final Answer"; a completion that is a single line. Never the last number of whatever came out: a rambling sample would be right by chance, and be trained on.
     """
     visible = completion.rpartition("</think>")[2]
     text = visible if visible.strip() else completion
     text = _END.split(text, maxsplit=1)[0] or text
     phrases = list(_PHRASE.finditer(text))
+    phrases = phrases or [m for m in _PHRASES.finditer(text) if _LEADS.match(text, m.end())]
     said = _from_sentence(text[phrases[-1].end() : phrases[-1].end() + 1000], first=True) if phrases else None
     box = last_box(text)
     if box >= 0:
@@ -82,7 +88,7 @@ def _from_sentence(text: str, first: bool) -> str | None:
     piece = said[-1].strip()
     if _LEADS.match(piece):
         return _ASIDE.split(piece, maxsplit=1)[0]
-    numbers = re.findall(r"(?<![\w.])-?\$?[\d,]*\.?\d+(?:/\d+)?(?:\s?\\?%)?", piece)
+    numbers = re.findall(rf"(?<![\w.])-?\$?[\d,]*\.?\d+(?:/\d+)?(?:\s?\\?%|\s(?:{'|'.join(MAGNITUDES)})\b)?", piece)
     return (numbers[0] if len(numbers) == 1 else None) if numbers else piece
 
 
@@ -148,7 +154,7 @@ _REWRITES = [
         (r"(?<![\w.])(\d+(?:\.\d*)?|\.\d+)[eE]([+-]?\d+)(?!\w)", r"\1\\times 10^{\2}"),
         (r"(?<=\d)\s*(?:\\cdot|\*)\s*10\s*\^", r"\\times 10^"),
         (rf"((?<![\\A-Za-z])[A-Za-z]|\\(?:{_GREEK}))\s*_\s*(\{{[^{{}}]*\}}|\{{\\text\s*\{{[^{{}}]*\}}\s*\}}|\\[A-Za-z]+|\w)", lambda m: f"{m[1]}_{{{_plain(m[2])}}}"),
-        (r",?\s*(?:\\text\{[^{}]*\})?\s*\b[a-z]\s*\\in\s*\\mathbb\{[A-Z]\}$", ""),
+        (r"(?!^),?\s*(?:\\text\{[^{}]*\})?\s*\b[a-z]\s*\\in\s*\\mathbb\{[A-Z]\}$", ""),
         (r"\\\{\s*[a-z](?:\s*\\in\s*\\mathbb\{R\})?\s*[|:]([^{}|]*)\\\}", r"\1"),
         (r"^\\text\s*\{[^{}]*(?:\bis|\bare|:|=)\s*\}\s*(?=\S)|\s*\\text\s*\{\s*(?:for (?:all|every|any)|only)\b.*$", ""),
         (r"\s+", " "),
@@ -168,14 +174,14 @@ def normalize(answer: str) -> str:
     text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻ⁿ]+", lambda m: f"^{{{unicodedata.normalize('NFKC', m[0])}}}", answer)
     text = re.sub(r"[₀-₉]+", lambda m: f"_{{{unicodedata.normalize('NFKC', m[0])}}}", text)
     text = "".join(_ascii(c) if ord(c) > 127 else c for c in text)
-    text = re.sub(r"\\\$ ?(\d[\d,.]*\d|\d)(?![\d.,{\\]| ?[a-z])", r"\1\\text{ dollars}", text)
+    text = re.sub(rf"\\\$ ?(\d[\d,.]*\d|\d)(?![\d.,{{\\]| ?[a-z]|{_SCALED})", r"\1\\text{ dollars}", text)
     text = text.replace("\\$", "").replace("$", "").strip()
     text = re.sub(r"\\\\(?:\[[^\]]*\])?", r"\\cr ", text)  # or the second backslash would begin a command
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     text = _brace_arguments(text)
     text = re.sub(r" ?([-+*/^_=<>(),;|{}\[\]&]) ?", r"\1", text)
-    text = re.sub(r"(\\[A-Za-z]+) (?![A-Za-z])", r"\1", text).strip()
+    text = re.sub(r"(\\[A-Za-z]+) (?![A-Za-z])", r"\1", text).replace(" \\", "\\").strip()
     text = re.sub(r"^(?:[=:]|\\approx)\s*|[.,;:\\\s]+$", "", text)
     # `\text{204 minutes}`, `\text{(B)}`: text around a value, not words
     if wrapped := re.fullmatch(r"\\text\{([^{}]*)\}", text):
@@ -237,6 +243,8 @@ _NUMBER = re.compile(
 )
 _WORDS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty"
 NUMBER_WORDS = {word: value for value, word in enumerate(_WORDS.split())}
+MAGNITUDES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_SCALED = rf" ?\\text\s*\{{\s*(?:{'|'.join(MAGNITUDES)})\b"  # `\$5 \text{ million}`: no five dollars
 
 
 def number(text: str) -> tuple[Fraction, bool] | None:
@@ -268,6 +276,26 @@ def number(text: str) -> tuple[Fraction, bool] | None:
     return (-value if part["sign"] == "-" else value), bool(part["dec"]) and not part["rep"]
 
 
+_MARKED = re.compile(r"\s*(?:\\text\w*\s*\{)?\s*\(?([A-J])(?:[.):]+(?=[\s}\\]|$)|\s*\}?\s*$)")
+
+
+def canonical(answer: str) -> str:
+    r"""One spelling of what letter, number, unit or words alone show to be equal: `42` for `42.0`, `x=42` and `$42$`, `B` for `(B) 12`.
+
+    For counting votes, in this process and of any text: it neither parses mathematics nor raises.
+    """
+    if marked := _MARKED.match(answer):
+        return marked[1]
+    try:
+        text, unit = split_unit(re.sub(r"^[A-Za-z]=(?!=)", "", normalize(answer)))
+        value = number(text)
+    except (Unparsable, RecursionError):
+        return answer
+    if value is None:
+        return words(text) or text
+    return f"{value[0] * unit[1]} {unit[0]}" if unit else str(value[0])
+
+
 def words(text: str) -> str | None:
     """The words of a text answer, for comparison; `None` for mathematics. Up to three bare letters are a product."""
     bare = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text)
@@ -292,26 +320,31 @@ _UNITS = {
     for name, factor in zip(units.split()[::2], units.split()[1::2], strict=True)
 }  # fmt: skip
 _UNIT = re.compile(
-    r"(?P<value>.*?[\d)}a-z%])\s*(?:\\text\s*\{\s*(?P<text>[A-Za-z][^{}]*)\}|(?<=[\d})])\s*(?P<bare>[A-Za-z]{2,}(?:[ -][A-Za-z]+)*))"
+    r"(?P<value>.*?[\d)}a-z%])\s*(?:\\text\s*\{\s*(?P<text>[A-Za-z][^{}]*)\}|(?<=[\d})])\s*(?P<bare>[A-Za-z]+/[A-Za-z]+|[A-Za-z]{2,}(?:[ -][A-Za-z]+)*))"
     r"(?:\^\{?(?P<power>-?\d)\}?)?\.?(?:/\\text\s*\{[^{}]*\})?"
 )
 
 
 def split_unit(text: str) -> tuple[str, tuple[str, Fraction] | None]:
-    """A value without its unit, and the unit's (dimension, factor) if it is one that can be converted."""
-    if not re.search(r"[A-Za-z]{2}|\\text", text) or not (match := _UNIT.fullmatch(text)):
+    """A value (times the "million" behind it) without its unit, and the unit's (dimension, factor) if it can be converted."""
+    if not re.search(r"[A-Za-z]{2}|\\text|[A-Za-z]/[A-Za-z]", text) or not (match := _UNIT.fullmatch(text)):
         return text, None
-    name = (match["text"] or match["bare"]).strip().casefold().rstrip(".")
+    value, name = match["value"].strip(), (match["text"] or match["bare"]).strip().casefold().rstrip(".")
+    if scaled := re.fullmatch(rf"({'|'.join(MAGNITUDES)})s?(?: (.*))?", name):
+        factor, known = MAGNITUDES[scaled[1]], number(value)
+        value = str(known[0] * factor) if known else f"{factor}\\cdot({value})"
+        return split_unit(f"{value}\\text{{ {scaled[2]}}}") if scaled[2] else (value, None)
     power = int(match["power"] or 1)
-    for word, value in (("square", 2), ("sq", 2), ("cubic", 3), ("cu", 3)):
+    for word, its_power in (("square", 2), ("sq", 2), ("cubic", 3), ("cu", 3)):
         if found := re.fullmatch(rf"{word}\.? (.*)", name):
-            name, power = found[1], value
+            name, power = found[1], its_power
     known = [_UNITS.get(part) or _UNITS.get(part.removesuffix("s")) for part in name.split("/")]
     if re.search(r"\b(?:or|and|base|if|for|when)\b", name) or (
-        match["bare"] and not (number(match["value"].strip()) and (known[0] or re.search(r"[a-z]{4}|^mph$", name)))
+        match["bare"] and not (number(value) and (None not in known or re.search(r"^[^/]*[a-z]{4}[^/]*$|^mph$", name)))
     ):
         return text, None  # `2ab` is no number of `ab`
     if None in known or len(known) > 2:
-        return match["value"].strip(), None
-    dimension, factor = "/".join(k[0] for k in known), known[0][1] / (known[1][1] if len(known) == 2 else 1)
-    return match["value"].strip(), (f"{dimension}^{power}", factor**power)
+        return value, None
+    if len(known) == 2:  # `m/s^2`: the power is that of what it stands behind
+        return value, (f"{known[0][0]}/{known[1][0]}^{power}", known[0][1] / known[1][1] ** power)
+    return value, (f"{known[0][0]}^{power}", known[0][1] ** power)

@@ -61,6 +61,8 @@ class CodeVerifier(Verifier):
         allow_network (`bool`, *optional*, defaults to `False`): Where the network cannot be blocked, nothing runs without this.
     """
 
+    stated = False
+
     def __init__(
         self, timeout: float = 5.0, memory_mb: int = 512, num_workers: int | None = None, allow_network: bool = False
     ):

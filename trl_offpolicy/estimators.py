@@ -24,7 +24,7 @@ def majority(answers: Sequence[str | None], correct: Sequence[bool]) -> float:
     Whether the most frequent answer of one problem's samples is correct; a tie counts as its share of correct winners.
 
     All correct samples equal the gold answer, so they vote together however they write it; wrong ones vote together only where they are
-    written alike. `None` (no answer, cut) does not vote, and without any vote the result is 0.
+    the same text ([`evaluate`] passes them in one spelling). `None` (no answer, cut) does not vote, and without any vote the result is 0.
     """
     votes = Counter(True if ok else answer for answer, ok in zip(answers, correct, strict=True) if ok or answer)
     most = max(votes.values(), default=0)

@@ -18,17 +18,18 @@ from typing import NamedTuple
 from tqdm.auto import tqdm
 
 from . import prompts, tables
+from .answers import canonical, stated_answer
 from .benchmarks import Question, check_format, load_benchmarks, read_questions
 from .estimators import accuracies, compare, share_interval
 from .hub import versions
 from .journal import Journal, read_entries
 from .judging import VerdictQueue, abandoning
 from .rewriter import batched
-from .rows import Verdict, final_answer
+from .rows import Verdict
 from .run_log import wandb_run
 from .sampling import FAILED, Completion, Request, Sampler, SamplerError, SamplingParams, attempt_seed, template_digest
 from .shards import Shard, check_siblings
-from .verification import describe
+from .verification import MathVerifier, describe
 
 
 NOT_JUDGED = (Verdict.TIMEOUT, Verdict.ERROR)
@@ -98,13 +99,14 @@ def evaluate(
 
     Raises:
         ValueError: A benchmark is empty or unknown, a row has no problem or no answer, the prompts' format is wrong, or `output_dir`
-            holds an evaluation with other settings.
+            holds an evaluation with other settings, or `baseline` one with no problem in common.
     """
     part = Shard.parse(shard)
     _check_settings(num_generations, temperature, part, output_dir, solve_prompt)
     rows = benchmarks if isinstance(benchmarks, dict) else load_benchmarks(benchmarks)
     questions = {name: read_questions(name, each, solve_prompt, system_prompt) for name, each in rows.items()}
-    earlier = json.loads((Path(baseline) / "results.json").read_text())["benchmarks"] if baseline else {}
+    earlier = _read_baseline(Path(os.path.expanduser(baseline)), questions) if baseline else {}
+    output_dir = output_dir and os.path.expanduser(output_dir)
     if sampler is None:
         from .sampling.transformers_sampler import TransformersSampler
 
@@ -114,8 +116,6 @@ def evaluate(
         check_format(processing_class, questions, train_tokenizer, train_dataset)
     own_verifier = verifier is None
     if own_verifier:
-        from .verification import MathVerifier
-
         verifier = MathVerifier()
     params = SamplingParams(temperature, top_p, top_k, max_completion_length)
     asked = {"seed": seed, "solve_prompt": solve_prompt, "system_prompt": system_prompt}
@@ -128,8 +128,7 @@ def evaluate(
         if own_verifier:
             verifier.close()
     results = {name: {**run.summarize(name), "gold_unparsable": odd[name]} for name in questions if run.has(name)}
-    for name in results.keys() & earlier.keys():
-        results[name]["vs_baseline"] = {"baseline": str(baseline), **compare(results[name], earlier[name])}
+    _compare(results, earlier, str(baseline))
     if output_dir is not None and run.complete:
         write_results(Path(output_dir), {**config, "num_generations": num_generations}, results, report_to)
     return results
@@ -147,6 +146,45 @@ def _check_settings(num_generations: int, temperature: float, shard: Shard, outp
             f"You passed shard={str(shard)!r} without output_dir, where the shards would find each other."
         )
     prompts.check(solve_prompt, "solve_prompt", "problem")
+
+
+def _read_baseline(directory: Path, questions: dict[str, list[Question]]) -> dict[str, dict]:
+    """The benchmarks of an earlier evaluation; `ValueError` before anything is sampled where nothing could be compared with it."""
+    path = directory / "results.json"
+    if not path.exists():
+        raise ValueError(
+            f"You passed baseline={str(directory)!r}, where there is no results.json; pass the output_dir of an evaluation that has finished."
+        )
+    try:
+        earlier = {name: each for name, each in json.loads(path.read_text())["benchmarks"].items() if _judged(each)}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"You passed baseline={str(directory)!r}, but {path} is no result of an evaluation."
+        ) from error
+    if not earlier.keys() & questions.keys():
+        raise ValueError(
+            f"You passed baseline={str(directory)!r}, which has judged {list(earlier)}, and benchmarks {list(questions)}: there is nothing to "
+            "compare. Name at least one benchmark as it is named there (a file is named by its stem), or leave `baseline` out."
+        )
+    for name in earlier.keys() & questions.keys():
+        if not _judged(earlier[name]) & {question.id for question in questions[name]}:
+            raise ValueError(
+                f"You passed baseline={str(directory)!r}, but its {name!r} has no problem in common with this one. The id of a problem depends on "
+                "its prompt and its gold answer: ask both the same benchmark in the same words (solve_prompt, system_prompt)."
+            )
+    return earlier
+
+
+def _compare(results: dict[str, dict], earlier: dict[str, dict], baseline: str) -> None:
+    """Adds `vs_baseline` where both have judged a problem; one shard of several may have none of the baseline's."""
+    for name in results.keys() & earlier.keys():
+        if _judged(results[name]) & _judged(earlier[name]):
+            results[name]["vs_baseline"] = {"baseline": baseline, **compare(results[name], earlier[name])}
+
+
+def _judged(result: dict) -> set[str]:
+    """The ids of the problems of which at least one sample was judged."""
+    return {i for i, judged in zip(result["problem_ids"], result["num_judged"], strict=True) if judged}
 
 
 def _engine(sampler: Sampler, verifier, processing_class) -> dict:
@@ -221,6 +259,7 @@ class _Run:
         """Streams what is due through sampling and verification, which overlap, into the journal."""
         due = [item for name in self.questions for item in self.keys(name, self.shard) if item[0] not in self.samples]
         waiting, active = iter(due), {}
+        stated = getattr(verifier, "stated", True)
         with (
             abandoning(lambda: [(sampler, request_id) for request_id in active]),
             VerdictQueue(verifier, sampler) as verdicts,
@@ -247,10 +286,10 @@ class _Run:
                 except SamplerError:
                     for key, *judged in verdicts.drain():
                         if journal is not None:
-                            journal.append(_entry(key, *judged))
+                            journal.append(_entry(key, *judged, stated))
                     raise
                 for key, *judged in verdicts.take(hurry, wait=verdicts.full or not active):
-                    self.samples[key] = entry = _entry(key, *judged)
+                    self.samples[key] = entry = _entry(key, *judged, stated)
                     if journal is not None:
                         offsets[key] = journal.append(entry)
                     bar.update()
@@ -272,7 +311,7 @@ class _Run:
         every = [sample for samples in drawn.values() for sample in samples]
         judged = [[s for s in samples if s["verdict"] not in NOT_JUDGED] for samples in drawn.values()]
         correct = [[s["verdict"] == Verdict.CORRECT for s in samples] for samples in judged]
-        result = accuracies([[s["answer"] for s in samples] for samples in judged], correct, self.k)
+        result = accuracies([[_vote(s) for s in samples] for samples in judged], correct, self.k)
         if greedy:
             told = [float(s["verdict"] == Verdict.CORRECT) for s in greedy if s["verdict"] not in NOT_JUDGED]
             result |= {"greedy": fmean(told) if told else None, "greedy_ci95": share_interval(told)}
@@ -311,16 +350,23 @@ class _Run:
                 writer.write_table(pa.Table.from_pylist(rows, schema))
 
 
-def _entry(key: Key, completion: Completion, verdict: Verdict, reason: str) -> dict:
+def _vote(sample: dict) -> str | None:
+    """What a sample votes for in maj@k; a wrong answer must not lose its votes to how it is written."""
+    return None if sample["answer"] is None else canonical(sample["answer"])
+
+
+def _entry(key: Key, completion: Completion, verdict: Verdict, reason: str, stated: bool) -> dict:
+    answer = None
+    if completion.finish_reason == "stop" and verdict in (Verdict.CORRECT, Verdict.WRONG):
+        # the answer that the verifier read; where it reads something else, the text itself
+        answer = (stated and stated_answer(completion.text)[0]) or completion.text.strip()[-200:]
     return {
         **key._asdict(),
         "verdict": verdict,
         "finish_reason": completion.finish_reason,
         "num_tokens": len(completion.completion_ids),
         "log_prob": round(sum(completion.log_probs), 6) if completion.log_probs else None,
-        "answer": (final_answer(completion.text) or completion.text.strip()[-200:])
-        if completion.finish_reason == "stop" and verdict in (Verdict.CORRECT, Verdict.WRONG)
-        else None,
+        "answer": answer,
         "reason": reason,  # a resume reads a line up to here
         "text": completion.text,
     }

@@ -71,6 +71,10 @@ def grade(
 # ---- structure: taken apart in the text, compared piece by piece ----
 
 _RELATION = re.compile(r"[<>]|\\(?:le|ge|neq)\b")
+_MEMBER = re.compile(
+    r"^(?:(?:[A-Za-z]|\\[A-Za-z]+)(?:_\{[^{}]*\})?|\([A-Za-z](?:,[A-Za-z])+\))\\in(?![A-Za-z]) ?(?=[\[(\\])"
+)
+_LETTER_UNIT = re.compile(r"(.*\S) [mshgL](?:\^\{?[23]\}?)?")
 _ASSIGNED = re.compile(
     r"((?:\\?[A-Za-z|:\\]+(?:_\{[^{}]*\})?'*|\([A-Za-z,]+\)|\\angle [A-Z ]+)(?:\([^()=]*\))?)=(?!=)(.*)"
 )
@@ -91,15 +95,38 @@ def _split(text: str, separator: str) -> list[str]:
     return [p for p in pieces if p]
 
 
+def _without_member(text: str) -> str:
+    r"""`(0,1)` of `x\in(0,1)`: which values, without what takes them."""
+    return _MEMBER.sub("", text)
+
+
+def _is_set(text: str) -> bool:
+    r"""Whether all of `text` is one `\{…\}`."""
+    if not (text.startswith("\\{") and text.endswith("\\}")):
+        return False
+    depth = 0
+    for match in re.finditer(r"\\[{}]", text):
+        depth += 1 if match[0] == "\\{" else -1
+        if depth == 0 and match.end() < len(text):
+            return False
+    return depth == 0
+
+
+def _without_set_name(text: str, other: str) -> str:
+    r"""`\{1,2\}` of `S=\{1,2\}`, where the other side gives its set no name that could be another one."""
+    named = _ASSIGNED.fullmatch(text)
+    return named[2] if named and _is_set(named[2]) and "=" not in other else text
+
+
 def _items(text: str) -> list[str]:
     r"""The elements of `1,2`, `1 and 2`, `x=1 or x=2`, `\{1,2\}` and `1\pm 2`; a single answer is a list of one."""
-    text = re.sub(r"^[A-Za-z]\\in ?(?=[\[(\\])", "", text)
-    if text.startswith("\\{") and text.endswith("\\}") and len(_split(text, r"(?!)")) == 1:
+    text = _without_member(text)
+    if _is_set(text):
         text = text[2:-2]
     elif re.fullmatch(r"\{[^{}]+,[^{}]+\}", text):
         text = text[1:-1]
-    if number(text):
-        return [text]
+    if number(split_unit(text)[0]):
+        return [text]  # `1,500,000` of whatever is one number
     separator = r";|,?\s*\\text\s*\{[^{}]*\b(?:and|or)\b[^{}]*\}\s*,?|,?\s*(?<![A-Za-z])(?:and|or)(?![A-Za-z])|(?<!\d),|,(?!\d{3}(?!\d))|(?<=\d),(?=\d{3}\D*,)"
     pieces = _split(text, r";") if re.search(r"=.*,.*;", text) else _split(text, separator)
     if len(pieces) == 1 and "," in text and re.fullmatch(r"-?\d+(?:,-?\d+)+", text):
@@ -161,6 +188,8 @@ class _Comparison:
                     parse_latex(value, gold=True)
 
     def same(self, prediction: str, gold: str) -> bool:
+        prediction, gold = _without_member(prediction), _without_member(gold)
+        prediction, gold = _without_set_name(prediction, gold), _without_set_name(gold, prediction)
         if prediction == gold:
             return True
         told, wanted = number(prediction), number(gold)
@@ -287,6 +316,9 @@ class _Comparison:
             return self._same_value(told, wanted)
         if (told, wanted) != (prediction, gold):
             return self.same(told, wanted)
+        # `12 m` is twelve metres where a plain number was asked for; as a gold answer it may be a product
+        if number(gold) and (metres := _LETTER_UNIT.fullmatch(prediction)) and number(metres[1]):
+            return self._same_value(metres[1], gold)
         if "%" in prediction or "%" in gold:
             told, wanted = prediction.removesuffix("%").strip(), gold.removesuffix("%").strip()
             if self.same(told, wanted):
@@ -396,16 +428,21 @@ def _same_expression(told, wanted, options: dict) -> bool:
         return True
     if any(truths) and not all(truths) and not any(isinstance(e, sympy.Set) for e in (told, wanted)):
         return False  # math-verify reads `x+y=1` as an assignment to x+y
-    if verify(wanted, told, timeout_seconds=None, raise_on_error=True, **options):
-        # ... and takes any two equations without solutions for the same
-        return not (isinstance(told, sympy.Eq) and isinstance(wanted, sympy.Eq)) or bool(sympy.solve(wanted))
-    if (
-        all(truths)
-        and not told.has(sympy.Eq)
-        and told.free_symbols == wanted.free_symbols
-        and len(told.free_symbols) == 1
-    ):
-        return told.as_set() == wanted.as_set()
+    try:
+        if verify(wanted, told, timeout_seconds=None, raise_on_error=True, **options):
+            # ... and takes any two equations without solutions for the same
+            return not (isinstance(told, sympy.Eq) and isinstance(wanted, sympy.Eq)) or bool(sympy.solve(wanted))
+        if (
+            all(truths)
+            and not told.has(sympy.Eq)
+            and told.free_symbols == wanted.free_symbols
+            and len(told.free_symbols) == 1
+        ):
+            return told.as_set() == wanted.as_set()
+    except (TypeError, KeyError, NotImplementedError):
+        # What the two libraries say of things without a common measure (a set minus a number, ≠ beside <, a periodic solution).
+        # Both sides were read, and nothing of ours runs in here: they could not be shown to be the same, as with `False`.
+        return False
     return False
 
 
@@ -475,12 +512,14 @@ def _proportional(told, wanted) -> bool:
     flip = {sympy.Gt: sympy.Lt, sympy.Ge: sympy.Le}
     kinds, sides = [], []
     for relation in (told, wanted):
-        if not isinstance(relation, sympy.core.relational.Relational) or not isinstance(relation.lhs, sympy.Expr):
+        if not isinstance(relation, sympy.core.relational.Relational):
             return False
+        if not isinstance(relation.lhs, sympy.Expr) or not isinstance(relation.rhs, sympy.Expr):
+            return False  # `x=[0,1]`: what is no number cannot be subtracted
         kind, difference = type(relation), relation.lhs - relation.rhs
         kinds.append(flip.get(kind, kind))
         sides.append(-difference if kind in flip else difference)
-    if kinds[0] is not kinds[1] or not isinstance(sides[0], sympy.Expr) or not isinstance(sides[1], sympy.Expr):
+    if kinds[0] is not kinds[1]:
         return False
     ratios = [a / b for a, b in _values(*sides) if abs(b) > 1e-30]
     if len(ratios) < 3 or any(abs(r - ratios[0]) > abs(ratios[0]) * sympy.Float("1e-20") for r in ratios):

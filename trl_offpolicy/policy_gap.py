@@ -72,21 +72,23 @@ def measure_policy_gap(
         demonstration, is what two solutions of a problem share by chance; likewise their `hint_leakage`.
 
     Raises:
-        ValueError: The dataset is empty, or its demonstrations were not carried through.
+        ValueError: The dataset is empty, is no rewrite, or its demonstrations were not carried through; or the model cannot be loaded.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    rows = list(dataset)
+    _check_rows(rows, concatenate)
     if isinstance(model, str):
         kwargs = {"dtype": "auto", **(model_init_kwargs or {})}
         if torch.cuda.is_available():
             kwargs.setdefault("device_map", "auto")
         shared = {k: v for k, v in kwargs.items() if k in ("revision", "trust_remote_code")}
-        processing_class = processing_class or AutoTokenizer.from_pretrained(model, **shared)
-        model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
+        try:
+            processing_class = processing_class or AutoTokenizer.from_pretrained(model, **shared)
+            model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
+        except OSError as error:  # how transformers says that there is no such model, or none that may be read
+            raise ValueError(f"You passed model={model!r}, which cannot be loaded: {error}") from error
     processing_class = processing_class or AutoTokenizer.from_pretrained(model.config._name_or_path)
-    rows = list(dataset)
-    if not rows:
-        raise ValueError("The dataset has no rows: there is no gap to measure.")
     pairs, before, after = targets(rows, processing_class, concatenate, chat_template)
     log_probs = [x.double() for x in target_log_probs(model, pairs, batch_tokens)]
     sums = np.array(
@@ -104,8 +106,20 @@ def measure_policy_gap(
         if members
     }
     if output_dir is not None:
-        _write(Path(output_dir), result, rows, sums, texts)
+        _write(Path(output_dir).expanduser(), result, rows, sums, texts)
     return result
+
+
+def _check_rows(rows: list[dict], concatenate: bool) -> None:
+    """Before a model is loaded for them."""
+    if not rows:
+        raise ValueError("The dataset has no rows: there is no gap to measure.")
+    needed = ("completion", "source") if concatenate else ("prompt", "completion", "source", "completion_ids")
+    if missing := [name for name in needed if name not in rows[0]]:
+        raise ValueError(
+            f"The rows have no column {' and no '.join(missing)}, so they are no rewrite: pass what DataRewriter wrote (`dataset` in its "
+            f"output_dir). Their columns: {list(rows[0])}"
+        )
 
 
 def targets(

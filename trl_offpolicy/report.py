@@ -49,7 +49,7 @@ def write_report(run_dirs: list[str], output_dir: str, title: str = "trl_offpoli
 
     Raises:
         FileNotFoundError: One of them is not there.
-        ValueError: Nothing to report was found in them.
+        ValueError: Nothing to report was found in them, or a file is torn.
     """
     found = find_runs([Path(d) for d in run_dirs])
     if not any(found.values()):
@@ -84,10 +84,17 @@ def find_runs(directories: list[Path]) -> dict[str, dict[str, tuple[Path, dict]]
             raise FileNotFoundError(f"There is no directory {directory}.")
         for name, kind in files.items():
             for path in sorted(directory.rglob(name)):
-                content = json.loads(path.read_text())
+                try:
+                    content = json.loads(path.read_text())
+                except ValueError as error:
+                    raise ValueError(
+                        f"{path} is not whole JSON ({error}): delete it, or run the command that writes it again."
+                    ) from error
+                if not isinstance(content, dict) or keys[kind] not in content:
+                    continue  # another program's file of that name
                 run = path.parent.parent if path.parent.name.startswith("checkpoint-") else path.parent
                 newer = content.get("global_step", 0) >= found[kind].get(run, {}).get("global_step", 0)
-                if keys[kind] in content and newer:
+                if newer:
                     found[kind][run] = content
     every = [run.resolve() for runs in found.values() for run in runs]
     top = Path(os.path.commonpath(every)) if len(set(every)) > 1 else every[0].parent if every else Path()

@@ -83,6 +83,9 @@ def rewards(told: list[tuple[Verdict, str]]) -> list[float | None]:
 class Verifier:
     """What all verifiers share; a new one needs `_explain`. Usable as a context manager, and as a reward for `GRPOTrainer`."""
 
+    # Whether the answer that a completion states is judged, not all of its text: what maj@k counts votes for.
+    stated = True
+
     @property
     def __name__(self) -> str:  # what GRPOTrainer calls its reward in the logs
         return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower()

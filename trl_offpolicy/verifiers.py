@@ -14,7 +14,7 @@ import string
 import unicodedata
 
 from . import prompts
-from .answers import NO_ANSWER, Unparsable, normalize, number, stated_answer
+from .answers import MAGNITUDES, NO_ANSWER, Unparsable, normalize, number, stated_answer
 from .rows import Verdict
 from .sampling import FAILED, Request, SamplingParams, attempt_seed
 from .verification import Verifier, explain_with
@@ -62,6 +62,9 @@ class MultipleChoiceVerifier(_StatedVerifier):
         if len(text) == 1 or re.fullmatch(r"\(\w\)", text):
             text = text.upper()
         marked = re.findall(rf"\(([{self.letters}])\)", text)  # `(B) A line`: the letter is the marked one
+        if not marked and (first := re.match(rf"[{self.letters}]([.):])\s", text)):
+            # `B. A line`, `C) A and B`; but in `A. 3, C. 5` two are marked so
+            marked = re.findall(rf"(?<![\w'])([{self.letters}])\{first[1]}(?=\s|$)", text)
         return list(dict.fromkeys(marked or re.findall(rf"(?<![\w'])([{self.letters}])(?![\w'])", text)))
 
     def judge(self, stated: str, answer) -> tuple[Verdict, str]:
@@ -99,13 +102,27 @@ class NumericVerifier(_StatedVerifier):
         require_unit (`bool`, *optional*, defaults to `False`): A number without a unit is wrong where the gold answer has one.
     """
 
-    _SCALES = {"thousand": 1e3, "k": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12, "%": 0.01, "percent": 0.01}
+    _SCALES = {**MAGNITUDES, "k": 1e3, "%": 0.01, "percent": 0.01}
     _QUANTITY = re.compile(
-        r"(?P<value>[-+−]?\s*(?:\\frac\{[^{}]*\}\{[^{}]*\}|(?:\d[\d,]*)?\.?\d+(?:/\d+|\s*\\frac\{\d+\}\{\d+\})?(?:[eE][-+]?\d+)?"
-        r"(?:\s*(?:\\times|\\cdot|×|\*)\s*10\s*\^\s*(?:\{[-+]?\d+\}|\d))?))"
-        r"\s*(?P<scale>thousand\b|k\b|million\b|billion\b|trillion\b|%|percent\b)?\s*(?P<unit>.*)",
+        r"(?P<value>[-+−]?\s*(?:10\s*\^\s*[-+]?\d+|\\frac\{[^{}]*\}\{[^{}]*\}|(?:\d[\d,]*)?\.?\d+(?:/\d+|\s*\\frac\{\d+\}\{\d+\})?(?:[eE][-+]?\d+)?"
+        r"(?:\s*(?:\\times|\\cdot|×|\*)\s*10\s*\^\s*[-+]?\d+)?))"
+        rf"\s*(?P<scale>(?:{'|'.join(MAGNITUDES)}|k|percent)\b|%)?\s*(?P<unit>.*)",
         re.S,
     )
+
+    # LaTeX of units in pint's spelling; plain exponents first, or `\mathrm{s^{-1}}` would be one brace in another
+    _LATEX = [
+        (re.compile(pattern), replacement)
+        for pattern, replacement in (
+            (r"\^\s*\{\s*([-+−]?\d+)\s*\}", r"^\1"),
+            (r"\\(?:text|mathrm|operatorname)\s*\{([^{}]*)\}", r" \1"),
+            (r"\^\s*\{?\s*\\circ\s*\}?\s*|\\degree\s*", "°"),
+            (r"\\mu(?![A-Za-z])\s*", "µ"),
+            (r"\\Omega(?![A-Za-z])", "Ω"),
+            (r"(?<=[A-Za-z\d])\s*(?:\\cdot(?![A-Za-z])|·|⋅)\s*(?=[A-Za-zµΩ])", "*"),
+            (r"\\?[$€£]|~|\\\s|\\[,;:!]", " "),
+        )
+    ]
 
     def __init__(self, rel_tol: float = 1e-2, abs_tol: float = 0.0, require_unit: bool = False):
         if rel_tol < 0 or abs_tol < 0:
@@ -118,17 +135,19 @@ class NumericVerifier(_StatedVerifier):
 
     def quantity(self, text: str):
         """A pint quantity, or `None` where there is no number. The unit alone is given to pint: it evaluates arithmetic."""
-        text = re.sub(r"\\(?:text|mathrm)\s*\{([^{}]*)\}", r" \1", text.replace("\\%", "%"))
+        text = text.replace("\\%", "%")
         money = re.search(r"[$€£]", text.removesuffix("$"))
-        text = re.sub(r"\\?[$€£]|[~\\]\s|\\[,;]", " ", text).strip(" .")
+        for pattern, replacement in self._LATEX:
+            text = pattern.sub(replacement, text)
+        text = text.strip(" .")
         match = self._QUANTITY.fullmatch(text.rpartition("=")[2].strip()) if text.count("=") < 3 else None
         try:
-            value = number(normalize(match["value"])) if match else None
-        except Unparsable:
-            value = None
+            exact = number(normalize(re.sub(r"\^\s*([-+]?\d+)", r"^{\1}", match["value"]))) if match else None
+            value = exact and float(exact[0]) * self._SCALES.get(match["scale"] or "", 1.0)
+        except (Unparsable, OverflowError):  # 10^400 is no float
+            return None
         if value is None:
             return None
-        value = float(value[0]) * self._SCALES.get(match["scale"] or "", 1.0)
         unit = match["unit"].strip() or {"$": "USD", "€": "EUR", "£": "GBP"}.get(money[0] if money else "", "")
         if len(unit) > 40 or re.search(r"[^\w\s/*^{}().$€£°µ-]|\d{2}", unit):
             return None
@@ -162,6 +181,8 @@ class JsonSchemaVerifier(Verifier):
     Args:
         schema (`dict`, *optional*): JSON Schema. Without one, only equality counts; an answer of `None` asks for validity only.
     """
+
+    stated = False
 
     def __init__(self, schema: dict | None = None):
         self.jsonschema = _needs("jsonschema", "json", "JsonSchemaVerifier")

@@ -111,6 +111,15 @@ def load_dataset(arguments: DatasetArguments):
     return dataset
 
 
+def check_dtype(dtype: str) -> None:
+    import torch
+
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(
+            f"You passed dtype={dtype!r}, which torch does not know: use auto, bfloat16, float16 or float32."
+        )
+
+
 _ENGINE_OF = {
     **dict.fromkeys(("base_url", "served_model_name", "request_timeout", "give_up_after"), "openai"),
     **dict.fromkeys(
@@ -147,6 +156,7 @@ def make_sampler(arguments: EngineArguments, second_adapter: str | None = None):
             return VLLMSampler(model, **given, **init)
         from ..sampling.transformers_sampler import TransformersSampler
 
+        check_dtype(arguments.dtype)
         return TransformersSampler(model, batch_size=arguments.batch_size or 64, model_init_kwargs=init)
     except OSError as error:  # how transformers says that there is no such model, or none that may be read
         raise ValueError(f"You passed model_name_or_path={model!r}, which cannot be loaded: {error}") from error

@@ -1,6 +1,7 @@
 """`trl-offpolicy eval`, `gap` and `report`."""
 
 import itertools
+import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from .arguments import (
     DatasetArguments,
     EngineArguments,
     VerifierArguments,
+    check_dtype,
     load_dataset,
     make_sampler,
     make_verifier,
@@ -94,7 +96,7 @@ class GapArguments(DatasetArguments):
     model_name_or_path: str = field(
         metadata={"help": "Usually the model that will be trained: Hub id or local directory."}
     )
-    output_dir: str = field(metadata={"help": "Where policy_gap.json, .md and .parquet go."})
+    output_dir: str = field(metadata={"help": "Where policy_gap.json and policy_gap.parquet go."})
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
     dtype: str = field(default="auto", metadata={"help": "Weights' dtype: auto, bfloat16, float16 or float32."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code from the model's repository."})
@@ -131,6 +133,7 @@ def evaluate(argv: list[str]) -> int:
     if arguments.preset:
         parser.set_defaults(**PRESETS[arguments.preset])  # below what a flag or the config file says
         (arguments,) = parser.parse_args_and_config(argv)
+    arguments.output_dir = os.path.expanduser(arguments.output_dir)
     print(arguments.output_dir, flush=True)
     rows = load_benchmarks(arguments.benchmarks)
     if arguments.max_problems is not None:
@@ -167,6 +170,8 @@ def gap(argv: list[str]) -> int:
 
     description = "Measure how far a dataset's targets are from a model, by source, before and after rewriting."
     (arguments,) = parser_for(GapArguments, "gap", description, GAP_EXAMPLES).parse_args_and_config(argv)
+    check_dtype(arguments.dtype)
+    arguments.output_dir = os.path.expanduser(arguments.output_dir)
     print(arguments.output_dir, flush=True)
     template = arguments.chat_template_path
     result = measure_policy_gap(
@@ -198,6 +203,7 @@ def report(argv: list[str]) -> int:
     if directories:  # `report RUN_DIR …`; in a config file the key is run_dirs
         argv = ["--run_dirs", *argv]
     (arguments,) = parser.parse_args_and_config(argv)
+    arguments.output_dir = os.path.expanduser(arguments.output_dir)
     print(arguments.output_dir, flush=True)
     print(write_report(arguments.run_dirs, arguments.output_dir, arguments.title, arguments.seed))
     return 0

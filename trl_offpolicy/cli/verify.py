@@ -1,8 +1,10 @@
 """`trl-offpolicy verify`."""
 
 import json
+import os
 import sys
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,17 +50,18 @@ class VerifyArguments(DatasetArguments, VerifierArguments):
 def verify(argv: list[str]) -> int:
     description = "Verify the answers of a dataset, print the verdicts, and write the rows that are not correct."
     (arguments,) = parser_for(VerifyArguments, "verify", description, VERIFY_EXAMPLES).parse_args_and_config(argv)
-    print(arguments.output_file, flush=True)
-    output = Path(arguments.output_file)
+    output = Path(arguments.output_file).expanduser()
+    print(output, flush=True)
+    if output.exists() and Path(arguments.dataset_name).exists() and output.samefile(arguments.dataset_name):
+        raise ValueError(f"{output} is the dataset itself, and would be replaced; pass another --output_file.")
     if output.exists() and not arguments.overwrite:
         raise ValueError(f"{output} exists; pass --overwrite to replace it, or another --output_file.")
     dataset = load_dataset(arguments)
     rows = _to_verify(dataset, arguments)
     counts: Counter = Counter()
     with make_verifier(arguments) as verifier, tqdm(total=len(dataset), unit="row") as bar:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with output.open("w") as file:
-            try:
+        try:
+            with _written(output) as file:
                 for chunk in batched(rows, 1024):
                     told = verifier.explain([c for _, _, c, _ in chunk], [a for _, _, _, a in chunk])
                     for (index, row, _, answer), (verdict, reason) in zip(chunk, told, strict=True):
@@ -68,19 +71,37 @@ def verify(argv: list[str]) -> int:
                             odd = {"index": index, "verdict": verdict, "reason": reason, "gold": answer}
                             file.write(json.dumps({**row, **odd}, default=str) + "\n")
                     bar.update(len(chunk))
-            except KeyboardInterrupt:
-                print(f"\nstopped; {output} has what was found so far.", file=sys.stderr)
-                return 3
+        except KeyboardInterrupt:
+            print(f"\nstopped; {output} has what was found so far.", file=sys.stderr)
+            return 3
     _print_verdicts(counts)
     bad = sum(n for (_, verdict), n in counts.items() if verdict is not Verdict.CORRECT)
     print(f"{bad:,} rows that are not correct: {output}" if bad else "every row is correct")
     return 0
 
 
+@contextmanager
+def _written(output: Path):
+    """A file that takes the place of `output` when it is closed, stopped by ctrl-C too; after an error nothing is left of it."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f"{output.name}.{os.getpid()}")
+    keep = True
+    try:
+        with partial.open("w") as file:
+            yield file
+    except Exception:
+        keep = False
+        raise
+    finally:
+        partial.replace(output) if keep else partial.unlink(missing_ok=True)
+
+
 def _to_verify(dataset, arguments: VerifyArguments):
     """(index, row, completion, gold answer) of each row; `ValueError` at once if a column is missing."""
     named = [arguments.completion_column, arguments.answer_column] if arguments.completion_column else []
-    if missing := [column for column in named if column not in dataset.column_names]:
+    # without it every demonstration would be compared with its own box, and be right
+    asked = named or [name for name in [arguments.answer_column] if name != VerifyArguments.answer_column]
+    if missing := [column for column in asked if column not in dataset.column_names]:
         raise ValueError(f"The dataset has the columns {dataset.column_names}, but no {' and no '.join(missing)}.")
     if not named:
         find_format(dataset.column_names)
@@ -88,12 +109,22 @@ def _to_verify(dataset, arguments: VerifyArguments):
     def read(index: int, row: dict):
         answer = row.get(arguments.answer_column)
         if named:
-            value = row[arguments.completion_column] or ""
-            return index, row, value if isinstance(value, str) else value[-1]["content"], answer
+            return index, row, _text(row[arguments.completion_column], index, arguments.completion_column), answer
         problem = read_row(row, index, arguments.answer_column, "{problem}")
         return index, row, problem.demonstration, answer if isinstance(answer, (list, dict)) else problem.answer
 
     return (read(index, row) for index, row in enumerate(dataset))
+
+
+def _text(value, index: int, column: str) -> str:
+    """What is checked of a completion: a text, the last of its messages, or a number that a file's reader made of `42`."""
+    if isinstance(value, list) and value:
+        value = value[-1].get("content") if isinstance(value[-1], dict) else value
+    if isinstance(value, (list, dict)) and value:
+        raise ValueError(
+            f"Row {index}: `{column}` must be a text or a list of messages with `content`, but is {value!r:.200}."
+        )
+    return "" if value is None or value == [] else str(value)
 
 
 def _print_verdicts(counts: Counter) -> None:
