@@ -53,6 +53,8 @@ def main():
     from trl import TrlParser
 
     arguments, config = TrlParser((RayArguments, RewriteConfig)).parse_args_and_config()
+    if config.dry_run:
+        raise ValueError("Dry runs are for `trl-offpolicy rewrite --dry_run`: they need no cluster.")
     print(config.output_dir, flush=True)
     ray.init()
     shards = ray.data.range(arguments.num_shards, override_num_blocks=arguments.num_shards)

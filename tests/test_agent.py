@@ -264,6 +264,26 @@ def test_a_gold_answer_that_cannot_be_compared_with_gives_no_reward(tmp_path, ti
             agent_dataset(long, verifier, guided_template="{problem}{solution}", processing_class=tokenizer, max_prompt_length=100)  # fmt: skip
 
 
+def test_what_could_not_be_judged_has_no_gradient_beside_other_rewards_either(tmp_path, tiny_model, tokenizer):
+    """GRPO leaves out what no function rewards; of the others it adds up what there is."""
+
+    class Late(GroupReward):
+        def __call__(self, prompts, **_):
+            return [None if i % 4 == 0 else float(i % 4) for i in range(len(prompts))]
+
+    def constant(completions, **_):
+        return [5.0] * len(completions)
+
+    alone = make_trainer(copy.deepcopy(tiny_model), tokenizer, tmp_path, Late(verify), max_steps=1)
+    beside = make_trainer(
+        copy.deepcopy(tiny_model), tokenizer, tmp_path, Late(verify), other_rewards=[constant], max_steps=1
+    )
+    for trainer in (alone, beside):
+        trainer.train()
+    assert list(beside._logs["advantages"]) == pytest.approx(list(alone._logs["advantages"]), abs=1e-5)
+    assert list(beside._logs["advantages"])[::4] == [0.0] and list(beside._logs["advantages"])[1] != 0
+
+
 def test_what_cannot_work_is_refused(tmp_path, tiny_model, tokenizer):
     with pytest.raises(ValueError, match="no model yet"):
         GroupReward(verify)(**candidates_of(tokenizer))
@@ -272,6 +292,8 @@ def test_what_cannot_work_is_refused(tmp_path, tiny_model, tokenizer):
     with pytest.raises(ValueError, match="init_lora_weights='pissa_niter_2', which takes a part out of the frozen"):
         lora = {"init_lora_weights": "pissa_niter_2"}
         make_trainer(copy.deepcopy(tiny_model), tokenizer, tmp_path, GroupReward(verify), lora=lora)
+    with pytest.raises(ValueError, match="bias='all': biases that are trained stay changed"):
+        make_trainer(copy.deepcopy(tiny_model), tokenizer, tmp_path, GroupReward(verify), lora={"bias": "all"})
     with pytest.raises(ValueError, match="switching the adapter off"):
         RewritingAgentTrainer(
             tiny_model, GroupReward(verify), GRPOConfig(str(tmp_path), use_cpu=True, bf16=False),
@@ -675,9 +697,10 @@ def test_preset_is_the_papers(monkeypatch):
         batches = agent._batches(processes, 10)
         update = batches["per_device_train_batch_size"] * processes * batches["gradient_accumulation_steps"]
         assert update == 2520 and batches["steps_per_generation"] == 2 * batches["gradient_accumulation_steps"]
-    assert agent._next_command(own, "m", "me/agent") == (
-        "trl-offpolicy rewrite --model_name_or_path m --rewriter_adapter me/agent --dataset_name d --verifier exact --stages guided "
-        "--output_dir agent-rewrite"
+    model_args.model_revision, model_args.dtype = "v1", "bfloat16"
+    assert agent._next_command(own, args, model_args, "me/agent") == (
+        "trl-offpolicy rewrite --model_name_or_path m --rewriter_adapter me/agent --dataset_name d --verifier exact "
+        "--model_revision v1 --dtype bfloat16 --max_completion_length 4096 --stages guided --output_dir agent-rewrite"
     )
     with pytest.raises(ValueError, match="cannot be shared by 11 processes"):
         agent._batches(11, 10)

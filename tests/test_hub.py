@@ -36,9 +36,10 @@ from trl_offpolicy import (
     measure_policy_gap,
 )
 from trl_offpolicy.cli.rewrite import RewriteArguments
-from trl_offpolicy.hub import END, push_run
+from trl_offpolicy.hub import END, push_run, read_run
 from trl_offpolicy.rows import output_features
 from trl_offpolicy.run_log import PeriodicPush, wandb_run
+from trl_offpolicy.sampling import SamplerError
 
 
 SOURCE_CARD = "---\nlicense: apache-2.0\nlanguage: en\n---\n# Demonstrations\n"
@@ -91,6 +92,36 @@ def same(found, expected):
 
 
 # ---- datasets ----
+
+
+def test_rows_and_journals_of_different_runs_are_never_read_as_one(tmp_path):
+    """After an --overwrite that was interrupted, from shards whose journals are elsewhere, and beside a copy of a journal."""
+
+    class Dies(ScriptedSampler):
+        def poll(self):
+            raise SamplerError("no server")
+
+    data, run = Dataset.from_list(rows(30)), tmp_path / "run"
+    rewriter(tmp_path).rewrite(data)
+    (run / "journal-before.jsonl").write_bytes((run / "journal.jsonl").read_bytes())
+    sampled = json.loads((run / "metrics.json").read_text())["stages"]["self"]["sampled"]
+    assert read_run(run)["attempts"]["self"]["sampled"] >= sampled and len(read_run(run)["journals"]) == 1
+    args = RewriteConfig(str(run), num_generations=5, overwrite=True)
+    with pytest.raises(SamplerError):
+        DataRewriter("m", args, sampler=Dies(), verifier=verify).rewrite(data)
+    with pytest.raises(ValueError, match="no `dataset`: its rewrite is not finished"):
+        push_run(run, "me/out")
+    for i in (0, 1):
+        rewriter(tmp_path, f"machine{i}", shard=f"{i}/2").rewrite(data)
+    for file in (tmp_path / "machine0" / "dataset.partial").iterdir():
+        file.rename(tmp_path / "machine1" / "dataset.partial" / file.name)
+    assert rewriter(tmp_path, "machine1", shard="1/2").rewrite(data) is not None
+    with pytest.raises(ValueError, match=r"rows of 2 shard\(s\), but 1 journal\(s\): journal-00001-of-00002.jsonl"):
+        read_run(tmp_path / "machine1")
+    (tmp_path / "machine0" / "journal-00000-of-00002.jsonl").rename(
+        tmp_path / "machine1" / "journal-00000-of-00002.jsonl"
+    )
+    assert read_run(tmp_path / "machine1")["num_untried"] == 0
 
 
 def test_pushed_rows_and_attempts_load_back_equal(tmp_path, hub):

@@ -3,6 +3,7 @@
 import json
 import random
 import socket
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -320,6 +321,29 @@ def test_a_server_without_token_ids_gives_rows_without_them(serve, tmp_path, ext
     if not extended:
         with pytest.raises(ValueError, match="top_k=5"):
             sampler.submit(Request("r", [], 1, SamplingParams(top_k=5)))
+
+
+def test_secrets_stay_out_of_what_is_recorded(tmp_path, monkeypatch, capsys):
+    """W&B records `sys.argv`, and `run_config.yaml` is pushed."""
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    argv = [
+        "rewrite",
+        "--model_name_or_path",
+        POLICY,
+        "--dataset_name",
+        str(data),
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
+    monkeypatch.setattr(
+        "sys.argv", ["trl-offpolicy", *argv, "--sampler", "openai", "--base_url", "http://me:secret@127.0.0.1:9/v1"]
+    )
+    assert main() == 3 and sys.argv[-1] == "http://127.0.0.1:9/v1"
+    assert "secret" not in "".join(capsys.readouterr())
+    assert main([*argv, "--sampler", "vllm", "--engine_kwargs", '{"hf_token": "hf_secret"}']) == 2
+    told = capsys.readouterr().err
+    assert "set HF_TOKEN instead" in told and "hf_secret" not in told
 
 
 def test_bad_addresses_and_options_say_what_to_write(serve, tmp_path, capsys):

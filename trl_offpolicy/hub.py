@@ -20,6 +20,7 @@ import yaml
 
 from .journal import read_entries, read_header
 from .rows import Source, Verdict, attempt_features
+from .shards import journals_in
 
 
 CITATIONS = {
@@ -181,13 +182,18 @@ def read_run(output_dir: Path, finished: bool = True) -> dict:
     """What the card says of a run, from its journals, `run_config.yaml` and, if it is `finished`, its rows."""
     import pyarrow.parquet as pq
 
-    journals = sorted(output_dir.glob("journal*.jsonl"))
+    journals = journals_in(output_dir)
     if not journals:
         raise FileNotFoundError(
             f"You passed output_dir={str(output_dir)!r}, which has no journal: it is no run of `trl-offpolicy rewrite`."
         )
     text = (output_dir / "run_config.yaml").read_text()
     rows = sorted((output_dir / "dataset").glob("*.parquet")) if finished else []
+    if rows and len(rows) != len(journals):
+        raise ValueError(
+            f"{output_dir} has the rows of {len(rows)} shard(s), but {len(journals)} journal(s): {', '.join(path.name for path in journals)}. Bring "
+            "those of all shards together, or push from where they are; the card and the attempts are made from them."
+        )
     counts, tokens, tried = Counter(), Counter(), {}
     for path in journals:
         for _, entry in read_entries(path, until="reason"):

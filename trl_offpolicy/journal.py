@@ -33,6 +33,7 @@ class Journal:
 
     def __init__(self, path: Path, config: dict, overwrite: bool = False):
         self.path, self._reader = Path(path), None
+        self.overwritten = False  # whether the attempts of another configuration were here
         self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             self._lock()
@@ -78,7 +79,8 @@ class Journal:
 
     def _check(self, config: dict, overwrite: bool) -> None:
         differing = differences(read_header(self.path), config)
-        if differing and overwrite:
+        self.overwritten = bool(differing and overwrite)
+        if self.overwritten:
             os.ftruncate(self._file, 0)
         elif differing:
             raise ValueError(

@@ -135,7 +135,8 @@ class RewriteConfig:
         default=False, metadata={"help": "Print the first prompt of each stage and the estimate, sample nothing."}
     )
     overwrite: bool = field(
-        default=False, metadata={"help": "Delete the journal of another configuration in output_dir."}
+        default=False,
+        metadata={"help": "Delete the journal of another configuration in output_dir, and the rows made from it."},
     )
 
     def __post_init__(self):

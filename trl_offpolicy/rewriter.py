@@ -54,7 +54,7 @@ from .sampling import (
     template_digest,
 )
 from .scheduling import Draw, Fate, KnownAttempts, Outcome, Scheduler
-from .shards import RUN_KEY, Shard, check_siblings, publish, published
+from .shards import RUN_KEY, Shard, check_siblings, publish, published, withdraw
 from .verification import describe
 
 
@@ -259,6 +259,8 @@ class DataRewriter:
             f"# Made with {versions('trl-offpolicy', 'trl', 'transformers', 'torch', 'vllm', 'math-verify', 'datasets')}.\n"
             + yaml.safe_dump(run_config, sort_keys=False, allow_unicode=True)
         )
+        if journal.overwritten:
+            withdraw(self.output_dir, self.shard)
         return journal, config
 
     def _dry_run(self, dataset, keys: np.ndarray) -> None:

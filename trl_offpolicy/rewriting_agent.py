@@ -16,6 +16,7 @@ construction; what falls as the agent aligns with the base is the negative log-l
 
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
@@ -99,7 +100,7 @@ class GroupReward:
         Takes the base, the model of `trainer` with its adapter off; [`RewritingAgentTrainer`] calls it.
 
         Raises:
-            ValueError: The model has no adapter, or one whose `init_lora_weights` changes the base; its parameters are sharded, or (with a judge) YES and NO begin with the same token.
+            ValueError: The model has no adapter, or one whose `init_lora_weights` or `bias` changes the base; its parameters are sharded, or (with a judge) YES and NO begin with the same token.
         """
         if not is_peft_model(trainer.model):
             raise ValueError(
@@ -107,6 +108,11 @@ class GroupReward:
                 "LoraConfig(r=64, lora_alpha=32, target_modules='all-linear')."
             )
         for config in trainer.model.peft_config.values():
+            if getattr(config, "bias", "none") != "none":
+                raise ValueError(
+                    f"Your peft_config has bias={config.bias!r}: biases that are trained stay changed with the adapter off, so the reward would be "
+                    "asked of a base that drifts. Write bias='none'."
+                )
             start = getattr(config, "init_lora_weights", True)
             if isinstance(start, str) and start.lower().startswith(CHANGES_THE_BASE):
                 raise ValueError(
@@ -306,6 +312,13 @@ class RewritingAgentTrainer(GRPOTrainer):
         for reward in self.reward_funcs:
             if isinstance(reward, GroupReward):
                 reward.bind(self)
+
+    def _calculate_rewards(self, *args, **kwargs):
+        rewards = super()._calculate_rewards(*args, **kwargs)  # (N, functions), NaN where one said None
+        own = [i for i, reward in enumerate(self.reward_funcs) if isinstance(reward, GroupReward)]
+        # GRPO adds what is left: beside other rewards, what could not be judged would stand at the lower end of its group.
+        rewards[rewards[:, own].isnan().any(1)] = math.nan
+        return rewards
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         """Writes `output_dir/README.md`: base, data, reward, prompt, hyper-parameters, last results, and the command that rewrites with it."""

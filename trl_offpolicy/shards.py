@@ -60,6 +60,20 @@ class Shard:
         return (Shard(i, self.count) for i in range(self.count))
 
 
+def journals_in(output_dir: Path) -> list[Path]:
+    """The journals of a run, and no copies of them."""
+    names = re.compile(r"journal(-\d{5}-of-\d{5})?\.jsonl")
+    return sorted(path for path in output_dir.glob("journal*.jsonl") if names.fullmatch(path.name))
+
+
+def withdraw(output_dir: Path, shard: Shard) -> None:
+    """Removes the rows that were made from a journal that has been overwritten: they must not be taken for those of the next one."""
+    with published(output_dir):
+        (output_dir / "dataset.partial" / shard.parquet).unlink(missing_ok=True)
+        shutil.rmtree(output_dir / "dataset", ignore_errors=True)
+        (output_dir / "metrics.json").unlink(missing_ok=True)
+
+
 def check_siblings(output_dir: Path, shard: Shard, config: dict, overwrite: bool) -> None:
     """
     Refuses to join a run whose other shards are of another number or, unless they are to be overwritten too, of another configuration.
@@ -68,9 +82,7 @@ def check_siblings(output_dir: Path, shard: Shard, config: dict, overwrite: bool
         ValueError: Names the file, and each field that differs.
     """
     ours = {s.file(output_dir, "journal.jsonl") for s in shard.siblings()}
-    for path in sorted(output_dir.glob("journal*.jsonl")):
-        if not re.fullmatch(r"journal(-\d{5}-of-\d{5})?\.jsonl", path.name):
-            continue
+    for path in journals_in(output_dir):
         if path not in ours:
             raise ValueError(
                 f"{output_dir} holds {path.name}, but you passed shard={str(shard)!r}: the number of shards of a run cannot change. "

@@ -5,6 +5,7 @@ command to run. Exit codes: 0 done, 2 bad input, 3 stopped early and resumable.
 """
 
 import os
+import re
 import sys
 from importlib import import_module
 
@@ -49,8 +50,10 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     if argv is None:
-        sys.argv[1:] = _hide_token(sys.argv[1:])
-    argv = sys.argv[1:] if argv is None else _hide_token(argv)
+        argv = sys.argv[1:] = _hide_token(sys.argv[1:])
+        sys.argv[1:] = [re.sub(r"//[^/@\s]+@", "//", part) for part in argv]  # a server's password, likewise
+    else:
+        argv = _hide_token(argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if argv else 2

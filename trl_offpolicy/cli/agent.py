@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from .. import prompts
-from .arguments import DatasetArguments, VerifierArguments, load_dataset, make_verifier, parser_for
+from ..rewrite_config import RewriteConfig
+from .arguments import DatasetArguments, EngineArguments, VerifierArguments, load_dataset, make_verifier, parser_for
 
 
 DESCRIPTION = "Train a rewriting agent: GRPO on a LoRA adapter, rewarded for rewrites that are right, like the base's own answers, and diverse."
@@ -94,7 +95,7 @@ def agent(argv: list[str]) -> int:
         return 3
     if main:
         print(f"adapter saved to {args.output_dir}")
-        print(_next_command(arguments, model_args.model_name_or_path, trainer.hub_model_id or args.output_dir))
+        print(_next_command(arguments, args, model_args, trainer.hub_model_id or args.output_dir))
     return 0
 
 
@@ -199,14 +200,21 @@ def _embedder(name: str | None, device: str):
     return SentenceTransformer(name, device=device).encode
 
 
-def _next_command(arguments: AgentArguments, model: str, adapter: str) -> str:
-    """The rewrite with the adapter, of the same rows, prompts and verifier."""
-    usual = {f.name: f.default for f in fields(arguments)}
+def _next_command(arguments: AgentArguments, args, model_args, adapter: str) -> str:
+    """The rewrite with the adapter, of the same rows, prompts and verifier, on the same base."""
+    model, usual = model_args.model_name_or_path, {f.name: f.default for f in fields(arguments)}
     same = (
         "dataset_name", "dataset_config", "dataset_split", "dataset_revision", "answer_column", "solve_prompt", "guided_prompt",
         "verifier", "verifier_kwargs",
     )  # fmt: skip
     given = {name: value for name in same if (value := getattr(arguments, name)) != usual[name]}
+    usual = {f.name: f.default for kind in (EngineArguments, RewriteConfig) for f in fields(kind)}
+    usual |= {f.name: f.default for f in fields(model_args) if f.name in ("model_revision", "dtype")}
+    for source, names in (
+        (model_args, ("model_revision", "dtype")),
+        (args, ("trust_remote_code", "max_completion_length")),
+    ):
+        given |= {name: str(value) for name in names if (value := getattr(source, name)) != usual[name]}
     flags = [part for name, value in given.items() for part in (f"--{name}", value)]
     command = ["trl-offpolicy", "rewrite", "--model_name_or_path", model, "--rewriter_adapter", adapter, *flags]
     return shlex.join([*command, "--stages", "guided", "--output_dir", f"{Path(adapter).name}-rewrite"])

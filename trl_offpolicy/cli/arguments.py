@@ -149,6 +149,10 @@ def make_sampler(arguments: EngineArguments, second_adapter: str | None = None):
             from ..sampling.vllm_sampler import VLLMSampler, lora_engine_kwargs
 
             given |= _mapping("engine_kwargs", given.pop("engine_kwargs", {}), '{"max_num_seqs": 256}')
+            if "hf_token" in given:  # `run_config.yaml` holds these options, and is pushed
+                raise ValueError(
+                    "You passed hf_token in engine_kwargs, which would be pushed with the run; set HF_TOKEN instead."
+                )
             if second_adapter is not None:
                 given = {**lora_engine_kwargs(second_adapter), **given}
             if arguments.batch_size is not None:
