@@ -337,10 +337,10 @@ def test_secrets_stay_out_of_what_is_recorded(tmp_path, monkeypatch, capsys):
         str(tmp_path / "run"),
     ]
     monkeypatch.setattr(
-        "sys.argv", ["trl-offpolicy", *argv, "--sampler", "openai", "--base_url", "http://me:secret@127.0.0.1:9/v1"]
+        "sys.argv", ["trl-offpolicy", *argv, "--sampler", "openai", "--base_url", "http://me:pa55word@127.0.0.1:9/v1"]
     )
     assert main() == 3 and sys.argv[-1] == "http://127.0.0.1:9/v1"
-    assert "secret" not in "".join(capsys.readouterr())
+    assert "pa55word" not in "".join(capsys.readouterr())
     assert main([*argv, "--sampler", "vllm", "--engine_kwargs", '{"hf_token": "hf_secret"}']) == 2
     told = capsys.readouterr().err
     assert "set HF_TOKEN instead" in told and "hf_secret" not in told
