@@ -200,6 +200,31 @@ def test_a_dead_servers_requests_go_to_the_other_and_a_restarted_one_is_used_aga
         assert drain(sampler, requests(8)) == {f"r{i}": expected[f"r{i}"] for i in range(8)}
 
 
+def test_a_slow_server_is_waited_for_though_another_is_dead(serve, sample):
+    """Longer than `give_up_after`: it is at work."""
+    let_go = threading.Event()
+    slow, dead = serve(fault=after_canary(lambda body: let_go.wait(30) and None)), serve()
+    sampler = sample(slow, dead, give_up_after=0.4)
+    dead.die()
+    for request in requests(8):
+        sampler.submit(request)
+    deadline = time.monotonic() + 30
+    while (
+        dead_server(sampler).failures < 3 and time.monotonic() < deadline
+    ):  # the tries come ever more seldom: 0.1 s each here
+        time.sleep(0.05)
+    time.sleep(0.5)
+    let_go.set()
+    completions = {}
+    while finished := sampler.poll():
+        completions |= {c.id: c for c in finished}
+    assert len(completions) == 8 and all(c.finish_reason == "stop" for c in completions.values())
+
+
+def dead_server(sampler):
+    return sampler._servers[1]
+
+
 def test_requests_in_flight_are_bounded_and_go_where_fewest_are(serve, sample):
     """A server that holds what it gets has its four; everything else goes to the other one, four at a time."""
     release, four = threading.Event(), threading.Barrier(4, timeout=30)

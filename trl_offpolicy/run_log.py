@@ -155,12 +155,18 @@ def wandb_group(directory: Path) -> str:
 def _own_name(directory: Path) -> str:
     """The directory's name and a random tail, the same at every call."""
 
-    file = directory / "wandb_group"
-    try:
-        with file.open("x") as new:
-            new.write(f"{re.sub(r'[^A-Za-z0-9_.-]', '-', directory.resolve().name)}-{secrets.token_hex(4)}")
-    except FileExistsError:
-        pass
+    file, tail = directory / "wandb_group", secrets.token_hex(4)
+    if not file.exists():
+        new = directory / f"wandb_group.{tail}"
+        new.write_text(f"{re.sub(r'[^A-Za-z0-9_.-]', '-', directory.resolve().name)}-{tail}")
+        # Whole or not at all, and of several shards that start together the first one's for all.
+        try:
+            os.link(new, file)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            new.replace(file)
+        new.unlink(missing_ok=True)
     return file.read_text()
 
 

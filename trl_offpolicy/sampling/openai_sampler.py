@@ -84,7 +84,7 @@ class OpenAISampler:
         batch_size (`int`, *optional*, defaults to `128`): Requests in flight at each server.
         request_timeout (`float`, *optional*, defaults to `600.0`): Seconds for one completion, the SDK's retries included.
         give_up_after (`float`, *optional*, defaults to `300.0`): Seconds of failures without a single answer after which
-            `poll` raises.
+            `poll` raises, unless a server is still at work.
 
     Raises:
         ModuleNotFoundError: The `openai` SDK is not installed.
@@ -285,7 +285,9 @@ class OpenAISampler:
         """Tries a failed server ever more seldom until it answers; opens the circuit if none has answered for too long."""
         while not server.ready:
             since = self._failing_since
-            if since is not None and self._loop.time() - since > self.give_up_after:
+            # One that is ready is at work: should it hang, its requests run out of time.
+            waited = since is not None and self._loop.time() - since > self.give_up_after
+            if waited and not any(other.ready for other in self._servers):
                 told = f"no server has answered for {self.give_up_after:g} s; the last one said: {self._last_error}"
                 self._finished.put(SamplerError(told))
                 return
