@@ -210,7 +210,7 @@ def test_a_slow_server_is_waited_for_though_another_is_dead(serve, sample):
         sampler.submit(request)
     deadline = time.monotonic() + 30
     while (
-        dead_server(sampler).failures < 3 and time.monotonic() < deadline
+        sampler._servers[1].failures < 3 and time.monotonic() < deadline
     ):  # the tries come ever more seldom: 0.1 s each here
         time.sleep(0.05)
     time.sleep(0.5)
@@ -219,10 +219,6 @@ def test_a_slow_server_is_waited_for_though_another_is_dead(serve, sample):
     while finished := sampler.poll():
         completions |= {c.id: c for c in finished}
     assert len(completions) == 8 and all(c.finish_reason == "stop" for c in completions.values())
-
-
-def dead_server(sampler):
-    return sampler._servers[1]
 
 
 def test_requests_in_flight_are_bounded_and_go_where_fewest_are(serve, sample):
