@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..rewrite_config import RewriteConfig
+from ..rows import carried_columns
 from ..sampling import SamplerError
 from .arguments import (
     DatasetArguments,
@@ -88,6 +89,9 @@ def rewrite(argv: list[str]) -> int:
     arguments, config = parser.parse_args_and_config(argv)
     print(config.output_dir, flush=True)
     dataset = load_dataset(arguments)
+    carried_columns(
+        dataset.column_names, config.answer_column
+    )  # what is wrong with them is better known before a model is loaded
     adapter = arguments.rewriter_adapter
     if adapter is not None and "guided" not in config.stages:
         raise ValueError(
