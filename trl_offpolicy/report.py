@@ -15,6 +15,7 @@ from . import tables
 from .journal import read_entries
 from .page import Page
 from .rows import Source, Verdict, demonstration
+from .shards import journals_in
 
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442")  # Okabe and Ito
@@ -269,7 +270,7 @@ def _rows(page: Page, label: str, path: Path, seed: int) -> None:
     shown = rows.take(sorted(dealt, key=lambda i: (list(places).index(sources[i]), i))).to_pylist()
     ids = {row["id"] for row in shown}
     verdicts: dict[str, Counter] = {}
-    for journal in path.glob("journal*.jsonl"):
+    for journal in journals_in(path):
         for _, entry in read_entries(journal, until="reason"):
             if entry["id"] in ids:
                 verdicts.setdefault(entry["id"], Counter())[entry["stage"], entry["verdict"]] += 1
