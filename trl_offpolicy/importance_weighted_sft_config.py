@@ -144,7 +144,6 @@ class ImportanceWeightedSFTConfig(SFTConfig):
         if values.get("loss_type") == "dft":
             values |= {"loss_type": "nll", "objective": "dft"}
         elif values.get("label_smoothing_factor") and cls.objective == "iw":
-            values["objective"] = (
-                "nll"  # a plain SFT script; with a trainer chosen for its objective, the two contradict each other
-            )
+            # A plain SFT script; with a trainer chosen for its objective, the two contradict each other.
+            values["objective"] = "nll"
         return cls(**values)

@@ -33,7 +33,6 @@ class Journal:
 
     def __init__(self, path: Path, config: dict, overwrite: bool = False):
         self.path, self._reader = Path(path), None
-        self.overwritten = False  # whether the attempts of another configuration were here
         self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             self._lock()
@@ -79,7 +78,7 @@ class Journal:
 
     def _check(self, config: dict, overwrite: bool) -> None:
         differing = differences(read_header(self.path), config)
-        self.overwritten = bool(differing and overwrite)
+        self.overwritten = bool(differing and overwrite)  # whether the attempts of another configuration were here
         if self.overwritten:
             os.ftruncate(self._file, 0)
         elif differing:

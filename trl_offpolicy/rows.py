@@ -160,16 +160,18 @@ def carried_columns(columns: Iterable[str], answer_column: str = "answer") -> di
     columns = list(columns)
     prompt_column, demonstration_column = find_format(columns)
     if answer_column != "answer" and answer_column not in columns:
-        raise ValueError(f"You passed answer_column={answer_column!r}, but the dataset has the columns {columns}.")
+        raise ValueError(
+            f"You passed answer_column={answer_column!r}, but the dataset has the columns {columns} and no {answer_column}."
+        )
     # A prompt comes out as it came in, and so does a gold answer; `answer` may also hold the demonstration (GSM8K), or be none of ours.
     same = {prompt_column} & {"prompt"} | {answer_column} & {"answer"} - {demonstration_column}
     carried = {c: f"input_{c}" for c in columns if c in _TAKEN and c not in same}
     for column in columns:
-        name = column
-        # A dataset that was rewritten before has an `input_completion`, and a `completion` that is the demonstration now.
-        while name in carried.values():
-            name = f"input_{name}"
-        if column not in same | _TAKEN:
+        if column not in _TAKEN:
+            name = column
+            # A dataset that was rewritten before has an `input_completion`, and a `completion` that is the demonstration now.
+            while name in carried.values():
+                name = f"input_{name}"
             carried[column] = name
     return {column: carried[column] for column in columns if column in carried}
 
@@ -263,6 +265,12 @@ def reference_digest(demonstration: str) -> int:
 def copy_id(content: int, copy: int) -> str:
     """The `id` of the `copy`-th row with this content id (as a number)."""
     return f"{content:016x}" if copy == 1 else f"{content:016x}-{copy}"
+
+
+def split_id(row_id: str) -> tuple[int, int]:
+    """What [`copy_id`] made it of."""
+    digest, _, copy = row_id.partition("-")
+    return int(digest, 16), int(copy or 1)
 
 
 def number_copies(ids: Sequence[int]):
@@ -398,9 +406,8 @@ def load_rows(
     from datasets import DatasetDict, load_dataset, load_from_disk
 
     def only_train(what: str) -> None:
-        if (
-            re.split(r"[\[+]", dataset_split)[0] != "train"
-        ):  # the same rows under another name would be held out from nothing
+        # The same rows under another name would be held out from nothing.
+        if re.split(r"[\[+]", dataset_split)[0] != "train":
             raise ValueError(
                 f"You asked for the split {dataset_split!r} of {dataset_name!r}, but {what} has no splits. Give it as the split 'train' if "
                 "these are the rows you want; for a split of its own, save a DatasetDict, use a Hub dataset, or pass another file."

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .rewrite_config import RewriteConfig
-from .rows import Problem, Source, Verdict
+from .rows import Problem, Source, Verdict, split_id
 from .sampling import FAILED, attempt_seed
 
 
@@ -254,7 +254,7 @@ class KnownAttempts:
                 continue
             log_prob = nan if e["log_prob"] is None else e["log_prob"]
             packed += self._RECORD.pack(
-                *_split(e["id"]), stage[e["stage"]], e["attempt"], verdict[e["verdict"]], finish_reason[e["finish_reason"]],
+                *split_id(e["id"]), stage[e["stage"]], e["attempt"], verdict[e["verdict"]], finish_reason[e["finish_reason"]],
                 e["num_tokens"], log_prob, offset, e.get("reference", 0),
             )  # fmt: skip
         table = np.frombuffer(packed, self._TYPES)
@@ -284,8 +284,3 @@ class KnownAttempts:
                 fate = Fate(offset, self._VERDICTS[verdict], self._FINISH_REASONS[finish_reason], num_tokens, log_prob)
                 found.setdefault(self._stages[stage], {})[attempt] = fate
         return found
-
-
-def _split(problem_id: str) -> tuple[int, int]:
-    digest, _, copy = problem_id.partition("-")
-    return int(digest, 16), int(copy or 1)

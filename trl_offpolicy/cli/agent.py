@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .. import prompts
 from ..rewrite_config import RewriteConfig
-from .arguments import DatasetArguments, EngineArguments, VerifierArguments, load_dataset, make_verifier, parser_for
+from .arguments import DatasetArguments, VerifierArguments, load_dataset, make_verifier, parser_for
 
 
 DESCRIPTION = "Train a rewriting agent: GRPO on a LoRA adapter, rewarded for rewrites that are right, like the base's own answers, and diverse."
@@ -208,13 +208,14 @@ def _next_command(arguments: AgentArguments, args, model_args, adapter: str) -> 
         "verifier", "verifier_kwargs",
     )  # fmt: skip
     given = {name: value for name in same if (value := getattr(arguments, name)) != usual[name]}
-    usual = {f.name: f.default for kind in (EngineArguments, RewriteConfig) for f in fields(kind)}
-    usual |= {f.name: f.default for f in fields(model_args) if f.name in ("model_revision", "dtype")}
-    for source, names in (
-        (model_args, ("model_revision", "dtype")),
-        (args, ("trust_remote_code", "max_completion_length")),
+    for own, usual_of, name in (
+        (model_args, type(model_args), "model_revision"),
+        (model_args, type(model_args), "dtype"),
+        (args, type(args), "trust_remote_code"),
+        (args, RewriteConfig, "max_completion_length"),
     ):
-        given |= {name: str(value) for name in names if (value := getattr(source, name)) != usual[name]}
+        if (value := getattr(own, name)) != getattr(usual_of, name):
+            given[name] = str(value)
     flags = [part for name, value in given.items() for part in (f"--{name}", value)]
     command = ["trl-offpolicy", "rewrite", "--model_name_or_path", model, "--rewriter_adapter", adapter, *flags]
     return shlex.join([*command, "--stages", "guided", "--output_dir", f"{Path(adapter).name}-rewrite"])

@@ -89,9 +89,8 @@ def rewrite(argv: list[str]) -> int:
     arguments, config = parser.parse_args_and_config(argv)
     print(config.output_dir, flush=True)
     dataset = load_dataset(arguments)
-    carried_columns(
-        dataset.column_names, config.answer_column
-    )  # what is wrong with them is better known before a model is loaded
+    # What is wrong with them is better known before a model is loaded.
+    carried_columns(dataset.column_names, config.answer_column)
     adapter = arguments.rewriter_adapter
     if adapter is not None and "guided" not in config.stages:
         raise ValueError(

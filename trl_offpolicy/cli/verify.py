@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from ..rewriter import batched
-from ..rows import Source, Verdict, find_format, read_row
+from ..rows import Source, Verdict, carried_columns, read_row
 from .arguments import DatasetArguments, VerifierArguments, load_dataset, make_verifier, parser_for
 
 
@@ -99,12 +99,10 @@ def _written(output: Path):
 def _to_verify(dataset, arguments: VerifyArguments):
     """(index, row, completion, gold answer) of each row; `ValueError` at once if a column is missing."""
     named = [arguments.completion_column, arguments.answer_column] if arguments.completion_column else []
-    # without it every demonstration would be compared with its own box, and be right
-    asked = named or [name for name in [arguments.answer_column] if name != VerifyArguments.answer_column]
-    if missing := [column for column in asked if column not in dataset.column_names]:
+    if missing := [column for column in named if column not in dataset.column_names]:
         raise ValueError(f"The dataset has the columns {dataset.column_names}, but no {' and no '.join(missing)}.")
     if not named:
-        find_format(dataset.column_names)
+        carried_columns(dataset.column_names, arguments.answer_column)
 
     def read(index: int, row: dict):
         answer = row.get(arguments.answer_column)

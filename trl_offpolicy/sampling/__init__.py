@@ -129,10 +129,10 @@ def prompt_ids(processing_class, request: Request, context: int) -> list[int] | 
         ids = encode_prompt(processing_class, request.prompt)
     except TemplateError as error:
         reason = f"the chat template refuses the prompt: {error}"
-        return Completion(request.id, "", [], [], "refused", reason)
-    if len(ids) < context:
-        return ids
-    reason = f"the prompt has {len(ids)} tokens, but the model's context is {context}"
+    else:
+        if len(ids) < context:
+            return ids
+        reason = f"the prompt has {len(ids)} tokens, but the model's context is {context}"
     return Completion(request.id, "", [], [], "refused", reason)
 
 

@@ -155,7 +155,8 @@ class TransformersSampler:
         oldest, oldest_ids = self._pending[0]
         alike = [p for p in self._pending if p[0].params == oldest.params]
         if self._learned_positions:
-            alike = [p for p in alike if self._room(*p) == self._room(oldest, oldest_ids)]
+            room = self._room(oldest, oldest_ids)
+            alike = [p for p in alike if self._room(*p) == room]
         batch, width = [], 0
         for request, ids in sorted(alike, key=lambda p: abs(len(p[1]) - len(oldest_ids)))[: self.batch_size]:
             width = max(width, len(ids))
