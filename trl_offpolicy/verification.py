@@ -5,14 +5,16 @@ r"""(completion, gold answer) → `Verdict`, by math-verify in worker processes 
         # [Verdict.CORRECT, Verdict.WRONG]
 
 math-verify's own time-out is a wall-clock alarm that only works in a main thread and answers "wrong" when it fires. Here
-each worker is a process of its own (`python -m trl_offpolicy.verification`: nothing is forked from a trainer that holds
-CUDA, and a user's script needs no `__main__` guard) with a CPU-time budget inside, so that a busy machine changes no
-verdict, and SIGKILL from outside for code in C that no signal interrupts; whoever is overdue only because others have the
-processor is given more time.
+each worker is a process of its own (a fresh interpreter: nothing is forked from a trainer that holds CUDA, and a user's
+script needs no `__main__` guard) with a CPU-time budget inside, so that a busy machine changes no verdict, and SIGKILL from
+outside for code in C that no signal interrupts; a verification that is overdue only because other processes have the
+processor is given more time. Workers belong to the process that started them: a forked or unpickled copy of a verifier starts
+workers of its own, and they end with the process that started them, however it ends.
 """
 
 import contextlib
 import json
+import multiprocessing
 import os
 import re
 import selectors
@@ -21,8 +23,10 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from inspect import signature
+from pathlib import Path
 
 import psutil
 
@@ -37,8 +41,9 @@ ASLEEP = 20  # x `timeout`: when one that does not even wait for a processor is 
 NICE = 10  # a worker gives way to the engine, which it would only keep waiting; a starved engine leaves it time enough
 BATCH, BATCH_CHARACTERS = 32, 1 << 20  # of the tasks that one line hands to a worker
 TASKS_PER_WORKER = 2000  # then a fresh fork: sympy's caches grow without bound
-READ_SECONDS = 10.0  # to read a batch; who does not was killed with half of it read
-START_SECONDS = 120.0  # a worker imports sympy before its first task; that time is nobody's answer's
+READ_SECONDS = 10.0  # a worker that has not read its batch by then was killed with half of it read
+START_SECONDS = 120.0  # a worker imports sympy before its first task, whose own time begins after that
+PARENT_SECONDS = 1.0  # how often a worker looks whether the process that started it is still there
 
 
 _PLAIN_NUMBER = re.compile(r"-?\d{1,15}(?:\.\d{1,15})?")
@@ -132,7 +137,8 @@ class MathVerifier(Verifier):
     Args:
         timeout (`float`, *optional*, defaults to `4.0`): CPU seconds one verification may take. Code that cannot be
             interrupted is killed 1.6 times as many seconds later at the earliest; either is `Verdict.TIMEOUT`, never `WRONG`.
-        num_workers (`int`, *optional*): Worker processes; by default one for each core.
+        num_workers (`int`, *optional*): Worker processes; by default one for each core that this process may use, shared among the
+            ranks of a node (`LOCAL_WORLD_SIZE`), and a single one in a child of `multiprocessing` (`num_proc`, a `DataLoader`).
         float_rounding (`int`, *optional*, defaults to `6`): Decimal places to which a decimal may stand for another number
             (`0.333333` for 1/3); it must keep five significant digits of it, too.
         numeric_precision (`int`, *optional*, defaults to `50`): Digits of math-verify's numeric comparisons.
@@ -152,19 +158,41 @@ class MathVerifier(Verifier):
         if timeout <= 0:
             raise ValueError(f"You passed timeout={timeout}; a verification needs a positive number of CPU seconds.")
         self.timeout = timeout
-        self.num_workers = num_workers or len(
-            os.sched_getaffinity(0) if sys.platform == "linux" else range(os.cpu_count() or 1)
-        )
+        self._num_workers = num_workers
         self.options = {
             "float_rounding": float_rounding,
             "numeric_precision": numeric_precision,
             "strict": strict,
             "allow_set_relation_comp": allow_set_relation_comp,
         }
+        self._begin()
+        _VERIFIERS.add(self)
+
+    def _begin(self) -> None:
+        """No workers yet, and locks that nobody holds: in a new verifier, and in a copy of one in another process."""
         self._workers: list[_Worker] = []
         self._lock = threading.Lock()  # one batch at a time
         self._gate = threading.Lock()  # held by `close`, so that a new batch waits for it
         self._closing = False
+
+    def _forked(self) -> None:
+        """In a forked child: lets go of the workers, whose pipes it shares with its parent, without ending them."""
+        for worker in getattr(self, "_workers", []):
+            worker.forget()
+        self._begin()
+
+    def __getstate__(self) -> dict:
+        return {"timeout": self.timeout, "options": self.options, "_num_workers": self._num_workers}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._begin()
+        _VERIFIERS.add(self)
+
+    @property
+    def num_workers(self) -> int:
+        """Worker processes, at most."""
+        return self._num_workers or default_workers()
 
     def _explain(self, completions: list[str], answers: list[str]) -> list[tuple[Verdict, str]]:
         return self._run(
@@ -250,6 +278,45 @@ class MathVerifier(Verifier):
         return batch
 
 
+_VERIFIERS: weakref.WeakSet[MathVerifier] = weakref.WeakSet()
+
+
+def _forget_workers() -> None:
+    for verifier in list(_VERIFIERS):
+        verifier._forked()
+
+
+os.register_at_fork(after_in_child=_forget_workers)
+
+
+def default_workers() -> int:
+    """One worker for each core that this process may use, divided among the processes of a node that do the same."""
+    if multiprocessing.parent_process() is not None:
+        return (
+            1  # one of many that a `multiprocessing` pool, `datasets.map(num_proc=...)` or a `DataLoader` has started
+        )
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+
+
+# What a worker's interpreter is started with (`-I`: or the `random.py` or `sympy.py` in the folder of a user's script would run in the worker):
+# this very package, and the folders that the parent imports from behind all that is installed, where they replace nothing.
+_START = """\
+import importlib.util, sys
+sys.path += {path!r}
+spec = importlib.util.spec_from_file_location("trl_offpolicy", {package!r})
+sys.modules["trl_offpolicy"] = package = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(package)
+from trl_offpolicy.verification import _serve
+_serve({parent})
+"""
+
+
+def _start_command() -> list[str]:
+    path, package = [os.path.abspath(p) for p in sys.path], str(Path(__file__).with_name("__init__.py"))
+    return [sys.executable, "-I", "-c", _START.format(path=path, package=package, parent=os.getpid())]
+
+
 class _Worker:
     """
     One process and the tasks it was handed.
@@ -263,13 +330,12 @@ class _Worker:
         self.spawn()
 
     def spawn(self):
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "trl_offpolicy.verification"]
         # Its own group: a ctrl-C meant for the parent does not kill it in the middle of a task. Not its own session, to which Linux
         # would give as much of a busy processor as to the engine's.
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, process_group=0
-        )
+            _start_command(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
         os.set_blocking(self.process.stdout.fileno(), False)
         self.pid = None  # of the fork, as soon as it is ready
         self.started, self.buffer, self.tasks_left = False, b"", 0
@@ -284,6 +350,12 @@ class _Worker:
             self.process.stdin.close()
         self.process.stdout.close()
         self.process.wait()
+
+    def forget(self):
+        """Closes this process's copies of the pipes, and has nothing waited for: the worker is another process's child."""
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.returncode = 0
 
     def kill_fork(self):
         with contextlib.suppress(ProcessLookupError):
@@ -358,7 +430,7 @@ class _Worker:
             if not self.started:
                 raise RuntimeError(
                     f"A verifier worker ended with exit code {died} before its first task; its message is above. "
-                    f"Try it by hand: {sys.executable} -m trl_offpolicy.verification < /dev/null"
+                    f"Try it by hand: {sys.executable} -I -c 'import math_verify'"
                 )
         if self.reading and (died is not None or overdue):
             end = Verdict.TIMEOUT, f"killed after {time.monotonic() - self.task_began:.1f} s"
@@ -391,12 +463,19 @@ class _OverBudget(BaseException):
     """Not an `Exception`: math-verify catches those."""
 
 
-def _serve() -> None:
-    """Imports what is slow and forks; another fork for each that dies, until one ends by itself (stdin was closed)."""
+def _serve(parent: int) -> None:
+    """Imports what is slow and forks; another fork for each that dies, until one ends by itself (stdin was closed), or `parent` has died."""
     import logging
     import resource
 
     answers = os.fdopen(os.dup(1), "w")
+
+    def end_with_parent(*_) -> None:
+        if os.getppid() != parent:
+            os.killpg(0, signal.SIGKILL)
+
+    signal.signal(signal.SIGALRM, end_with_parent)  # a killed parent may leave the pipe open in children of its own
+    signal.setitimer(signal.ITIMER_REAL, PARENT_SECONDS, PARENT_SECONDS)  # which no fork inherits
     os.dup2(2, 1)  # whatever a library prints must not end up among the answers
     if sys.platform == "linux":  # macOS refuses this limit
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
@@ -426,6 +505,7 @@ def _work(answers) -> None:
         raise _OverBudget
 
     signal.signal(signal.SIGPROF, over_budget)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     for line in sys.stdin:
         tasks, budget, options = json.loads(line)
         print(json.dumps(["reading", time.process_time()]), file=answers, flush=True)
@@ -442,7 +522,3 @@ def _work(answers) -> None:
                 verdict, reason = Verdict.ERROR, f"{type(error).__name__}: {error}"[:500]
             signal.setitimer(signal.ITIMER_PROF, 0)
             print(json.dumps([verdict, reason, time.process_time()]), file=answers, flush=True)
-
-
-if __name__ == "__main__":
-    _serve()
