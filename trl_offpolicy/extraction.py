@@ -1,0 +1,527 @@
+r"""What a completion states as its answer: the first half of a verdict. `docs/how_an_answer_is_read.md` has the rules with examples.
+
+    stated_answer("We add.\n\n**Answer:** $x = 5$ cm").text   # "x = 5\\text{ cm}"
+
+1. [`visible`] takes away the thinking, the tokens of the chat template and blocks of program code.
+2. [`segments`] finds the mathematics of every delimiter, as whole spans, and the Markdown around the words.
+3. [`statements`] lists whatever states an answer, and [`stated_answer`] chooses among them by `ORDER`.
+
+A statement is read whole: nothing here picks a number out of a formula, and what cannot be read as one answer raises
+[`Unparsable`] with the reason. All of it takes time in proportion to the text: no pattern has a repetition within a repetition over the same characters.
+"""
+
+import re
+from bisect import bisect_left
+from dataclasses import dataclass, replace
+
+
+NO_ANSWER = "the completion states no answer that can be parsed"
+MAX_ANSWER = 5000  # characters; what is longer is no final answer
+
+# The kinds of statements; an earlier one outranks a later one.
+ORDER = (
+    "tag",  # <answer>10</answer>
+    "box",  # \boxed{10}
+    "mark",  # a line `#### 10`
+    "final",  # The final answer is 10.
+    "answer",  # Answer: 10
+    "result",  # The result is 10.
+    "sentence",  # Therefore, there are 10 pairs.
+)
+
+
+class Unparsable(Exception):
+    """An answer that cannot be read, so that nothing can be said about it; its text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """An answer that a completion states."""
+
+    text: str  # what it states: LaTeX if `mathematics` (words in it are in \text{}), else as it was written
+    kind: str  # one of ORDER
+    start: int  # where its value is in the visible text, and where that ends
+    end: int
+    mathematics: bool  # it had delimiters or a box
+    others: tuple[
+        str, ...
+    ] = ()  # what equal statements say elsewhere in other letters: a contradiction, unless they mean the same
+
+
+# ---- 1. what is visible ----
+
+_THINKING = re.compile(
+    r"(?P<open><(?:think|thinking|thoughts?|reasoning|reflection|scratchpad|seed:think)>|\[THINK\]|<\|begin_of_thought\|>"
+    r"|<\|START_THINKING\|>|◁think▷|<\|channel\|>(?:analysis|commentary)<\|message\|>)"
+    r"|</(?:think|thinking|thoughts?|reasoning|reflection|scratchpad|seed:think)>|\[/THINK\]|<\|end_of_thought\|>"
+    r"|<\|END_THINKING\|>|◁/think▷|(?:<\|channel\|>|assistant)final(?:<\|message\|>)?|<\|begin_of_solution\|>",
+    re.I,
+)
+_TOKEN = re.compile(
+    r"<\|[\w/ ]{1,40}\|>|<｜[^｜<>\n]{1,40}｜>|</?s>|<(?:bos|eos|pad|end_of_turn|start_of_turn)>|\[/?INST\]"
+)
+_PROGRAM = re.compile(
+    r"^[ \t]*```[ \t]*(?:python|py|tool_code|output|bash|sh|c|cpp|c\+\+|java|javascript|js|sql|r|rust|go|sympy|matlab|julia)\b[^\n]*\n.*?(?:^[ \t]*```|\Z)",
+    re.S | re.M | re.I,
+)
+
+
+def visible(completion: str) -> str:
+    """What a reader of the answer sees: no thinking, one turn, no special tokens, no program code."""
+    text, thinking = completion, None
+    for thinking in _THINKING.finditer(completion):
+        pass
+    if thinking:
+        if thinking["open"]:
+            raise Unparsable(f"{NO_ANSWER}: it ends while it thinks")
+        text = completion[thinking.end() :]
+    for turn in _TOKEN.split(text):
+        turn = re.sub(r"\A\s*(?:assistant|model)\s*\n", "", turn)
+        if turn.strip():
+            return _PROGRAM.sub("\n", turn) if "```" in turn else turn
+    raise Unparsable(NO_ANSWER if not thinking else f"{NO_ANSWER}: nothing follows its thinking")
+
+
+# ---- 2. segments ----
+
+_FORMULAS, _ARRAYS = (
+    r"(?:equation|align|gather|multline|displaymath|math)\*?",
+    r"(?:[pbvBV]?matrix|smallmatrix|cases|array|aligned)",
+)
+_ENVIRONMENT = f"{_FORMULAS}|{_ARRAYS}"
+_DELIMITER = re.compile(
+    rf"\\\\|\\\$|(?P<open>\$\$|\$|\\\[|\\\(|\\begin\{{(?P<begin>{_ENVIRONMENT})\}})|(?P<close>\\\]|\\\)|\\end\{{(?:{_ENVIRONMENT})\}})|(?P<line>\n)"
+)
+_CLOSES = {"$$": "$$", "$": "$", "\\[": "\\]", "\\(": "\\)"}
+_MATH, _MARK = "\ue000", "\ue001"  # what stands for a character of mathematics, and of Markdown
+_MARKUP = re.compile(
+    r"^[ \t]*```[^\n]*$|`|^[ \t]*>[> \t]*|</?(?:b|strong|i|em|u|p|br|div|span|center|h[1-6])\b[^<>\n]{0,80}>|[✓✔✅☑🎉🎯📝🔹🔷🟢👉➡️]",
+    re.M | re.I,
+)
+_EMPHASIS = (
+    re.compile(r"(?<![A-Za-z0-9*)}\]])(\*{1,3})(?=[^\s*])([^\n*]*)(\*{1,3})(?![A-Za-z0-9*(])"),
+    re.compile(r"(?<![\w\\])(__?)(?=[^\s_])([^\n_]*)(__?)(?!\w)"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """A text, the same text with mathematics and Markdown covered, and where the mathematics is: (start, end, content)."""
+
+    text: str
+    covered: str
+    spans: list[tuple[int, int, str]]
+
+
+def segments(text: str) -> Segments:
+    """Mathematics as whole spans (`$…$` within a line, `$$…$$`, `\\(…\\)`, `\\[…\\]`, environments), emphasis, code marks, quotes."""
+    text = text.replace(_MATH, " ").replace(_MARK, " ")
+    found = [m for m in _DELIMITER.finditer(text) if m.lastgroup]
+    places: dict[str, list[int]] = {}
+    for index, match in enumerate(found):
+        places.setdefault(match[0], []).append(index)
+    spans, end = [], 0
+    for index, match in enumerate(found):
+        if not match["open"] or match.start() < end:
+            continue
+        closes = _CLOSES.get(match[0], f"\\end{{{match['begin']}}}")
+        later = places.get(closes, [])
+        if (at := bisect_left(later, index + 1)) == len(later):
+            continue
+        close = found[later[at]]
+        if match[0] == "$":
+            lines = places.get("\n", [])
+            line = bisect_left(lines, index + 1)
+            if (line < len(lines) and lines[line] < later[at]) or not _inline(text, match.end(), close.start()):
+                continue
+        array = match["begin"] and re.fullmatch(_ARRAYS, match["begin"])  # which is a part of its own content
+        content = text[match.start() : close.end()] if array else text[match.end() : close.start()]
+        spans.append((match.start(), close.end(), content.strip()))
+        end = close.end()
+    covered = _cover(text, spans)
+    return Segments(text, covered, spans)
+
+
+def _inline(text: str, start: int, end: int) -> bool:
+    """Whether what is between two dollar signs of a line is mathematics: not `$5 and each child $`, `$5 or $6`."""
+    content = text[start:end]
+    money = re.match(r"\d[\d,.]*(?: [A-Za-z]{2,}){2}", content) or (
+        content[-1:].isspace() and not content[:1].isspace()
+    )
+    return bool(content.strip()) and not money and not text[end + 1 : end + 2].isdigit()
+
+
+def _cover(text: str, spans: list[tuple[int, int, str]]) -> str:
+    pieces, at = [], 0
+    for start, end, _ in spans:
+        pieces += [text[at:start], _MATH * (end - start)]
+        at = end
+    covered = "".join(pieces) + text[at:]
+    covered = _MARKUP.sub(lambda m: _MARK * len(m[0]), covered)
+    for pattern in _EMPHASIS:
+        covered = pattern.sub(lambda m: _MARK * len(m[1]) + m[2] + _MARK * len(m[3]), covered)
+    return covered
+
+
+# ---- 3. statements ----
+
+# What is called an answer, in the languages that models answer in; and words that say "is".
+_ANSWER = (
+    r"\b(?:answers?|ans|réponses?|antwort|antworten|respuestas?|risposta|resposta|antwoord|odpowiedź|odpověď|svar|svaret|vastaus|válasz|răspuns|răspunsul"
+    r"|cevap|yanıt|đáp án|đáp số|câu trả lời|jawaban|jawabannya|ответ|відповідь|отговор|απάντηση|الجواب|الإجابة|پاسخ|جواب|תשובה|उत्तर|উত্তর)\b"
+    r"|答案|答え|解答|正解|答|정답|답|คำตอบ"
+)
+_RESULT = (
+    r"\b(?:solutions?|results?|(?:correct )?option|(?:correct )?choice|résultat|solution|ergebnis|lösung|lösungen|resultado|solución|risultato|soluzione|solução"
+    r"|wynik|sonuç|kết quả|hasil|результат)\b|结果|結果|결과|选|選"
+)
+_FINAL = r"\b(?:final|finale|endgültige|окончательный|итоговый|ostateczna|nihai|slutligt?)\b|最终|最終|最后|최종"
+_AFTER_IT = r"(?:finale?|cuối cùng|akhir|النهائية|נهائي)"
+_IS = (
+    r"\b(?:is|are|was|(?:would|will|must|should) be|equals|becomes|comes (?:out )?to|est|sont|lautet|lauten|ist|sind|es|son|è|é|são|luidt|wynosi|to|là|adalah|är|er"
+    r"|on|je|este|равен|равна|равно)\b|是|为|為|等于|は|은|는|هو|هي|है"
+)
+_SPACE = rf"[ \t{_MARK}]"
+_PHRASE = re.compile(
+    rf"(?P<final>(?:{_FINAL}){_SPACE}*(?:correct{_SPACE})?)?(?:(?P<answer>{_ANSWER})|(?P<result>{_RESULT})|(?P<a>^A(?=:)))(?:{_SPACE}(?P<after>{_AFTER_IT}))?"
+    rf"(?:{_SPACE}*\([^()\n]{{0,40}}\)| (?:to|for|of|in|from|we)\b[^.!?:;,\n{_MATH}]{{0,60}}?)?\}}?"
+    rf"{_SPACE}*(?:[:：=＝→⇒—–]+|=>|->|-(?= )|{_IS})",
+    re.I | re.M,
+)
+_HEADING = re.compile(
+    rf"^[ \t\\#*{_MARK}]*(?:\\(?:sub)*section\*?\{{)?(?:\d+[.)] *)?(?:the )?"
+    rf"(?:(?P<final>(?:{_FINAL}){_SPACE}*(?:{_ANSWER}|{_RESULT})|(?:{_ANSWER}) {_AFTER_IT})|(?P<answer>{_ANSWER}|conclusion|结论|結論|결론))[ \t:：}}*{_MARK}]*$",
+    re.I | re.M,
+)
+_LINE_MARK = re.compile(r"^[ \t]*####[ \t]*(?P<value>\S[^\n]*)$", re.M)
+
+# What may stand between "is" and the value, and says nothing.
+_FILLER = re.compile(
+    rf"(?:[\s{_MARK}:：=\"“”'>]|\*(?!\d)|(?:therefore|thus|hence|so|then|finally|simply|just|exactly|precisely|only|definitely|clearly|indeed|still|also|equal to|given by"
+    r"|found to be|simply|that|as follows|in conclusion|we (?:get|find|have|see|conclude|obtain)|it follows|us|a total of|the (?:number|value|integer|fraction|point|interval|set"
+    r"|expression|choice|option|letter|answer)(?=\s*[\d\\$({\[\ue000])|option|choice|approximately|about|roughly|around|nearly|因此|所以|故|综上|综上所述|，)(?![A-Za-z]))*",
+    re.I,
+)
+_APPROXIMATE = re.compile(r"\b(?:approximately|about|roughly|around|nearly)\b|≈", re.I)
+# What no answer begins with: "the answer is correct", "is rounded to …".
+_NO_VALUE = re.compile(
+    r"(?:not|n't|correct|right|incorrect|wrong|valid|consistent|unique|reasonable|verified|confirmed|shown|given|found|obtained|rounded|expressed|written|based|provided"
+    r"|in the|in terms|what|clear|obvious|unknown|as|expected|too|also|always|never|usually|positive and|left|to|how|why|here|below|above)\b",
+    re.I,
+)
+_NUMBER_WORDS = "zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen|seventeen|eighteen|nineteen|twenty"
+_STARTS = re.compile(
+    rf"[-+−±~<>≤≥(\[{{|√∛π∞$€£¥½¼¾⅓⅔]*\s*(?:\.?\d|{_MATH}|\\[A-Za-z{{|$]|[√∛π∞])|(?:{_NUMBER_WORDS})\b|\(?[A-Za-z]'?\)?\s*(?=$|[=<>≤≥+*/^_,;.)(\[−-]|and\b|or\b)"
+    r"|(?:arc)?(?:sin|cos|tan|cot|sec|csc|ln|log|exp|sqrt|pi|abs|gcd|lcm|floor|theta|phi|alpha|infinity)(?![a-z])|\[",
+    re.I,
+)
+_VERB = re.compile(
+    r"\b(?:is|are|was|were|be|equals?|gives?|gets?|got|has|have|had|takes?|costs?|obtains?|obtained|yields?|needs?|makes?|earns?|contains?|remains?|becomes?)\b|:(?= )|是|为|有",
+    re.I,
+)
+_QUALIFIED = re.compile(
+    r"\b(?:least|most|than|not|between|up to|over|under|except|more|fewer|each|per|times|half|twice|double|either|or)\b",
+    re.I,
+)
+# Where a value ends.
+_STOP = re.compile(
+    rf"\n|[。！？．।]|です|となります|になります|である|입니다|이다|[.?](?=[\s{_MARK})\"”]|$)(?<!\bSt\.)(?<![ap]\.m\.)|,?\s+(?:not|which|because|since|as|instead|rather|where|so|when|whereas|namely)\b"
+    r"|[,;.]?\s+\(?(?:i\.\s?e\.|e\.g\.)|[,;]\s+(?:but|with|while|after|hence|therefore|thus|that|meaning|given|assuming|the|this|it|we|there|all|for|if|rounded|found|obtained|giving|making)\b"
+    r"|;\s+(?!and\b|or\b)[A-Za-z]{3}|\s+\((?:since|because|as|see|note|rounded|which|where|not|the|after|from|to|using|we|by|that|this|assuming|hence|so|approx|about)\b"
+    r"|\s[—–]\s+(?=[A-Za-z]{2})|，(?=[\u4e00-\u9fff])|（(?=[注因其即舍])|\bI hope\b"
+    r"|\s+(?:to|in|for|from|on|at|that|who|left|remaining|total|altogether|so that|such that)\s(?=[A-Za-z]{2})",
+    re.I,
+)
+_MATH_LINE = re.compile(rf"([\s{_MARK},;.]*\n[\s{_MARK}]*){_MATH}+[ \t{_MARK},;.]*(?:\n|\Z)")
+_ITEM = re.compile(rf"[ \t{_MARK}]*(?:[-*+•]|\d+[.)])[ \t]+(?=\S)")
+
+
+def _compose(found: Segments, start: int, end: int) -> tuple[str, bool]:
+    """What is written from `start` to `end`, and whether it has mathematics in it: then it is LaTeX, its words in \\text{}."""
+    pieces, at, mathematics = [], start, False
+    first = bisect_left(found.spans, (start,))
+    for span_start, span_end, content in found.spans[first:]:
+        if span_start >= end:
+            break
+        pieces += [(found.text[at:span_start], found.covered[at:span_start]), content]
+        at, mathematics = span_end, True
+    pieces.append((found.text[at:end], found.covered[at:end]))
+    latex = []
+    for piece in pieces:
+        if isinstance(piece, tuple):
+            piece = "".join(c for c, cover in zip(*piece, strict=True) if cover != _MARK)
+            if mathematics and not re.search(r"[\\{}$]", piece):
+                piece = re.sub(r"[^\W\d_][^\d,;:()\[\]=<>+*/^%°|]*", lambda m: f"\\text{{ {m[0].strip()} }}", piece)
+        latex.append(piece)
+    return "".join(latex).strip(" \t\n.,;:。．，、\"“”'*"), mathematics
+
+
+def _sentence(found: Segments, start: int, end: int, last: bool) -> tuple[int, int] | None:
+    """The value in a sentence, as (start, end): what it begins with, or what stands behind its verbs, preferably the last one if `last`."""
+    pieces, at = [], start
+    for verb in [*_VERB.finditer(found.covered, start, end), None]:
+        stop = verb.start() if verb else end
+        begin = min(_FILLER.match(found.covered, at).end(), stop)
+        pieces.append((begin, stop))
+        at = verb.end() if verb else end
+    values = [p for p in pieces if p[0] < p[1] and _STARTS.match(found.covered, *p)]
+    if values:
+        if last or pieces[0] != values[0]:
+            return values[-1]
+        named = re.fullmatch(rf"{_MATH}+|[A-Za-z]", found.covered[slice(*pieces[0])].strip())
+        named = named and not re.search(r"[\d=]", found.text[slice(*pieces[0])])
+        return values[1] if named and len(values) > 1 else values[0]
+    begin, stop = pieces[-1]
+    spans = (
+        [s for s in found.spans[bisect_left(found.spans, (start,)) :] if s[1] <= end]
+        if _MATH in found.covered[start:end]
+        else []
+    )
+    if spans:
+        words = found.covered[start:end]
+        return (
+            spans[0][:2] if len(spans) == 1 and not re.search(r"\d", words) and not _QUALIFIED.search(words) else None
+        )
+    if begin >= stop or _NO_VALUE.match(found.covered, begin):
+        return None
+    return begin, stop
+
+
+def _stop(found: Segments, start: int) -> int:
+    """Where the value that starts at `start` ends at the latest: at the end of its sentence, or before a remark."""
+    match = _STOP.search(found.covered, start, start + MAX_ANSWER)
+    return match.start() if match else min(len(found.text), start + MAX_ANSWER)
+
+
+def _items(found: Segments, line: int) -> list[tuple[int, int]]:
+    """The items of a list that begins with this line."""
+    items = []
+    while (item := _ITEM.match(found.covered, line)) and len(items) < 50:
+        items.append((item.end(), _stop(found, item.end())))
+        line = found.covered.find("\n", items[-1][1]) + 1 or len(found.text)
+    numbered = bool(items) and found.covered[items[0][0] - 2] in ".)"
+    return items if len(items) > numbered else []
+
+
+def _value(found: Segments, start: int, kind: str, last: bool = False) -> Statement | None:
+    """What is stated from `start` on, if anything: list items, lines of mathematics, or what a sentence says."""
+    begin = _FILLER.match(found.covered, start).end()
+    if begin >= len(found.text) or _NO_VALUE.match(found.covered, begin):
+        return None
+    line = found.covered.rfind("\n", 0, begin) + 1
+    ranges = _items(found, line) if line >= start else []
+    if not ranges:
+        value = _sentence(found, begin, _stop(found, begin), last)
+        if value is None or (kind == "result" and not _STARTS.match(found.covered, value[0])):
+            return None
+        ranges = [value]
+        while line > start and len(ranges) < 20 and (more := _MATH_LINE.match(found.covered, ranges[-1][1])):
+            ranges.append((more.end(1), _stop(found, more.end(1))))
+    texts = [_compose(found, *r) for r in ranges]
+    text = ", ".join(t for t, _ in texts if t)
+    if not text or _PLACEHOLDER.fullmatch(text):
+        return None
+    return Statement(text.replace(", =", " ="), kind, ranges[0][0], ranges[-1][1], any(m for _, m in texts))
+
+
+# ---- boxes ----
+
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_BARE_BOX = re.compile(r"\s*(-?\d+(?:\.\d+)?|[A-Za-z](?![A-Za-z])|\\[a-z]+(?![a-z{]))")
+# An echo of the instruction, no answer: `\boxed{}`, `\boxed{...}`, `\boxed{\text{your answer}}`.
+_PLACEHOLDER = re.compile(
+    r"(?:\\text\s*\{|[\s.…_?$\\{}\[\]<>~*]|\\(?:l?dots|cdots|cdot|square|quad|Box)|(?:your|the|final|answer|here|value|number|result|letter|choice|option|solution)\b)*",
+    re.I,
+)
+# What may stand between two boxes of one answer: `$\boxed{2}$ and $\boxed{3}$`, `x = \boxed{2}, y = \boxed{3}`.
+_BETWEEN_BOXES = re.compile(
+    r"(?:[\s$,;]|\\[()\[\],;! ]|\\q?quad|\\text\s*\{[^{}]{0,40}\b(?:and|or)\b[^{}]{0,40}\}|\b(?:and|or)\b|\b[A-Za-z](?:_\{?\w\}?)?\s*=)*"
+)
+_NAME = re.compile(r"(?<![A-Za-z\\])([A-Za-z](?:_\{?\w{1,5}\}?)?)\s*=\s*$")
+
+
+def _box(text: str, start: int, end: int) -> tuple[str | None, int]:
+    r"""The content of the `\boxed` at `start` and where it ends; `None` if it is not closed before `end`."""
+    opening = _BOX.match(text, start).end()
+    brace = re.compile(r"\s*\{").match(text, opening)
+    if not brace:  # `\boxed 9`
+        bare = _BARE_BOX.match(text, opening)
+        return (bare[1], bare.end()) if bare else ("", opening)
+    depth = 0
+    for match in _BRACE.finditer(text, brace.end() - 1, end):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if depth == 0:
+            return text[brace.end() : match.start()].strip(), match.end()
+    return None, end
+
+
+def boxes(text: str) -> list[tuple[str | None, int, int]]:
+    r"""The boxes of one answer, as (content, start, end): the last one, and those before it that only "and", "or", a comma or `y =` separate.
+
+    An echo of the instruction is no box. The content of a last one that is not closed is `None`.
+    """
+    found, at = [], len(text)
+    for _ in range(40):
+        start = at = max(text.rfind("\\boxed", 0, at), text.rfind("\\fbox", 0, at))
+        if start < 0:
+            break
+        if not _BOX.match(text, start):
+            continue
+        content, end = _box(text, start, min(len(text), start + MAX_ANSWER))
+        if found and not (end <= found[0][1] <= end + 100 and _BETWEEN_BOXES.fullmatch(text, end, found[0][1])):
+            break
+        if content is None or not _PLACEHOLDER.fullmatch(content):
+            found.insert(0, (content, start, end))
+            if content is None:
+                break
+    return found
+
+
+def final_answer(text: str) -> str | None:
+    r"""What a demonstration gives as its answer: its last boxes, else GSM8K's `#### 42`; `None` if neither is there."""
+    found = boxes(text)
+    if found:
+        contents = [content for content, _, _ in found]
+        return None if contents[-1] is None else ", ".join(dict.fromkeys(contents))
+    marks = _LINE_MARK.findall(text)
+    return marks[-1].replace(",", "").strip() if marks else None
+
+
+# ---- 4. the choice ----
+
+_CORRECTS = re.compile(
+    r"\b(?:wait|actually|oops|sorry|correction|correcting|(?:the|a) corrected|the correct|(?:made|is) an? (?:mistake|error)|(?:is|was|'s) (?:wrong|incorrect|not right)"
+    r"|let me (?:redo|re-?do|recalculate|correct|re-?compute))\b|(?:^|[.!?\n])\s*no[,.!]|不对|更正|应为",
+    re.I,
+)
+_REMARKS = re.compile(
+    rf"(?:^|[.!?:]\s)[\s\\#>*\d.)(✓{_MARK}-]*(?:(?:a |an |the |let(?:'s| me| us) |we (?:can )?|to |as a |for |quick |double[- ]|another |final )*(?:verif\w+|check\w*|sanity|alternative\w*|another"
+    r"|examples?|instance|e\.g\.|notes?|remarks?|explanations?|justification|reason(?:ing)?|if|suppose|had|similarly|generally?|more generally|generali[sz]ation|extensions?"
+    r"|proof|other(?:wise)?|compare|common mistakes?|question|problem)\b|(?:验证|检验|注|说明|例如|解释|另))",
+    re.I | re.M,
+)
+_CONDITIONAL = re.compile(
+    r"\b(?:if|suppose|had|when|without|example|alternatively|similarly|otherwise)\b[^.!?\n]*$", re.I
+)
+_DOUBTED = re.compile(
+    r"\b(?:thought|(?:might|may|could|would) (?:think|seem|say|guess|be)|tempting|naive(?:ly)?|mistakenly|mistake)\b[^.!?\n]*$",
+    re.I,
+)
+_CONCLUDES = re.compile(
+    rf"[\s>*{_MARK}]*(?:therefore|thus|hence|so|in conclusion|finally|we conclude|consequently|因此|所以|故|综上)",
+    re.I,
+)
+
+
+def statements(found: Segments, start: int = 0) -> list[tuple[int, Statement]]:
+    """Whatever states an answer in words behind `start`, in order, with where its phrase begins."""
+    stated: dict[int, tuple[int, Statement]] = {}
+    for match in _LINE_MARK.finditer(found.covered, start):
+        rest = match["value"].strip(f" {_MARK}")
+        last = not found.covered[match.end() :].strip()
+        valued = (
+            _STARTS.match(rest)
+            and not re.match(r"\d+[.):]\s+[A-Za-z]", rest)
+            and len(re.findall(r"[A-Za-z]{2,}", rest)) < 3
+        )
+        if valued or (last and re.fullmatch(r"[A-Za-z]+", rest)):
+            statement = _value(found, match.start("value"), "mark")
+            if statement:
+                stated[statement.start] = match.start(), statement
+    for pattern in (_HEADING, _PHRASE):
+        for match in pattern.finditer(found.covered, start):
+            groups = match.groupdict()
+            kind = "final" if groups["final"] or groups.get("after") else "answer" if groups["answer"] else "result"
+            statement = _value(found, match.end(), kind)
+            if statement and not _DOUBTED.search(found.covered, max(start, match.start() - 200), match.start()):
+                stated.setdefault(statement.start, (match.start(), statement))
+    return [stated[at] for at in sorted(stated)]
+
+
+def _choose(found: Segments, stated: list[tuple[int, Statement]]) -> Statement | None:
+    """The first statement of the highest kind; a later one takes its place where the text says so, and contradicts it otherwise."""
+    best = min((ORDER.index(s.kind) for _, s in stated), default=None)
+    chosen, others = None, []
+    for at, statement in stated:
+        if ORDER.index(statement.kind) != best:
+            continue
+        between = found.covered[chosen.end : at] if chosen else ""
+        if chosen is None or _CORRECTS.search(between):
+            chosen, others = statement, []
+        elif not _REMARKS.search(between) and not _CONDITIONAL.search(between[-200:]):
+            others.append(statement.text)
+    return chosen and replace(chosen, others=tuple(dict.fromkeys(o for o in others if o != chosen.text)))
+
+
+def _tagged(text: str) -> tuple[int, int] | None:
+    """Where the content of the last `<answer>` is that has any."""
+    end = len(text)
+    for match in reversed(list(_TAG.finditer(text))[-20:]):
+        if not match[1]:
+            content = text[match.end() : end]
+            if not _PLACEHOLDER.fullmatch(content, 0, min(len(content), 200)) or len(content) > 200:
+                return match.end(), end
+        end = match.start()
+    return None
+
+
+_TAG = re.compile(r"<(/?)(?:final[_ ]?)?answer>", re.I)
+
+
+def stated_answer(completion: str) -> Statement:
+    """The answer that a completion states, by the rules at the top of `ORDER`.
+
+    Raises:
+        Unparsable: It states none, its last box is not closed, or it ends while it thinks; the text of the error says which.
+    """
+    text = visible(completion)
+    if tagged := _tagged(text):
+        statement = _stated(text[slice(*tagged)], whole=True)
+        return replace(statement, kind="tag", start=statement.start + tagged[0], end=statement.end + tagged[0])
+    return _stated(text, whole=False)
+
+
+def _stated(text: str, whole: bool) -> Statement:
+    if boxed := boxes(text):
+        contents = [content for content, _, _ in boxed]
+        if None in contents:
+            raise Unparsable(f"{NO_ANSWER}: its last box is not closed")
+        names = [_NAME.search(text, max(0, start - 20), start) for _, start, _ in boxed]
+        if len(boxed) > 1 and all(names):
+            contents = [f"{name[1]} = {content}" for name, content in zip(names, contents, strict=True)]
+        chosen = Statement(", ".join(dict.fromkeys(contents)), "box", boxed[0][1], boxed[-1][2], True)
+        found = segments(text[chosen.end :])
+        for at, statement in statements(found):
+            says = found.covered[at : statement.start]
+            if (
+                statement.kind == "final"
+                and _STARTS.match(found.covered, statement.start)
+                and not _APPROXIMATE.search(says)
+            ):
+                if not _REMARKS.search(found.covered[:at]):
+                    chosen = replace(statement, start=statement.start + boxed[-1][2], end=statement.end + boxed[-1][2])
+        return chosen
+    found = segments(text)
+    chosen = _choose(found, statements(found)) or _concluded(found, whole)
+    if chosen is None:
+        raise Unparsable(NO_ANSWER)
+    return chosen
+
+
+def _concluded(found: Segments, whole: bool) -> Statement | None:
+    """What the last sentence says, if it is all there is or begins with "therefore"."""
+    end = len(found.covered.rstrip(f" \t\n{_MARK}"))
+    first = len(found.covered) - len(found.covered.lstrip(f" \t\n{_MARK}"))
+    line = found.covered.rfind("\n", 0, end) + 1
+    single = line <= first or (whole and "\n\n" not in found.covered[first:end])
+    if not single and not _CONCLUDES.match(found.covered, line):
+        return None
+    start = first if single else line
+    for match in _SENTENCE.finditer(found.covered, start, end):
+        if match.end() < end:
+            start = match.end()
+    return _value(found, start, "sentence", last=True)
+
+
+_SENTENCE = re.compile(r"(?<=[A-Za-z\d\ue000)])[.!?]\s+(?=[A-Z\ue000])|[。！？]\s*")
