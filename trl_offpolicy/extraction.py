@@ -12,6 +12,7 @@ A statement is read whole: nothing here picks a number out of a formula, and wha
 
 import re
 from bisect import bisect_left
+from collections import deque
 from dataclasses import dataclass, replace
 
 
@@ -68,9 +69,7 @@ _PROGRAM = re.compile(
 
 def visible(completion: str) -> str:
     """What a reader of the answer sees: no thinking, one turn, no special tokens, no program code."""
-    text, thinking = completion, None
-    for thinking in _THINKING.finditer(completion):
-        pass
+    text, thinking = completion, next(iter(deque(_THINKING.finditer(completion), maxlen=1)), None)
     if thinking:
         if thinking["open"]:
             raise Unparsable(f"{NO_ANSWER}: it ends while it thinks")
@@ -493,14 +492,11 @@ def _stated(text: str, whole: bool) -> Statement:
         chosen = Statement(", ".join(dict.fromkeys(contents)), "box", boxed[0][1], boxed[-1][2], True)
         found = segments(text[chosen.end :])
         for at, statement in statements(found):
-            says = found.covered[at : statement.start]
-            if (
-                statement.kind == "final"
-                and _STARTS.match(found.covered, statement.start)
-                and not _APPROXIMATE.search(says)
-            ):
-                if not _REMARKS.search(found.covered[:at]):
-                    chosen = replace(statement, start=statement.start + boxed[-1][2], end=statement.end + boxed[-1][2])
+            its_own = _STARTS.match(found.covered, statement.start) and not _APPROXIMATE.search(
+                found.covered, at, statement.start
+            )
+            if statement.kind == "final" and its_own and not _REMARKS.search(found.covered, 0, at):
+                chosen = replace(statement, start=statement.start + boxed[-1][2], end=statement.end + boxed[-1][2])
         return chosen
     found = segments(text)
     chosen = _choose(found, statements(found)) or _concluded(found, whole)
