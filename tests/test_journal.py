@@ -1,8 +1,39 @@
-"""What the journal promises: nothing written is lost, a torn end is cut, another configuration is refused."""
+"""What the journal promises: nothing written is lost, a torn end is cut, what was damaged is said, another configuration is refused."""
+
+import json
+import random
+import re
+import subprocess
+import zlib
 
 import pytest
 
-from trl_offpolicy.journal import Journal
+from trl_offpolicy.journal import Journal, read_entries, read_header
+
+
+def attempts(number):
+    """Entries as a rewrite journals them, no two alike."""
+    rng = random.Random(3)
+    return [
+        {
+            "id": f"{rng.getrandbits(64):016x}", "stage": rng.choice(["self", "guided"]), "attempt": i, "verdict": rng.choice(["correct", "wrong"]),
+            "finish_reason": "stop", "num_tokens": 3, "log_prob": -0.5, "reason": "", "text": f'J*"{rng.random()}\n\\boxed{{{i}}} ü',
+            "completion_ids": [rng.randrange(100) for _ in range(3)], "behavior_log_probs": [-0.5, -0.25, -0.75],
+        }
+        for i in range(number)
+    ]  # fmt: skip
+
+
+def written(path, entries, config):
+    journal = Journal(path, config)
+    offsets = [journal.append(entry) for entry in entries]
+    journal.close()
+    return offsets
+
+
+def without_checksums(path):
+    """The file as it was written before there were any."""
+    path.write_bytes(re.sub(rb',"crc32":"[0-9a-f]{8}"}\n', b"}\n", path.read_bytes()))
 
 
 def test_round_trip_and_offsets(tmp_path):
@@ -47,13 +78,131 @@ def test_other_configuration_names_field_and_ways_out(tmp_path):
         Journal(tmp_path / "journal.jsonl", {"seed": 1, "temperature": 0.7})
 
 
-def test_damaged_middle_is_an_error(tmp_path):
+def test_every_line_ends_with_the_checksum_of_the_rest(tmp_path):
+    path, entries = tmp_path / "journal.jsonl", attempts(5)
+    written(path, entries, {"seed": 1})
+    for line, entry in zip(path.read_bytes().splitlines(), [{"config": {"seed": 1}}, *entries], strict=True):
+        content, checksum = line.rsplit(b',"crc32":"', 1)
+        assert json.loads(line) == {**entry, "crc32": f"{zlib.crc32(content):08x}"} and checksum.endswith(b'"}')
+
+
+@pytest.mark.parametrize("how", ["hole", "bit", "zeros"])
+@pytest.mark.parametrize("until", [None, "reason"])
+def test_a_damaged_file_gives_no_other_entry(tmp_path, how, until):
+    """What is read back is what was written, less what was in lines that have gone; else the error names the line, and removing it helps."""
+    path, entries, config = tmp_path / "journal.jsonl", attempts(6), {"stages": ["self", "guided"]}
+    written(path, entries, config)
+    whole, rng, told = path.read_bytes(), random.Random(how), 0
+    heads = [dict(list(entry.items())[:7]) if until else entry for entry in entries]
+    for _ in range(100):
+        start = rng.randrange(len(whole))
+        end = rng.randint(start + 1, len(whole))
+        if how == "hole":
+            data = whole[:start] + whole[end:]
+        elif how == "zeros":
+            data = whole[:start] + bytes(end - start) + whole[end:]
+        else:
+            data = bytearray(whole)
+            data[start] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+        found = None
+        while found is None:  # a newline that was flipped, or made, damages two lines
+            try:
+                found = [entry for _, entry in read_entries(path, until)]
+                assert found == [] or read_header(path) == config
+            except ValueError as error:
+                told += 1
+                (number,) = re.findall(rf"Line (\d+) of {re.escape(str(path))} was changed or damaged", str(error))
+                if number == "1":
+                    found = []
+                else:
+                    left = [line for n, line in enumerate(path.read_bytes().splitlines(True), 1) if n != int(number)]
+                    path.write_bytes(b"".join(left))
+        assert found == [entry for entry in heads if entry in found]  # each once, in order, and no other
+    assert told > 60
+
+
+def test_a_damaged_configuration_is_said_and_can_be_overwritten(tmp_path):
     path = tmp_path / "journal.jsonl"
-    Journal(path, {}).close()
-    with path.open("a") as file:
-        file.write('{"id": \n{"id": "b"}\n')
-    with pytest.raises(ValueError, match="Line 2 of .* is not JSON"):
-        list(Journal(path, {}).entries())
+    written(path, attempts(2), {"seed": 1})
+    for data in (path.read_bytes().replace(b'"seed":1', b'"seed":3'), path.read_bytes().split(b"\n", 1)[1]):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match="Line 1 of .*configuration of all attempts: put a copy.*--overwrite"):
+            Journal(path, {"seed": 3})
+    journal = Journal(path, {"seed": 1}, overwrite=True)
+    assert journal.overwritten and list(journal.entries()) == []
+
+
+def test_the_remedy_is_a_command_that_works(tmp_path):
+    path = tmp_path / "my run" / "journal.jsonl"
+    path.parent.mkdir()
+    entries = attempts(3)
+    written(path, entries, {})
+    path.write_bytes(path.read_bytes().replace(b'"attempt":1', b'"attempt":7'))
+    with pytest.raises(ValueError) as error:
+        list(read_entries(path))
+    subprocess.run(str(error.value).rsplit(": ", 1)[1], shell=True, check=True)
+    assert [entry for _, entry in read_entries(path)] == [entries[0], entries[2]]
+
+
+def test_journals_without_checksums_are_read_and_continued(tmp_path):
+    path, entries, config = tmp_path / "journal.jsonl", attempts(600), {"seed": 1, "stages": ["self", "guided"]}
+    written(path, entries[:300], config)
+    without_checksums(path)
+    assert [entry for _, entry in read_entries(path)] == entries[:300]
+    written(path, entries[300:], config)
+    journal = Journal(path, config)
+    assert [entry for _, entry in journal.entries()] == entries
+    assert [journal.read(offset) for offset, _ in journal.entries("reason")] == entries
+    journal.close()
+    lines = path.read_bytes().splitlines(True)
+    # What has lost its checksum is none of the old ones.
+    path.write_bytes(b"".join([*lines[:400], lines[400][:-22] + b"}\n", *lines[401:]]))
+    with pytest.raises(ValueError, match=f"Line 401 of {path} was changed .* .its checksum is"):
+        list(read_entries(path, "reason"))
+
+
+@pytest.mark.parametrize(
+    ("written_as", "found", "why"),
+    [
+        (b'"verdict"', b'"verdick"', "it has no verdict"),
+        (b'"stage":"guided"', b'"stage":"guidee"', "`stage` is 'guidee'"),
+        (b'"attempt":1,', b'"attempt":-1,', "`attempt` is -1"),
+        (b'"correct"', b'"corsect"', "`verdict` is 'corsect'"),
+        (b'"id":"', b'"id":"g', "`id` is 'g"),
+        (b'"num_tokens":3', b'"num_tokens":"3"', "`num_tokens` is '3'"),
+        (b'"stop"', b'"stoq"', "`finish_reason` is 'stoq'"),
+        (b'"log_prob":-0.5', b'"log_prob":[]', "`log_prob` is"),
+        (b'{"id"', b'[{"id"', "Expecting|delimiter"),
+    ],
+)
+def test_a_line_without_a_checksum_must_be_an_attempt(tmp_path, written_as, found, why):
+    path = tmp_path / "journal.jsonl"
+    written(path, attempts(20), {"stages": ["self", "guided"]})
+    without_checksums(path)
+    lines = path.read_bytes().splitlines(True)
+    number = next(n for n, line in enumerate(lines) if n and written_as in line)
+    lines[number] = lines[number].replace(written_as, found)
+    path.write_bytes(b"".join(lines))
+    with pytest.raises(ValueError, match=f"Line {number + 1} of {path} was changed or damaged .*({why})"):
+        list(read_entries(path, "reason"))
+
+
+def test_what_is_read_back_is_what_was_asked_for(tmp_path):
+    path, entries = tmp_path / "journal.jsonl", attempts(3)
+    first, second, third = written(path, entries, {})
+    journal = Journal(path, {})
+    key = {name: entries[1][name] for name in ("id", "stage", "attempt")}
+    assert journal.read(second, key, ["text"]) == entries[1]
+    with pytest.raises(ValueError, match=f"Line 4 of {path} .*`id` is '{entries[2]['id']}', not '{entries[1]['id']}'"):
+        journal.read(third, key)
+    with pytest.raises(ValueError, match=f"Line 2 of {path} .*it has no tokens"):
+        journal.read(first, {}, ["text", "tokens"])
+    journal.close()
+    journal = Journal(path, {})
+    path.write_bytes(path.read_bytes().replace(b"boxed{1}", b"boxed{8}"))  # since it was opened
+    with pytest.raises(ValueError, match=f"Line 3 of {path} .*checksum"):
+        journal.read(second, key)
 
 
 def test_overwrite_empties_another_configuration_but_resumes_its_own(tmp_path):

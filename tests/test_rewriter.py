@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -326,6 +327,41 @@ def test_killed_ten_times_gives_the_same_rows(tmp_path):
     resumed, resumed_metrics = rewrite(tmp_path / "killed", rows(150))
     assert resumed.to_list() == undisturbed.to_list()
     assert resumed_metrics["yield"] == metrics["yield"] and resumed_metrics["sampling"] == metrics["sampling"]
+
+
+def test_a_damaged_journal_gives_the_same_rows_or_an_error(tmp_path):
+    """A hole between two kept attempts made one of them: a row with one's gold answer and the other's completion."""
+    whole, _ = rewrite(tmp_path, rows(40))
+    path = tmp_path / "run" / "journal.jsonl"
+    written = path.read_bytes()
+    kept = [
+        m.start()
+        for m in re.finditer(rb'"text":"', written)
+        if b'"verdict":"correct"' in written[: m.start()].rsplit(b"\n", 1)[1]
+    ]
+    for first, second in ((3, 4), (5, 11)):
+        path.write_bytes(written[: kept[first]] + written[kept[second] :])
+        number = written[: kept[first]].count(b"\n") + 1
+        sampler = ScriptedSampler()
+        with pytest.raises(ValueError, match=f"Line {number} of {path} was changed or damaged"):
+            rewrite(tmp_path, rows(40), sampler)
+        assert not sampler.sampled
+        subprocess.run(["sed", "-i", f"{number}d", path], check=True)
+        assert rewrite(tmp_path, rows(40))[0].to_list() == whole.to_list()
+
+
+def test_a_journal_without_checksums_is_resumed(tmp_path):
+    whole, metrics = rewrite(tmp_path, rows(40))
+    path, sampler = tmp_path / "run" / "journal.jsonl", ScriptedSampler()
+    lines = re.sub(rb',"crc32":"[0-9a-f]{8}"}\n', b"}\n", path.read_bytes()).splitlines(True)
+    path.write_bytes(b"".join(lines[:60]))
+    again, _ = rewrite(tmp_path, rows(40), sampler)
+    assert again.to_list() == whole.to_list() and 0 < sampler.sampled < metrics["sampling"]["sampled"]
+    # A kept line that no longer holds its attempt's text: found when it is read back.
+    number = next(n for n, line in enumerate(lines) if b'"correct"' in line)
+    path.write_bytes(b"".join([*lines[:number], lines[number].replace(b'"text"', b'"texd"'), *lines[number + 1 :]]))
+    with pytest.raises(ValueError, match=f"Line {number + 1} of {path} .*it has no text"):
+        rewrite(tmp_path, rows(40))
 
 
 def test_journal_knows_where_every_row_came_from(tmp_path):

@@ -344,7 +344,7 @@ class _Run:
             for chunk in batched((item for name in self.questions for item in self.keys(name, self.shard)), 1000):
                 rows = []
                 for key, question in chunk:
-                    entry = journal.read(offsets[key])
+                    entry = journal.read(offsets[key], key._asdict(), ["text"])
                     entry["text"] = entry["text"].encode(errors="replace").decode()  # a lone surrogate has no UTF-8
                     rows.append({**entry, "gold": question.answer, "prompt": question.prompt[-1]["content"]})
                 writer.write_table(pa.Table.from_pylist(rows, schema))

@@ -3,17 +3,30 @@
 The first line is the configuration that made the attempts. A line is written whole, in one `write` to a file opened for
 appending, so a killed process leaves at most a torn last line, which the next opening cuts off (its attempt is simply
 drawn again, from the same seed). Lines are never changed; a later one for the same key wins.
+
+A line's last field is the CRC-32 of all that is before it, `{"id":"9f86d081884c7d65","stage":"self",…,"crc32":"1b2e9d33"}`, so that
+what a disk or an editor has made of a line is never taken for an attempt. Journals written before there were checksums are
+read and continued: from its first line with a checksum on, every line of a file has one.
 """
 
-import contextlib
 import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+import re
+import shlex
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tqdm.auto import tqdm
+
+from .rows import Verdict
+from .sampling import FAILED
+
+
+_CHECKSUM = b',"crc32":"%08x"}\n'
+_LENGTH = len(_CHECKSUM % 0)
 
 
 class Journal:
@@ -27,8 +40,8 @@ class Journal:
             configuration is resumed all the same, so a command with this flag can be interrupted and run again.
 
     Raises:
-        ValueError: The file holds the attempts of another configuration (names each field that differs), a line in its middle is
-            damaged, or another process is writing to it.
+        ValueError: The file holds the attempts of another configuration (names each field that differs), its first line is damaged and
+            it is not to be overwritten, or another process is writing to it.
     """
 
     def __init__(self, path: Path, config: dict, overwrite: bool = False):
@@ -46,7 +59,8 @@ class Journal:
 
     def append(self, entry: dict) -> int:
         """Writes one entry and returns the byte offset at which it can be read back."""
-        line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
+        content = json.dumps(entry, separators=(",", ":")).encode()[:-1]
+        line = content + _CHECKSUM % zlib.crc32(content)
         written = os.write(self._file, line)
         if written != len(line):
             raise OSError(
@@ -58,12 +72,25 @@ class Journal:
         """What [`read_entries`] finds in the file."""
         return read_entries(self.path, until)
 
-    def read(self, offset: int) -> dict:
-        """The entry that `append` or `entries` gave this offset for."""
+    def read(self, offset: int, expected: dict | None = None, fields: Iterable[str] = ()) -> dict:
+        """
+        The entry that `append` or `entries` gave this offset for.
+
+        Raises:
+            ValueError: It is damaged, is another one than `expected` (values by field), or lacks one of the `fields`; names file and line.
+        """
         if self._reader is None:
             self._reader = self.path.open("rb")
         self._reader.seek(offset)
-        return json.loads(self._reader.readline())
+        try:
+            line = self._reader.readline()
+            entry = json.loads(_content(line, _has_checksum(line)))
+            _require(entry, expected or {}, fields)
+        except ValueError as error:
+            with self.path.open("rb") as file:
+                number = 1 + file.read(offset).count(b"\n")
+            raise _damaged(self.path, number, error) from error
+        return entry
 
     def sync(self) -> None:
         """Asks the disk to keep what was written, power cut or not (a killed process loses nothing without it)."""
@@ -77,7 +104,12 @@ class Journal:
             self._reader = None
 
     def _check(self, config: dict, overwrite: bool) -> None:
-        differing = differences(read_header(self.path), config)
+        try:
+            differing = differences(read_header(self.path), config)
+        except ValueError:
+            if not overwrite:
+                raise
+            differing = "it cannot be read"
         self.overwritten = bool(differing and overwrite)  # whether the attempts of another configuration were here
         if self.overwritten:
             os.ftruncate(self._file, 0)
@@ -116,38 +148,63 @@ def read_entries(path: Path, until: str | None = None) -> Iterator[tuple[int, di
     (offset, entry) of every whole line after the first, in the order written; also of a journal that is being written to.
 
     With `until`, only an entry's fields before that one, which must not be its first: what follows is not parsed, so texts and
-    token ids, nine tenths of a line and more, cost next to nothing.
+    token ids, nine tenths of a line and more, cost next to nothing. Their checksum is compared all the same.
+
+    Raises:
+        ValueError: A line is damaged; names file and line.
     """
+    config = read_header(path)
+    if config is None:
+        return
     mark = None if until is None else f',"{until}":'.encode()
     size, number = path.stat().st_size, 1
     lines: list[bytes] = []  # not parsed yet
     offsets: list[int] = []
+    unchecked = 0  # how many of them have no checksum: the first ones
     with (
         path.open("rb") as file,
         tqdm(total=size, unit="B", unit_scale=True, desc="reading the journal", disable=size < 1 << 24) as bar,
     ):
-        offset = len(file.readline())
+        header = file.readline()
+        offset, checked = len(header), _has_checksum(header)
         for line in file:
             if not line.endswith(b"\n"):
                 break  # torn by a crash, or just being written
             number += 1
-            end = -1 if mark is None else line.find(mark)
-            whole = end < 0 or not line.endswith(b"}\n")  # a damaged line is parsed in full, to say what is wrong
-            lines.append(line if whole else line[:end] + b"}")
+            try:
+                checked = _has_checksum(line, checked)
+            except ValueError as error:
+                raise _damaged(path, number, error) from error
+            # Without a checksum, a line whose end is missing is parsed in full, to say what is wrong.
+            end = line.find(mark) if mark is not None and (checked or line.endswith(b"}\n")) else -1
+            lines.append(line[:end] + b"}" if end >= 0 else _content(line, checked))
             offsets.append(offset)
             offset += len(line)
+            unchecked += not checked
             if len(lines) == 256:
-                yield from zip(offsets, _parse(path, lines, number), strict=True)
-                lines, offsets = [], []
+                yield from zip(offsets, _parse(path, lines, number, unchecked, config), strict=True)
+                lines, offsets, unchecked = [], [], 0
                 bar.update(offset - bar.n)
-        yield from zip(offsets, _parse(path, lines, number), strict=True)
+        yield from zip(offsets, _parse(path, lines, number, unchecked, config), strict=True)
 
 
 def read_header(path: Path) -> dict | None:
-    """The configuration in the first line of the journal at `path`; `None` if it has no whole line yet."""
+    """
+    The configuration in the first line of the journal at `path`; `None` if it has no whole line yet.
+
+    Raises:
+        ValueError: The line is damaged, or holds no configuration.
+    """
     with Path(path).open("rb") as file:
         first = file.readline()
-    return _parse(path, [first], 1)[0].get("config", {}) if first.endswith(b"\n") else None
+    if not first.endswith(b"\n"):
+        return None
+    try:
+        header = json.loads(_content(first, _has_checksum(first)))
+        _require(header, {}, ["config"])
+    except ValueError as error:
+        raise _damaged(path, 1, error) from error
+    return header["config"]
 
 
 def differences(found: dict | None, config: dict) -> str:
@@ -166,20 +223,75 @@ def lock(handle: int, how: int) -> None:
             raise
 
 
-def _parse(path: Path, lines: list[bytes], number: int) -> list[dict]:
-    """The entries in these lines, of which the last is the `number`-th of the file."""
-    with contextlib.suppress(ValueError):
-        # All at once takes two thirds of the time; a damaged line is found by itself, below.
-        entries = json.loads(b"[" + b",".join(lines) + b"]")
-        if len(entries) == len(lines):
-            return entries
+def _has_checksum(line: bytes, required: bool = False) -> bool:
+    """Whether a line ends with its checksum; `ValueError` if that is another line's, or there is none though it is `required`."""
+    checksum = _CHECKSUM % zlib.crc32(line[:-_LENGTH])
+    if line.endswith(checksum):
+        return True
+    if required or b'"crc32":"' in line[-_LENGTH:]:
+        raise ValueError(f"its checksum is {checksum[10:18].decode()}, but it ends with {line[-_LENGTH:]!r}")
+    return False
+
+
+def _content(line: bytes, checked: bool) -> bytes:
+    """The JSON of a line, without its checksum if it has one."""
+    return line[:-_LENGTH] + b"}" if checked else line
+
+
+def _parse(path: Path, lines: list[bytes], number: int, unchecked: int, config: dict) -> list[dict]:
+    """The entries in these lines, of which the last is the `number`-th of the file, and the first `unchecked` have no checksum."""
+    if not unchecked:
+        # All at once takes two thirds of the time.
+        return json.loads(b"[" + b",".join(lines) + b"]")
     entries = []
     for n, line in enumerate(lines, number - len(lines) + 1):
         try:
             entries.append(json.loads(line))
+            if len(entries) <= unchecked:
+                _require_attempt(entries[-1], config)
         except ValueError as error:
-            raise ValueError(
-                f"Line {n} of {path} is not JSON ({error}): the file was changed or damaged. Remove that line to draw its "
-                "attempt again; nothing else depends on it."
-            ) from error
+            raise _damaged(path, n, error) from error
     return entries
+
+
+def _require(entry, expected: dict, fields: Iterable[str]) -> None:
+    """`ValueError` unless an entry has these values and fields."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"it is {entry!r:.100}")
+    if missing := [name for name in (*expected, *fields) if name not in entry]:
+        raise ValueError(f"it has no {' and no '.join(missing)}")
+    if wrong := [f"`{k}` is {entry[k]!r:.100}, not {v!r:.100}" for k, v in expected.items() if entry[k] != v]:
+        raise ValueError(", ".join(wrong))
+
+
+# What the fields of an attempt may be, by which a line without a checksum is known to be one.
+_ATTEMPT = {
+    "id": lambda x: isinstance(x, str) and re.fullmatch(r"[0-9a-f]{16}(-\d+)?", x),
+    "stage": lambda x: isinstance(x, str),
+    "attempt": lambda x: isinstance(x, int) and 0 <= x < 1 << 16,
+    "verdict": lambda x: x in list(Verdict),
+    "finish_reason": lambda x: x in ("stop", "length", *FAILED),
+    "num_tokens": lambda x: isinstance(x, int) and 0 <= x < 1 << 32,
+    "log_prob": lambda x: x is None or isinstance(x, float | int),
+}
+
+
+def _require_attempt(entry, config: dict) -> None:
+    """`ValueError` unless an entry is an attempt as the run with this `config` makes them."""
+    _require(entry, {}, _ATTEMPT)
+    wrong = [name for name, is_right in _ATTEMPT.items() if not is_right(entry[name])]
+    if "stages" in config and entry["stage"] not in config["stages"]:
+        wrong.append("stage")
+    if wrong:
+        raise ValueError(", ".join(f"`{name}` is {entry[name]!r:.100}" for name in wrong))
+
+
+def _damaged(path: Path, number: int, why: object) -> ValueError:
+    if number == 1:
+        remedy = (
+            "It is the configuration of all attempts: put a copy of the file back, or pass `overwrite=True` (`--overwrite`) to delete "
+            "this journal and start again."
+        )
+    else:
+        remedy = f"Remove it to have its attempt drawn again, nothing else depends on it: sed -i {number}d {shlex.quote(str(path))}"
+    return ValueError(f"Line {number} of {path} was changed or damaged after it was written ({why}). {remedy}")

@@ -539,11 +539,15 @@ class DataRewriter:
         return (self.args.temperature, self.args.top_p, self.args.top_k) == (1.0, 1.0, 0)
 
     def _row(self, problem: Problem, outcome: Outcome, journal: Journal) -> dict:
-        kept = (
-            journal.read(outcome.offset)
-            if outcome.offset >= 0
-            else {"text": problem.demonstration, "completion_ids": [], "behavior_log_probs": []}
-        )
+        kept = {"text": problem.demonstration, "completion_ids": [], "behavior_log_probs": []}
+        if outcome.offset >= 0:
+            attempt = {
+                "id": problem.id,
+                "stage": outcome.source,
+                "attempt": outcome.attempt,
+                "verdict": Verdict.CORRECT,
+            }
+            kept = journal.read(outcome.offset, attempt, kept)
         sampler = self._sampler_of(outcome.source)
         return {
             "prompt": problem.prompt,

@@ -32,12 +32,13 @@ class Fate(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a problem became; `offset` is the kept attempt's place in the journal, or -1."""
+    """What a problem became; `offset` is the place in the journal of the kept `attempt`, or -1."""
 
     source: str
     offset: int = -1
     num_sampled: int = 0
     num_correct: int = 0
+    attempt: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -94,8 +95,8 @@ class Scheduler:
         self._ready: deque[Progress] = deque()
         self._open: OrderedDict[int, Progress] = OrderedDict()
         self._sources = [*args.stages, str(Source.EXPERT)]
-        types = [("source", "u1"), ("offset", "i8"), ("num_sampled", "u2"), ("num_correct", "u2")]
-        self._outcomes = np.zeros(total, types)  # 13 bytes a row
+        types = [("source", "u1"), ("offset", "i8"), ("num_sampled", "u2"), ("num_correct", "u2"), ("attempt", "u2")]
+        self._outcomes = np.zeros(total, types)  # 15 bytes a row
 
     def outcome(self, row: int) -> Outcome:
         source, *rest = self._outcomes[row].item()
@@ -203,7 +204,7 @@ class Scheduler:
         )  # what the usual script draws for every problem that reaches a stage
         if correct:
             kept = select(correct, self.args.selection, (self.args.seed, progress.id, stage, -1))
-            self._settle(progress, Outcome(stage, kept.offset, num_sampled, len(correct)))
+            self._settle(progress, Outcome(stage, kept.offset, num_sampled, len(correct), counted.index(kept)))
         else:
             self._enter_next_stage(progress)
 

@@ -88,8 +88,9 @@ def check_siblings(output_dir: Path, shard: Shard, config: dict, overwrite: bool
                 f"{output_dir} holds {path.name}, but you passed shard={str(shard)!r}: the number of shards of a run cannot change. "
                 "Choose another `output_dir`, or delete the journals of the other number."
             )
-        differing = differences(read_header(path), config)
-        if differing and not overwrite and path != shard.file(output_dir, "journal.jsonl"):
+        if overwrite or path == shard.file(output_dir, "journal.jsonl"):
+            continue
+        if differing := differences(read_header(path), config):
             raise ValueError(
                 f"{path} is another shard of this run, but of another configuration: {differing}. Give every shard the same one."
             )
