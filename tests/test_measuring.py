@@ -96,6 +96,20 @@ def test_the_gap_command_says_what_is_wrong_before_a_model_is_loaded(tmp_path, m
     assert {p.name for p in (tmp_path / "gap").iterdir()} == {"policy_gap.json", "policy_gap.parquet"}
 
 
+def test_gap_of_rows_of_another_model_reads_their_texts(tiny_model, tokenizer):
+    """Ids of another vocabulary are no target: the text is, and nothing is said of μ."""
+    own = [{**row, "behavior_log_probs": [-1.0] * len(row["completion_ids"])} for row in rewritten_rows(tokenizer)]
+    foreign = [
+        {**r, "completion_ids": [len(tokenizer) - 1 - t for t in r["completion_ids"]], "model": "a"} for r in own
+    ]
+    with pytest.warns(UserWarning, match="9 of 12 rows have `completion_ids` that say something else.*from 'a'"):
+        told = measure_policy_gap(tiny_model, foreign, tokenizer)
+    expected = measure_policy_gap(tiny_model, Dataset.from_list(own).with_format("torch"), tokenizer)
+    assert told["total"]["behavior"] is None and expected["total"]["behavior"]["rows"] == 9
+    for name in ("sequence_log_prob", "token_log_prob", "num_tokens"):
+        assert told["total"]["after"][name] == pytest.approx(expected["total"]["after"][name])
+
+
 def test_gap_statistics_against_naive_formulas(tiny_model, tokenizer):
     """k3 KL, ESS, the difference at equal length, perplexity and the intervals, from log-probs of one row at a time."""
     data, rng, mu = rewritten_rows(tokenizer), np.random.default_rng(0), {}

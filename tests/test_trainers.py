@@ -164,6 +164,50 @@ def test_trains_on_the_sampled_ids(tmp_path, tiny_model, tokenizer):
     assert example["input_ids"] == prompt + odd
 
 
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+@pytest.mark.parametrize("columns", [{}, {"objective": "iw", "expert_weighting": "base"}])
+def test_a_dataset_with_a_format_is_the_same_dataset(tmp_path, tiny_model, tokenizer, kind, columns):
+    """As TRL takes it; streamed too, where nothing has to be scored before training."""
+    data, args = rewritten(tokenizer), config(ImportanceWeightedSFTConfig, tmp_path, **columns)
+    sets = [data, data.with_format(kind)] + [data.to_iterable_dataset().with_format(kind)] * (not columns)
+    prepared = [
+        list(
+            ImportanceWeightedSFTTrainer(
+                copy.deepcopy(tiny_model), args, train_dataset=each, processing_class=tokenizer
+            ).train_dataset
+        )
+        for each in sets
+    ]
+    for other in prepared[1:]:
+        for row, expected in zip(other, prepared[0], strict=True):
+            for name in ("input_ids", "labels", "behavior_log_probs", "source_ids"):
+                assert row[name] == pytest.approx(expected[name], nan_ok=True), name
+
+
+def test_rows_of_another_model_are_refused(tmp_path, tiny_model, tokenizer):
+    """Its ids say something else here; a text without reasoning or white space is still the same row."""
+    args = config(ImportanceWeightedSFTConfig, tmp_path)
+
+    def train_on(change):
+        data = rewritten(tokenizer).map(change)
+        ImportanceWeightedSFTTrainer(tiny_model, args, train_dataset=data, processing_class=tokenizer)
+
+    def foreign(row):
+        return {"completion_ids": [len(tokenizer) - 1 - t for t in row["completion_ids"]], "model": "other/model"}
+
+    with pytest.raises(ValueError, match=r"they are another model's ids \(it was sampled from 'other/model'\)"):
+        train_on(foreign)
+    train_on(lambda row: {**foreign(row), "completion_ids": [], "behavior_log_probs": []})
+    for said in ("step", "it is\n\n\\boxed{0}", ""):  # prefix, other white space, nothing
+        train_on(
+            lambda row, said=said: (
+                {"completion": [{"role": "assistant", "content": said}]}
+                if row["completion"][0]["content"].endswith("{0}")
+                else {}
+            )
+        )
+
+
 def test_a_processor_encodes_as_for_trl(tmp_path, tiny_model, tokenizer):
     """A processor's chat template, which takes contents in parts only, in the place of its tokenizer's."""
     from transformers import LlavaProcessor
@@ -175,7 +219,8 @@ def test_a_processor_encodes_as_for_trl(tmp_path, tiny_model, tokenizer):
     processor = LlavaProcessor(CLIPImageProcessorPil(), tokenizer, patch_size=14, chat_template=template)
     tiny_model.resize_token_embeddings(len(tokenizer))
     conversations = rewritten(tokenizer).filter(lambda row: row["completion_ids"])
-    for data in (conversations, conversations.map(lambda _: {"prompt": "2+2?", "completion": "it is 4"})):
+    texts = conversations.map(lambda row: {"prompt": "2+2?", "completion": row["completion"][0]["content"]})
+    for data in (conversations, texts):
         theirs = SFTTrainer(
             copy.deepcopy(tiny_model), config(SFTConfig, tmp_path), train_dataset=data, processing_class=processor
         )

@@ -9,7 +9,7 @@ from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import pad
 
-from .rows import Source, encode_prompt
+from .rows import Source, encode_prompt, says_otherwise
 
 
 # column → (padding value, dtype): one value per token of `input_ids`
@@ -100,6 +100,12 @@ def align_row(
             f"the log-probs cannot be matched. Store the sampled ids in `completion_ids`, or drop the log-probs: {text!r:.200}"
         )
     _check_sampling(example, bool(log_probs), recompute and bool(completion_ids))
+    if (decoded := says_otherwise(getattr(processing_class, "tokenizer", processing_class), example)) is not None:
+        raise ValueError(
+            f"A row's `completion_ids` are {decoded!r:.200} to this model's tokenizer, but its completion is {example['completion']!r:.300}: they "
+            f"are another model's ids (it was sampled from {example.get('model')!r}). Train that model, or drop them with "
+            "`dataset.remove_columns(['completion_ids', 'behavior_log_probs'])`: the texts are then tokenized anew, and μ is not known."
+        )
     unknown = [float("nan")] * (len(input_ids) - len(log_probs))
     source, weight = example.get("source"), example.get("weight")
     source_id = SOURCE_IDS.get(source, -1) if isinstance(source, str) else -1  # a user's own column may hold anything

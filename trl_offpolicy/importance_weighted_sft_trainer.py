@@ -168,6 +168,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
 
     def _align(self, dataset, processing_class, args, formatting_func, dataset_name: str):
         """Tokenizes whole rows, and aligns their columns with the tokens."""
+        dataset = _unformatted(dataset)
         whole = copy.copy(args)
         whole.max_length, whole.shuffle_dataset = None, False  # cut, packed and shuffled later, with all columns
         dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
@@ -195,6 +196,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         whole = fingerprint in self._whole
         if fingerprint in self._finished or not (whole or self._scored_columns):
             return dataset
+        dataset = _unformatted(dataset)
         if self._scored_columns:
             self._check_scorable(dataset, whole, dataset_name)
         if "behavior_log_probs" in self._scored_columns:
@@ -484,6 +486,12 @@ def _has_our_columns(dataset) -> bool:
     if hasattr(dataset, "num_rows"):
         return bool(_sources(dataset))
     return isinstance(next(iter(dataset))["source"], str)  # streaming: nobody has seen all rows
+
+
+def _unformatted(dataset):
+    """With rows of lists, whatever `with_format("torch")` made of them; a transform is left to TRL, which refuses it."""
+    custom = hasattr(dataset, "num_rows") and dataset.format["type"] == "custom"
+    return dataset if custom else dataset.with_format(None)
 
 
 def _cut(example: dict, columns: list[str], cut: slice) -> dict:

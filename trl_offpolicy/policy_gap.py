@@ -7,6 +7,7 @@ in training. The paper's own script scores the bare concatenation of question an
 
 import json
 import random
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
@@ -16,7 +17,7 @@ import torch
 from trl.data_utils import common_prefix_length
 
 from .estimators import bootstrap
-from .rows import Source, demonstration, encode_prompt
+from .rows import Source, demonstration, encode_prompt, plain_rows, says_otherwise
 from .scoring import target_log_probs
 from .text_statistics import copy_ratio, distinct_n, leaks_hint, self_bleu
 
@@ -76,7 +77,7 @@ def measure_policy_gap(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    rows = list(dataset)
+    rows = list(plain_rows(dataset))
     _check_rows(rows, concatenate)
     if isinstance(model, str):
         kwargs = {"dtype": "auto", **(model_init_kwargs or {})}
@@ -89,6 +90,8 @@ def measure_policy_gap(
         except OSError as error:  # how transformers says that there is no such model, or none that may be read
             raise ValueError(f"You passed model={model!r}, which cannot be loaded: {error}") from error
     processing_class = processing_class or AutoTokenizer.from_pretrained(model.config._name_or_path)
+    if not concatenate:
+        rows = _with_own_ids(rows, processing_class)
     pairs, before, after = targets(rows, processing_class, concatenate, chat_template)
     log_probs = [x.double() for x in target_log_probs(model, pairs, batch_tokens)]
     sums = np.array(
@@ -120,6 +123,19 @@ def _check_rows(rows: list[dict], concatenate: bool) -> None:
             f"The rows have no column {' and no '.join(missing)}, so they are no rewrite: pass what DataRewriter wrote (`dataset` in its "
             f"output_dir). Their columns: {list(rows[0])}"
         )
+
+
+def _with_own_ids(rows: list[dict], processing_class) -> list[dict]:
+    """The rows without `completion_ids`, and with them μ, where those are another model's: their texts are then tokenized anew."""
+    others = {i for i, row in enumerate(rows) if says_otherwise(processing_class, row) is not None}
+    if others:
+        warnings.warn(
+            f"{len(others):,} of {len(rows):,} rows have `completion_ids` that say something else than their texts to this model's tokenizer: they are "
+            f"another model's ids (the first such row was sampled from {rows[min(others)].get('model')!r}). Their texts are tokenized anew, and the "
+            "distance to the policy that sampled them (`behavior`) is not told.",
+            stacklevel=3,
+        )
+    return [{**r, "completion_ids": [], "behavior_log_probs": []} if i in others else r for i, r in enumerate(rows)]
 
 
 def targets(

@@ -138,6 +138,32 @@ def content_id(prompt: list[dict[str, str]], answer: str | None) -> str:
     return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
 
+def plain_rows(dataset):
+    """
+    A dataset whose rows are of Python's types, whatever `with_format("torch")` made of them, and without images, audio and the like, which
+    nobody here looks at and which take long to decode. Anything else, such as a list of dicts, is left as it is.
+    """
+    from datasets import Dataset
+
+    if not isinstance(dataset, Dataset):
+        return dataset
+    if dataset.format["type"] == "custom":
+        raise ValueError(
+            "The dataset has a transform (`with_transform`), which may say something else each time a row is read. Apply it with `dataset.map` instead."
+        )
+    if dataset.format["type"] is not None:
+        dataset = dataset.with_format(None)  # tensors are no answers
+    media = media_columns(dataset)
+    return dataset.remove_columns(media) if media else dataset
+
+
+def media_columns(dataset) -> list[str]:
+    """The columns with images, audio and the like, which are files to `datasets`."""
+    from datasets.features.features import require_storage_embed
+
+    return [name for name, feature in dataset.features.items() if require_storage_embed(feature)]
+
+
 def find_format(columns: Iterable[str]) -> tuple[str, str]:
     """(prompt column, demonstration column) of a dataset with these `columns`; `ValueError` names what was found."""
     columns = list(columns)
@@ -308,6 +334,26 @@ def encode_prompt(
     return processing_class.apply_chat_template(
         prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **options
     )["input_ids"]
+
+
+def says_otherwise(processing_class, row: dict) -> str | None:
+    """
+    What a row's `completion_ids` decode to, where that is not its `completion`: they are ids of another vocabulary. `None` if all is well.
+
+    Letters and digits are compared, at either end: a text may lack its reasoning or a stop string, white space, or what has no UTF-8.
+    """
+    if not row.get("completion_ids") or not row.get("completion"):
+        return None
+    turns = [row["completion"]] if isinstance(row["completion"], str) else [t["content"] for t in row["completion"]]
+    if not all(isinstance(turn, str) for turn in turns):
+        return None  # contents in parts, which no sampler here writes
+    wanted = "".join(filter(str.isalnum, "".join(turns)))
+    for skip in (True, False):  # a text may hold special tokens, such as those around reasoning
+        decoded = processing_class.decode(row["completion_ids"], skip_special_tokens=skip)
+        told = "".join(filter(str.isalnum, decoded))
+        if told.startswith(wanted) or told.endswith(wanted):
+            return None
+    return decoded
 
 
 def demonstration(row: dict) -> str | None:
