@@ -1,13 +1,16 @@
 """Verifiers beyond mathematics: each claim against labels written by hand, real processes, or the judge's own forward."""
 
 import os
+import pickle
 import sys
 
+import numpy as np
 import pytest
 from conftest import POLICY
 
 from trl_offpolicy import MathVerifier, Verdict
 from trl_offpolicy.code_verifier import CodeVerifier
+from trl_offpolicy.verification import explain_with
 from trl_offpolicy.verifiers import (
     ExactMatchVerifier,
     JsonSchemaVerifier,
@@ -37,15 +40,42 @@ CHOICES = [
     ("\\boxed{A. 3, C. 5}", "A", "wrong"),
     ("\\boxed{\\text{(A) and (C)}}", "A", "wrong"),
     ("I cannot tell\nwhich one", "B", "unparsable"),
+    ("\\boxed{B. It can't be A.}", "A", "wrong"),
+    ("\\boxed{B. It can't be A.}", "B", "correct"),
+    ("\\boxed{B, because I checked it}", "B", "correct"),
+    ("\\boxed{B - Vitamin A}", "B", "correct"),
+    ("\\boxed{B - Vitamin A}", "A", "wrong"),
+    ("\\boxed{E -- none of these}", "E", "correct"),
+    ("\\boxed{\\text{option B: I and II only}}", "B", "correct"),
+    ("\\boxed{\\text{option B: I and II only}}", "I", "wrong"),
+    ("\\boxed{(C)(D)}", "C", "wrong"),
+    ("\\boxed{B / C}", "B", "wrong"),
+    ("\\boxed{A, B, and C}", "A", "wrong"),
+    ("\\boxed{(B) because (A) fails}", "B", "correct"),
+    ("\\boxed{The correct option is (D)}", "D", "correct"),
+    ("\\boxed{Vitamin A}", "A", "unparsable"),
+    ("\\boxed{A line segment}", "A", "unparsable"),
+    ("\\boxed{I}", "I", "correct"),
+    ("\\boxed{H_2O}", "H", "unparsable"),
+    ("\\boxed{E = mc^2}", "E", "unparsable"),
     ("\\boxed{B}", "42", "unparsable"),
 ]
 TEXTS = [
-    ("\\boxed{The Eiffel Tower.}", "eiffel tower", "correct"),
+    ("\\boxed{ eiffel  Tower}", "Eiffel tower", "correct"),
     ("The answer is Paris", ["paris", "city of light"], "correct"),
     ("\\boxed{Ｐａｒｉｓ}", "Paris", "correct"),
     ("\\boxed{London}", ["Paris", "Lyon"], "wrong"),
     ("\\boxed{Paris}", "", "unparsable"),
     ("\\boxed{Paris}", None, "unparsable"),
+    # no character is removed, since any may be the whole difference
+    ("\\boxed{5}", "-5", "wrong"),
+    ("\\boxed{35}", "3.5", "wrong"),
+    ("\\boxed{12}", "1/2", "wrong"),
+    ("\\boxed{C}", "C++", "wrong"),
+    ("\\boxed{1}", 1.0, "correct"),
+    ("\\boxed{1.0}", 1, "correct"),
+    ("\\boxed{10}", 1.0, "wrong"),
+    ("\\boxed{0.5}", 0.5, "correct"),
 ]
 QUANTITIES = [
     ("\\boxed{5.1 km}", "5.1e3 m", "correct"),
@@ -57,6 +87,12 @@ QUANTITIES = [
     ("\\boxed{9.81 \\mathrm{m/s^2}}", "9.8 m/s^2", "correct"),
     ("The answer is $1.2 million.", "1,200,000", "correct"),
     ("The answer is 12%.", "0.12", "correct"),
+    ("\\boxed{\\$1.25M}", "1,250,000", "correct"),
+    ("\\boxed{\\$1.25M}", "1.25", "wrong"),
+    ("\\boxed{2.5bn USD}", "2.5 billion", "correct"),
+    ("\\boxed{300K}", "26.85 degC", "correct"),
+    ("\\boxed{\\sqrt{5}}", "5", "unparsable"),
+    ("\\boxed{\\text{less than } 20}", "20", "unparsable"),
     ("\\boxed{\\$3.50}", "3.5 USD", "correct"),
     ("\\boxed{3.5 EUR}", "3.5 USD", "wrong"),
     ("\\boxed{\\frac{1}{2} h}", "30 min", "correct"),
@@ -85,6 +121,38 @@ QUANTITIES = [
 def test_stated_answers(make, cases):
     completions, answers, expected = zip(*cases, strict=True)
     assert make().verify(list(completions), list(answers)) == list(expected)
+
+
+def test_choices_of_the_row():
+    """Its labels are the letters there are, and the text of a choice names it."""
+    vitamins, arc = ["Vitamin C", "Vitamin A", "Iron"], {"label": ["1", "2"], "text": ["a cat", "a dog"]}
+    cases = [
+        ("\\boxed{Vitamin A}", "B", vitamins, "correct"),
+        ("\\boxed{vitamin  c}", "B", vitamins, "wrong"),
+        ("\\boxed{B. Vitamin A}", "B", vitamins, "correct"),
+        ("\\boxed{C}", "Iron", vitamins, "correct"),
+        ("\\boxed{B}", 1, vitamins, "correct"),  # as MMLU has it
+        ("\\boxed{D}", "B", vitamins, "unparsable"),
+        ("\\boxed{2}", "2", arc, "correct"),
+        ("\\boxed{a dog}", "1", arc, "wrong"),
+        ("\\boxed{B}", "B", {"A": "no", "B": "yes"}, "correct"),
+        ("\\boxed{B}", "B", None, "correct"),
+    ]
+    completions, answers, choices, expected = map(list, zip(*cases, strict=True))
+    verifier = MultipleChoiceVerifier()
+    assert verifier.verify(completions, answers, choices=choices) == expected
+    assert verifier(completions=completions, answer=answers, choices=choices)[:2] == [1.0, 0.0]
+    both = any_of(ExactMatchVerifier(), verifier)
+    assert both.verify(completions[:2], answers[:2], choices=choices[:2]) == ["correct", "wrong"]
+
+
+def test_exact_match_ignores_more_when_told_to():
+    squad = ExactMatchVerifier(ignore_punctuation=True, ignore_articles=True)
+    assert squad.verify(["\\boxed{The Eiffel-Tower.}"], ["eiffeltower"]) == ["correct"]
+    assert ExactMatchVerifier(ignore_case=False).verify(["\\boxed{paris}", "\\boxed{Paris}"], ["Paris"] * 2) == [
+        "wrong",
+        "correct",
+    ]
 
 
 def test_numeric_tolerance_and_units_are_options():
@@ -117,6 +185,29 @@ def test_json_schema():
         "wrong",
         "unparsable",
     ]
+
+
+def test_completions_are_texts_and_a_function_may_return_bools():
+    for verify in (ExactMatchVerifier().verify, lambda c, a: explain_with(lambda c, a: [True], c, a)):
+        with pytest.raises(TypeError, match="Completion 0 must be a text, but is None"):
+            verify([None], ["72"])
+    told = explain_with(lambda completions, answers: [True, np.bool_(False), "timeout"], ["a"] * 3, ["a"] * 3)
+    assert [v for v, _ in told] == ["correct", "wrong", "timeout"]
+    with pytest.raises(ValueError, match="returned 0.5; it must return True, False or one of correct"):
+        explain_with(lambda completions, answers: [0.5], ["a"], ["a"])
+
+
+def test_verifiers_can_be_pickled():
+    """For `datasets.map(num_proc=...)` and spawned processes."""
+    cases = [
+        (MultipleChoiceVerifier("ABC"), "B", "B"),
+        (ExactMatchVerifier(ignore_case=False), "\\boxed{x}", "x"),
+        (NumericVerifier(rel_tol=0.1), "\\boxed{1.05 km}", "1000 m"),
+        (JsonSchemaVerifier({"type": "object"}), "{}", None),
+        (any_of(ExactMatchVerifier(), MultipleChoiceVerifier()), "B", "B"),
+    ]
+    for verifier, completion, answer in cases:
+        assert pickle.loads(pickle.dumps(verifier)).verify([completion], [answer]) == ["correct"], verifier
 
 
 def python(code: str) -> str:

@@ -50,6 +50,7 @@ class Question:
     prompt: list[dict[str, str]]
     problem: str | None  # what `solve_prompt` was filled with; `None` where the row brought a prompt of its own
     answer: str
+    row: dict  # as the benchmark has it: its other columns are for verifiers that ask for them
 
 
 def load_benchmark(name: str):
@@ -110,7 +111,7 @@ def read_questions(name: str, rows: Iterable[dict], solve_prompt: str, system_pr
             prompt.append({"role": "user", "content": text})
         key = content_id(prompt, answer)
         seen[key] = copy = seen.get(key, 0) + 1
-        questions.append(Question(key if copy == 1 else f"{key}-{copy}", prompt, problem, answer))
+        questions.append(Question(key if copy == 1 else f"{key}-{copy}", prompt, problem, answer, row))
     if not questions:
         raise ValueError(f"Benchmark {name!r} has no rows.")
     return questions

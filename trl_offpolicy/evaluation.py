@@ -268,7 +268,7 @@ class _Run:
             while True:
                 for key, question in islice(waiting, sampler.capacity - len(active)):
                     request = self._request(key, question)
-                    active[request.id] = key, question.answer
+                    active[request.id] = key, question
                     sampler.submit(request)
                 if not active and not verdicts:
                     break
@@ -281,8 +281,8 @@ class _Run:
                             f"{sampler.name}: the sampler has {len(active)} requests but returned none of them."
                         )
                     for completion in finished:
-                        key, answer = active.pop(completion.id)
-                        verdicts.put(key, completion, answer)
+                        key, question = active.pop(completion.id)
+                        verdicts.put(key, completion, question.answer, question.row)
                 except SamplerError:
                     for key, *judged in verdicts.drain():
                         if journal is not None:

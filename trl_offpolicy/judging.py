@@ -1,7 +1,7 @@
 """What an engine has drawn and its verdicts, beside the sampling: rewriting and evaluation both wait for no verifier."""
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -43,7 +43,7 @@ class VerdictQueue:
         self._untaken = 0
         self._failed, self._drawn = 0, False
         self._changed = threading.Condition()  # guards what follows
-        self._waiting: list[tuple[Any, Completion, str]] = []
+        self._waiting: list[tuple[Any, Completion, str, dict]] = []
         self._judged: list[Judged] = []
         self._hurry, self._closed = False, False
         self._error: BaseException | None = None
@@ -70,8 +70,8 @@ class VerdictQueue:
         """Whether a slow verifier should hold the engine back: what has no verdict is in no journal, and lost with a killed process."""
         return self._untaken >= self.limit
 
-    def put(self, item, completion: Completion, answer: str) -> None:
-        """Raises `SamplerError` when the engine has failed at everything so far, or a log-prob is not a number."""
+    def put(self, item, completion: Completion, answer: str, row: dict | None = None) -> None:
+        """Takes a completion with the gold answer and the other columns of its `row`. Raises `SamplerError` when the engine has failed at everything so far, or a log-prob is not a number."""
         self._drawn |= completion.finish_reason != "error"
         self._failed += completion.finish_reason == "error"
         if self._failed == HOPELESS and not self._drawn:
@@ -83,7 +83,7 @@ class VerdictQueue:
             )
         self._untaken += 1
         with self._changed:
-            self._waiting.append((item, completion, answer))
+            self._waiting.append((item, completion, answer, row or {}))
             if len(self._waiting) >= self.batch:
                 self._changed.notify_all()
 
@@ -128,14 +128,15 @@ class VerdictQueue:
                 # Of a slow verifier's backlog no more than is worth a call: a verdict is in no journal before the call is over.
                 batch, self._waiting = self._waiting[: self.batch], self._waiting[self.batch :]
             try:
-                told = judge(self.verifier, [c for _, c, _ in batch], [answer for *_, answer in batch])
+                _, completions, answers, rows = zip(*batch, strict=True)
+                told = judge(self.verifier, completions, answers, rows)
             except BaseException as error:
                 with self._changed:
                     self._error = error
                     self._changed.notify_all()
                 return
             with self._changed:
-                self._judged += [Judged(item, c, *verdict) for (item, c, _), verdict in zip(batch, told, strict=True)]
+                self._judged += [Judged(item, c, *verdict) for (item, c, *_), verdict in zip(batch, told, strict=True)]
                 self._changed.notify_all()
 
 
@@ -153,10 +154,13 @@ def abandoning(requests: Callable[[], Iterable[tuple[Sampler, str]]]) -> Iterato
         raise
 
 
-def judge(verifier, completions: list[Completion], answers: list[str]) -> list[tuple[Verdict, str]]:
+def judge(
+    verifier, completions: Sequence[Completion], answers: Sequence[str], rows: Sequence[dict] | None = None
+) -> list[tuple[Verdict, str]]:
     """A verdict and its reason for each completion; one that was cut or never drawn is not shown to the verifier."""
-    whole = [(c.text, answer) for c, answer in zip(completions, answers, strict=True) if c.finish_reason == "stop"]
-    told = iter(explain_with(verifier, [text for text, _ in whole], [answer for _, answer in whole]))
+    whole = [i for i, c in enumerate(completions) if c.finish_reason == "stop"]
+    texts = [completions[i].text for i in whole]
+    told = iter(explain_with(verifier, texts, [answers[i] for i in whole], rows and [rows[i] for i in whole]))
     cut = Verdict.UNPARSABLE, "cut at max_completion_length"
     return [
         next(told)

@@ -312,7 +312,8 @@ class DataRewriter:
                     try:
                         if not verdicts.full:
                             for draw, completion in self._poll(sampling, aborted, counts):
-                                verdicts.put(draw, completion, draw.progress.problem.answer)
+                                problem = draw.progress.problem
+                                verdicts.put(draw, completion, problem.answer, problem.extra)
                     except SamplerError:
                         for judged in verdicts.drain():
                             self._record(judged, journal, log)

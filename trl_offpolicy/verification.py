@@ -49,19 +49,48 @@ PARENT_SECONDS = 1.0  # how often a worker looks whether the process that starte
 _PLAIN_NUMBER = re.compile(r"-?\d{1,15}(?:\.\d{1,15})?")
 
 
-def explain_with(verifier, completions: list[str], answers: list) -> list[tuple[Verdict, str]]:
-    """(verdict, reason) of each completion by anything that verifies: a [`Verifier`], an object with `verify`, a function."""
+def explain_with(
+    verifier, completions: list[str], answers: list, rows: list[dict] | None = None
+) -> list[tuple[Verdict, str]]:
+    """
+    (verdict, reason) of each completion by anything that verifies: a [`Verifier`], an object with `verify`, a function. Of the `rows` that the
+    completions answer, a verifier is given the columns that it names in `columns`.
+
+    Raises:
+        TypeError: A completion is not a text.
+        ValueError: What the verifier returned is not a verdict (or a bool) for each completion.
+    """
     if not completions:
         return []
+    _check_texts(completions)
+    columns = {name: [row.get(name) for row in rows] for name in getattr(verifier, "columns", ())} if rows else {}
     if hasattr(verifier, "explain"):
-        told = verifier.explain(completions, answers)
+        told = verifier.explain(completions, answers, **columns)
     else:
-        told = [(Verdict(v), "") for v in getattr(verifier, "verify", verifier)(completions, answers)]
+        told = [(_verdict(v), "") for v in getattr(verifier, "verify", verifier)(completions, answers, **columns)]
     if len(told) != len(completions):
         raise ValueError(
             f"The verifier returned {len(told)} verdicts for {len(completions)} completions; it must return one for each."
         )
     return told
+
+
+def _check_texts(completions: list) -> None:
+    for index, completion in enumerate(completions):
+        if not isinstance(completion, str):
+            raise TypeError(f"Completion {index} must be a text, but is {completion!r:.100}.")
+
+
+def _verdict(told) -> Verdict:
+    """A verdict by name, or by a bool (numpy's, too): `True` is correct."""
+    if type(told).__name__ in ("bool", "bool_"):
+        return Verdict.CORRECT if told else Verdict.WRONG
+    try:
+        return Verdict(told)
+    except ValueError as error:
+        raise ValueError(
+            f"The verifier returned {told!r:.100}; it must return True, False or one of {', '.join(Verdict)} for each completion."
+        ) from error
 
 
 def describe(verifier) -> str:
@@ -90,25 +119,34 @@ class Verifier:
 
     # Whether the answer that a completion states is judged, not all of its text: what maj@k counts votes for.
     stated = True
+    # Columns of the dataset, beside the answers, that `explain` and `verify` take as keyword arguments: a list with a value for each completion.
+    columns: tuple[str, ...] = ()
 
     @property
     def __name__(self) -> str:  # what GRPOTrainer calls its reward in the logs
         return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower()
 
-    def _explain(self, completions: list[str], answers: list) -> list[tuple[Verdict, str]]:
+    def _explain(self, completions: list[str], answers: list, **columns: list) -> list[tuple[Verdict, str]]:
         raise NotImplementedError
 
-    def explain(self, completions: list[str], answers: list) -> list[tuple[Verdict, str]]:
-        """Verdicts with the reason beside each: what could not be parsed, which test failed; empty for `correct`."""
+    def explain(self, completions: list[str], answers: list, **columns: list) -> list[tuple[Verdict, str]]:
+        """
+        Verdicts with the reason beside each: what could not be parsed, which test failed; empty for `correct`.
+
+        Raises:
+            TypeError: A completion is not a text.
+            ValueError: There are not as many answers as completions.
+        """
         if len(completions) != len(answers):
             raise ValueError(
                 f"You passed {len(completions)} completions and {len(answers)} answers; each completion needs its own answer."
             )
-        return self._explain(completions, answers)
+        _check_texts(completions)
+        return self._explain(completions, answers, **columns)
 
-    def verify(self, completions: list[str], answers: list) -> list[Verdict]:
+    def verify(self, completions: list[str], answers: list, **columns: list) -> list[Verdict]:
         """One verdict for each completion against the gold answer of the same position."""
-        return [verdict for verdict, _ in self.explain(completions, answers)]
+        return [verdict for verdict, _ in self.explain(completions, answers, **columns)]
 
     def __call__(self, completions, answer=None, solution=None, **kwargs) -> list[float | None]:
         """TRL's reward signature: 1.0 correct, 0.0 wrong or no answer, `None` where it could not be told."""
@@ -118,7 +156,8 @@ class Verifier:
                 f"The dataset needs a column `answer` (or `solution`) with gold answers; it has {sorted(kwargs)}."
             )
         texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-        return rewards(self.explain(texts, golds))
+        columns = {name: kwargs[name] for name in self.columns if name in kwargs}
+        return rewards(self.explain(texts, golds, **columns))
 
     def close(self) -> None:
         """Ends what it holds (processes, engines), if anything."""

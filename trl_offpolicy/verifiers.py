@@ -7,6 +7,7 @@ Underneath: pint reads units, jsonschema validates, a [`Sampler`] judges. What a
 mathematics (last box, "answer is", a single line). A user's function of (completions, answers) fits wherever one of these does.
 """
 
+import functools
 import json
 import math
 import re
@@ -42,54 +43,139 @@ class _StatedVerifier(Verifier):
         ]
 
 
+def _unwrapped(text: str) -> str:
+    r"""`\\text{(B)} 12` without the command around its words."""
+    return re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}", r" \1 ", text).replace("\\ ", " ")
+
+
 class MultipleChoiceVerifier(_StatedVerifier):
     """
-    One letter: `B`, `(B)`, `B. 12`, `\\text{(B)}`, `option B`. Several letters are wrong, whichever they are.
+    One letter: `B`, `(B)`, `B. 12`, `\\text{(B)}`, `option B`, `B, because A fails`. Several letters are wrong, whichever they are.
+
+    A letter counts where the statement names it as its choice: at its beginning, behind "option", in brackets. Letters of other words
+    (`Vitamin A`, the pronoun I, a formula) are no choice. Where the row has a column `choices`, its labels are the letters there are, and
+    a statement that is the text of one choice names that choice.
 
     Args:
-        letters (`str`, *optional*, defaults to `"ABCDEFGHIJ"`): The choices there are.
+        letters (`str`, *optional*, defaults to `"ABCDEFGHIJ"`): The choices of rows without a column `choices`, which is a list of texts,
+            `{"label": [...], "text": [...]}` or `{label: text}`. A gold answer is a letter, or there the text or index (an `int`) of one.
     """
+
+    columns = ("choices",)
 
     def __init__(self, letters: str = "ABCDEFGHIJ"):
         self.letters = letters.upper()
 
-    def _chosen(self, text: str) -> list[str]:
-        text = (
-            re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}", r" \1 ", text)
-            .replace("\\ ", " ")
-            .strip(" *$.{}")
-        )
-        if len(text) == 1 or re.fullmatch(r"\(\w\)", text):
-            text = text.upper()
-        marked = re.findall(rf"\(([{self.letters}])\)", text)  # `(B) A line`: the letter is the marked one
-        if not marked and (first := re.match(rf"[{self.letters}]([.):])\s", text)):
-            # `B. A line`, `C) A and B`; but in `A. 3, C. 5` two are marked so
-            marked = re.findall(rf"(?<![\w'])([{self.letters}])\{first[1]}(?=\s|$)", text)
-        return list(dict.fromkeys(marked or re.findall(rf"(?<![\w'])([{self.letters}])(?![\w'])", text)))
+    def _explain(self, completions: list[str], answers: list, choices: list | None = None):
+        stated = [stated_answer(completion)[0] for completion in completions]
+        labelled = [self._labelled(c) for c in choices or [None] * len(completions)]
+        return [
+            self.judge(s, a, c) if s else (Verdict.UNPARSABLE, NO_ANSWER)
+            for s, a, c in zip(stated, answers, labelled, strict=True)
+        ]
 
-    def judge(self, stated: str, answer) -> tuple[Verdict, str]:
-        gold, chosen = self._chosen(str(answer)), self._chosen(stated)
+    def _labelled(self, choices) -> dict[str, str]:
+        """Each label with the text of its choice, folded; without texts where the row does not have them."""
+        if choices is None:
+            return dict.fromkeys(self.letters, "")
+        if isinstance(choices, dict) and {"label", "text"} <= choices.keys():
+            choices = dict(zip(choices["label"], choices["text"], strict=True))
+        elif not isinstance(choices, dict):
+            choices = dict(zip(string.ascii_uppercase, choices, strict=False))
+        return {str(label).upper(): folded(str(text)) for label, text in choices.items()}
+
+    @staticmethod
+    def _chosen(text: str, labelled: dict[str, str]) -> list[str]:
+        if (same := folded(text)) and same in labelled.values():
+            return [label for label, choice in labelled.items() if choice == same]
+        text, one = _unwrapped(text).strip(" *$.{}"), f"[{re.escape(''.join(labelled))}]"
+        text = text.upper() if len(text) == 1 or re.fullmatch(r"\(\w\)", text) else text
+        text = re.sub(
+            r"^(?:the )?(?:correct )?(?:option|choice|letter|answer)s?\s*(?=\W?[A-Z0-9]\b)", "", text, flags=re.I
+        )
+        mark = rf"(?:\(({one})\)|({one})\)?(?![\w'\u2019]))"
+        # Several at the beginning: `B, C`, `(C)(D)`, `A and B`; what stands behind the last one explains.
+        if listed := re.match(rf"{mark}(?:\s*(?:,|/|&|\band\b|\bor\b|,\s*and\b|(?=\())\s*{mark})*", text):
+            rest = text[listed.end() :]
+            explained = re.match(
+                r"\s*(?:[.:,;]|(?:-{1,3}|[\u2013\u2014])(?=\s)|\\|\(|(?:is|are|because|since|as)\b|$)", rest
+            )
+            if explained or text[listed.end() - 1] == ")":
+                first = re.findall(one, listed[0])
+                # `A. 3, C. 5` marks two in one way; in `B. It is not A.` nothing follows the second
+                separator = re.match(r"[.):]", rest)
+                also = separator and re.findall(rf"(?:[,;\n]|\band|\bor)\s*({one})\{separator[0]}\s+\S", rest)
+                return list(dict.fromkeys(first + (also or [])))
+        named = re.findall(rf"\(({one})\)|\b(?:option|choice|letter)\s+({one})\b", text)
+        return list(dict.fromkeys(a or b for a, b in named))
+
+    def judge(self, stated: str, answer, labelled: dict[str, str] | None = None) -> tuple[Verdict, str]:
+        labelled = labelled or self._labelled(None)
+        if isinstance(answer, int) and 0 <= answer < len(labelled) and str(answer) not in labelled:
+            answer = list(labelled)[answer]
+        gold, chosen = self._chosen(str(answer), labelled), self._chosen(stated, labelled)
         if len(gold) != 1:
-            return Verdict.UNPARSABLE, f"the gold answer {answer!r:.100} is not one of {self.letters}"
+            return Verdict.UNPARSABLE, f"the gold answer {answer!r:.100} is not one of {', '.join(labelled)}"
         if not chosen:
             return Verdict.UNPARSABLE, NO_ANSWER
         return (Verdict.CORRECT, "") if chosen == gold else (Verdict.WRONG, f"chose {', '.join(chosen)}")
 
 
+def folded(text: str) -> str:
+    """A text in Unicode's compatibility form (NFKC), without case, its spaces collapsed; no other character is removed."""
+    return " ".join(unicodedata.normalize("NFKC", _unwrapped(text)).casefold().split())
+
+
 class ExactMatchVerifier(_StatedVerifier):
-    """The same text as the answer, or as one of a list of answers, after SQuAD's normalisation (case, punctuation, articles, spaces)."""
+    """
+    The same text as the answer, or as one of a list of answers; case, spaces and Unicode's ways to write a character do not count.
+
+    An answer that is a number, not a text, is compared as it is written: 1.0 and 1 are both `1` and `1.0`.
+
+    Args:
+        ignore_case (`bool`, *optional*, defaults to `True`): `Paris` is `paris`.
+        ignore_punctuation (`bool`, *optional*, defaults to `False`): `C++` is `C`, and -5 is 5: for words only, as in SQuAD.
+        ignore_articles (`bool`, *optional*, defaults to `False`): `the Eiffel Tower` is `Eiffel Tower`.
+    """
+
+    def __init__(self, ignore_case: bool = True, ignore_punctuation: bool = False, ignore_articles: bool = False):
+        self.ignore_case, self.ignore_punctuation, self.ignore_articles = (
+            ignore_case,
+            ignore_punctuation,
+            ignore_articles,
+        )
+
+    def normalized(self, text: str) -> str:
+        text = folded(text) if self.ignore_case else " ".join(unicodedata.normalize("NFKC", _unwrapped(text)).split())
+        if self.ignore_punctuation:
+            text = text.translate(str.maketrans("", "", string.punctuation))
+        if self.ignore_articles:
+            text = re.sub(r"\b(?:a|an|the)\b", " ", text, flags=re.I)
+        return " ".join(text.split())
 
     @staticmethod
-    def normalized(text: str) -> str:
-        text = unicodedata.normalize("NFKC", re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text)).casefold()
-        text = text.translate(str.maketrans("", "", string.punctuation))
-        return " ".join(re.sub(r"\b(?:a|an|the)\b", " ", text).split())
+    def _spellings(answer) -> list[str]:
+        if isinstance(answer, (int, float)) and not isinstance(answer, bool) and answer == answer // 1:
+            return [str(int(answer)), str(float(answer))]
+        return [str(answer)]
 
     def judge(self, stated: str, answer) -> tuple[Verdict, str]:
-        golds = {self.normalized(str(a)) for a in (answer if isinstance(answer, list) else [answer])} - {""}
-        if answer is None or not golds:
+        answers = answer if isinstance(answer, list) else [answer]
+        golds = {self.normalized(text) for a in answers if a is not None for text in self._spellings(a)} - {""}
+        if not golds:
             return Verdict.UNPARSABLE, "the gold answer is empty"
         return (Verdict.CORRECT if self.normalized(stated) in golds else Verdict.WRONG), ""
+
+
+@functools.cache
+def _units():
+    """pint's units and three currencies; here, not in the verifier, since they cannot be pickled."""
+    import pint
+
+    units = pint.UnitRegistry()
+    for currency in ("USD = [usd] = dollar", "EUR = [eur] = euro", "GBP = [gbp]"):
+        units.define(currency)
+    return units
 
 
 class NumericVerifier(_StatedVerifier):
@@ -110,6 +196,8 @@ class NumericVerifier(_StatedVerifier):
         re.S,
     )
 
+    _MONEY_SCALES = {"K": "thousand", "M": "million", "mn": "million", "B": "billion", "bn": "billion"}
+
     # LaTeX of units in pint's spelling; plain exponents first, or `\mathrm{s^{-1}}` would be one brace in another
     _LATEX = [
         (re.compile(pattern), replacement)
@@ -128,15 +216,14 @@ class NumericVerifier(_StatedVerifier):
         if rel_tol < 0 or abs_tol < 0:
             raise ValueError(f"You passed rel_tol={rel_tol}, abs_tol={abs_tol}; a tolerance cannot be negative.")
         self.rel_tol, self.abs_tol, self.require_unit = rel_tol, abs_tol, require_unit
-        self.pint = _needs("pint", "units", "NumericVerifier")
-        self.units = self.pint.UnitRegistry()
-        for currency in ("USD = [usd] = dollar", "EUR = [eur] = euro", "GBP = [gbp]"):
-            self.units.define(currency)
+        _needs("pint", "units", "NumericVerifier")  # said now, not at the first answer
 
     def quantity(self, text: str):
         """A pint quantity, or `None` where there is no number. The unit alone is given to pint: it evaluates arithmetic."""
         text = text.replace("\\%", "%")
         money = re.search(r"[$€£]", text.removesuffix("$"))
+        if money or re.search(r"\b(?:USD|EUR|GBP|dollars?|euros?)\b", text):  # elsewhere 300K are kelvins
+            text = re.sub(r"(?<=\d)\s?([KMB]|mn|bn)\b", lambda m: f" {self._MONEY_SCALES[m[1]]}", text)
         for pattern, replacement in self._LATEX:
             text = pattern.sub(replacement, text)
         text = text.strip(" .")
@@ -152,9 +239,7 @@ class NumericVerifier(_StatedVerifier):
         if len(unit) > 40 or re.search(r"[^\w\s/*^{}().$€£°µ-]|\d{2}", unit):
             return None
         try:
-            return self.units.Quantity(
-                value, self.units.parse_units(unit.replace("^{", "^").strip("{}").replace("}", ""))
-            )
+            return _units().Quantity(value, _units().parse_units(unit.replace("^{", "^").strip("{}").replace("}", "")))
         except Exception:  # pint raises half a dozen types, and tokenizer errors, for what is no unit
             return None
 
@@ -185,12 +270,15 @@ class JsonSchemaVerifier(Verifier):
     stated = False
 
     def __init__(self, schema: dict | None = None):
-        self.jsonschema = _needs("jsonschema", "json", "JsonSchemaVerifier")
-        self.schema, self.validator = schema, None
+        jsonschema = _needs("jsonschema", "json", "JsonSchemaVerifier")
+        self.schema, self.validator, self._same = schema, None, jsonschema.Draft202012Validator
         if schema is not None:
-            validator = self.jsonschema.validators.validator_for(schema)
+            validator = jsonschema.validators.validator_for(schema)
             validator.check_schema(schema)
             self.validator = validator(schema)
+
+    def __reduce__(self):
+        return JsonSchemaVerifier, (self.schema,)  # a validator cannot be pickled
 
     def _explain(self, completions: list[str], answers: list) -> list[tuple[Verdict, str]]:
         return [self._judge(c, a) for c, a in zip(completions, answers, strict=True)]
@@ -211,7 +299,7 @@ class JsonSchemaVerifier(Verifier):
         except ValueError as error:
             return Verdict.UNPARSABLE, f"the gold answer is not JSON: {error}"[:300]
         # JSON's equality, not Python's: 1 is 1.0, but not true
-        if answer is not None and not self.jsonschema.Draft202012Validator({"const": gold}).is_valid(value):
+        if answer is not None and not self._same({"const": gold}).is_valid(value):
             return Verdict.WRONG, "not the value asked for"
         return Verdict.CORRECT, ""
 
@@ -319,16 +407,20 @@ class _Combined(Verifier):
         if not verifiers:
             raise ValueError(f"{name}() needs at least one verifier.")
         self.name, self.verifiers, self.settles = name, verifiers, settles
+        self.columns = tuple(dict.fromkeys(name for v in verifiers for name in getattr(v, "columns", ())))
 
     @property
     def __name__(self) -> str:
         return f"{self.name}({', '.join(getattr(v, '__name__', type(v).__name__) for v in self.verifiers)})"
 
-    def _explain(self, completions: list[str], answers: list) -> list[tuple[Verdict, str]]:
+    def _explain(self, completions: list[str], answers: list, **columns: list) -> list[tuple[Verdict, str]]:
+        rows = [{name: values[i] for name, values in columns.items()} for i in range(len(completions))]
         results: list[tuple[Verdict, str] | None] = [None] * len(completions)
-        for verifier in self.verifiers:  # a dear one behind a cheap one sees only what is still open
+        for verifier in self.verifiers:  # each is asked only what the verifiers before it left open
             still = [i for i, r in enumerate(results) if r is None or r[0] is not self.settles]
-            told = explain_with(verifier, [completions[i] for i in still], [answers[i] for i in still])
+            told = explain_with(
+                verifier, [completions[i] for i in still], [answers[i] for i in still], [rows[i] for i in still]
+            )
             for i, result in zip(still, told, strict=True):
                 # otherwise what could not be told outweighs what could
                 if (

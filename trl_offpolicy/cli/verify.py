@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from ..rewriter import batched
 from ..rows import Source, Verdict, carried_columns, read_row
+from ..verification import explain_with
 from .arguments import DatasetArguments, VerifierArguments, load_dataset, make_verifier, parser_for
 
 
@@ -63,7 +64,8 @@ def verify(argv: list[str]) -> int:
         try:
             with _written(output) as file:
                 for chunk in batched(rows, 1024):
-                    told = verifier.explain([c for _, _, c, _ in chunk], [a for _, _, _, a in chunk])
+                    _, of_chunk, completions, answers = zip(*chunk, strict=True)
+                    told = explain_with(verifier, completions, answers, of_chunk)
                     for (index, row, _, answer), (verdict, reason) in zip(chunk, told, strict=True):
                         source = row.get("source")
                         counts[source if source in set(Source) else "", verdict] += 1
