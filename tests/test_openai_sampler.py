@@ -1,5 +1,6 @@
 """OpenAISampler against servers that misbehave: each is a real HTTP server on loopback whose faults a test writes down."""
 
+import email.utils
 import json
 import random
 import socket
@@ -7,8 +8,11 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
+import openai
 import pytest
 from conftest import POLICY, needs_vllm
 from datasets import load_dataset
@@ -16,22 +20,59 @@ from test_sampling import drain
 
 from trl_offpolicy import DataRewriter, OpenAISampler, RewriteConfig
 from trl_offpolicy.cli import main
+from trl_offpolicy.cli.rewrite import _command_for
 from trl_offpolicy.sampling import Request, SamplerError, SamplingParams
+from trl_offpolicy.sampling.server_answers import read_answer, retry_after
+
+
+def tokens(ids, log_probs=None, **more):
+    log_probs = [-0.5] * len(ids) if log_probs is None else log_probs
+    return {"token_ids": ids, "logprobs": {"token_logprobs": log_probs}, **more}
+
+
+# Parts of a choice that are no answer to a request for at most 64 tokens.
+MALFORMED = [
+    *(tokens([5, token]) for token in (-1, 10**12, "a", 1.5, None, True, [])),
+    *(tokens([5, 6], [-0.5, x]) for x in (None, "x", float("-inf"), float("nan"), 5.0, -9999.0, True)),
+    tokens([5] * 65),
+    tokens([5, 6], [-0.5]),
+    tokens([]),
+    tokens(7, []),
+    tokens([5], {"0": -0.5}),
+    tokens([5], finish_reason=None),
+    tokens([5], finish_reason="abort"),
+    tokens([5], text=["A"]),
+    {"token_ids": None},
+    {"logprobs": None},
+    {"logprobs": []},
+]
 
 
 class Server(ThreadingHTTPServer):
     """Serves the model `name` with completions that depend on the seed alone, and meets each request with what `fault` says.
 
-    `fault(body)` returns `None` (answer), or the name of a fault; it is called in the request's thread and may wait.
+    `fault(body)` returns `None` (answer), what to change in the answer, or the name of a fault; it is called in the request's thread and
+    may wait.
     """
 
     daemon_threads, request_queue_size = True, 256
 
     def __init__(
-        self, tokenizer, port=0, fault=lambda body: None, token_ids=True, extended=True, key=None, name=POLICY
+        self,
+        tokenizer,
+        port=0,
+        fault=lambda body: None,
+        token_ids=True,
+        extended=True,
+        key=None,
+        name=POLICY,
+        retry_after=None,
+        parsed=None,
     ):
+        self.parsed = parsed or {}
         self.tokenizer, self.fault, self.token_ids, self.extended = tokenizer, fault, token_ids, extended
         self.key, self.name, self.dead = key, name, False
+        self.busy = [] if retry_after is None else [("Retry-After", retry_after)]
         self.lock, self.seen, self.in_flight, self.most_in_flight, self.hung_up = (
             threading.Lock(),
             [],
@@ -112,15 +153,17 @@ class Handler(BaseHTTPRequestHandler):
         elif fault == "page":
             self.answer(b"<html>busy</html>", content_type="text/html")
         elif isinstance(fault, int):
-            self.answer({"error": {"message": f"fault {fault}"}}, fault, [("Retry-After-Ms", "10")])
+            self.answer({"error": {"message": f"fault {fault}"}}, fault, [("Retry-After-Ms", "10"), *self.server.busy])
         else:
-            self.answer({"object": "x", "choices": [self.choice(body, chat)]})
+            changed = MALFORMED[len(self.server.seen) % len(MALFORMED)] if fault == "malformed" else fault or {}
+            self.answer({"object": "x", "choices": [{**self.choice(body, chat), **changed}]})
 
     def choice(self, body, chat):
         rng = random.Random(body["seed"])
         text = f"{rng.randrange(10**6)}\n\\boxed{{{rng.randrange(3)}}}"
         if chat:
-            return {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+            message = {"role": "assistant", "content": text, **self.server.parsed}
+            return {"index": 0, "message": message, "finish_reason": "stop"}
         ids = [*self.server.tokenizer(text)["input_ids"], self.server.tokenizer.eos_token_id][: body["max_tokens"]]
         log_probs = {
             "token_logprobs": [-rng.random() for _ in ids],
@@ -173,7 +216,7 @@ def expected(serve, sample):
     return drain(sample(serve()), requests(40))
 
 
-@pytest.mark.parametrize("fault", [429, 500, 503, "cut", "garbage", "page", "hang"])
+@pytest.mark.parametrize("fault", [429, 500, 503, "cut", "garbage", "page", "hang", "malformed"])
 def test_every_fault_is_survived_and_nothing_is_lost(serve, sample, expected, fault):
     """Every third request of one server meets the fault; the completions are those of an undisturbed run."""
     count = iter(range(10**6))
@@ -181,6 +224,164 @@ def test_every_fault_is_survived_and_nothing_is_lost(serve, sample, expected, fa
     sampler = sample(bad, serve(), request_timeout=0.5 if fault == "hang" else 30.0)
     assert drain(sampler, requests(40)) == expected
     assert len(bad.seen) > 3
+
+
+JUNK = [None, True, -1, 0, 1.5, 10**400, float("nan"), float("inf"), "", "\ud800", [], [[]], {}, {"a": None}]
+
+
+def with_junk(value, rng):
+    """`value` with something else in one place, or with a place less."""
+    if not isinstance(value, (dict, list)) or not value or rng.random() < 0.2:
+        return rng.choice(JUNK)
+    key = rng.choice([*value]) if isinstance(value, dict) else rng.randrange(len(value))
+    changed = value.copy()
+    if rng.random() < 0.2:
+        del changed[key]
+    else:
+        changed[key] = with_junk(value[key], rng)
+    return changed
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_whatever_a_server_sends_is_an_answer_or_said_to_be_none(chat):
+    """One place of a sound answer changed, 3,000 times: what is taken for an answer obeys what was asked, by a check of its own."""
+    rng, taken = random.Random(0), 0
+    choice = {"index": 0, "finish_reason": "stop"}
+    choice |= (
+        {"message": {"role": "assistant", "content": "A", "tool_calls": None}}
+        if chat
+        else {"text": "A", **tokens([7, 8, 9])}
+    )
+    kind = openai.types.chat.ChatCompletion if chat else openai.types.Completion
+    for _ in range(3000):
+        body = with_junk({"id": "x", "object": "x", "choices": [choice], "usage": None}, rng)
+        response = kind.construct(**body) if isinstance(body, dict) else body
+        try:
+            text, ids, log_probs, reason = read_answer(response, "http://host/v1", not chat, most=4, vocabulary=10)
+        except (ValueError, NotImplementedError):
+            continue
+        except SamplerError as error:
+            assert chat and "--reasoning-parser" in str(error)
+            continue
+        taken += 1
+        assert isinstance(text, str) and reason in ("stop", "length")
+        assert len(ids) == len(log_probs) and len(ids) == (0 if chat else 3)
+        assert all(isinstance(i, int) and i in range(10) for i in ids) and all(-9999 < x < 0.1 for x in log_probs)
+    assert 300 < taken < 2900
+
+
+def test_a_busy_server_is_waited_for_and_no_request_is_at_fault(serve, sample, expected):
+    """Four of five completions are rate-limited while the canary passes."""
+    count = iter(range(10**6))
+    server = serve(fault=after_canary(lambda body: 429 if next(count) % 5 else None), retry_after="0.01")
+    sampler = sample(server)
+    with pytest.warns(UserWarning, match="is busy .status 429, it asks for 0.01 s.; trying again in 0.01 s") as told:
+        completions = drain(sampler, requests(10))
+    assert completions == {name: expected[name] for name in completions} and len(completions) == 10
+    assert len(server.seen) > 40 > 10 * len(told)
+
+
+def test_a_server_that_is_about_to_start_is_waited_for(serve, sample):
+    count = iter(range(10**6))
+    with pytest.warns(UserWarning, match="is busy"):
+        sampler = sample(serve(fault=lambda body: 503 if next(count) < 3 else None, retry_after="0.01"))
+    assert len(drain(sampler, requests(3))) == 3
+
+
+def test_a_server_that_stays_busy_ends_the_run_resumably(serve, sample):
+    """And is not asked all the time, nor waited for a day, as it asks; what it has taken before is waited for."""
+    let_go, count = threading.Event(), iter(range(10**6))
+
+    def fault(body):
+        if next(count):
+            return 429
+        let_go.wait(30)
+
+    server = serve(fault=after_canary(fault), retry_after="86400")
+    sampler = sample(server, give_up_after=0.2)
+    for request in requests(8):
+        sampler.submit(request)
+    with pytest.warns(UserWarning, match="it asks for 86,400 s.; trying again in 0.2 s"):
+        while len(server.seen) < 9 and sampler._finished.empty():  # long after those 0.2 s
+            time.sleep(0.01)
+        let_go.set()
+        (first,) = sampler.poll()
+        assert first.finish_reason == "stop"
+        with pytest.raises(SamplerError, match="no server has answered for 0.2 s.*429"):
+            sampler.poll()
+    assert len(server.seen) < 20
+
+
+def test_retry_after_is_a_number_or_a_date():
+    def asked(header):
+        headers = {} if header is None else {"Retry-After": header}
+        return retry_after(SimpleNamespace(response=SimpleNamespace(headers=headers)))
+
+    assert asked("120") == 120 and asked("0.5") == 0.5
+    date = email.utils.format_datetime(datetime.now(UTC) + timedelta(minutes=5), usegmt=True)
+    assert asked(date) == pytest.approx(300, abs=5)
+    past = "Wed, 21 Oct 2015 07:28:00 GMT"
+    assert [
+        asked(header) for header in (None, "", "0", "-1", "nan", "soon", past, "Fri, 31 Dec 99999999 23:59:59 GMT")
+    ] == [None] * 8
+    assert retry_after(TimeoutError()) is None
+
+
+@pytest.mark.parametrize("part", ["reasoning_content", "reasoning"])
+def test_what_a_server_takes_apart_is_no_row(serve, sample, part):
+    """The reasoning beside the content: nobody can say what the model wrote. Where ids come along, they say it."""
+    for content in ("\\boxed{1}", None):
+        with pytest.raises(SamplerError, match=rf"`{part}` beside `content`.*--reasoning-parser"):
+            sample(serve(token_ids=False, parsed={part: "I think", "content": content}))
+    server = serve(fault=after_canary(lambda body: "hang"), token_ids=False)
+    sampler = sample(server)
+    server.fault, server.parsed = lambda body: None, {part: "I think"}
+    sampler.submit(requests(1)[0])
+    with pytest.raises(SamplerError, match="--reasoning-parser"):
+        sampler.poll()
+
+
+def test_the_text_is_the_decoded_ids_whatever_a_server_says_it_is(serve, sample, expected, monkeypatch):
+    whole = Handler.choice
+    monkeypatch.setattr(
+        Handler, "choice", lambda *given: {**whole(*given), "text": "", "reasoning_content": "I think"}
+    )
+    assert drain(sample(serve()), requests(40)) == expected
+
+
+def test_a_connection_that_fails_says_why(serve, sample, monkeypatch):
+    """Nobody listens, no such name, no TLS, a proxy's 502 for http and https; a line break behind the key is none of its own."""
+    proxy = serve().url.replace("http://", "http://me:pa55word@").removesuffix("/v1")
+    answer = Handler.do_GET
+    monkeypatch.setattr(Handler, "do_CONNECT", lambda self: self.send_error(502), raising=False)
+    monkeypatch.setattr(
+        Handler, "do_GET", lambda self: self.send_error(502) if self.path.startswith("http") else answer(self)
+    )
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, proxy)
+    monkeypatch.setenv("no_proxy", "127.0.0.1,.invalid")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret\n")
+    server = serve(key="sk-very-secret")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound but not listening: refuses
+        urls = [
+            f"http://127.0.0.1:{taken.getsockname()[1]}/v1", "http://nobody.invalid/v1", server.url.replace("http", "https"),
+            "http://10.1.2.3/v1", "https://10.1.2.3/v1",
+        ]  # fmt: skip
+        with pytest.raises(SamplerError) as raised:
+            OpenAISampler(POLICY, urls)
+    shown = f"(through the proxy {proxy.replace('me:pa55word', '***')})"
+    causes = [
+        "nothing listens there", "name cannot be resolved", "write http://", f"{shown}: InternalServerError: Error code: 502",
+        f"{shown}: ProxyError: 502",
+    ]  # fmt: skip
+    assert "Connection error" not in str(raised.value) and "pa55word" not in str(raised.value)
+    for why in causes:
+        assert why in str(raised.value)
+    assert drain(sample(server), requests(1))
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very\nsecret")
+    with pytest.raises(ValueError, match="OPENAI_API_KEY holds a character"):
+        OpenAISampler(POLICY, server.url)
 
 
 def test_a_dead_servers_requests_go_to_the_other_and_a_restarted_one_is_used_again(serve, sample, tokenizer, expected):
@@ -324,6 +525,25 @@ def test_the_circuit_breaker_stops_resumably_with_the_journal_intact(serve, tmp_
     assert not any("-secret" in file.read_text(errors="replace") for file in tmp_path.rglob("*") if file.is_file())
 
 
+def test_rows_of_which_attempts_failed_are_neither_done_nor_pushed_unless_told(serve, tmp_path, capsys):
+    """The same command draws what failed, and the rows are those of an engine that never failed; or one says that they will do."""
+    more = ("--verifier", "exact", "--stages", "self", "--max_rows", "10")
+    ended = {"finish_reason": "content_filter"}
+    bad = serve(fault=after_canary(lambda body: ended if body["seed"] % 7 == 0 else None))
+    assert rewrite_cli(tmp_path, "run", bad.url, *more) == 3
+    assert "The engine failed at" in (told := capsys.readouterr().out) and "Run the same command again" in told
+    push = ["push", str(tmp_path / "run"), "--hub_dataset_id", "me/rows"]
+    assert main(push) == 2 and "--accept_failed True" in capsys.readouterr().err
+    assert rewrite_cli(tmp_path, "accepted", bad.url, *more, "--accept_failed") == 0
+    assert rewrite_cli(tmp_path, "run", serve().url, *more) == 0
+    assert rewrite_cli(tmp_path, "well", serve().url, *more) == 0
+    one, other = (load_dataset(str(tmp_path / run / "dataset"), split="train") for run in ("run", "well"))
+    assert one.to_list() == other.to_list()
+    # What cannot be asked at all will not be better the next time.
+    refusing = serve(fault=after_canary(lambda body: 400 if body["seed"] % 7 == 0 else None))
+    assert rewrite_cli(tmp_path, "refused", refusing.url, *more) == 0
+
+
 @pytest.mark.parametrize("extended", [True, False])
 def test_a_server_without_token_ids_gives_rows_without_them(serve, tmp_path, extended):
     """Chat only, with or without the fields that OpenAI's API does not have; said once, and not a fault."""
@@ -360,8 +580,19 @@ def test_secrets_stay_out_of_what_is_recorded(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         "sys.argv", ["trl-offpolicy", *argv, "--sampler", "openai", "--base_url", "http://me:pa55word@127.0.0.1:9/v1"]
     )
-    assert main() == 3 and sys.argv[-1] == "http://127.0.0.1:9/v1"
-    assert "pa55word" not in "".join(capsys.readouterr())
+    assert main() == 3 and sys.argv[-1] == "http://***@127.0.0.1:9/v1"
+    for url in (
+        "me:pa55word@host:8000/v1",
+        "http://me:pa55w/ord@host/v1",
+        "ftp://me:pa55word@host",
+        "http://host/v1?key=pa55word",
+    ):
+        assert main([*argv, "--sampler", "openai", "--base_url", url]) == 2
+    assert main([*argv, "--base_url", "http://me:pa55word@host/v1"]) == 2, "without the sampler that takes it"
+    printed = "".join(capsys.readouterr())
+    assert "pa55w" not in printed and "http://host:port/v1" in printed and "--sampler openai" in printed
+    following = _command_for([*argv, "--shard", "0/2", "--base_url", "http://me:pa55word@host/v1"], "1/2")
+    assert "'http://***@host/v1' --shard 1/2" in following
     assert main([*argv, "--sampler", "vllm", "--engine_kwargs", '{"hf_token": "hf_secret"}']) == 2
     told = capsys.readouterr().err
     assert "set HF_TOKEN instead" in told and "hf_secret" not in told

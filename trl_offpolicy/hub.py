@@ -98,6 +98,7 @@ def push_run(
     push_attempts: bool = True,
     commit_message: str | None = None,
     finished: bool = True,
+    accept_failed: bool = False,
 ):
     """
     Pushes what `DataRewriter` wrote into `output_dir`: config `default` (the rows), config `attempts` and the card, in one commit.
@@ -110,12 +111,15 @@ def push_run(
         revision (`str`, *optional*): Branch, made if there is none; by default `main`.
         push_attempts (`bool`, *optional*, defaults to `True`): Whether every attempt goes along, rejected ones too.
         finished (`bool`, *optional*, defaults to `True`): `False` pushes the attempts of a run under way, and leaves the rows alone.
+        accept_failed (`bool`, *optional*, defaults to `False`): Whether rows go along though the engine failed at some attempts, for which
+            some of them may have fallen back.
 
     Returns:
         `huggingface_hub.CommitInfo`.
 
     Raises:
-        ValueError: The run has no rows yet, or `private` was asked of a repository that is public.
+        ValueError: The run has no rows yet, or some that may have fallen back because the engine failed, or `private` was asked of a
+            repository that is public.
         HfHubHTTPError: The Hub refused, or still did after some tries: nothing has changed there, and the same call can be made again.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
@@ -125,6 +129,11 @@ def push_run(
         raise ValueError(
             f"You passed output_dir={str(output_dir)!r}, which has no `dataset`: its rewrite is not finished, or a shard is missing. Run "
             "the rewrite again to finish it, then push."
+        )
+    if finished and not accept_failed and (undrawn := _undrawn(Path(output_dir))):
+        raise ValueError(
+            f"The engine failed at {undrawn:,} attempts of {str(output_dir)!r}, so rows may have fallen back to their demonstration that need "
+            "not have. Run the rewrite again, which tries them again, or push the rows as they are with --accept_failed True."
         )
     api = open_repo(repo_id, private, token, revision)
     source = _source_card(api, run["source_id"])
@@ -161,6 +170,12 @@ def push_run(
             )
 
         return _tried_again(commit)
+
+
+def _undrawn(output_dir: Path) -> int:
+    """How many attempts its rows lack because the engine failed."""
+    metrics = output_dir / "metrics.json"
+    return json.loads(metrics.read_text()).get("undrawn", 0) if metrics.exists() else 0
 
 
 def open_repo(repo_id: str, private: bool | None = None, token: str | None = None, revision: str | None = None):

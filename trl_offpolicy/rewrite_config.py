@@ -47,6 +47,8 @@ class RewriteConfig:
         report_to (`str`, *optional*, defaults to `"none"`): `wandb` logs the lines of `metrics.jsonl` there as well, and the attempts as a
             table. The environment's `WANDB_RUN_GROUP`, set for rewrite, training and evaluation alike, ties them together.
         wandb_log_artifacts (`bool`, *optional*, defaults to `False`): Log the rewritten dataset as an artifact too.
+        accept_failed (`bool`, *optional*, defaults to `False`): Push a run, and let the command end with 0, though the engine failed at some
+            attempts and their rows may have fallen back for it. Else the same command tries them again.
         push_to_hub (`bool`, *optional*, defaults to `False`): The command pushes rows, attempts and card when the run is done (in Python, call
             `push_to_hub`). Whether it may is found out before anything is sampled.
         hub_dataset_id (`str`, *optional*): Dataset repository, `owner/name`.
@@ -115,6 +117,10 @@ class RewriteConfig:
     )
     wandb_log_artifacts: bool = field(
         default=False, metadata={"help": "Log the rewritten dataset to W&B as an artifact."}
+    )
+    accept_failed: bool = field(
+        default=False,
+        metadata={"help": "Be done, and push, though the engine failed at some attempts; else they are tried again."},
     )
     push_to_hub: bool = field(default=False, metadata={"help": "Push rows, attempts and card when the run is done."})
     hub_dataset_id: str | None = field(default=None, metadata={"help": "Dataset repository to push to: owner/name."})
@@ -185,6 +191,7 @@ class RewriteConfig:
         """The fields on which an attempt depends; the rest may change between a run and its resume."""
         free = {
             "output_dir", "dry_run", "overwrite", "shard", "report_to", "max_concurrent_attempts", "keep_rejected",
+            "accept_failed",
         }  # fmt: skip
         elsewhere = ("push_", "hub_", "wandb_")  # a token must not get into the journal
         return {

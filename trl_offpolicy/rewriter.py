@@ -161,7 +161,8 @@ class DataRewriter:
         Pushes the rows in `output_dir`, the attempts and their card to the Hub; see [`~hub.push_run`]. Arguments left out are those of `args`.
 
         Raises:
-            ValueError: No repository is named, the run is not finished, or a private one was asked for and it is public.
+            ValueError: No repository is named, the run is not finished, the engine failed at some of its attempts and `accept_failed` is
+                not set, or a private one was asked for and it is public.
             HfHubHTTPError: The Hub refused. Nothing has changed there; call it again.
         """
         return self._push(repo_id, private, token, revision, push_attempts, commit_message)
@@ -182,6 +183,7 @@ class DataRewriter:
             push_attempts=args.push_attempts if push_attempts is None else push_attempts,
             commit_message=message,
             finished=finished,
+            accept_failed=args.accept_failed,
         )
 
     # ---- set-up ----
@@ -465,6 +467,8 @@ class DataRewriter:
             "gold_unparsable": counts["gold_unparsable"],
             "gold_not_told": counts["gold_timeout"] + counts["gold_error"],
             "failed": counts["failed"],
+            # Of these, attempts that a row lacks and that the same run again may draw.
+            "undrawn": counts["undrawn"],
             "sampling": {
                 "sampled": counts["sampled"],
                 "fixed_k_equivalent": counts["fixed_k"],
@@ -612,7 +616,7 @@ def _iterate(dataset, rows: range) -> Iterator[dict]:
 def _sum(parts: list[dict]) -> dict:
     """The sum of nested counts."""
     return {
-        k: _sum([p[k] for p in parts]) if isinstance(v, dict) else round(sum(p[k] for p in parts), 2)
+        k: _sum([p[k] for p in parts]) if isinstance(v, dict) else round(sum(p.get(k, 0) for p in parts), 2)
         for k, v in parts[0].items()
     }
 

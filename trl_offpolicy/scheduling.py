@@ -197,6 +197,7 @@ class Scheduler:
             counts["tokens"] += fate.num_tokens
             counts["truncated"] += fate.finish_reason == "length"
         counts["sampled"] += num_sampled
+        counts["undrawn"] += sum(fate.finish_reason == "error" for fate in counted)
         counts[f"{stage}_sampled"] += num_sampled
         counts[f"{stage}_correct"] += len(correct)
         counts["fixed_k"] += (

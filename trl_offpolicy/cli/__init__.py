@@ -5,10 +5,10 @@ command to run. Exit codes: 0 done, 2 bad input, 3 stopped early and resumable.
 """
 
 import os
-import re
 import sys
 from importlib import import_module
 
+from ..redaction import redacted
 from ..sampling import SamplerError
 
 
@@ -51,7 +51,7 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     if argv is None:
         argv = sys.argv[1:] = _hide_token(sys.argv[1:])
-        sys.argv[1:] = [re.sub(r"//[^/@\s]+@", "//", part) for part in argv]  # a server's password, likewise
+        sys.argv[1:] = map(redacted, argv)  # a server's password, likewise
     else:
         argv = _hide_token(argv)
     if not argv or argv[0] in ("-h", "--help"):
@@ -69,13 +69,13 @@ def main(argv: list[str] | None = None) -> int:
         module, function = COMMANDS[argv[0]]
         return getattr(import_module(f".{module}", __package__), function)(argv[1:])
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
-        print(f"trl-offpolicy {argv[0]}: {error}", file=sys.stderr)
+        print(f"trl-offpolicy {argv[0]}: {redacted(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped before anything was sampled.", file=sys.stderr)
         return 3
     except SamplerError as error:  # no server answers yet
-        print(f"trl-offpolicy {argv[0]}: {error}", file=sys.stderr)
+        print(f"trl-offpolicy {argv[0]}: {redacted(str(error))}", file=sys.stderr)
         return 3
 
 

@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..redaction import redacted
 from ..rewrite_config import RewriteConfig
 from ..rows import carried_columns
 from ..sampling import SamplerError
@@ -75,6 +76,10 @@ class PushArguments:
     )
     hub_revision: str | None = field(default=None, metadata={"help": "Branch to push to, made if there is none."})
     push_attempts: bool = field(default=True, metadata={"help": "Push every attempt too, as config `attempts`."})
+    accept_failed: bool = field(
+        default=False,
+        metadata={"help": "Push though the engine failed at some attempts, which a rewrite tries again."},
+    )
 
 
 def rewrite(argv: list[str]) -> int:
@@ -117,6 +122,12 @@ def rewrite(argv: list[str]) -> int:
         print("nothing was sampled; drop --dry_run to start")
         return 0
     _print_summary(rewriter.metrics)
+    if (undrawn := rewriter.metrics["undrawn"]) and not config.accept_failed:
+        print(
+            f"The engine failed at {undrawn:,} attempts, so rows may have fallen back to their demonstration that need not have. "
+            "Run the same command again to try them again, or with --accept_failed True to be done with the rows as they are."
+        )
+        return 3
     if missing := rewriter.missing_shards:
         shown = ", ".join(map(str, missing[:10])) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
         print(
@@ -156,6 +167,7 @@ def push(argv: list[str]) -> int:
             given.hub_token,
             given.hub_revision,
             given.push_attempts,
+            accept_failed=given.accept_failed,
         )
 
     if not _pushed(commit, given.run_dir, given.hub_dataset_id):
@@ -191,7 +203,7 @@ def _wandb_environment(config) -> str:
 
 def _command_for(argv: list[str], shard) -> str:
     """The same command for another shard."""
-    same = re.sub(r"--shard(=| )\S+ ?", "", shlex.join(argv)).strip()
+    same = re.sub(r"--shard(=| )\S+ ?", "", shlex.join(map(redacted, argv))).strip()
     return f"trl-offpolicy rewrite {same} --shard {shard}"
 
 
@@ -217,9 +229,7 @@ def _print_summary(metrics: dict) -> None:
             f"{metrics['gold_not_told']:,} gold answers could not be checked (time-outs, errors): kept as expert, not sampled"
         )
     if metrics["failed"]:
-        print(
-            f"{metrics['failed']:,} attempts could not be drawn (reasons in the journal); the same command again tries them again"
-        )
+        print(f"{metrics['failed']:,} attempts could not be drawn (reasons in the journal)")
     trouble = {name: metrics["verdicts"][name] for name in ("timeout", "error") if metrics["verdicts"][name]}
     if trouble:
         print(

@@ -8,6 +8,7 @@ rows carry the text alone.
 """
 
 import asyncio
+import math
 import os
 import queue
 import threading
@@ -26,6 +27,7 @@ except ModuleNotFoundError as error:
         "OpenAISampler needs the `openai` SDK, which is not installed: `pip install 'trl-offpolicy[openai]'`."
     ) from error
 
+from ..redaction import redacted
 from . import (
     Completion,
     Request,
@@ -35,6 +37,7 @@ from . import (
     load_processing_class,
     prompt_ids,
 )
+from .server_answers import ENDED_BY_SERVER, cause, read_answer, retry_after, shown
 
 
 # What is tried on a server, best first: prompts as token ids and ids back; messages with the fields that undo the defaults of
@@ -42,6 +45,9 @@ from . import (
 DIALECTS = ("token_ids", "chat_extended", "chat")
 CANARY = Request("canary", [{"role": "user", "content": "Hi"}], 1, SamplingParams(max_completion_length=1))
 MAX_TRIES = 3  # of one request while others are answered: then it is the request that no server can answer
+BUSY = (429, 503)  # what a server says that has enough to do, or is about to start: never the request's fault
+TELL_EVERY = 60.0  # seconds from one sentence on a busy server to the next
+CONNECT = 10.0  # seconds for a connection
 
 # What a server at fault looks like from here; `NotImplementedError` is ours, for one that keeps the token ids to itself.
 _FAILURES = (openai.OpenAIError, TimeoutError, ValueError, NotImplementedError)
@@ -50,9 +56,12 @@ _FAILURES = (openai.OpenAIError, TimeoutError, ValueError, NotImplementedError)
 @dataclass(eq=False, slots=True)
 class _Server:
     client: Any
-    url: str  # without user and password: it is printed
+    url: str  # as it is printed
+    room: int  # requests in flight that it takes; fewer after it has said that it is busy
     outstanding: int = 0
     ready: bool = False
+    busy: bool = False  # set aside because it said so; what it has taken before goes on
+    told: float = -math.inf  # when it was last said that it is waited for
     failures: int = 0  # since its last answer
     reviving: asyncio.Task | None = None
     context: int = 1 << 30
@@ -106,18 +115,23 @@ class OpenAISampler:
         self.name, self.revision, self.served_model_name = model, revision or "unknown", served_model_name or model
         self.batch_size, self.request_timeout, self.give_up_after = batch_size, request_timeout, give_up_after
         self.processing_class = processing_class
-        self._key = os.environ.get("OPENAI_API_KEY") or "EMPTY"
+        self._key = os.environ.get("OPENAI_API_KEY", "").strip() or "EMPTY"
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise ValueError(
+                "OPENAI_API_KEY holds a character that no HTTP header may hold, such as a line break or an accent; set it anew."
+            )
         self._servers = [self._server(url) for url in ([base_url] if isinstance(base_url, str) else base_url)]
         # As many again wait here, so that no slot is idle while finished ones are verified.
         self.slots = batch_size * len(self._servers)
         self.capacity = 2 * self.slots
         self._under_way: dict[str, _Job | None] = {}  # by request id; `None` for one that no server is asked for
         self._waiting: deque[_Job] = deque()
-        # Of jobs (`None` as in `_under_way`) with their completions, or of the exception that ends it all.
+        # Of jobs (`None` as in `_under_way`) with their completions, of warnings, or of the exception that ends it all.
         self._finished: queue.SimpleQueue = queue.SimpleQueue()
         self._answered = 0
         self._failing_since: float | None = None  # the first failure after the last answer
         self._last_error = ""
+        self._vocabulary = 1 << 31  # until there is a tokenizer
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="openai-sampler", daemon=True)
         self._thread.start()
@@ -125,6 +139,7 @@ class OpenAISampler:
             self._wait(self._connect())
             if self._dialect == "token_ids":
                 self.processing_class = load_processing_class(model, processing_class, revision=revision)
+                self._vocabulary = _vocabulary(model, revision, self.processing_class)
             else:
                 told = "returns no token ids: rows will carry no `completion_ids` and no `behavior_log_probs`"
                 if self._dialect == "chat":
@@ -175,6 +190,9 @@ class OpenAISampler:
         finished: list[Completion] = []
         while self._under_way and not (finished and self._finished.empty()):
             item = self._finished.get()
+            if isinstance(item, UserWarning):
+                warnings.warn(item, stacklevel=2)
+                continue
             if isinstance(item, BaseException):
                 self._finished.put(item)  # for the next poll
                 if finished:
@@ -227,7 +245,7 @@ class OpenAISampler:
 
     def _dispatch(self) -> None:
         """Sends what waits to the ready servers with the fewest requests outstanding, as far as they have room."""
-        while self._waiting and (free := [s for s in self._servers if s.ready and s.outstanding < self.batch_size]):
+        while self._waiting and (free := [s for s in self._servers if s.ready and s.outstanding < s.room]):
             job = self._waiting.popleft()
             if not job.aborted:
                 # One that has failed this request before comes last.
@@ -258,8 +276,11 @@ class OpenAISampler:
     def _fault(self, job: _Job, server: _Server, error: Exception) -> Completion | None:
         """What to answer when a try has failed: nothing if it is the server's fault, and another may do better."""
         reason, finish_reason = self._told(error), "refused"
-        if getattr(error, "status_code", None) not in (400, 413, 422):
+        status = getattr(error, "status_code", None)
+        if status not in (400, 413, 422):
             self._set_aside(server, error)
+            if status in BUSY:
+                return None
             job.failed.add(server)
             if self._answered > job.answered:  # while nobody is answered, it is no fault of this request
                 job.tries, job.answered = job.tries + 1, self._answered
@@ -271,53 +292,85 @@ class OpenAISampler:
     def _count_answer(self, server: _Server) -> None:
         self._answered += 1
         self._failing_since, server.failures = None, 0
+        server.room = min(server.room + 1, self.batch_size)
 
-    def _set_aside(self, server: _Server, error: Exception) -> None:
+    def _note_failure(self, server: _Server, error: Exception) -> None:
         self._last_error = f"{server.url}: {self._told(error)}"
         if self._failing_since is None:
             self._failing_since = self._loop.time()
+
+    def _set_aside(self, server: _Server, error: Exception) -> None:
+        self._note_failure(server, error)
         if server.ready:
             server.ready = False
             server.failures += 1
-            server.reviving = self._loop.create_task(self._revive(server))
+            server.busy = getattr(error, "status_code", None) in BUSY
+            if server.busy:
+                server.room = max(1, server.outstanding // 2)
+            server.reviving = self._loop.create_task(self._revive(server, error))
 
-    async def _revive(self, server: _Server) -> None:
+    async def _revive(self, server: _Server, error: BaseException | None = None) -> None:
         """Tries a failed server ever more seldom until it answers; opens the circuit if none has answered for too long."""
+        await asyncio.sleep(0)  # what has just failed is outstanding no more
         while not server.ready:
             since = self._failing_since
-            # One that is ready is at work: should it hang, its requests run out of time.
             waited = since is not None and self._loop.time() - since > self.give_up_after
-            if waited and not any(other.ready for other in self._servers):
+            # One that is ready is at work, and so is a busy one with what it took: should it hang, its requests run out of time.
+            if waited and not any(other.ready or (other.busy and other.outstanding) for other in self._servers):
                 told = f"no server has answered for {self.give_up_after:g} s; the last one said: {self._last_error}"
                 self._finished.put(SamplerError(told))
                 return
-            await asyncio.sleep(min(30.0, self.give_up_after / 4, 0.25 * 2 ** min(server.failures, 8)))
+            wait, told = self._pause(server, error)
+            if told:
+                self._finished.put(UserWarning(told))
+            await asyncio.sleep(wait)
+            if server.busy:  # it is there: what waits is sent to it, as much as it may take
+                server.ready, server.busy = True, False
+                self._dispatch()
+                return
             try:
                 await self._greet(server)
                 await self._ask(server, CANARY, [1, 2, 3], self._dialect)
-            except _FAILURES as error:
-                self._last_error = f"{server.url}: {self._told(error)}"
+            except _FAILURES as failure:
+                error = failure
+                self._note_failure(server, error)
                 server.failures += 1
             else:
                 server.ready = True
                 self._count_answer(server)
                 self._dispatch()
 
+    def _pause(self, server: _Server, error: BaseException | None) -> tuple[float, str | None]:
+        """Seconds until a failed server is asked again, as it says or ever longer, and at times a sentence on one that is busy."""
+        asked = retry_after(error)
+        wait = min(30.0, self.give_up_after / 4, 0.25 * 2 ** min(server.failures, 8))
+        if asked is not None:
+            wait = min(asked, self.give_up_after)
+        status = getattr(error, "status_code", None)
+        if status not in BUSY or self._loop.time() < server.told + TELL_EVERY:
+            return wait, None
+        server.told = self._loop.time()
+        asks = "" if asked is None else f", it asks for {asked:,.6g} s"
+        return wait, f"{server.url} is busy (status {status}{asks}); trying again in {wait:.3g} s."
+
     # ---- one server ----
 
     def _server(self, url: str) -> _Server:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"You passed base_url={url!r}; write it as http://host:port/v1.")
+        parts = _address(url)
         if parts.path in ("", "/"):
             url = parts._replace(path="/v1").geturl()
-        shown = urlsplit(url)._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
-        timeout = openai.Timeout(self.request_timeout, connect=10.0)
-        return _Server(openai.AsyncOpenAI(base_url=url, api_key=self._key, timeout=timeout), shown)
+        timeout = openai.Timeout(self.request_timeout, connect=CONNECT)
+        try:
+            http_client = openai.DefaultAsyncHttpxClient(event_hooks={"response": [_no_retry_if_busy]})
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"The proxy before {shown(url)} cannot be used: {error}") from error
+        client = openai.AsyncOpenAI(base_url=url, api_key=self._key, timeout=timeout, http_client=http_client)
+        return _Server(client, shown(url), self.batch_size)
 
     async def _connect(self) -> None:
         """Greets all servers and settles the best dialect that those who answer have in common."""
-        errors = await asyncio.gather(*(self._greet(s) for s in self._servers), return_exceptions=True)
+        greetings = (self._patiently(self._greet, server) for server in self._servers)
+        errors = await asyncio.gather(*greetings, return_exceptions=True)
         told = [f"{s.url}: {self._told(e)}" for s, e in zip(self._servers, errors, strict=True) if e is not None]
         for error in errors:
             if getattr(error, "status_code", None) in (401, 403):
@@ -337,33 +390,53 @@ class OpenAISampler:
 
     async def _common_dialect(self, servers: list[_Server]) -> str:
         for dialect in DIALECTS:
-            answers = await asyncio.gather(
-                *(self._ask(s, CANARY, [1, 2, 3], dialect) for s in servers), return_exceptions=True
-            )
+            canaries = (self._patiently(self._ask, server, CANARY, [1, 2, 3], dialect) for server in servers)
+            answers = await asyncio.gather(*canaries, return_exceptions=True)
             failed = [(s, a) for s, a in zip(servers, answers, strict=True) if isinstance(a, BaseException)]
             for server, error in failed:
+                if isinstance(error, SamplerError):
+                    raise error
                 if not isinstance(error, NotImplementedError) and not 400 <= getattr(error, "status_code", 0) < 429:
                     raise SamplerError(f"{server.url} has trouble: {self._told(error)}") from error
             if not failed:
                 return dialect
         raise ValueError(f"{failed[0][0].url} cannot draw a completion: {self._told(failed[0][1])}")
 
+    async def _patiently(self, ask, server: _Server, *arguments):
+        """`await ask(server, *arguments)`; as long as the server says that it is busy again, for `give_up_after` seconds at most."""
+        deadline = self._loop.time() + self.give_up_after
+        while True:
+            try:
+                return await ask(server, *arguments)
+            except openai.APIStatusError as error:
+                left = deadline - self._loop.time()
+                if error.status_code not in BUSY or left <= 0:
+                    raise
+                server.failures += 1
+                wait, told = self._pause(server, error)
+            if told:
+                warnings.warn(told, stacklevel=2)
+            await asyncio.sleep(min(wait, left))
+
     async def _greet(self, server: _Server) -> None:
         """Asks a server whether it serves the model."""
         try:
             async with asyncio.timeout(min(30.0, self.request_timeout)):
-                models = {model.id: model async for model in await server.client.models.list()}
+                listed = [model async for model in await server.client.models.list()]
+            models = {str(model.id): getattr(model, "max_model_len", None) or 1 << 30 for model in listed}
+            if wrong := [length for length in models.values() if type(length) is not int or length < 1]:
+                raise ValueError(f"max_model_len {wrong[0]!r:.50}")
         except openai.NotFoundError:
             return  # has no such route; what it serves shows when it is asked for a completion
-        except (AttributeError, ValueError) as error:
-            raise openai.OpenAIError("it sent something that is no list of models") from error
+        except (AttributeError, TypeError, ValueError) as error:
+            raise openai.OpenAIError(f"it sent something that is no list of models: {error}") from error
         if not models:
             return  # `transformers serve` lists what is in its cache, and serves other models too
         if self.served_model_name not in models:
             raise ValueError(
                 f"{server.url} does not serve {self.served_model_name!r} but {sorted(models)}; pass one of them as `served_model_name`."
             )
-        server.context = getattr(models[self.served_model_name], "max_model_len", None) or 1 << 30
+        server.context = models[self.served_model_name]
 
     async def _ask(self, server: _Server, request: Request, ids: list[int] | None, dialect: str) -> Completion:
         params, client = request.params, server.client
@@ -381,33 +454,55 @@ class OpenAISampler:
                 )
             else:
                 response = await client.chat.completions.create(messages=request.prompt, extra_body=extra, **fields)
-        return self._read(request, response, dialect)
-
-    def _read(self, request: Request, response, dialect: str) -> Completion:
-        """
-        Raises:
-            ValueError: The answer is no completion (a proxy's error page, half a JSON).
-            NotImplementedError: It is one, without the token ids that were asked for.
-        """
-        try:
-            (choice,) = response.choices
-            reason = choice.finish_reason
-            if reason not in ("stop", "length"):
-                return Completion(request.id, "", [], [], "error", f"the server ended it: {reason}")
-            if dialect != "token_ids":
-                return Completion(request.id, choice.message.content or "", [], [], reason)
-            ids = getattr(choice, "token_ids", None)
-            if ids is None:
-                raise NotImplementedError("it returns no token ids")
-            log_probs = choice.logprobs.token_logprobs
-            if len(ids) != len(log_probs):
-                raise ValueError(f"{len(ids)} token ids with {len(log_probs)} log-probs")
-        except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"it sent something that is no completion ({error}): {str(response)[:200]!r}") from error
-        text = self.processing_class.decode(ids, skip_special_tokens=True) if self.processing_class else choice.text
+        text, ids, log_probs, reason = read_answer(
+            response, server.url, dialect == "token_ids", fields["max_tokens"], self._vocabulary
+        )
+        if reason in ENDED_BY_SERVER:
+            return Completion(request.id, "", [], [], "error", f"the server ended it: {reason}")
+        if ids and self.processing_class:
+            text = self.processing_class.decode(ids, skip_special_tokens=True)
         return Completion(request.id, text, ids, log_probs, reason)
 
     def _told(self, error: BaseException) -> str:
         """An error in one line, without the key (a server may quote it)."""
-        said = str(error) or "no answer in time"
-        return f"{type(error).__name__}: {said}".replace(self._key, "***").replace("\n", " ")[:300]
+        return redacted(cause(error), self._key).replace("\n", " ")[:300]
+
+
+def _address(url: str):
+    """The parts of a server's URL."""
+    try:
+        parts = urlsplit(url)
+        good = (
+            parts.scheme in ("http", "https")
+            and parts.hostname
+            and parts.port != 0
+            and not parts.query + parts.fragment
+        )
+    except ValueError:
+        good = False
+    if not good:
+        # A user and a password may stand anywhere in what is no URL, before an "@".
+        passed = "…@" * ("@" in url) + url.rpartition("@")[2].partition("?")[0]
+        raise ValueError(
+            f"You passed base_url={passed!r}; write it as http://host:port/v1, and what is no letter or digit in a user and password "
+            "before the host percent-encoded."
+        )
+    return parts
+
+
+async def _no_retry_if_busy(response) -> None:
+    """The SDK would wait and ask again for each request by itself, and say nothing; we do, for all of a server's together."""
+    if response.status_code in BUSY:
+        response.headers["x-should-retry"] = "false"
+
+
+def _vocabulary(model: str, revision: str | None, processing_class) -> int:
+    """How many token ids the model has, padding of its embedding included; the tokenizer's where no config can be had."""
+    from transformers import PretrainedConfig
+
+    vocabulary = max(getattr(processing_class, "tokenizer", processing_class).get_vocab().values()) + 1
+    try:
+        config, _ = PretrainedConfig.get_config_dict(model, revision=revision)
+    except OSError:  # a name that only the servers know
+        return vocabulary
+    return max(vocabulary, config.get("text_config", config).get("vocab_size") or 0)

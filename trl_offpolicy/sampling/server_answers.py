@@ -1,0 +1,126 @@
+"""What a server sent, held against what was asked, and what is behind it when it sent nothing: pure functions of `OpenAISampler`."""
+
+import email.utils
+import socket
+import ssl
+import time
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+from ..redaction import redacted
+from . import SamplerError
+
+
+# An engine that computes in 16 bits may say a little more than 0.
+MOST_LOG_PROB = 0.01
+# vLLM writes this for minus infinity, which JSON does not have, and from which nothing can be drawn.
+NO_LOG_PROB = -9999.0
+# The answer is one, but not all of what the model wrote: `Completion.error` says so.
+ENDED_BY_SERVER = ("content_filter", "tool_calls", "function_call")
+# Parts of a message into which a server's parsers put what they cut out of the model's text.
+PARSED = ("reasoning_content", "reasoning", "tool_calls")
+
+
+def read_answer(
+    response, url: str, token_ids: bool, most: int, vocabulary: int
+) -> tuple[str, list[int], list[float], str]:
+    """
+    Text, token ids, log-probs and finish reason of the one completion in a response of the `openai` SDK, which checks nothing.
+
+    Args:
+        response: Of `completions.create` if `token_ids`, else of `chat.completions.create`; then ids and log-probs are empty.
+        url (`str`): The server, for a message.
+        token_ids (`bool`): Whether token ids and log-probs were asked for.
+        most (`int`): How many tokens were asked for at most.
+        vocabulary (`int`): How many token ids there are.
+
+    Raises:
+        ValueError: It is no answer to what was asked (a proxy's error page, half a JSON, ids that are none): the server's fault.
+        NotImplementedError: It is one, without the token ids and log-probs that were asked for.
+        SamplerError: The server has cut something out of what the model wrote; no row could be made of the rest.
+    """
+    try:
+        (choice,) = response.choices
+        reason = choice.finish_reason
+        if token_ids:
+            text, ids = choice.text, getattr(choice, "token_ids", None)
+            log_probs = getattr(choice.logprobs, "token_logprobs", None)
+        else:
+            text, ids, log_probs = choice.message.content or "", [], []
+            if parsed := [name for name in PARSED if getattr(choice.message, name, None)]:
+                raise SamplerError(
+                    f"{url} takes a part out of what the model wrote (`{'`, `'.join(parsed)}` beside `content`), so no row would be what "
+                    "the model wrote. Start it without what takes it apart: vLLM and SGLang without --reasoning-parser and "
+                    "--tool-call-parser, llama.cpp with --reasoning-format none."
+                )
+        if reason not in ("stop", "length", *ENDED_BY_SERVER):
+            raise ValueError(f"finish_reason {reason!r:.50}")
+        if not isinstance(text, str):
+            raise ValueError(f"the text {text!r:.50}")
+        if token_ids and reason not in ENDED_BY_SERVER:
+            if not ids or log_probs is None:
+                raise NotImplementedError("it returns no token ids with log-probs")
+            _check_tokens(ids, log_probs, most, vocabulary)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"it sent something that is no completion ({error}): {str(response)[:200]!r}") from error
+    return text, ids, [float(log_prob) for log_prob in log_probs or ()], reason
+
+
+def _check_tokens(ids: list[int], log_probs: list[float], most: int, vocabulary: int) -> None:
+    if len(ids) != len(log_probs):
+        raise ValueError(f"{len(ids)} token ids with {len(log_probs)} log-probs")
+    if len(ids) > most:
+        raise ValueError(f"{len(ids)} token ids where at most {most} were asked for")
+    for token in ids:
+        if type(token) is not int or not 0 <= token < vocabulary:
+            raise ValueError(f"the token id {token!r:.50}; they are numbers from 0 to {vocabulary - 1}")
+    for log_prob in log_probs:
+        if type(log_prob) not in (int, float) or not NO_LOG_PROB < log_prob <= MOST_LOG_PROB:
+            raise ValueError(f"the log-prob {log_prob!r:.50}")
+
+
+def retry_after(error: BaseException) -> float | None:
+    """Seconds for which a server that answered with `error` asks us to wait: `Retry-After` as a number or a date (RFC 9110, 10.2.3)."""
+    said = error.response.headers.get("Retry-After") if hasattr(error, "response") else None
+    if said is None:
+        return None
+    try:
+        seconds = (
+            float(said) if said[:1].isdigit() else email.utils.mktime_tz(email.utils.parsedate_tz(said)) - time.time()
+        )
+    except (ValueError, TypeError, OverflowError):  # neither a number nor a date
+        return None
+    return seconds if seconds > 0 else None
+
+
+def cause(error: BaseException) -> str:
+    """What is behind an error, in one line. Of a connection the SDK only says that there was an error; why is in what it came from."""
+    chain = [error]
+    while below := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(below)
+    root = chain[-1]
+    if isinstance(root, socket.gaierror):
+        return f"the name cannot be resolved ({root}); is the host right?"
+    if isinstance(root, ConnectionRefusedError):
+        return "nothing listens there; is the server up, and the port right?"
+    if isinstance(root, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted ({root}); SSL_CERT_FILE names the authorities that are"
+    if isinstance(root, ssl.SSLError):
+        return f"it does not answer in TLS ({root}); write http:// for a server without it"
+    if "illegal status line" in str(root):
+        return f"it does not answer in HTTP ({root}); write https:// for a server with TLS"
+    if any(type(each).__name__ == "ConnectTimeout" for each in chain):
+        return "no connection in time; is the host right, and can it be reached from here?"
+    if str(error) == "Connection error.":
+        error = next((e for e in reversed(chain) if str(e)), error)
+    return f"{type(error).__name__}: {str(error) or 'no answer in time'}"
+
+
+def shown(url: str) -> str:
+    """A server as it is printed: without user and password, and with the proxy that the environment puts before it."""
+    parts, proxies = urlsplit(url), getproxies()
+    direct = proxy_bypass(parts.netloc.rpartition("@")[2])
+    proxy = None if direct else proxies.get(parts.scheme) or proxies.get("all")
+    if proxy:
+        url = f"{url} (through the proxy {proxy if '://' in proxy else f'http://{proxy}'})"
+    return redacted(url)
