@@ -14,7 +14,6 @@ from trl_offpolicy.rows import (
     demonstration,
     final_answer,
     find_format,
-    last_boxed,
     load_rows,
     number_copies,
     output_features,
@@ -40,13 +39,15 @@ ASSISTANT = [{"role": "assistant", "content": "so \\boxed{2}"}]
         ("", None),
     ],
 )
-def test_last_boxed(text, box):
-    assert last_boxed(text) == box
+def test_boxed_answers(text, box):
+    assert final_answer(text) == box
 
 
 def test_final_answer_of_gsm8k():
     assert final_answer("48/2 = 24\n#### 1,234") == "1234"
+    assert final_answer("#### 10 apples") == "10 apples" and final_answer("#### (2, 3)") == "(2, 3)"
     assert final_answer("nothing here") is None
+    assert final_answer("#### Step 1: Count\n2+2 = 4\n#### Step 2\nDone.") is None  # Markdown headings
 
 
 @pytest.mark.parametrize(

@@ -254,7 +254,7 @@ def test_a_gold_is_never_read_as_a_part_of_it(verifier):
         ("\\boxed{2} \\text{ for part (a) and } \\boxed{3}", "2, 3"),
         ("\\boxed{\\frac{1}{2}} and \\boxed{3", None),
         ("\\boxed{1} #### 2", "1"),
-        ("so 1,000 #### 1,000\n", "1000"),
+        ("so 1,000\n#### 1,000\n", "1000"),
     ],
 )
 def test_boxes_of_one_answer_are_joined(text, answer):

@@ -1,4 +1,4 @@
-"""The text of an answer: what a completion states, in one spelling, and what needs no algebra (numbers, words, units).
+"""The text of an answer in one spelling, and what needs no algebra (numbers, words, units).
 
 Nothing here reads mathematics: `math_grading.py` does, piece by piece.
 """
@@ -8,103 +8,7 @@ import re
 import unicodedata
 from fractions import Fraction
 
-from .rows import final_answer, last_box, last_boxed
-
-
-NO_ANSWER = "the completion states no answer that can be parsed"
-MAX_ANSWER = 5000  # characters; what is longer is no final answer, and some of what follows is quadratic
-
-
-class Unparsable(Exception):
-    """An answer that cannot be read, so that nothing can be said about it."""
-
-
-# ---- what a completion states ----
-
-_END = re.compile(r"<\|(?:im_end|im_start|endoftext|eot_id|end_of_text)\|>|</s>")
-_PHRASE = re.compile(
-    r"\b(final )?(?:answer|solution|result)\W{0,4}?(?:\s(?:is|are)\b|[:=])[\s*:=]*|^A:\s*", re.M | re.I
-)
-# Only where there is no such phrase, and only before what looks like a value: "the solutions are valid" says none.
-_PHRASES = re.compile(
-    r"\b(final )?(?:answers|solutions)\s+are[\s:]*|^(?:[ \t#*_]*(?:the )?final answer|[ \t]*(?:#+ *|\*\*)answer)[ \t*_]*\n\s*",
-    re.M | re.I,
-)
-_MATH = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<![\\$])\$([^$\n]+?)(?<!\\)\$(?!\d)", re.S)
-_ASIDE = re.compile(
-    r"[,;.]? (?:not|which|because|since|as|instead|rather|where|so|when) |(?<=[^\s\d])\. |(?<=\d)\. |\n"
-)
-_LEADS = re.compile(r"\W{0,3}(?:\$|\\[\[(]|[-+−(\[{]*[\d.]|[A-Za-z] ?=|[√π])")
-
-
-def stated_answer(completion: str) -> tuple[str | None, str]:
-    """The text of the final answer, and where it was: `"box"`, `"phrase"` or `"line"`.
-
-    In this order: what follows "final answer is" behind the last box; the last box (with those that only "and", "or" or a
-    comma separate from it), which must be closed; GSM8K's `####`; what follows "answer is", "answer:", "A:", else "answers are" or a
-    heading "Final Answer"; a completion that is a single line. Never the last number of whatever came out: a rambling sample would be right by chance, and be trained on.
-    """
-    visible = completion.rpartition("</think>")[2]
-    text = visible if visible.strip() else completion
-    text = _END.split(text, maxsplit=1)[0] or text
-    phrases = list(_PHRASE.finditer(text))
-    phrases = phrases or [m for m in _PHRASES.finditer(text) if _LEADS.match(text, m.end())]
-    said = _from_sentence(text[phrases[-1].end() : phrases[-1].end() + 1000], first=True) if phrases else None
-    box = last_box(text)
-    if box >= 0:
-        final = phrases and phrases[-1][1] and phrases[-1].start() > box
-        if final and said and re.search(r"\d", said):
-            return said, "phrase"
-        return final_answer(text) if last_boxed(text) else None, "box"
-    if answer := final_answer(text):
-        return answer, "box"
-    if said:
-        return said, "phrase"
-    line = text.strip()
-    return _from_sentence(line[-2000:], first=False) if "\n" not in line or _MATH.fullmatch(line) else None, "line"
-
-
-def _from_sentence(text: str, first: bool) -> str | None:
-    """The answer in a sentence: what it begins with (if `first`), else what stands behind its last "is"."""
-    text = text.partition("I hope it is correct")[0].strip()
-    if (whole := _MATH.match(text)) and whole[0][:2] in ("$$", "\\["):
-        return whole[0]
-    if re.match(r"not\b", text):
-        return None
-    if first and _LEADS.match(text):
-        text = _ASIDE.split(text, maxsplit=1)[0]
-        if not (groups := _math_groups(text)):
-            return text
-        return groups[0] if text.startswith(("$", "\\")) else text if len(groups) == 1 else groups[-1]
-    pieces = re.split(r"\b(?:is|are|equals|be)\b", _ASIDE.split(text, maxsplit=1)[0] if first else text)
-    if re.match(r"\s*(?:not|n't)\b", pieces[-1]):
-        return None
-    said = [p for p in pieces if re.search(r"\d|[√π]", p) or any(len(g) > 1 for g in _math_groups(p))]
-    if not said:
-        spelt = re.findall(rf"\b(?:{'|'.join(list(NUMBER_WORDS)[2:])})\b", text.casefold())
-        return spelt[0] if len(spelt) == 1 else pieces[-1].strip() or None
-    if groups := _math_groups(said[-1]):
-        return groups[-1]
-    piece = said[-1].strip()
-    if _LEADS.match(piece):
-        return _ASIDE.split(piece, maxsplit=1)[0]
-    numbers = re.findall(rf"(?<![\w.])-?\$?[\d,]*\.?\d+(?:/\d+)?(?:\s?\\?%|\s(?:{'|'.join(MAGNITUDES)})\b)?", piece)
-    return (numbers[0] if len(numbers) == 1 else None) if numbers else piece
-
-
-def _math_groups(text: str) -> list[str]:
-    """Formulas of a text, those joined where only a comma, "and" or "or" is between: `$1$ and $2$` is one answer."""
-    groups, end = [], None
-    for match in _MATH.finditer(text):
-        content = next(g for g in match.groups() if g is not None).strip()
-        if end is not None and re.fullmatch(r"[\s,;]*(?:and|or)?\s*", text[end : match.start()]):
-            groups[-1] += ", " + content
-        else:
-            groups.append(content)
-        end = match.end()
-        if percent := re.match(r"\s*\\?(?:%|percent|pct)", text[end:]):
-            groups[-1] += percent[0]
-    return groups
+from .extraction import MAX_ANSWER, Unparsable
 
 
 # ---- text, without what never changes its value ----

@@ -18,9 +18,10 @@ from typing import NamedTuple
 from tqdm.auto import tqdm
 
 from . import prompts, tables
-from .answers import canonical, stated_answer
+from .answers import canonical
 from .benchmarks import Question, check_format, load_benchmarks, read_questions
 from .estimators import accuracies, compare, share_interval
+from .extraction import stated_text
 from .hub import versions
 from .journal import Journal, read_entries
 from .judging import VerdictQueue, abandoning
@@ -359,7 +360,7 @@ def _entry(key: Key, completion: Completion, verdict: Verdict, reason: str, stat
     answer = None
     if completion.finish_reason == "stop" and verdict in (Verdict.CORRECT, Verdict.WRONG):
         # the answer that the verifier read; where it reads something else, the text itself
-        answer = (stated and stated_answer(completion.text)[0]) or completion.text.strip()[-200:]
+        answer = (stated and stated_text(completion.text)) or completion.text.strip()[-200:]
     return {
         **key._asdict(),
         "verdict": verdict,

@@ -144,9 +144,7 @@ def segments(text: str) -> Segments:
 def _inline(text: str, start: int, end: int) -> bool:
     """Whether what is between two dollar signs of a line is mathematics: not `$5 and each child $`, `$5 or $6`."""
     content = text[start:end]
-    money = re.match(r"\d[\d,.]*(?: [A-Za-z]{2,}){2}", content) or (
-        content[-1:].isspace() and not content[:1].isspace()
-    )
+    money = re.match(r"\d[\d,.]*(?: [A-Za-z]{2,}){2}|\d.*\s\Z", content)
     return bool(content.strip()) and not money and not text[end + 1 : end + 2].isdigit()
 
 
@@ -189,16 +187,16 @@ _PHRASE = re.compile(
 )
 _HEADING = re.compile(
     rf"^[ \t\\#*{_MARK}]*(?:\\(?:sub)*section\*?\{{)?(?:\d+[.)] *)?(?:the )?"
-    rf"(?:(?P<final>(?:{_FINAL}){_SPACE}*(?:{_ANSWER}|{_RESULT})|(?:{_ANSWER}) {_AFTER_IT})|(?P<answer>{_ANSWER}|conclusion|结论|結論|결론))[ \t:：}}*{_MARK}]*$",
+    rf"(?:(?P<final>(?:{_FINAL}){_SPACE}*(?:{_ANSWER}|{_RESULT})|(?:{_ANSWER}) {_AFTER_IT})|(?P<answer>{_ANSWER})|conclusion|结论|結論|결론)[ \t:：}}*{_MARK}]*(?:$|(?={_MATH}))",
     re.I | re.M,
 )
 _LINE_MARK = re.compile(r"^[ \t]*####[ \t]*(?P<value>\S[^\n]*)$", re.M)
 
 # What may stand between "is" and the value, and says nothing.
 _FILLER = re.compile(
-    rf"(?:[\s{_MARK}:：=\"“”'>]|\*(?!\d)|(?:therefore|thus|hence|so|then|finally|simply|just|exactly|precisely|only|definitely|clearly|indeed|still|also|equal to|given by"
-    r"|found to be|simply|that|as follows|in conclusion|we (?:get|find|have|see|conclude|obtain)|it follows|us|a total of|the (?:number|value|integer|fraction|point|interval|set"
-    r"|expression|choice|option|letter|answer)(?=\s*[\d\\$({\[\ue000])|option|choice|approximately|about|roughly|around|nearly|因此|所以|故|综上|综上所述|，)(?![A-Za-z]))*",
+    rf"(?:[\s{_MARK}:：=\"“”'>，,]|\*(?!\d)|(?:(?:therefore|thus|hence|so|then|finally|simply|just|exactly|precisely|only|definitely|clearly|indeed|still|also|equal to|given by"
+    r"|found to be|for sure|certainly|surely|obviously|that|as follows|in conclusion|we (?:get|find|have|see|conclude|obtain)|it follows|us|a total of|the (?:number|value|integer|fraction|point|interval|set"
+    r"|expression|choice|option|letter|answer)(?=\s*[\d\\$({\[\ue000])|option|choice|approximately|about|roughly|around|nearly)(?![A-Za-z])|因此|所以|故|综上(?:所述)?))*",
     re.I,
 )
 _APPROXIMATE = re.compile(r"\b(?:approximately|about|roughly|around|nearly)\b|≈", re.I)
@@ -210,8 +208,9 @@ _NO_VALUE = re.compile(
 )
 _NUMBER_WORDS = "zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen|seventeen|eighteen|nineteen|twenty"
 _STARTS = re.compile(
-    rf"[-+−±~<>≤≥(\[{{|√∛π∞$€£¥½¼¾⅓⅔]*\s*(?:\.?\d|{_MATH}|\\[A-Za-z{{|$]|[√∛π∞])|(?:{_NUMBER_WORDS})\b|\(?[A-Za-z]'?\)?\s*(?=$|[=<>≤≥+*/^_,;.)(\[−-]|and\b|or\b)"
-    r"|(?:arc)?(?:sin|cos|tan|cot|sec|csc|ln|log|exp|sqrt|pi|abs|gcd|lcm|floor|theta|phi|alpha|infinity)(?![a-z])|\[",
+    rf"[-+−±~<>≤≥(\[{{|√∛π∞$€£¥½¼¾⅓⅔]*\s*(?:\.?\d|{_MATH}|\\[A-Za-z{{|$]|[√∛π∞])|(?:{_NUMBER_WORDS})\b|\(?[A-Za-z]'?\)?\s*(?=$|[=<>≤≥+*/^_,;.)(\[\\{_MARK}−-]|and\b|or\b)"
+    rf"|(?:yes|no|true|false)(?=\s*(?:$|[.,;!\n{_MARK}]))"
+    r"|(?:arc)?(?:sin|cos|tan|cot|sec|csc|ln|log|exp|sqrt|pi|abs|gcd|lcm|floor|theta|phi|alpha|infinity)(?![a-z])|[-+−(\[{|]+[A-Za-z]{1,2}\s*[-+*/^=<>≤≥|,)(\]}]",
     re.I,
 )
 _VERB = re.compile(
@@ -222,17 +221,39 @@ _QUALIFIED = re.compile(
     r"\b(?:least|most|than|not|between|up to|over|under|except|more|fewer|each|per|times|half|twice|double|either|or)\b",
     re.I,
 )
-# Where a value ends.
-_STOP = re.compile(
-    rf"\n|[。！？．।]|です|となります|になります|である|입니다|이다|[.?](?=[\s{_MARK})\"”]|$)(?<!\bSt\.)(?<![ap]\.m\.)|,?\s+(?:not|which|because|since|as|instead|rather|where|so|when|whereas|namely)\b"
-    r"|[,;.]?\s+\(?(?:i\.\s?e\.|e\.g\.)|[,;]\s+(?:but|with|while|after|hence|therefore|thus|that|meaning|given|assuming|the|this|it|we|there|all|for|if|rounded|found|obtained|giving|making)\b"
-    r"|;\s+(?!and\b|or\b)[A-Za-z]{3}|\s+\((?:since|because|as|see|note|rounded|which|where|not|the|after|from|to|using|we|by|that|this|assuming|hence|so|approx|about)\b"
-    r"|\s[—–]\s+(?=[A-Za-z]{2})|，(?=[\u4e00-\u9fff])|（(?=[注因其即舍])|\bI hope\b"
-    r"|\s+(?:to|in|for|from|on|at|that|who|left|remaining|total|altogether|so that|such that)\s(?=[A-Za-z]{2})",
+_QUALIFIED = re.compile(
+    r"\b(?:least|most|than|not|between|up to|over|under|except|more|fewer|each|per|times|half|twice|double|either|or)\b"
+    r"|[^A-Za-z\s,'’\"()-]|(?<![A-Za-z])[B-HJ-Zb-hj-z](?![A-Za-z])",
     re.I,
 )
+# Where a sentence ends; what gives the reason of a value, or restricts it; and what follows a value and changes nothing about it.
+_END = re.compile(
+    rf"\n|[。！？．।]|です|となります|になります|である|입니다|이다|[.?](?=[\s{_MARK})\"”]|$)(?<!\bSt\.)(?<![ap]\.m\.)(?<!i\.e\.)(?<!e\.g\.)|\bI hope\b",
+    re.I,
+)
+_REASON = re.compile(
+    r"[,;]\s+not\b|[,;]?\s+(?:because|since|as|instead|rather|where|so|when|whereas|if)\b|[,;]\s+(?:but|with|while|after|hence|therefore|thus|given|assuming|for)\b"
+    r"|;\s+(?!and\b|or\b)[A-Za-z]{3}|\s+\((?:since|because|as|see|note|rounded|which|where|not|the|after|from|to|using|we|by|that|this|assuming|hence|so|approx|about)\b"
+    r"|，(?=[因其即])|（(?=[注因其即舍])",
+    re.I,
+)
+_TAIL = re.compile(
+    r"[,;.]?\s+\(?(?:i\.\s?e\.|e\.g\.)|[,;]\s+(?:that|meaning|the|this|it|we|there|all|rounded|found|obtained|giving|making|namely)\b|,?\s+(?:which|not)\b"
+    r"|\s[—–]\s+(?=[A-Za-z]{2})|，(?=[\u4e00-\u9fff])|\s+(?:to|in|for|from|on|at|that|who|left|remaining|total|altogether|such that)\s+(?=[A-Za-z]{2})",
+    re.I,
+)
+_LEADING = re.compile(r"(?:since|because|as|if|when|given|with|by|for|after)\b[^,\n]*,", re.I)
+_SO = re.compile(r"\b(?:so|therefore|thus|hence)\b", re.I)
+_PROSE_NUMBER = re.compile(
+    rf"(?<![\w.,\\/^_-])[$€£]?\d[\d,]*(?:\.\d+)?(?:\s?%|\s[A-Za-z]+)?|\b(?:{_NUMBER_WORDS.partition('|one|')[2]})\b",
+    re.I,
+)
+_ANNOUNCED = re.compile(rf"[A-Za-z][^\n{_MATH}\d]*(?::|\b(?:is|are|by))[ \t{_MARK}]*\n", re.I)
 _MATH_LINE = re.compile(rf"([\s{_MARK},;.]*\n[\s{_MARK}]*){_MATH}+[ \t{_MARK},;.]*(?:\n|\Z)")
 _ITEM = re.compile(rf"[ \t{_MARK}]*(?:[-*+•]|\d+[.)])[ \t]+(?=\S)")
+
+
+_AROUND = " \t\n.,;:。．，、\"“”'*"
 
 
 def _compose(found: Segments, start: int, end: int) -> tuple[str, bool]:
@@ -250,53 +271,66 @@ def _compose(found: Segments, start: int, end: int) -> tuple[str, bool]:
         if isinstance(piece, tuple):
             piece = "".join(c for c, cover in zip(*piece, strict=True) if cover != _MARK)
             if mathematics and not re.search(r"[\\{}$]", piece):
-                piece = re.sub(r"[^\W\d_][^\d,;:()\[\]=<>+*/^%°|]*", lambda m: f"\\text{{ {m[0].strip()} }}", piece)
+                piece = re.sub(r"[^\W\d_][^\d,;:()\[\]=<>+*/^%°|]*", lambda m: f"\\text{{ {m[0].strip()}}}", piece)
         latex.append(piece)
-    return "".join(latex).strip(" \t\n.,;:。．，、\"“”'*"), mathematics
+    text = "".join(latex).strip(_AROUND)
+    while text.endswith("}") and text.count("}") > text.count("{"):  # of `\textbf{Answer: 5}`
+        text = text[:-1].rstrip(_AROUND)
+    return text, mathematics
 
 
-def _sentence(found: Segments, start: int, end: int, last: bool) -> tuple[int, int] | None:
-    """The value in a sentence, as (start, end): what it begins with, or what stands behind its verbs, preferably the last one if `last`."""
+def _first(pattern: re.Pattern, found: Segments, start: int, end: int | None = None) -> int:
+    """Where the pattern begins behind `start`, or where the text ends in which it is looked for."""
+    end = min(len(found.text), start + MAX_ANSWER) if end is None else end
+    match = pattern.search(found.covered, start, end)
+    return match.start() if match else end
+
+
+def _sentence(found: Segments, start: int, last: bool) -> tuple[int, int] | None:
+    """The value in the sentence at `start`, as (start, end): what it begins with, or what stands behind a verb, the last one if `last`."""
+    end, covered = _first(_END, found, start), found.covered
+    if last:
+        if leading := _LEADING.match(covered, start, end):
+            start = leading.end()
+        start = max((m.end() for m in _SO.finditer(covered, start, end)), default=start)
+    clause = _first(_REASON, found, start, end)
     pieces, at = [], start
-    for verb in [*_VERB.finditer(found.covered, start, end), None]:
-        stop = verb.start() if verb else end
-        begin = min(_FILLER.match(found.covered, at).end(), stop)
-        pieces.append((begin, stop))
-        at = verb.end() if verb else end
-    values = [p for p in pieces if p[0] < p[1] and _STARTS.match(found.covered, *p)]
+    for verb in [*_VERB.finditer(covered, start, clause), None]:
+        stop = verb.start() if verb else clause
+        pieces.append((min(_FILLER.match(covered, at).end(), stop), stop))
+        at = verb.end() if verb else clause
+    values = [p for p in pieces if p[0] < p[1] and _STARTS.match(covered, *p)]
     if values:
-        if last or pieces[0] != values[0]:
-            return values[-1]
-        named = re.fullmatch(rf"{_MATH}+|[A-Za-z]", found.covered[slice(*pieces[0])].strip())
-        named = named and not re.search(r"[\d=]", found.text[slice(*pieces[0])])
-        return values[1] if named and len(values) > 1 else values[0]
-    begin, stop = pieces[-1]
+        begin, stop = values[-1]
+        if not last and pieces[0] == values[0]:  # what is stated comes first, unless that is only the name: `x is 5`
+            begin, stop = values[0]
+            if len(values) > 1 and covered[stop] == ":":  # `C: 12`
+                stop = values[1][1]
+            elif (
+                len(values) > 1
+                and re.fullmatch(rf"\s*(?:{_MATH}+|[A-Za-z])\s*", covered[begin:stop])
+                and not re.search(r"[\d=]", found.text[begin:stop])
+            ):
+                begin, stop = values[1]
+        return begin, _first(_TAIL, found, begin + 1, stop)
+    words, (begin, stop) = covered[start:clause], pieces[-1]
+    numbers = list(_PROSE_NUMBER.finditer(words))
     spans = (
-        [s for s in found.spans[bisect_left(found.spans, (start,)) :] if s[1] <= end]
-        if _MATH in found.covered[start:end]
-        else []
+        [s[:2] for s in found.spans[bisect_left(found.spans, (start,)) :] if s[1] <= clause] if _MATH in words else []
     )
-    if spans:
-        words = found.covered[start:end]
-        return (
-            spans[0][:2] if len(spans) == 1 and not re.search(r"\d", words) and not _QUALIFIED.search(words) else None
-        )
-    if begin >= stop or _NO_VALUE.match(found.covered, begin):
-        return None
-    return begin, stop
-
-
-def _stop(found: Segments, start: int) -> int:
-    """Where the value that starts at `start` ends at the latest: at the end of its sentence, or before a remark."""
-    match = _STOP.search(found.covered, start, start + MAX_ANSWER)
-    return match.start() if match else min(len(found.text), start + MAX_ANSWER)
+    if spans or numbers:  # a sentence without a verb that we know: "Jane started 3 hours ago"
+        if len(spans) + len(numbers) + len(pieces) != 2:
+            return None
+        at, stop = spans[0] if spans else (start + numbers[0].start(), start + numbers[0].end())
+        return None if _QUALIFIED.search(covered[start:at] + covered[stop:clause]) else (at, stop)
+    return None if begin >= stop or _NO_VALUE.match(covered, begin) else (begin, stop)
 
 
 def _items(found: Segments, line: int) -> list[tuple[int, int]]:
     """The items of a list that begins with this line."""
     items = []
     while (item := _ITEM.match(found.covered, line)) and len(items) < 50:
-        items.append((item.end(), _stop(found, item.end())))
+        items.append((item.end(), _first(_END, found, item.end())))
         line = found.covered.find("\n", items[-1][1]) + 1 or len(found.text)
     numbered = bool(items) and found.covered[items[0][0] - 2] in ".)"
     return items if len(items) > numbered else []
@@ -305,17 +339,19 @@ def _items(found: Segments, line: int) -> list[tuple[int, int]]:
 def _value(found: Segments, start: int, kind: str, last: bool = False) -> Statement | None:
     """What is stated from `start` on, if anything: list items, lines of mathematics, or what a sentence says."""
     begin = _FILLER.match(found.covered, start).end()
-    if begin >= len(found.text) or _NO_VALUE.match(found.covered, begin):
+    if begin >= len(found.text) or (kind != "sentence" and _NO_VALUE.match(found.covered, begin)):
         return None
+    if announced := _ANNOUNCED.match(found.covered, begin):  # "The roots are:", and they follow
+        begin = _FILLER.match(found.covered, announced.end()).end()
     line = found.covered.rfind("\n", 0, begin) + 1
     ranges = _items(found, line) if line >= start else []
     if not ranges:
-        value = _sentence(found, begin, _stop(found, begin), last)
+        value = _sentence(found, begin, last)
         if value is None or (kind == "result" and not _STARTS.match(found.covered, value[0])):
             return None
         ranges = [value]
         while line > start and len(ranges) < 20 and (more := _MATH_LINE.match(found.covered, ranges[-1][1])):
-            ranges.append((more.end(1), _stop(found, more.end(1))))
+            ranges.append((more.end(1), _first(_END, found, more.end(1))))
     texts = [_compose(found, *r) for r in ranges]
     text = ", ".join(t for t, _ in texts if t)
     if not text or _PLACEHOLDER.fullmatch(text):
@@ -330,7 +366,7 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _BARE_BOX = re.compile(r"\s*(-?\d+(?:\.\d+)?|[A-Za-z](?![A-Za-z])|\\[a-z]+(?![a-z{]))")
 # An echo of the instruction, no answer: `\boxed{}`, `\boxed{...}`, `\boxed{\text{your answer}}`.
 _PLACEHOLDER = re.compile(
-    r"(?:\\text\s*\{|[\s.…_?$\\{}\[\]<>~*]|\\(?:l?dots|cdots|cdot|square|quad|Box)|(?:your|the|final|answer|here|value|number|result|letter|choice|option|solution)\b)*",
+    r"(?:\\(?:text\s*\{|boxed|fbox|[,;:! ])|[\s.…_?${}\[\]<>~*]|\\(?:l?dots|cdots|cdot|square|quad|Box)|(?:your|the|final|answer|here|value|number|result|letter|choice|option|solution)\b)*",
     re.I,
 )
 # What may stand between two boxes of one answer: `$\boxed{2}$ and $\boxed{3}$`, `x = \boxed{2}, y = \boxed{3}`.
@@ -383,8 +419,18 @@ def final_answer(text: str) -> str | None:
     if found:
         contents = [content for content, _, _ in found]
         return None if contents[-1] is None else ", ".join(dict.fromkeys(contents))
-    marks = _LINE_MARK.findall(text)
-    return marks[-1].replace(",", "").strip() if marks else None
+    marks = [m["value"].strip() for m in _LINE_MARK.finditer(text) if _is_mark(text, m)]
+    if not marks:
+        return None
+    return marks[-1].replace(",", "") if re.fullmatch(r"[-+$]*\d[\d,]*(?:\.\d+)?", marks[-1]) else marks[-1]
+
+
+def _is_mark(text: str, match: re.Match) -> bool:
+    """Whether a line that begins with `####` is GSM8K's mark: a value with at most two words (its unit), or a last word; no heading."""
+    rest = match["value"].strip(f" {_MARK}")
+    words = re.findall(r"[A-Za-z]{2,}", re.sub(r"\\[A-Za-z]+(?:\s*\{[A-Za-z ]*\})?", "", rest))
+    valued = _STARTS.match(rest) and not re.match(r"\d+[.):]\s+[A-Za-z]", rest) and len(words) < 3
+    return bool(valued or (re.fullmatch(r"[A-Za-z]+", rest) and not text[match.end() :].strip()))
 
 
 # ---- 4. the choice ----
@@ -400,11 +446,16 @@ _REMARKS = re.compile(
     r"|proof|other(?:wise)?|compare|common mistakes?|question|problem)\b|(?:验证|检验|注|说明|例如|解释|另))",
     re.I | re.M,
 )
+_PARAGRAPH = re.compile(r"\S[^\n]*\n\s*\n\s*(?=[^\s#])")
 _CONDITIONAL = re.compile(
     r"\b(?:if|suppose|had|when|without|example|alternatively|similarly|otherwise)\b[^.!?\n]*$", re.I
 )
 _DOUBTED = re.compile(
     r"\b(?:thought|(?:might|may|could|would) (?:think|seem|say|guess|be)|tempting|naive(?:ly)?|mistakenly|mistake)\b[^.!?\n]*$",
+    re.I,
+)
+_CLOSING = re.compile(
+    r"(?:^|(?<=[.!?\s]))(?:let me know|i hope|hope (?:this|it)|if you (?:have|need)|feel free|is there anything|would you like)\b[^\n]*\s*\Z",
     re.I,
 )
 _CONCLUDES = re.compile(
@@ -417,25 +468,25 @@ def statements(found: Segments, start: int = 0) -> list[tuple[int, Statement]]:
     """Whatever states an answer in words behind `start`, in order, with where its phrase begins."""
     stated: dict[int, tuple[int, Statement]] = {}
     for match in _LINE_MARK.finditer(found.covered, start):
-        rest = match["value"].strip(f" {_MARK}")
-        last = not found.covered[match.end() :].strip()
-        valued = (
-            _STARTS.match(rest)
-            and not re.match(r"\d+[.):]\s+[A-Za-z]", rest)
-            and len(re.findall(r"[A-Za-z]{2,}", rest)) < 3
-        )
-        if valued or (last and re.fullmatch(r"[A-Za-z]+", rest)):
-            statement = _value(found, match.start("value"), "mark")
-            if statement:
-                stated[statement.start] = match.start(), statement
+        if _is_mark(found.covered, match) and (statement := _value(found, match.start("value"), "mark")):
+            stated[statement.start] = match.start(), statement
     for pattern in (_HEADING, _PHRASE):
         for match in pattern.finditer(found.covered, start):
             groups = match.groupdict()
             kind = "final" if groups["final"] or groups.get("after") else "answer" if groups["answer"] else "result"
             statement = _value(found, match.end(), kind)
+            paragraph = match.end()
+            while pattern is _HEADING and not statement and (paragraph := _next_paragraph(found, paragraph)):
+                statement = _value(found, paragraph, kind)
             if statement and not _DOUBTED.search(found.covered, max(start, match.start() - 200), match.start()):
                 stated.setdefault(statement.start, (match.start(), statement))
     return [stated[at] for at in sorted(stated)]
+
+
+def _next_paragraph(found: Segments, start: int) -> int:
+    """Where the next paragraph under a heading begins, 0 if there is none."""
+    match = _PARAGRAPH.search(found.covered, start, start + 1000)
+    return match.end() if match else 0
 
 
 def _choose(found: Segments, stated: list[tuple[int, Statement]]) -> Statement | None:
@@ -481,6 +532,15 @@ def stated_answer(completion: str) -> Statement:
     return _stated(text, whole=False)
 
 
+def stated_text(completion: str) -> str | None:
+    """The text of [`stated_answer`]; `None` where there is none, or where statements differ."""
+    try:
+        statement = stated_answer(completion)
+    except Unparsable:
+        return None
+    return None if statement.others else statement.text
+
+
 def _stated(text: str, whole: bool) -> Statement:
     if boxed := boxes(text):
         contents = [content for content, _, _ in boxed]
@@ -507,7 +567,7 @@ def _stated(text: str, whole: bool) -> Statement:
 
 def _concluded(found: Segments, whole: bool) -> Statement | None:
     """What the last sentence says, if it is all there is or begins with "therefore"."""
-    end = len(found.covered.rstrip(f" \t\n{_MARK}"))
+    end = len(_CLOSING.sub("", found.covered).rstrip(f" \t\n{_MARK}"))
     first = len(found.covered) - len(found.covered.lstrip(f" \t\n{_MARK}"))
     line = found.covered.rfind("\n", 0, end) + 1
     single = line <= first or (whole and "\n\n" not in found.covered[first:end])

@@ -20,8 +20,9 @@ from math_verify import verify
 from math_verify.grader import unwrap_fcs
 from sympy.logic.boolalg import Boolean
 
-from .answers import NO_ANSWER, NUMBER_WORDS, Unparsable, normalize, number, split_unit, stated_answer, words
-from .rows import Verdict, final_answer
+from .answers import NUMBER_WORDS, normalize, number, split_unit, words
+from .extraction import NO_ANSWER, Statement, Unparsable, final_answer, stated_answer
+from .rows import Verdict
 
 
 class UnparsableGold(Unparsable):
@@ -51,21 +52,38 @@ def grade(
         if completion is None:
             compare.readable(gold)
             return Verdict.CORRECT, ""
-        stated, where = stated_answer(completion)
-        prediction = normalize(stated) if stated else ""
+        stated = stated_answer(completion)
+        prediction = normalize(stated.text)
         if not prediction:
             return Verdict.UNPARSABLE, NO_ANSWER
-        if compare.same(prediction, gold):
+        same = compare.same(prediction, gold)
+        for other in stated.others:
+            if not _agree(compare, other, prediction):
+                return Verdict.UNPARSABLE, f"{NO_ANSWER}: it states {stated.text:.80} and {other:.80}"
+        if same:
             return Verdict.CORRECT, ""
-        if words(prediction) and (where == "line" or (where == "phrase" and not words(gold))):
-            return Verdict.UNPARSABLE, NO_ANSWER  # a sentence that is not the gold word need not be an answer at all
+        if words(prediction) and _may_be_prose(stated, gold):
+            return Verdict.UNPARSABLE, NO_ANSWER
         return Verdict.WRONG, ""
     except UnparsableGold:
         return Verdict.UNPARSABLE, "the gold answer cannot be parsed"
-    except Unparsable:
-        return Verdict.UNPARSABLE, NO_ANSWER
+    except Unparsable as error:
+        return Verdict.UNPARSABLE, str(error) or NO_ANSWER
     except RecursionError:
         return Verdict.UNPARSABLE, "an answer is nested too deeply"
+
+
+def _agree(compare: "_Comparison", other: str, prediction: str) -> bool:
+    """Whether two statements of one completion say the same; what cannot be told counts as a contradiction."""
+    try:
+        return compare.same(normalize(other), prediction)
+    except Unparsable:
+        return False
+
+
+def _may_be_prose(stated: Statement, gold: str) -> bool:
+    """A sentence that is not the gold word need not be an answer at all."""
+    return stated.kind == "sentence" or (stated.kind not in ("box", "tag") and not words(gold))
 
 
 # ---- structure: taken apart in the text, compared piece by piece ----

@@ -24,6 +24,7 @@ from json.encoder import encode_basestring_ascii as _quote
 from pathlib import Path
 from typing import Any
 
+from .extraction import final_answer
 from .prompts import GUIDED_PROMPT, fill
 
 
@@ -71,63 +72,6 @@ _TAKEN = {
     "model_revision", "temperature", "top_p", "top_k", "behavior_prompt", "messages", "conversations", "text", "input_ids", "labels", "attention_mask", "seq_lengths",
     "completion_mask", "assistant_masks", "weight",
 }  # fmt: skip
-
-
-_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
-_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-
-
-def last_box(text: str, end: int | None = None) -> int:
-    r"""Where the last `\boxed` or `\fbox` before `end` starts; -1 if there is none."""
-    return max(text.rfind("\\boxed", 0, end), text.rfind("\\fbox", 0, end))
-
-
-def last_boxed(text: str) -> str | None:
-    r"""The content of the last `\boxed{…}` or `\fbox{…}`, braces balanced; `None` if there is none or it is not closed."""
-    end, box = len(text), None
-    while box is None:  # from the end: many solutions are long and box their answer there
-        end = last_box(text, end)
-        if end < 0:
-            return None
-        box = _BOX.match(text, end)
-    rest = text[box.end() :].lstrip()
-    if not rest.startswith("{"):  # `\boxed 9`
-        return re.match(r"[^\s$\\.,;]*", rest)[0] or None
-    depth = 0
-    for match in _BRACE.finditer(rest):
-        depth += {"{": 1, "}": -1}.get(match[0], 0)
-        if depth == 0:
-            return rest[1 : match.start()].strip()
-    return None
-
-
-# What may stand between two boxes of one answer: `$\\boxed{2}$ and $\\boxed{3}$`, `x = \\boxed{2}, y = \\boxed{3}`.
-_BETWEEN_BOXES = re.compile(
-    r"(?:[\s$,;]|\\[()\[\],;! ]|\\q?quad|\\text\s*\{[^{}]{0,40}\b(?:and|or)\b[^{}]{0,40}\}|\b(?:and|or)\b|\b[A-Za-z](?:_\{?\w\}?)?\s*=)*"
-)
-
-
-def boxed_answer(text: str) -> str | None:
-    """The last box, and those before it that only "and", "or", a comma or `y =` separates from it, joined by commas."""
-    answers: list[str] = []
-    while (answer := last_boxed(text)) is not None:
-        if answer not in answers:
-            answers.insert(0, answer)
-        start = last_box(text)
-        before = last_box(text, start)
-        gap = text[before:start].rpartition("}")[2] if before >= 0 else None
-        if gap is None or len(gap) > 100 or len(answers) > 20 or not _BETWEEN_BOXES.fullmatch(gap):
-            break
-        text = text[:start]
-    return ", ".join(answers) or None
-
-
-def final_answer(text: str) -> str | None:
-    """The final answer a solution states: its last boxes, else GSM8K's `#### 42`; `None` if it states none."""
-    boxed = boxed_answer(text)
-    if boxed is None and "####" in text:
-        boxed = text.rsplit("####", 1)[1].strip().split("\n")[0].replace(",", "").strip()
-    return boxed or None
 
 
 def content_id(prompt: list[dict[str, str]], answer: str | None) -> str:

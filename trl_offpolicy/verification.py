@@ -30,7 +30,7 @@ from pathlib import Path
 
 import psutil
 
-from .answers import NO_ANSWER
+from .extraction import NO_ANSWER
 from .rows import Verdict
 
 
@@ -111,7 +111,7 @@ def describe(verifier) -> str:
 def rewards(told: list[tuple[Verdict, str]]) -> list[float | None]:
     """1.0 for `correct`, 0.0 for `wrong` or no answer, `None` where it could not be told: gold answer, time-out, error."""
     values = {Verdict.CORRECT: 1.0, Verdict.WRONG: 0.0}
-    return [0.0 if reason == NO_ANSWER else values.get(verdict) for verdict, reason in told]
+    return [0.0 if reason.startswith(NO_ANSWER) else values.get(verdict) for verdict, reason in told]
 
 
 class Verifier:

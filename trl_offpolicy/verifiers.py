@@ -15,7 +15,8 @@ import string
 import unicodedata
 
 from . import prompts
-from .answers import MAGNITUDES, NO_ANSWER, Unparsable, normalize, number, stated_answer
+from .answers import MAGNITUDES, normalize, number
+from .extraction import NO_ANSWER, Unparsable, stated_text
 from .rows import Verdict
 from .sampling import FAILED, Request, SamplingParams, attempt_seed
 from .verification import Verifier, explain_with
@@ -37,7 +38,7 @@ class _StatedVerifier(Verifier):
         raise NotImplementedError
 
     def _explain(self, completions: list[str], answers: list) -> list[tuple[Verdict, str]]:
-        stated = [stated_answer(completion)[0] for completion in completions]
+        stated = [stated_text(completion) for completion in completions]
         return [
             self.judge(s, a) if s else (Verdict.UNPARSABLE, NO_ANSWER) for s, a in zip(stated, answers, strict=True)
         ]
@@ -67,7 +68,7 @@ class MultipleChoiceVerifier(_StatedVerifier):
         self.letters = letters.upper()
 
     def _explain(self, completions: list[str], answers: list, choices: list | None = None):
-        stated = [stated_answer(completion)[0] for completion in completions]
+        stated = [stated_text(completion) for completion in completions]
         labelled = [self._labelled(c) for c in choices or [None] * len(completions)]
         return [
             self.judge(s, a, c) if s else (Verdict.UNPARSABLE, NO_ANSWER)
