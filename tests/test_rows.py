@@ -152,6 +152,83 @@ def test_gold_answers_of_real_rows(name):
         assert problem.answer.replace(" ", "") == row["answer"].replace(" ", "")  # the same from the solution alone
 
 
+def test_texts_are_what_the_file_holds(tmp_path, monkeypatch):
+    """Dates, numbers and words for nothing stay the texts that they are, nested ones too, in whatever form the file has."""
+    dated = [
+        {
+            "answer": "2015-03-01",
+            "n": i,
+            "meta": {"at": "2015-03-01T10:00:00Z", "tags": ["2015-03-01", "x"], "x": [1.5]},
+        }
+        for i in range(40)
+    ]
+    # as many types as JSON has, in one column; objects with other keys in each row; what no number of 64 bits is
+    mixed = [
+        {"answer": 7, "tools": [{"name": "a", "at": "2015-03-01"}], "d": {"a": "2015-03-01"}},
+        {"answer": "2015-03-01", "tools": [{"k": {"v": 1}}, {}], "d": {"b": 2}},
+        {"answer": None, "tools": [], "d": None},
+        {"answer": 12345678901234567890123, "tools": [{"name": None}], "d": {}},
+    ]
+    texts = ["7", "2015-03-01", None, "12345678901234567890123"]
+    big = [{"answer": 12345678901234567890123, "n": 0.5}, {"answer": 7, "n": 1.0}]
+    for batch in (8 << 20, 500):  # all at once, and a few lines at a time
+        monkeypatch.setattr("trl_offpolicy.text_files.BATCH", batch)
+        for name, rows, expected in [
+            ("dated", dated, dated),
+            ("mixed", mixed, [{**row, "answer": text} for row, text in zip(mixed, texts, strict=True)]),
+            ("big", big, [{**row, "answer": str(row["answer"])} for row in big]),
+        ]:
+            lines, whole = tmp_path / f"{name}{batch}.jsonl", tmp_path / f"{name}{batch}.json"
+            lines.write_bytes(b"\xef\xbb\xbf" + "\n\n".join(map(json.dumps, rows)).encode())
+            whole.write_text(json.dumps(rows, indent=1))
+            for file in (lines, whole):
+                assert load_rows(str(file)).to_list() == expected, file
+                assert list(load_rows(str(file), streaming=True)) == expected, file
+    file = tmp_path / "cells.csv"
+    file.write_text(
+        'problem,answer,level\na,7,1\nb,,2\nc,007,NA\nd,NA,4\ne,None,5\nf,null,6\ng,"x,\ny",7\nh,2015-03-01,8\n'
+    )
+    expected = ["7", None, "007", "NA", "None", "null", "x,\ny", "2015-03-01"]
+    for rows in (load_rows(str(file)), load_rows(str(file), streaming=True)):
+        assert [row["answer"] for row in rows] == expected
+        assert [row["level"] for row in rows] == list("12") + ["NA"] + list("45678")
+    folder = tmp_path / "folder"  # files by split, as on the Hub
+    folder.mkdir()
+    for split, rows in (("train", dated), ("test", dated[:3])):
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        assert load_rows(str(folder), dataset_split=split).to_list() == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("torn.jsonl", '{"a": 1}\n\n{"a":', "torn.jsonl: line 3 is not JSON"),
+        ("half.jsonl", '{"a": "\\ud83d"}', "half.jsonl: the column 'a' holds half a surrogate pair"),
+        ("bytes.jsonl", b'{"a": "\xff"}', "bytes.jsonl: line 1 is not JSON"),
+        ("value.jsonl", '{"a": 1}\n3\n', "value.jsonl: line 2 is 3, but a row is an object"),
+        ("list.json", '[{"a": 1}', "list.json: is not JSON"),
+        ("cells.csv", "a,b\n1,2\n1,2,3\n", "cells.csv cannot be read: .*line 3, saw 3"),
+        ("script/script.py", "1", "script' cannot be loaded: Dataset scripts"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_with_the_line(tmp_path, name, content, message):
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message):
+        load_rows(str(file if file.suffix != ".py" else file.parent))
+
+
+def test_a_column_that_changes_its_type_late_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("trl_offpolicy.text_files.BATCH", 50)
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"n": i if i < 20 else "x"}) for i in range(30)))
+    with pytest.raises(ValueError, match="a.jsonl: from line .* on, values have other types than before"):
+        load_rows(str(tmp_path / "a.jsonl"))
+    Dataset.from_dict({"a": ["x"]}).select([]).to_parquet(tmp_path / "none.parquet")
+    with pytest.raises(ValueError, match="that file has no rows"):
+        load_rows(str(tmp_path / "none.parquet"))
+
+
 def test_load_rows_from_every_place(tmp_path):
     rows = Dataset.from_list([{"problem": "1+1?", "solution": "\\boxed{2}"}] * 3)
     rows.to_json(tmp_path / "a.jsonl")

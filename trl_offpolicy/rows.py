@@ -371,9 +371,9 @@ def hub_origin(dataset) -> dict[str, str]:
     for file in getattr(dataset, "cache_files", ()):
         path = Path(file["filename"])
         if path.is_relative_to(config.HF_DATASETS_CACHE) and len(path.parts) >= 5:
-            name, dataset_config, _, commit = path.parts[-5:-1]
+            name, _, _, commit = path.parts[-5:-1]
             if re.fullmatch(r"[0-9a-f]{40}", commit):
-                names = {"dataset_name": name.replace("___", "/"), "dataset_config": dataset_config}
+                names = {"dataset_name": name.replace("___", "/"), "dataset_config": dataset.info.config_name}
                 return {**names, "dataset_revision": commit}
     return {}
 
@@ -387,13 +387,17 @@ def load_rows(
 ):
     """
     A `datasets.Dataset` from a JSONL, JSON, CSV or Parquet file, a directory (Parquet or `save_to_disk`) or a Hub id; an
-    `IterableDataset` with `streaming`.
+    `IterableDataset` with `streaming`. Texts are what the files hold: no string of a JSON file is taken for a date, and every column of a CSV
+    is text, in which an empty cell is a missing value.
 
     Raises:
         ValueError: The file cannot be read, or there is no such split: a file and a single saved dataset are the split `train` only.
         FileNotFoundError: It is a path at which there is nothing.
     """
-    from datasets import DatasetDict, load_dataset, load_from_disk
+    import pyarrow.parquet as pq
+    from datasets import DatasetDict, load_from_disk
+
+    from .text_files import load_text_dataset
 
     def only_train(what: str) -> None:
         # The same rows under another name would be held out from nothing.
@@ -412,10 +416,10 @@ def load_rows(
             head = file.read(1024)
         if not head.strip():
             raise ValueError(f"You passed dataset_name={dataset_name!r}, but that file is empty.")
+        if path.suffix == ".parquet" and not pq.read_metadata(path).num_rows:  # which `datasets` cannot read
+            raise ValueError(f"You passed dataset_name={dataset_name!r}, but that file has no rows.")
         only_train("a file")
-        return load_dataset(
-            builders[path.suffix], data_files=glob.escape(str(path)), split=dataset_split, streaming=streaming
-        )
+        return load_text_dataset(builders[path.suffix], dataset_split, streaming, data_files=glob.escape(str(path)))
     if path.is_dir() and any((path / f).exists() for f in ("dataset_dict.json", "state.json")):
         loaded = load_from_disk(str(path))
         if not isinstance(loaded, DatasetDict):
@@ -429,6 +433,4 @@ def load_rows(
         return rows.to_iterable_dataset() if streaming else rows
     if not path.is_dir() and (path.suffix in builders or dataset_name.startswith((".", "/", "~"))):
         raise FileNotFoundError(f"You passed dataset_name={dataset_name!r}, but there is no such file or directory.")
-    return load_dataset(
-        dataset_name, dataset_config, split=dataset_split, revision=dataset_revision, streaming=streaming
-    )
+    return load_text_dataset(dataset_name, dataset_split, streaming, name=dataset_config, revision=dataset_revision)
