@@ -196,6 +196,52 @@ def test_a_dataset_with_a_format_is_read_without_it(tmp_path, kind):
         rewrite(tmp_path / "transformed", data.with_transform(lambda row: row))
 
 
+def test_columns_of_others_come_through_as_they_are_stored(tmp_path):
+    """Images and audio undecoded (a lossy JPEG would not survive it, no audio library is needed), and types that Python's do not tell apart."""
+    import io
+
+    import pyarrow as pa
+    from datasets import Audio, Features, Image, List, Value
+    from PIL import Image as Pillow
+
+    file = io.BytesIO()
+    Pillow.effect_noise((16, 16), 90).convert("RGB").save(file, "JPEG", quality=30)
+    (tmp_path / "there.jpg").write_bytes(file.getvalue())
+    count, image = 7, {"bytes": file.getvalue(), "path": "a.jpg"}
+    table = pa.table(
+        {
+            **pa.Table.from_pylist(rows(count)).to_pydict(),
+            "image": pa.array([image] * count, Image.pa_type),
+            "file": pa.array([{"bytes": None, "path": str(tmp_path / "there.jpg")}] * count, Image.pa_type),
+            "images": pa.array([[image, image], [], None] + [[image]] * 4, pa.list_(Image.pa_type)),
+            "sound": pa.array([{"bytes": b"RIFF", "path": "a.wav"}] * count, Audio().pa_type),
+            "when": pa.array(range(count), pa.timestamp("ns", "Europe/Berlin")),
+            "exact": pa.array([None, *range(6)], pa.decimal128(20, 3)),
+            "id": pa.array(range(count), pa.uint8()),
+        }
+    )
+    features = Features.from_arrow_schema(table.schema)
+    features |= {"image": Image(), "file": Image(), "images": List(Image()), "sound": Audio()}
+    data = Dataset(pa.Table.from_arrays(table.columns, schema=Features(features).arrow_schema))
+    data = data.select([6, 0, 3, 1, 2, 5, 4])  # not as they lie in memory
+    rewritten, _ = rewrite(tmp_path / "run", data)
+    assert rewritten.features["images"] == List(Image()) and rewritten.features["input_id"] == Value("uint8")
+    told, given = rewritten.with_format("arrow")[:], data.with_format("arrow")[:]
+    for name in ("row", "image", "images", "sound", "when", "exact"):
+        assert told[name].to_pylist() == given[name].to_pylist() and told[name].type == given[name].type, name
+    assert told["file"].to_pylist() == [{"bytes": file.getvalue(), "path": "there.jpg"}] * count  # a dataset is whole
+    assert told["input_id"].to_pylist() == [6, 0, 3, 1, 2, 5, 4]
+
+
+def test_missing_gold_answers_are_told(tmp_path):
+    data = [{**row, "answer": None if i in (2, 5) else str(i)} for i, row in enumerate(rows(7))]
+    with pytest.warns(UserWarning, match=r"2 of 7 rows \(2, 5\) have no `answer`: what their demonstrations box is"):
+        rewrite(tmp_path, data)
+    floats = Dataset.from_dict({**Dataset.from_list(rows(2)).to_dict(), "answer": [float("nan"), 1.0]})
+    with pytest.warns(UserWarning, match=r"1 of 2 rows \(0\) have no `answer`"):
+        assert rewrite(tmp_path / "floats", floats)[0]["answer"] == ["0", "1.0"]
+
+
 @pytest.mark.parametrize("output_dir", ["~/run", "run[lr=1]*"])
 def test_a_directory_of_any_name(tmp_path, monkeypatch, output_dir):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))

@@ -1,5 +1,6 @@
 """Verdicts, and what happens to a verification that hangs, crashes or eats memory."""
 
+import base64
 import json
 import os
 import resource
@@ -11,8 +12,10 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from datasets import Dataset, Features, Image, Value
 
 from trl_offpolicy import MathVerifier, Verdict, verification
+from trl_offpolicy.cli import main
 from trl_offpolicy.rows import final_answer
 from trl_offpolicy.verification import MEMORY_LIMIT
 
@@ -363,3 +366,30 @@ def test_plain_numbers_are_checked_without_a_worker():
         told = verifier.check_answers(golds)
         assert told == [v for v, _ in verifier._run([[None, g or ""] for g in golds])]  # what the worker says of all
         assert told[:5] == ["correct"] * 5 and "unparsable" in told
+
+
+def test_the_command_leaves_columns_of_the_user_alone(tmp_path, monkeypatch):
+    """Names that it uses itself are written beside, images as they are stored; a date is the gold answer that it is, a missing one is told."""
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"solution": "\\boxed{2015-03-01}", "answer": "2015-03-01"},
+        {"solution": "\\boxed{8}", "answer": "7", "index": "a", "verdict": "b", "reason": "c", "gold": "2015-03-01", "input_gold": 4},
+        {"solution": "\\boxed{9}", "answer": " "},
+    ]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"problem": "?", **row}) for row in rows))
+    with pytest.warns(UserWarning, match=r"1 of 3 rows \(2\) have no `answer`"):
+        assert main(["verify", "--dataset_name", "rows.jsonl", "--verifier", "exact"]) == 0
+    (odd,) = map(json.loads, (tmp_path / "not_correct.jsonl").read_text().splitlines())
+    assert odd == {
+        "problem": "?", "solution": "\\boxed{8}", "answer": "7", "index": 1, "verdict": "wrong", "reason": odd["reason"], "gold": "7",
+        "input_index": "a", "input_verdict": "b", "input_reason": "c", "input_gold": "2015-03-01", "input_input_gold": 4,
+    }  # fmt: skip
+    features = Features(
+        {"problem": Value("string"), "solution": Value("string"), "answer": Value("string"), "image": Image()}
+    )
+    image = {"bytes": b"no image at all", "path": "a.png"}
+    row = {"problem": "?", "solution": "\\boxed{8}", "answer": "7", "image": image}
+    Dataset.from_list([row], features=features).to_parquet("images.parquet")
+    assert main(["verify", "--dataset_name", "images.parquet", "--verifier", "exact", "--overwrite"]) == 0
+    (odd,) = map(json.loads, (tmp_path / "not_correct.jsonl").read_text().splitlines())
+    assert odd["image"] == {"bytes": base64.b64encode(image["bytes"]).decode(), "path": "a.png"}

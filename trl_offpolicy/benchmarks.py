@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import prompts
-from .rows import content_id, encode_prompt, final_answer, load_rows
+from .rows import content_id, encode_prompt, final_answer, is_missing, load_rows, plain_rows, tell_missing_answers
 
 
 # Name → Hub id, configuration, split. Files of your own take any of these rows' columns: problem or question; answer or final_answer.
@@ -67,7 +67,11 @@ def load_benchmark(name: str):
     """
     if name in BENCHMARKS:
         return name, load_rows(*BENCHMARKS[name])
-    if Path(name).exists() or name.startswith((".", "/", "~")) or Path(name).suffix in (".jsonl", ".json", ".parquet"):
+    if (
+        Path(name).exists()
+        or name.startswith((".", "/", "~"))
+        or Path(name).suffix in (".jsonl", ".json", ".csv", ".parquet")
+    ):
         return Path(name).stem, load_rows(name)
     hub_id, *where = name.split(":")
     if "/" not in hub_id or len(where) > 2:
@@ -94,6 +98,7 @@ def load_benchmarks(names: Iterable[str]) -> dict:
 def read_questions(name: str, rows: Iterable[dict], solve_prompt: str, system_prompt: str | None) -> list[Question]:
     """Every row as a `Question`; a second row with the same prompt and answer has the id `<id>-2`, so its samples are its own."""
     questions, seen = [], {}
+    rows = tell_missing_answers(plain_rows(rows), "answer", "another column's answer, or what the solution boxes,")
     for index, row in enumerate(rows):
         where = f"Row {index} of benchmark {name!r}"
         answer = _answer(row)
@@ -122,7 +127,7 @@ def _answer(row: dict) -> str | None:
     for column in ("answer", "final_answer"):
         value = row.get(column)
         value = ", ".join(map(str, value)) if isinstance(value, list) else value
-        if value not in (None, ""):
+        if not is_missing(value):
             return final_answer(str(value)) or str(value)
     return final_answer(row.get("solution") or "")
 

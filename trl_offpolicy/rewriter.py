@@ -33,13 +33,19 @@ from .rows import (
     Problem,
     Source,
     Verdict,
+    carried_columns,
     copy_id,
+    find_format,
     guided_prompt,
     hub_origin,
+    media_columns,
     number_copies,
     output_features,
     read_rows,
     reference_digest,
+    tell_missing_answers,
+    text_columns,
+    unformatted,
 )
 from .run_log import PeriodicPush, RunLog, log_artifact, wandb_run
 from .sampling import (
@@ -112,11 +118,11 @@ class DataRewriter:
             ValueError: The dataset is empty or lacks a column, a row has no problem or no demonstration (named by number), or
                 `output_dir` holds the attempts of another configuration.
         """
-        dataset = _as_dataset(dataset)
-        columns = list(dataset.column_names)
+        whole = _as_dataset(dataset)
+        dataset = text_columns(whole, self.args.answer_column)
         keys, digest = self._check_rows(dataset)
         own = self.shard.rows(len(keys))
-        dataset, keys = dataset.select(own), keys[own.start : own.stop]
+        whole, dataset, keys = whole.select(own), dataset.select(own), keys[own.start : own.stop]
         if self.args.dry_run:
             self._dry_run(dataset, keys)
             return None
@@ -138,7 +144,7 @@ class DataRewriter:
                     args = self.args
                     open_repo(args.hub_dataset_id, args.hub_private_repo or None, args.hub_token, args.hub_revision)
                 scheduler = self._run(dataset, keys, journal, logged)
-                file = self._write(dataset, keys, columns, scheduler, journal, run)
+                file = self._write(whole, dataset, keys, scheduler, journal, run)
                 self.metrics["seconds"] = round(time.monotonic() - began, 2)
                 self.shard.file(self.output_dir, "metrics.json").write_text(json.dumps(self.metrics, indent=1) + "\n")
                 self._publish(file, run, logged)
@@ -222,7 +228,10 @@ class DataRewriter:
                 )
             return int(problem.id, 16), 1, reference_digest(problem.demonstration)
 
-        problems = read_rows(_iterate(dataset, range(len(dataset))), self.args.answer_column, self.args.solve_prompt)
+        rows = _iterate(dataset, range(len(dataset)))
+        if find_format(dataset.column_names)[1] != self.args.answer_column:
+            rows = tell_missing_answers(rows, self.args.answer_column, "what their demonstrations box")
+        problems = read_rows(rows, self.args.answer_column, self.args.solve_prompt)
         keys = np.fromiter(map(key_of, problems), dtype=KEY)
         if not len(keys):
             raise ValueError("The dataset has no rows: there is nothing to rewrite. Check its split and filters.")
@@ -486,21 +495,29 @@ class DataRewriter:
 
     # ---- rows out ----
 
-    def _write(
-        self, dataset, keys: np.ndarray, columns: list[str], scheduler: Scheduler, journal: Journal, run: str
-    ) -> Path:
-        """Writes the rows, in the order they came in, to a file that is not yet in its place."""
+    def _write(self, whole, dataset, keys: np.ndarray, scheduler: Scheduler, journal: Journal, run: str) -> Path:
+        """Writes the rows, in the order they came in, to a file that is not yet in its place; carried columns as they are stored in `whole`."""
+        import pyarrow as pa
         import pyarrow.parquet as pq
-        from datasets import Dataset
+        from datasets import Dataset, Features
+        from datasets.table import embed_table_storage
 
         file = self.output_dir / f"{self.shard.parquet}.partial"
-        features = output_features(dataset.features, columns, self.args.answer_column)
+        carried = carried_columns(whole.column_names, self.args.answer_column)
+        features = output_features(whole.features, whole.column_names, self.args.answer_column)
+        ours = Features({name: features[name] for name in features if name not in carried.values()})
         schema = features.arrow_schema
         schema = schema.with_metadata({**schema.metadata, RUN_KEY: run.encode()})
+        stored = whole.select_columns(list(carried)).with_format("arrow")
+        media = media_columns(whole)
         with pq.ParquetWriter(file, schema) as writer:
-            for chunk in batched(enumerate(self._problems(dataset, keys)), 1000):
+            for chunk in batched(enumerate(self._problems(dataset, keys)), 100 if media else 1000):
                 rows = [self._row(problem, scheduler.outcome(i), journal) for i, problem in chunk]
-                writer.write_table(Dataset.from_list(rows, features=features).data.table)
+                table = Dataset.from_list(rows, features=ours).data.table
+                for name, column in zip(carried.values(), stored[chunk[0][0] : chunk[-1][0] + 1].columns, strict=True):
+                    table = table.append_column(name, column)
+                table = pa.Table.from_arrays(table.columns, schema=schema)
+                writer.write_table(embed_table_storage(table) if media else table)
         return file
 
     def _publish(self, file: Path, run: str, logged) -> None:
@@ -572,7 +589,6 @@ class DataRewriter:
             "top_p": self.args.top_p,
             "top_k": self.args.top_k,
             "behavior_prompt": self._prompt(problem, outcome.source) if outcome.source == Source.GUIDED else [],
-            **problem.extra,
         }
 
 
@@ -598,11 +614,7 @@ def _as_dataset(dataset):
         raise ValueError(
             f"`rewrite` takes one `datasets.Dataset` (or a list of dicts), not {type(dataset).__name__}. Pass one split, e.g. dataset['train']."
         )
-    if dataset.format["type"] == "custom":
-        raise ValueError(
-            "The dataset has a transform (`with_transform`), which may say something else each time a row is read. Apply it with `dataset.map` instead."
-        )
-    return dataset if dataset.format["type"] is None else dataset.with_format(None)  # tensors are no answers
+    return unformatted(dataset)
 
 
 def _iterate(dataset, rows: range) -> Iterator[dict]:

@@ -32,7 +32,7 @@ from .group_rewards import alignment_reward, diversity_reward, task_gate, total_
 from .initial_policy import InitialPolicy
 from .model_card import agent_card
 from .prompts import GUIDED_PROMPT, REASONING_PROMPT, SOLVE_PROMPT, check, fill
-from .rows import Verdict, encode_prompt, guided_prompt, read_rows
+from .rows import Verdict, encode_prompt, guided_prompt, read_rows, text_columns, unformatted
 from .scoring import causal_lm, head_logits, lm_head, target_log_probs
 from .verification import explain_with, rewards
 
@@ -259,6 +259,8 @@ def agent_dataset(
         ValueError: A row has no problem or no demonstration (named by number), or none is left.
     """
     check(guided_template, "guided_prompt", "problem", "solution")
+    if isinstance(dataset, Dataset):
+        dataset = text_columns(unformatted(dataset), answer_column)
     problems = list(read_rows(dataset, answer_column, solve_prompt))
     golds = [problem.answer for problem in problems]
     compare = getattr(verifier, "check_answers", lambda golds: [gold and Verdict.CORRECT for gold in golds])

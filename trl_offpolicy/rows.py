@@ -14,6 +14,7 @@ import glob
 import hashlib
 import json
 import re
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -82,23 +83,33 @@ def content_id(prompt: list[dict[str, str]], answer: str | None) -> str:
     return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
 
+def unformatted(dataset):
+    """A `datasets.Dataset` with rows of Python's types, whatever `with_format("torch")` made of them; `ValueError` if it has a transform."""
+    if dataset.format["type"] == "custom":
+        raise ValueError(
+            "The dataset has a transform (`with_transform`), which may say something else each time a row is read. Apply it with `dataset.map` instead."
+        )
+    return dataset if dataset.format["type"] is None else dataset.with_format(None)  # tensors are no answers
+
+
 def plain_rows(dataset):
     """
-    A dataset whose rows are of Python's types, whatever `with_format("torch")` made of them, and without images, audio and the like, which
-    nobody here looks at and which take long to decode. Anything else, such as a list of dicts, is left as it is.
+    The same without images, audio and the like, which nobody here looks at and which take long to decode. Anything else, such as a list of
+    dicts, is left as it is.
     """
     from datasets import Dataset
 
     if not isinstance(dataset, Dataset):
         return dataset
-    if dataset.format["type"] == "custom":
-        raise ValueError(
-            "The dataset has a transform (`with_transform`), which may say something else each time a row is read. Apply it with `dataset.map` instead."
-        )
-    if dataset.format["type"] is not None:
-        dataset = dataset.with_format(None)  # tensors are no answers
     media = media_columns(dataset)
-    return dataset.remove_columns(media) if media else dataset
+    return unformatted(dataset.remove_columns(media) if media else dataset)
+
+
+def text_columns(dataset, answer_column: str = "answer"):
+    """The columns of a `datasets.Dataset` that [`read_row`] reads; `ValueError` if there are none such."""
+    carried_columns(dataset.column_names, answer_column)
+    read = {*find_format(dataset.column_names), answer_column, "tools", "chat_template_kwargs"}
+    return dataset.select_columns([name for name in dataset.column_names if name in read])
 
 
 def media_columns(dataset) -> list[str]:
@@ -135,15 +146,21 @@ def carried_columns(columns: Iterable[str], answer_column: str = "answer") -> di
         )
     # A prompt comes out as it came in, and so does a gold answer; `answer` may also hold the demonstration (GSM8K), or be none of ours.
     same = {prompt_column} & {"prompt"} | {answer_column} & {"answer"} - {demonstration_column}
-    carried = {c: f"input_{c}" for c in columns if c in _TAKEN and c not in same}
-    for column in columns:
-        if column not in _TAKEN:
-            name = column
+    return moved([column for column in columns if column not in same], _TAKEN)
+
+
+def moved(columns: Iterable[str], taken: Iterable[str]) -> dict[str, str]:
+    """Column → its name beside columns of ours that have the names `taken`: `input_<name>` if it is one of them."""
+    columns = list(columns)
+    names = {column: f"input_{column}" for column in columns if column in taken}
+    for name in columns:
+        if name not in taken:
+            column = name
             # A dataset that was rewritten before has an `input_completion`, and a `completion` that is the demonstration now.
-            while name in carried.values():
+            while name in names.values():
                 name = f"input_{name}"
-            carried[column] = name
-    return {column: carried[column] for column in columns if column in carried}
+            names[column] = name
+    return {column: names[column] for column in columns}
 
 
 @lru_cache(16)  # the same for every row of a dataset
@@ -196,12 +213,37 @@ def read_row(row: dict, index: int, answer_column: str, solve_prompt: str) -> Pr
             f"Row {index}: `{answer_column}` is {answer!r:.200}; a gold answer is one text. Write it so, name another column, or rename this "
             "one with `dataset.rename_column`, and the last box of each demonstration is its answer."
         )
-    answer = ("" if answer is None else str(answer).strip()) or final_answer(demonstration)
+    answer = final_answer(demonstration) if is_missing(answer) else str(answer).strip()
     row_id = content_id(prompt, answer)
     if prompt_column in ("problem", "question"):
         prompt = [{"role": "user", "content": fill(solve_prompt, problem=user_turns[-1])}]
     extra = {new: row[old] for old, new in carried.items()}
     return Problem(row_id, prompt, user_turns[-1], demonstration, answer, extra)
+
+
+def is_missing(value) -> bool:
+    """Whether a cell says nothing: null, NaN (what a table of numbers has for it), or blank."""
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
+
+
+def tell_missing_answers(rows: Iterable[dict], column: str, instead: str) -> Iterator[dict]:
+    """Hands the rows on, and at their end warns of those where `column`, which some row has, says nothing."""
+    total, missing = 0, []
+    for total, row in enumerate(rows, 1):
+        if column in row and is_missing(row[column]):
+            missing.append(total - 1)
+        yield row
+    if missing:
+        warnings.warn(
+            f"{numbered(missing, total)} no `{column}`: {instead} is taken for the gold answer. Fill it in, or drop them with `dataset.filter`.",
+            stacklevel=2,
+        )
+
+
+def numbered(indices: Sequence[int], total: int) -> str:
+    """`3 of 40 rows (5, 7, 12) have`: how many rows something is said of, and which."""
+    shown = ", ".join(map(str, indices[:10])) + (f" and {len(indices) - 10:,} more" if len(indices) > 10 else "")
+    return f"{len(indices):,} of {total:,} rows ({shown}) have"
 
 
 def guided_prompt(problem: Problem, template: str = GUIDED_PROMPT) -> list[dict[str, str]]:

@@ -1,5 +1,6 @@
 """`trl-offpolicy verify`."""
 
+import base64
 import json
 import os
 import sys
@@ -11,11 +12,22 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from ..rewriter import batched
-from ..rows import Source, Verdict, carried_columns, read_row
+from ..rows import (
+    Source,
+    Verdict,
+    carried_columns,
+    find_format,
+    media_columns,
+    moved,
+    plain_rows,
+    read_row,
+    tell_missing_answers,
+)
 from ..verification import explain_with
 from .arguments import DatasetArguments, VerifierArguments, load_dataset, make_verifier, parser_for
 
 
+ODD = ("index", "verdict", "reason", "gold")  # what is said of a row that is not correct
 VERIFY_EXAMPLES = """\
 examples:
   trl-offpolicy verify --dataset_name runs/gsm8k/dataset                                    # what a rewrite wrote
@@ -25,7 +37,7 @@ examples:
   trl-offpolicy verify --dataset_name code.jsonl --completion_column completion --answer_column tests --verifier code
 
 Columns are those of `rewrite` (the demonstration is what is checked), or the two that you name. Exit code 0 says that all
-rows were checked, not that they are correct.
+rows were checked, not that they are correct. A column of yours called index, verdict, reason or gold is written as input_<name>.
 """
 
 
@@ -58,7 +70,10 @@ def verify(argv: list[str]) -> int:
     if output.exists() and not arguments.overwrite:
         raise ValueError(f"{output} exists; pass --overwrite to replace it, or another --output_file.")
     dataset = load_dataset(arguments)
-    rows = _to_verify(dataset, arguments)
+    rows = _to_verify(plain_rows(dataset), arguments)
+    media = media_columns(dataset)
+    stored = dataset.select_columns(media).with_format("arrow")  # images and the like as they are stored
+    names = moved(dataset.column_names, ODD)
     counts: Counter = Counter()
     with make_verifier(arguments) as verifier, tqdm(total=len(dataset), unit="row") as bar:
         try:
@@ -70,8 +85,10 @@ def verify(argv: list[str]) -> int:
                         source = row.get("source")
                         counts[source if source in set(Source) else "", verdict] += 1
                         if verdict is not Verdict.CORRECT:
-                            odd = {"index": index, "verdict": verdict, "reason": reason, "gold": answer}
-                            file.write(json.dumps({**row, **odd}, default=str) + "\n")
+                            odd = dict(zip(ODD, (index, verdict, reason, answer), strict=True))
+                            row = row | (stored[index : index + 1].to_pylist()[0] if media else {})
+                            row = {new: row[name] for name, new in names.items()}
+                            file.write(json.dumps({**row, **odd}, default=_as_text) + "\n")
                     bar.update(len(chunk))
         except KeyboardInterrupt:
             print(f"\nstopped; {output} has what was found so far.", file=sys.stderr)
@@ -80,6 +97,11 @@ def verify(argv: list[str]) -> int:
     bad = sum(n for (_, verdict), n in counts.items() if verdict is not Verdict.CORRECT)
     print(f"{bad:,} rows that are not correct: {output}" if bad else "every row is correct")
     return 0
+
+
+def _as_text(value) -> str:
+    """What JSON cannot hold: bytes in base64, dates and the like as they are printed."""
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
 
 
 @contextmanager
@@ -113,7 +135,10 @@ def _to_verify(dataset, arguments: VerifyArguments):
         problem = read_row(row, index, arguments.answer_column, "{problem}")
         return index, row, problem.demonstration, answer if isinstance(answer, (list, dict)) else problem.answer
 
-    return (read(index, row) for index, row in enumerate(dataset))
+    rows = dataset
+    if not named and find_format(dataset.column_names)[1] != arguments.answer_column:
+        rows = tell_missing_answers(rows, arguments.answer_column, "what their demonstrations box")
+    return (read(index, row) for index, row in enumerate(rows))
 
 
 def _text(value, index: int, column: str) -> str:
