@@ -381,6 +381,31 @@ def test_psft_resumes_at_the_start_of_an_outer_batch(tmp_path, tiny_model, token
     assert all(torch.equal(p, q) for p, q in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"objective": "asft"}, {"objective": "psft", "steps_per_outer_batch": 0}],
+    ids=str,
+)
+def test_a_checkpoint_is_not_taken_for_the_initial_policy(tmp_path, tiny_model, tokenizer, settings):
+    """Resumed with the checkpoint as the model, KL and ratios would be to the checkpoint."""
+
+    def trainer(model, **kwargs):
+        args = config(ImportanceWeightedSFTConfig, tmp_path / "run", save_strategy="steps", save_steps=1, **settings, **kwargs)  # fmt: skip
+        return ImportanceWeightedSFTTrainer(model, args, train_dataset=demonstrations(4), processing_class=tokenizer)
+
+    tiny_model.save_pretrained(tmp_path / "base")
+    trainer(str(tmp_path / "base"), max_steps=1).train()
+    checkpoint = str(tmp_path / "run" / "checkpoint-1")
+    for resume in (True, checkpoint):
+        with pytest.raises(
+            ValueError, match=r"checkpoint-1 began with the model '.*base', .* you passed '.*checkpoint-1'"
+        ):
+            trainer(checkpoint, max_steps=2).train(resume_from_checkpoint=resume)
+    resumed = trainer(str(tmp_path / "base"), max_steps=2)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 2
+
+
 def test_what_cannot_be_weighted_is_refused(tmp_path, tiny_model, tokenizer):
     def trainer(data, **kwargs):
         args = config(ImportanceWeightedSFTConfig, tmp_path, **kwargs)
@@ -398,7 +423,7 @@ def test_what_cannot_be_weighted_is_refused(tmp_path, tiny_model, tokenizer):
     # What needs hardware or a vision model to reach, by the flag that it sets.
     built = trainer(rewritten(tokenizer), objective="asft")
     built._is_vision_dataset = True
-    with pytest.raises(ValueError, match=r"drop the columns \['behavior_log_probs', 'completion_ids', 'source'"):
+    with pytest.raises(ValueError, match=r"drop the columns \['behavior_log_probs', 'completion_ids'\]"):
         built._refuse_what_has_no_weights()
     own = trainer(demonstrations().map(lambda _: {"source": "web"}), objective="dft")
     own._is_vision_dataset = True

@@ -6,12 +6,14 @@ import math
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig
+from transformers import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -76,6 +78,11 @@ def train(trainer, **kwargs):
     trainer.train(**kwargs)
     history = [e for e in trainer.state.log_history if "loss" in e]
     return [(e["loss"], e["grad_norm"], e["entropy"], e["mean_token_accuracy"]) for e in history], history
+
+
+def first_loss(trainer):
+    trainer.model.train()
+    return trainer.compute_loss(trainer.model, dict(next(iter(trainer.get_train_dataloader())))).item()
 
 
 LAYOUTS = {
@@ -437,18 +444,85 @@ def test_prepared_rows_are_not_prepared_again(tmp_path, tiny_model, tokenizer, s
 def test_a_source_column_of_the_users_own_means_nothing(tmp_path, tiny_model, tokenizer, own, streaming):
     """Rows that name no source of ours are TRL's, whatever the column holds."""
     data = demonstrations().map(lambda _: {"source": own})
-    weighted = data.map(lambda _: {"weight": 1.0})  # ours, because of the weight
+    weighted = data.map(lambda _: {"weight": 1.0})  # prepared by us, because of the weight
     losses = []
     for cls, conf, kwargs, rows in (
         (DFTTrainer, DFTConfig, {}, data),
-        (DFTTrainer, DFTConfig, {}, weighted),
+        (DFTTrainer, DFTConfig, {"weight_column": "weight"}, weighted),
         (SFTTrainer, SFTConfig, {"loss_type": "dft"}, data),
     ):
         if streaming:
             rows = rows.to_iterable_dataset()
         trainer = cls(copy.deepcopy(tiny_model), config(conf, tmp_path, **kwargs), train_dataset=rows, processing_class=tokenizer)  # fmt: skip
-        losses.append([loss for loss, *_ in train(trainer)[0]])
+        losses.append(first_loss(trainer))
     assert losses[0] == pytest.approx(losses[2], abs=1e-6) and losses[1] == pytest.approx(losses[2], abs=1e-6)
+
+
+@pytest.mark.parametrize("own", ["heavy", [1, 2, 3], 7.5])
+@pytest.mark.parametrize("kind", ["rows", "stream", "packed", "tokenized", "skip_prepare_dataset"])
+def test_a_weight_column_of_the_users_own_means_nothing(tmp_path, tiny_model, tokenizer, own, kind):
+    """Nor do `source` and `source_ids`: a script in which only the import changed trains as before."""
+    data = demonstrations().map(lambda _: {"weight": own, "source": "expert", "source_ids": own})
+    settings = {"packing": True, "max_length": 64} if kind == "packed" else {}
+    if kind in ("tokenized", "skip_prepare_dataset"):
+        trainer = SFTTrainer(copy.deepcopy(tiny_model), config(SFTConfig, tmp_path), train_dataset=data, processing_class=tokenizer)  # fmt: skip
+        data = trainer.train_dataset
+    if kind == "skip_prepare_dataset":
+        settings = {"dataset_kwargs": {"skip_prepare_dataset": True}}
+    if kind == "stream":
+        data = data.to_iterable_dataset()
+    losses = []
+    for cls in (ImportanceWeightedSFTTrainer, SFTTrainer):
+        trainer = cls(copy.deepcopy(tiny_model), config(SFTConfig, tmp_path, **settings), train_dataset=data, processing_class=tokenizer)  # fmt: skip
+        losses.append(first_loss(trainer))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_what_is_done_with_a_weight_or_a_source_is_said(tmp_path, tiny_model, tokenizer):
+    data = demonstrations().map(lambda _, i: {"weight": 1.0 + i, "importance": 3.0}, with_indices=True)
+
+    def trainer(data, **kwargs):
+        args = config(ImportanceWeightedSFTConfig, tmp_path, **kwargs)
+        return ImportanceWeightedSFTTrainer(
+            copy.deepcopy(tiny_model), args, train_dataset=data, processing_class=tokenizer
+        )
+
+    with pytest.warns(UserWarning, match="`weight` has no effect.* write weight_column='weight'"):
+        plain = first_loss(trainer(data))
+    with pytest.warns(UserWarning, match="The column `importance` multiplies"):
+        assert first_loss(trainer(data, weight_column="importance")) == pytest.approx(3 * plain, rel=1e-5)
+    with pytest.warns(UserWarning, match="The column `weight` multiplies"):
+        trainer(rewritten(tokenizer).map(lambda _: {"weight": 2.0}))
+    with pytest.raises(ValueError, match=r"weight_column='wight', but the training rows have the columns \['prompt'"):
+        trainer(data, weight_column="wight")
+    unknown = rewritten(tokenizer).map(lambda row: {"source": row["source"].replace("expert", "teacher")})
+    for rows in (unknown, unknown.to_iterable_dataset()):
+        with pytest.warns(
+            UserWarning, match="`source` holds 'teacher', which is none of self, guided, expert"
+        ) as said:
+            first_loss(trainer(rows))
+        assert len({str(w.message) for w in said if "teacher" in str(w.message)}) == 1
+    with pytest.warns(UserWarning, match="chooses by source, but the dataset has no column `source`"):
+        trainer(demonstrations(), objective={"self": "iw"})
+
+
+def test_a_weight_that_is_not_finite_never_reaches_the_optimizer(tmp_path, tiny_model, tokenizer):
+    def nan_at_one_token(log_probs, mask, **known):
+        weights = torch.ones_like(log_probs)
+        weights[1, mask[1].nonzero()[0]] = math.nan
+        return weights
+
+    impossible = rewritten(tokenizer).map(lambda row: {"behavior_log_probs": [-1e4] * len(row["completion_ids"])})
+    for data, kwargs, message in (
+        (demonstrations(), {"objective": nan_at_one_token}, "weight of a token is nan under objective='nan_at_one_token'"),
+        (impossible, {"clip_max": None}, "weight of a token is inf under objective='iw'.* and a clip_max"),
+    ):  # fmt: skip
+        args = config(ImportanceWeightedSFTConfig, tmp_path, **kwargs)
+        trainer = ImportanceWeightedSFTTrainer(tiny_model, args, train_dataset=data, processing_class=tokenizer)
+        with pytest.raises(ValueError, match=message) as raised:
+            trainer.train()
+        assert "assistant" in str(raised.value)  # the row, up to the token
+        assert all(p.isfinite().all() for p in tiny_model.parameters())
 
 
 def test_a_collator_that_drops_the_columns_is_refused(tmp_path, tiny_model, tokenizer):
@@ -458,8 +532,9 @@ def test_a_collator_that_drops_the_columns_is_refused(tmp_path, tiny_model, toke
     class OwnWithColumns(RewriteDataCollator):
         pass
 
-    def first_loss(collator, data):
-        args = config(ImportanceWeightedSFTConfig, tmp_path, objective="nll", max_steps=1)
+    def first_logged_loss(collator, data):
+        weight_column = "weight" if "weight" in data.column_names else None
+        args = config(ImportanceWeightedSFTConfig, tmp_path, objective="nll", max_steps=1, weight_column=weight_column)
         trainer = ImportanceWeightedSFTTrainer(
             copy.deepcopy(tiny_model), args, collator, data, eval_dataset=demonstrations(), processing_class=tokenizer
         )
@@ -468,8 +543,9 @@ def test_a_collator_that_drops_the_columns_is_refused(tmp_path, tiny_model, toke
     own, with_columns = (cls(pad_token_id=tokenizer.pad_token_id) for cls in (Own, OwnWithColumns))
     weighted = demonstrations().map(lambda _: {"weight": 5.0})
     with pytest.raises(ValueError, match="Own leaves them out .* subclass trl_offpolicy.RewriteDataCollator"):
-        first_loss(own, weighted)
-    assert first_loss(with_columns, weighted) == pytest.approx(5 * first_loss(own, demonstrations()), rel=1e-5)
+        first_logged_loss(own, weighted)
+    plain = first_logged_loss(own, demonstrations())
+    assert first_logged_loss(with_columns, weighted) == pytest.approx(5 * plain, rel=1e-5)
 
 
 def test_weights_with_compute_metrics_and_predict(tmp_path, tiny_model, tokenizer):
@@ -477,7 +553,7 @@ def test_weights_with_compute_metrics_and_predict(tmp_path, tiny_model, tokenize
     data = demonstrations().map(lambda _, i: {"weight": 0.5 + i}, with_indices=True)
 
     def trainer(**kwargs):
-        args = config(ImportanceWeightedSFTConfig, tmp_path, objective="nll", **kwargs)
+        args = config(ImportanceWeightedSFTConfig, tmp_path, objective="nll", weight_column="weight", **kwargs)
         return ImportanceWeightedSFTTrainer(
             copy.deepcopy(tiny_model), args, train_dataset=data, eval_dataset=data, processing_class=tokenizer,
             compute_metrics=lambda predictions: {"rows": len(predictions.predictions)},
@@ -488,8 +564,11 @@ def test_weights_with_compute_metrics_and_predict(tmp_path, tiny_model, tokenize
     assert metrics["eval_rows"] == 10
     weighted.compute_metrics = None
     assert weighted.evaluate()["eval_loss"] == pytest.approx(metrics["eval_loss"], abs=1e-6)
-    predicted = weighted.predict(weighted.eval_dataset).metrics
-    assert predicted["test_loss"] == pytest.approx(metrics["eval_loss"], abs=1e-6)
+    predicted = weighted.predict(weighted.eval_dataset.select([0, 1])).metrics
+    assert predicted["test_loss"] != pytest.approx(metrics["eval_loss"], abs=1e-3)
+    again = weighted.evaluate()  # what was predicted is no part of it
+    assert again["eval_nll"] == pytest.approx(metrics["eval_nll"], abs=1e-6)
+    assert again["eval_mean_token_accuracy"] == pytest.approx(metrics["eval_mean_token_accuracy"], abs=1e-6)
     with pytest.raises(ValueError, match="`weight` has no effect on label smoothing"):
         trainer(label_smoothing_factor=0.1).evaluate()
 
@@ -685,8 +764,16 @@ def test_same_evaluation_as_trl(tmp_path, tiny_model, tokenizer):
             compute_metrics=compute_metrics,
         )
         metrics = {**trainer.evaluate(), **trainer.evaluate(demonstrations(4), metric_key_prefix="eval_raw")}
-        results.append({k: v for k, v in metrics.items() if k.endswith(("_loss", "_logits", "_labels"))})
-    assert len(results[1]) == 9 and results[0] == pytest.approx(results[1], rel=1e-6)
+        results.append({k: v for k, v in metrics.items() if not k.endswith(("_runtime", "_per_second", "_time"))})
+    ours, theirs = results
+    assert {
+        "eval_a_loss",
+        "eval_b_logits",
+        "eval_raw_labels",
+        "eval_entropy",
+        "eval_mean_token_accuracy",
+    } <= theirs.keys()
+    assert {k: ours[k] for k in theirs} == pytest.approx(theirs, rel=1e-6)
 
 
 def test_same_updates_as_trl_on_a_mixture_of_experts(tmp_path, tokenizer):
@@ -763,6 +850,7 @@ trainer = t.ImportanceWeightedSFTTrainer(model, args, train_dataset=t.rewritten(
 trainer.train()
 if {processes} == 2:
     t.compare_sharded_gradients(tokenizer, {model!r}, {out!r})
+    t.compare_uneven_rows(tokenizer, {model!r}, {out!r})
 if trainer.accelerator.is_main_process:
     torch.save((trainer.accelerator.num_processes, trainer.state.log_history, model.state_dict()), {out!r} + ".pt")
 """
@@ -798,6 +886,50 @@ def compare_sharded_gradients(tokenizer, model_name, out):
         fully_shard(whole, mesh=mesh)
     assert isinstance(next(model.parameters()), DTensor)
     torch.testing.assert_close(gradients(), expected, atol=1e-6, rtol=1e-5)
+
+
+def compare_uneven_rows(tokenizer, model_name, out):
+    """
+    Seven padded rows in batches of four: TRL's sampler repeats one, and that is all that the loss differs by from the plain sum. And a
+    callback that logs in one process only, as many do, does not hang.
+    """
+    from accelerate.utils import gather_object
+    from transformers import AutoModelForCausalLM, TrainerCallback
+
+    def recording(cls):
+        class Recording(cls, TrainerCallback):
+            def training_step(self, model, inputs, *args, **kwargs):
+                step = gather_object([(inputs["input_ids"].tolist(), inputs["labels"].tolist())])
+                self.steps = [*getattr(self, "steps", []), step]
+                return super().training_step(model, inputs, *args, **kwargs)
+
+        return Recording
+
+    class LogInOneProcess(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.is_world_process_zero:
+                self.trainer.log({"seen": state.global_step})
+
+    model = AutoModelForCausalLM.from_pretrained(model_name)
+    results = []
+    for cls in (SFTTrainer, ImportanceWeightedSFTTrainer):
+        args = config(SFTConfig, out, per_device_train_batch_size=2, max_steps=2, learning_rate=0.0)
+        callback = LogInOneProcess()
+        trainer = recording(cls)(copy.deepcopy(model), args, train_dataset=demonstrations(7), processing_class=tokenizer, callbacks=[callback])  # fmt: skip
+        callback.trainer = trainer
+        results.append([e[0] for e in train(trainer)[0]])
+        expected, rows = [], []
+        for step in trainer.steps:
+            total, count = 0.0, 0
+            for ids, labels in ((i, lab) for part in step for i, lab in zip(*part, strict=True)):
+                kept = [t for t, label in enumerate(labels) if label != -100]
+                rows.append(tuple(ids[: kept[-1] + 1]))
+                log_p = model(torch.tensor([ids[: kept[-1] + 1]])).logits[0].log_softmax(-1)
+                total, count = total - sum(log_p[t - 1, labels[t]].item() for t in kept), count + len(kept)
+            expected.append(total / count)
+        assert len(rows) == 8 and len(set(rows)) == 7
+        assert results[-1] == pytest.approx(expected, rel=1e-3), cls  # logged with four digits
+    assert results[0] == pytest.approx(results[1], abs=1e-6)
 
 
 def test_two_processes_equal_one(tmp_path, tiny_model, tokenizer):
@@ -839,13 +971,61 @@ def test_two_processes_equal_one(tmp_path, tiny_model, tokenizer):
         torch.testing.assert_close(p, weights2[name], atol=1e-6, rtol=1e-5)
 
 
+@dataclass
+class OwnConfig(SFTConfig):
+    """A user's own, with a field and a method."""
+
+    curriculum: str = "none"
+
+    def twice(self):
+        return 2 * self.max_steps
+
+
 def test_any_sft_config_is_accepted(tmp_path, tiny_model, tokenizer):
-    """TRL's own config, `_token` fields included (TrainingArguments.to_dict masks those)."""
-    args = config(SFTConfig, tmp_path, eos_token="<|im_end|>", loss_type="dft", max_steps=1)
+    """TRL's own config, `_token` fields included (TrainingArguments.to_dict masks those), or a user's: nothing of it is lost."""
+    args = config(OwnConfig, tmp_path, eos_token="<|im_end|>", loss_type="dft", max_steps=1, curriculum="easy first")
+    args.note = {"set": "afterwards"}
     trainer = ImportanceWeightedSFTTrainer(
         tiny_model, args, train_dataset=demonstrations(), processing_class=tokenizer
     )
     assert (trainer.args.eos_token, trainer.args.objective, trainer.args.max_steps) == ("<|im_end|>", "dft", 1)
+    trainer.save_model(tmp_path / "saved")
+    saved = torch.load(tmp_path / "saved" / "training_args.bin", weights_only=False)
+    for ours in (trainer.args, copy.copy(trainer.args), saved):
+        assert isinstance(ours, OwnConfig) and isinstance(ours, ImportanceWeightedSFTConfig)
+        assert (ours.curriculum, ours.note, ours.twice(), ours.clip_max) == (
+            "easy first",
+            {"set": "afterwards"},
+            2,
+            3.0,
+        )
+        assert (ours.to_dict()["curriculum"], ours.to_dict()["objective"]) == ("easy first", "dft")
+    assert type(ImportanceWeightedSFTConfig.of(config(SFTConfig, tmp_path))) is ImportanceWeightedSFTConfig
+    plain = DFTConfig.of(config(TrainingArguments, tmp_path, learning_rate=0.5))
+    assert (type(plain), plain.learning_rate, plain.objective) == (DFTConfig, 0.5, "dft")
+
+
+def test_the_objective_follows_the_loss_type_unless_it_is_given(tmp_path, tiny_model, tokenizer):
+    def objective(cls=ImportanceWeightedSFTConfig, **kwargs):
+        made = config(cls, tmp_path, **kwargs)
+        assert made.loss_type == "nll"  # TRL's weighting would come on top
+        return made.objective
+
+    assert [objective(), objective(loss_type="nll"), objective(DFTConfig)] == ["iw", "iw", "dft"]
+    assert [objective(loss_type="dft"), objective(loss_type="dft", objective="dft")] == ["dft", "dft"]
+    with pytest.warns(FutureWarning, match="chunked_nll"):
+        assert objective(loss_type="chunked_nll") == "nll"
+        assert objective(loss_type="chunked_nll", objective="dft") == "dft"
+    assert objective(label_smoothing_factor=0.1) == "nll"
+
+    def trained(args, cls=ImportanceWeightedSFTTrainer, **kwargs):
+        return cls(tiny_model, args, train_dataset=demonstrations(), processing_class=tokenizer, **kwargs).objective
+
+    assert trained(config(ImportanceWeightedSFTConfig, tmp_path), DFTTrainer) == "dft"
+    assert trained(config(ImportanceWeightedSFTConfig, tmp_path, objective="iw"), DFTTrainer) == "iw"
+    own_loss = {"compute_loss_func": lambda *_, **__: torch.tensor(0.0)}
+    for args in (config(ImportanceWeightedSFTConfig, tmp_path), config(SFTConfig, tmp_path)):
+        assert trained(args, **own_loss) == "nll"
 
 
 @pytest.mark.parametrize(
@@ -853,15 +1033,64 @@ def test_any_sft_config_is_accepted(tmp_path, tiny_model, tokenizer):
     [
         ({"completion_ids": [5, 6], "behavior_log_probs": [-1.0]}, "2 `completion_ids` but 1 `behavior_log_probs`"),
         ({"completion_ids": [], "behavior_log_probs": [-1.0]}, "no `completion_ids`"),
-        ({"completion_ids": [5], "behavior_log_probs": [-1.0], "temperature": 0.7}, "temperature=0.7"),
+        ({"completion_ids": [5], "behavior_log_probs": [-1.0], "temperature": 0.7}, "was sampled at temperature=0.7"),
+        ({"completion_ids": [5], "behavior_log_probs": [-math.inf]}, "has -inf among its `behavior_log_probs`"),
+        ({"completion_ids": [5], "behavior_log_probs": [math.nan]}, "has nan among its `behavior_log_probs`"),
+        ({"completion_ids": [5], "behavior_log_probs": [None]}, "has None among its `behavior_log_probs`"),
+        ({"completion_ids": [5], "behavior_log_probs": [2.0]}, "has 2.0 among its `behavior_log_probs`"),
+        ({"completion_ids": [-5], "behavior_log_probs": [-1.0]}, "has -5 among its `completion_ids`"),
+        ({"completion_ids": [None], "behavior_log_probs": [-1.0]}, "has None among its `completion_ids`"),
+        ({"completion_ids": [10**12], "behavior_log_probs": [-1.0]}, "has 1000000000000 among its `completion_ids`"),
+        ({"weight": math.nan}, "has weight=nan, and a weight must be a finite number"),
     ],
+    ids=str,
 )
 def test_contradicting_columns_are_refused(tmp_path, tiny_model, tokenizer, change, message):
-    data = Dataset.from_list([{**rewritten(tokenizer)[0], **change}])
-    with pytest.raises(ValueError, match=message):
+    good, changed = rewritten(tokenizer).select([0, 1]).map(lambda _: {"weight": 1.0}).to_list()
+    data = Dataset.from_list([good, {**changed, **change}])
+    with pytest.raises(ValueError, match=f"Row 1 .*{message}"):
         ImportanceWeightedSFTTrainer(
             tiny_model, config(ImportanceWeightedSFTConfig, tmp_path), train_dataset=data, processing_class=tokenizer
         )
+
+
+def test_ids_outside_the_vocabulary_and_what_a_stream_holds(tmp_path, tiny_model, tokenizer):
+    good, other = rewritten(tokenizer).select([0, 1]).to_list()
+    beyond = {"completion_ids": [*other["completion_ids"], 10**6], "behavior_log_probs": []}
+    missing = {"completion_ids": [5], "behavior_log_probs": [math.nan]}
+
+    def trainer(change, streaming, **kwargs):
+        data = Dataset.from_list([good, {**other, **change}])
+        data = data.to_iterable_dataset() if streaming else data
+        args = config(ImportanceWeightedSFTConfig, tmp_path, **kwargs)
+        return ImportanceWeightedSFTTrainer(
+            tiny_model, args, train_dataset=data, eval_dataset=data, processing_class=tokenizer
+        )
+
+    for scored in (True, False):  # before anything is asked of the model
+        with pytest.raises(ValueError, match="Row 1 of the train dataset has token ids of up to 1000000"):
+            trainer(beyond, False, precompute_behavior_log_probs=scored)
+    with pytest.raises(ValueError, match="Row 1 of the eval dataset has token ids of up to 1000000"):
+        trainer({}, False).evaluate(Dataset.from_list([good, {**other, **beyond}]))
+    for change, message in ((beyond, "token id 1000000, but the model has"), (missing, "Row 1 has nan among")):
+        with pytest.raises(ValueError, match=message):
+            next(iter(trainer(change, True).get_train_dataloader()))
+
+
+def test_rows_without_a_target_and_vllms_whole_vocabulary(tmp_path, tiny_model, tokenizer):
+    def trainer(data, **kwargs):
+        args = config(ImportanceWeightedSFTConfig, tmp_path, **kwargs)
+        return ImportanceWeightedSFTTrainer(tiny_model, args, train_dataset=data, processing_class=tokenizer)
+
+    for data, kwargs in (
+        (demonstrations(), {"max_length": 2}),
+        (rewritten(tokenizer), {"max_length": 2}),
+        (Dataset.from_list([{"input_ids": [5, 6], "labels": [-100, -100]}] * 3), {"packing": True, "max_length": 64}),
+    ):
+        with pytest.raises(ValueError, match=f"None of the {len(data)} training rows has a token to train on within"):
+            trainer(data, **kwargs)
+    known = trainer(rewritten(tokenizer).map(lambda _: {"top_k": -1, "top_p": 1.0})).train_dataset[0]
+    assert any(x < 0 for x in known["behavior_log_probs"])
 
 
 @pytest.mark.parametrize(
@@ -879,8 +1108,8 @@ def test_contradicting_columns_are_refused(tmp_path, tiny_model, tokenizer, chan
         ),
         ({"objective": "iw_sequence", "eval_packing": True}, "eval_packing=True without packing=True"),
         ({"clip_mode": "clip"}, "use one of \\['truncate', 'mask'\\]"),
-        ({"loss_type": "dft"}, "write objective='dft'"),
-        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"),
+        ({"objective": "iw", "loss_type": "dft"}, "write objective='dft'"),
+        ({"objective": "iw", "label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"),
         ({"expert_weighting": "zero"}, "use one of"),
         ({"clip_min": 2.0, "clip_max": 1.0}, "clip_min=2.0 above clip_max=1.0"),
         ({"beta": -0.1}, "beta=-0.1; it must be at least 0"),
@@ -898,7 +1127,7 @@ def test_arguments_that_contradict_the_objective_are_refused(tmp_path, tiny_mode
     with pytest.raises(ValueError, match="You passed label_smoothing_factor=0.1"):
         DFTTrainer(tiny_model, smoothed, **kwargs)
     assert ImportanceWeightedSFTTrainer(tiny_model, smoothed, **kwargs).objective == "nll"
-    args = config(ImportanceWeightedSFTConfig, tmp_path)
+    args = config(ImportanceWeightedSFTConfig, tmp_path, objective="iw")
     with pytest.raises(ValueError, match="`compute_loss_func` together with objective='iw'"):
         ImportanceWeightedSFTTrainer(
             tiny_model, args, None, demonstrations(), None, tokenizer, lambda *_, **__: torch.tensor(0.0)

@@ -1,6 +1,9 @@
 """Per-token columns (log μ, source, weight): aligned with a row's `input_ids`, and kept so by `RewriteDataCollator`."""
 
+import math
+import warnings
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any
 
 import torch
@@ -21,8 +24,8 @@ TOKEN_COLUMNS = {
     "weight": (1.0, torch.float32),
 }
 SOURCE_IDS = {str(source): i for i, source in enumerate(Source)}
-# Any of them makes a dataset one that we have to align.
-ROW_COLUMNS = {"completion_ids", "behavior_log_probs", "source", "weight"}
+# Either makes a dataset one that we have to align: no one else's rows have them. A `source` or a `weight` alone may mean anything.
+ROW_COLUMNS = {"completion_ids", "behavior_log_probs"}
 
 
 @dataclass
@@ -30,10 +33,16 @@ class RewriteDataCollator(DataCollatorForLanguageModeling):
     """
     TRL's language-modelling batch plus, where the examples have them, `behavior_log_probs` (B, T) float32, NaN where μ is
     unknown, `reference_log_probs` (B, T) float32 likewise, `source_ids` (B, T) int8, -1 on padding, and `weight` (B, T) float32,
-    the example's own weight; aligned with `input_ids` padded, padding-free and packed.
+    the example's own weight; aligned with `input_ids` padded, padding-free and packed. `source_ids` and `weight` count beside
+    `behavior_log_probs` only: examples without it have columns of the user's own.
 
-    Raises `ValueError` when a column does not have one value per token.
+    Args:
+        vocab_size (`int`, *optional*): Number of the model's token embeddings; the trainer sets it.
+
+    Raises `ValueError` when a column does not have one value per token, or a token id is none of the model's.
     """
+
+    vocab_size: int | None = None
 
     @classmethod
     def like(cls, collator: DataCollatorForLanguageModeling) -> "RewriteDataCollator":
@@ -42,8 +51,15 @@ class RewriteDataCollator(DataCollatorForLanguageModeling):
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         output = super().torch_call(examples)
+        if self.vocab_size is not None and int(output["input_ids"].max()) >= self.vocab_size:
+            row = next(example["input_ids"] for example in examples if max(example["input_ids"]) >= self.vocab_size)
+            raise ValueError(
+                f"A row holds the token id {max(row)}, but the model has {self.vocab_size} token embeddings: it was tokenized for another "
+                f"model. Its ids start with {row[:20]}."
+            )
+        aligned = "behavior_log_probs" in examples[0]
         for name, (padding, dtype) in TOKEN_COLUMNS.items():
-            if name not in examples[0]:
+            if name not in examples[0] or (name in ("source_ids", "weight") and not aligned):
                 continue
             columns = [torch.tensor(example[name], dtype=dtype) for example in examples]
             for column, example in zip(columns, examples, strict=True):
@@ -70,10 +86,18 @@ def encode_prompt_of(row: dict, prompt: list | str, processing_class, chat_templ
 
 
 def align_row(
-    example: dict, processing_class, chat_template: str | None, completion_only: bool, recompute: bool = False
+    example: dict,
+    index: int,
+    processing_class,
+    chat_template: str | None,
+    completion_only: bool,
+    recompute: bool = False,
+    source_column: str | None = None,
+    weight_column: str | None = None,
+    streaming: bool = False,
 ) -> dict:
     """
-    `input_ids`, `labels`, `behavior_log_probs`, `source_ids` and `weight` of one row, all of the same length.
+    `input_ids`, `labels`, `behavior_log_probs`, `source_ids` and `weight` of row `index`, all of the same length.
 
     A row with `completion_ids` becomes prompt + those ids; any other keeps what TRL made of it, with μ unknown. With
     `recompute` the row's own log-probs are left out, and it is only checked that they can be computed.
@@ -81,52 +105,87 @@ def align_row(
     completion_ids = example.get("completion_ids") or []
     text = next((example[name] for name in ("prompt", "messages", "text") if name in example), "")  # for errors
     log_probs = [] if recompute else example.get("behavior_log_probs") or []
+    _check_numbers(index, completion_ids, log_probs, text)
     input_ids, labels = example["input_ids"], example["labels"]
     if completion_ids:
         if "prompt" not in example:
             raise ValueError(
-                f"A row has `completion_ids` but no `prompt` that they continue. Give it its own column, as DataRewriter does: {text!r:.200}"
+                f"Row {index} has `completion_ids` but no `prompt` that they continue. Give it its own column, as DataRewriter does: {text!r:.200}"
             )
         prompt_ids = encode_prompt_of(example, example["prompt"], processing_class, chat_template)
         input_ids = prompt_ids + completion_ids
         labels = [-100] * len(prompt_ids) + completion_ids if completion_only else input_ids
         if log_probs and len(log_probs) != len(completion_ids):
             raise ValueError(
-                f"A row has {len(completion_ids)} `completion_ids` but {len(log_probs)} `behavior_log_probs`: {text!r:.200}"
+                f"Row {index} has {len(completion_ids)} `completion_ids` but {len(log_probs)} `behavior_log_probs`: {text!r:.200}"
             )
     elif log_probs:
         raise ValueError(
-            "A row has `behavior_log_probs` but no `completion_ids`: a text tokenised again need not give the sampled tokens, so "
+            f"Row {index} has `behavior_log_probs` but no `completion_ids`: a text tokenised again need not give the sampled tokens, so "
             f"the log-probs cannot be matched. Store the sampled ids in `completion_ids`, or drop the log-probs: {text!r:.200}"
         )
-    _check_sampling(example, bool(log_probs), recompute and bool(completion_ids))
+    _check_sampling(example, index, bool(log_probs), recompute and bool(completion_ids))
     if (decoded := says_otherwise(getattr(processing_class, "tokenizer", processing_class), example)) is not None:
         raise ValueError(
-            f"A row's `completion_ids` are {decoded!r:.200} to this model's tokenizer, but its completion is {example['completion']!r:.300}: they "
+            f"Row {index}: its `completion_ids` are {decoded!r:.200} to this model's tokenizer, but its completion is {example['completion']!r:.300}: they "
             f"are another model's ids (it was sampled from {example.get('model')!r}). Train that model, or drop them with "
             "`dataset.remove_columns(['completion_ids', 'behavior_log_probs'])`: the texts are then tokenized anew, and μ is not known."
         )
     unknown = [float("nan")] * (len(input_ids) - len(log_probs))
-    source, weight = example.get("source"), example.get("weight")
-    source_id = SOURCE_IDS.get(source, -1) if isinstance(source, str) else -1  # a user's own column may hold anything
+    source, weight = example.get(source_column), example.get(weight_column)
+    if streaming:  # of other datasets the whole column is looked at
+        warn_of_unknown_sources([source])
+    if weight is not None and not (isinstance(weight, Real) and math.isfinite(weight)):
+        raise ValueError(
+            f"Row {index} has {weight_column}={weight!r:.100}, and a weight must be a finite number (a missing one is 1). If the column is "
+            f"none of weights, rename it; weight_column says which one is: {text!r:.200}"
+        )
     return {
         "input_ids": input_ids,
         "labels": labels,
         "behavior_log_probs": unknown + log_probs,
-        "source_ids": [source_id] * len(input_ids),
+        "source_ids": [SOURCE_IDS.get(source, -1) if isinstance(source, str) else -1] * len(input_ids),
         "weight": [1.0 if weight is None else float(weight)] * len(input_ids),
     }
 
 
-def _check_sampling(example: dict, stored: bool, recompute: bool) -> None:
+def warn_of_unknown_sources(sources) -> None:
+    """Says, once, which values of a column `source` are none of ours."""
+    unknown = sorted({str(source) for source in sources if source is not None} - SOURCE_IDS.keys())
+    if unknown:
+        warnings.warn(
+            f"The column `source` holds {', '.join(map(repr, unknown[:5]))}{' and others' if unknown[5:] else ''}, which is none of "
+            f"{', '.join(SOURCE_IDS)}: such rows belong to no source, and an objective chosen by source is `nll` for them.",
+            stacklevel=2,
+        )
+
+
+def _check_numbers(index: int, completion_ids: list, log_probs: list, text) -> None:
+    """Ids are token ids, and log-probs are finite: an infinite or missing one would make the weights, and then the model, NaN."""
+    for token in completion_ids:
+        if not isinstance(token, int) or not 0 <= token < 2**31:
+            raise ValueError(
+                f"Row {index} has {token!r} among its `completion_ids`, which is no token id: {text!r:.200}"
+            )
+    for log_prob in log_probs:
+        if not (isinstance(log_prob, Real) and -math.inf < log_prob <= 1e-3):  # an engine's rounding may go above 0
+            raise ValueError(
+                f"Row {index} has {log_prob!r} among its `behavior_log_probs`; the log-prob of a sampled token is finite and at most 0. Leave "
+                f"the row's list empty if they are not known, or set precompute_behavior_log_probs=True: {text!r:.200}"
+            )
+
+
+def _check_sampling(example: dict, index: int, stored: bool, recompute: bool) -> None:
     """A log-prob of the model is log μ only for plain sampling; computed again, it can follow a temperature too."""
     for name, plain in (("temperature", 1.0), ("top_p", 1.0), ("top_k", 0)):
         value = example.get(name)
         if value in (None, plain) or (recompute and name == "temperature" and value > 0):
             continue
+        if name == "top_k" and value == -1:  # vLLM's word for the whole vocabulary
+            continue
         if stored or recompute:
             raise ValueError(
-                f"A row was sampled at {name}={value}, so the model's log-probs (temperature 1, whole vocabulary) are not those of the "
+                f"Row {index} was sampled at {name}={value}, so the model's log-probs (temperature 1, whole vocabulary) are not those of the "
                 f"distribution it was drawn from. Sample with {name}={plain}, or drop the column `behavior_log_probs`"
                 + (" or set precompute_behavior_log_probs=True." if stored and name == "temperature" else ".")
             )

@@ -1,6 +1,7 @@
 """`DFTTrainer`: Dynamic Fine-Tuning (arXiv 2508.05629), `-sg(π)·log π`, with the NLL logged beside it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import ClassVar
 
 from .importance_weighted_sft_config import ImportanceWeightedSFTConfig
 from .importance_weighted_sft_trainer import ImportanceWeightedSFTTrainer
@@ -15,9 +16,7 @@ class DFTConfig(ImportanceWeightedSFTConfig):
         objective (`str`, *optional*, defaults to `"dft"`): See [`ImportanceWeightedSFTConfig`].
     """
 
-    objective: dict | str | None = field(
-        default="dft", metadata={"help": "Weight of each token: dft unless you change it."}
-    )
+    default_objective: ClassVar[str] = "dft"
 
 
 class DFTTrainer(ImportanceWeightedSFTTrainer):

@@ -1,6 +1,8 @@
 """Configuration of `ImportanceWeightedSFTTrainer`."""
 
 from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import ClassVar
 
 from transformers import TrainingArguments
 from trl import SFTConfig
@@ -16,7 +18,7 @@ class ImportanceWeightedSFTConfig(SFTConfig):
 
     Args:
         objective (`str`, `dict` or `Callable`, *optional*, defaults to `"iw"`): Weight of each token's negative log-likelihood, in the
-            place of TRL's `loss_type`. `"nll"`: 1 (SFT). `"dft"`: π (arXiv 2508.05629). `"p_alpha"`: π^α (arXiv 2510.00526). `"iw"`: π/μ,
+            place of TRL's `loss_type`, which it follows where only that is given (`"dft"`; label smoothing means `"nll"`). `"nll"`: 1 (SFT). `"dft"`: π (arXiv 2508.05629). `"p_alpha"`: π^α (arXiv 2510.00526). `"iw"`: π/μ,
             clipped, with μ from the column `behavior_log_probs` (arXiv 2509.15157, eq. 5, per token). `"iw_sequence"`: the
             length-normalised sequence ratio (arXiv 2507.12856). `"psft"`: π/π_old, 0 above 1 + `epsilon_high` (arXiv 2508.17784).
             `"asft"`: `dft` plus `beta`·KL(π_0‖π) over the vocabulary (arXiv 2509.23753). `"eaft"`: normalised entropy of the 20
@@ -27,6 +29,9 @@ class ImportanceWeightedSFTConfig(SFTConfig):
         clip_mode (`str`, *optional*, defaults to `"truncate"`): Weights outside the limits become the limit, or 0 (`"mask"`).
         expert_weighting (`str`, *optional*, defaults to `"one"`): Under `iw` and `iw_sequence`, the weight of tokens without a
             behaviour log-prob (demonstrations): `"one"` (as SFT), `"dft"` (π), or `"base"` (π/π_0).
+        weight_column (`str`, *optional*): Column whose number multiplies the weights of an example's tokens (they still count as before in the
+            denominator). Unset, it is `weight`, but only beside `completion_ids` or `behavior_log_probs`: in any other dataset a column
+            of that name is the user's own.
         precompute_behavior_log_probs (`bool`, *optional*, defaults to `False`): Before training, compute the `behavior_log_probs` of rows with
             `completion_ids` with the model as it is then, under the prompt and temperature that they were sampled with (`behavior_prompt`,
             `temperature`), in the place of what the column holds. For data whose engine gave no log-probs, or whose rounding is not to
@@ -42,12 +47,13 @@ class ImportanceWeightedSFTConfig(SFTConfig):
     """
 
     _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["objective"]
+    default_objective: ClassVar[str] = "iw"
 
     objective: dict | str | None = field(
-        default="iw",
+        default=None,
         metadata={
             "help": f"Weight of each token: {', '.join(OBJECTIVES)}, or one for each source as JSON: "
-            '{"self": "iw", "expert": "dft"}.'
+            '{"self": "iw", "expert": "dft"}. Without it: what loss_type says, else the default of the trainer.'
         },
     )
     clip_min: float | None = field(default=None, metadata={"help": "Smallest importance weight under iw."})
@@ -64,6 +70,12 @@ class ImportanceWeightedSFTConfig(SFTConfig):
         metadata={
             "help": "Weight of tokens without a behaviour log-prob under iw: one (as SFT), dft, or base (ratio to the initial policy).",
             "choices": EXPERT_WEIGHTINGS,
+        },
+    )
+    weight_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column whose number multiplies an example's weights; `weight` where rows carry completion_ids."
         },
     )
     precompute_behavior_log_probs: bool = field(
@@ -83,7 +95,15 @@ class ImportanceWeightedSFTConfig(SFTConfig):
     )
 
     def __post_init__(self):
+        chosen_loss = {"dft": "dft", "chunked_nll": "nll"}.get(self.loss_type)  # "nll" is also what nobody chose
         super().__post_init__()
+        # Whoever chose no objective may still have said what the loss is, as a script written for SFTTrainer does.
+        self.objective_was_given = self.objective is not None
+        if not self.objective_was_given:
+            smoothed = "nll" if self.label_smoothing_factor and self.default_objective == "iw" else None
+            self.objective = chosen_loss or smoothed or self.default_objective
+        if self.loss_type == self.objective:
+            self.loss_type = "nll"  # TRL's own weighting would come on top
         by_source = self.objective if isinstance(self.objective, dict) else {}
         for objective in self.objectives:
             if not callable(objective) and objective not in OBJECTIVES:
@@ -103,7 +123,7 @@ class ImportanceWeightedSFTConfig(SFTConfig):
         if self.loss_type != "nll":
             raise ValueError(
                 f"You passed loss_type={self.loss_type!r} together with objective={self.objective!r}; the objective is what "
-                f"weights the loss here. Drop loss_type and write objective={self.loss_type!r} instead."
+                f"weights the loss here. Drop loss_type, or write objective={self.loss_type!r} instead."
             )
         if self.label_smoothing_factor and self.objectives != ["nll"]:
             raise ValueError(
@@ -135,15 +155,36 @@ class ImportanceWeightedSFTConfig(SFTConfig):
 
     @classmethod
     def of(cls, args: TrainingArguments) -> "ImportanceWeightedSFTConfig":
-        """`args` (an `SFTConfig` or plain `TrainingArguments`) with the fields of this class added.
+        """
+        `args` (an `SFTConfig`, plain `TrainingArguments`, or a subclass of a user's own) with the fields of this class added. The
+        result is an instance of both classes, with every attribute that `args` has.
 
         Field by field: `TrainingArguments.to_dict` masks everything whose name ends in `_token`, `eos_token` included.
         """
         known = {f.name for f in fields(cls) if f.init}
         values = {f.name: getattr(args, f.name) for f in fields(args) if f.init and f.name in known}
-        if values.get("loss_type") == "dft":
-            values |= {"loss_type": "nll", "objective": "dft"}
-        elif values.get("label_smoothing_factor") and cls.objective == "iw":
-            # A plain SFT script; with a trainer chosen for its objective, the two contradict each other.
-            values["objective"] = "nll"
-        return cls(**values)
+        if not getattr(args, "objective_was_given", True):
+            del values["objective"]
+        config = cls(**values)
+        own = {name: value for name, value in vars(args).items() if name not in known}
+        return _restore(cls, type(args), vars(config) | own)
+
+
+@cache
+def _both(cls: type, of_user: type) -> type:
+    """A config class that is `cls` and also the class `of_user`, whose fields and methods it has."""
+    if issubclass(cls, of_user):
+        return cls
+    combined = type(of_user.__name__, (cls, of_user), {"__module__": of_user.__module__, "__reduce__": _by_its_parts})
+    return dataclass(init=False, repr=False, eq=False)(combined)
+
+
+def _by_its_parts(config):
+    """How a config of a class made by `_both`, which no import finds, is pickled into a checkpoint."""
+    return _restore, (*type(config).__bases__, vars(config))
+
+
+def _restore(cls: type, of_user: type, attributes: dict):
+    config = object.__new__(_both(cls, of_user))
+    vars(config).update(attributes)
+    return config

@@ -12,25 +12,33 @@ training, or `old_log_probs`, computed at the start of each outer batch of `psft
 import copy
 import inspect
 import math
+import warnings
 from collections import Counter
 
+import pyarrow.compute as pc
 import torch
 from accelerate import PartialState
 from transformers import TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer, pack_dataset
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from .data_collator import ROW_COLUMNS, SOURCE_IDS, TOKEN_COLUMNS, RewriteDataCollator, align_row, encode_prompt_of
+from .data_collator import (
+    ROW_COLUMNS,
+    SOURCE_IDS,
+    TOKEN_COLUMNS,
+    RewriteDataCollator,
+    align_row,
+    encode_prompt_of,
+    warn_of_unknown_sources,
+)
 from .importance_weighted_sft_config import ImportanceWeightedSFTConfig
 from .initial_policy import InitialPolicy, without_training
 from .losses import NO_LIMITS, OBJECTIVES, diagnostic_means, weight_diagnostics
 from .model_card import trained_model_card
 from .rows import hub_origin
 from .scoring import causal_lm, hidden_states, kl_divergence, lm_head, top_k_entropy
-
-
-STRINGS = ("string", "large_string")
 
 
 class ImportanceWeightedSFTTrainer(SFTTrainer):
@@ -42,7 +50,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
     TRL's own preparation. Beside TRL's metrics it logs what `losses.diagnostic_means` lists (`nll`, `weight`, `ess`, `kl`
     to μ, …), over all tokens and for each source there is (`nll/self`), and under `asft` its `reference_kl`.
 
-    A column `weight` multiplies an example's weights (its tokens still count as before in the denominator).
+    A column `weight` beside those, or the one that `weight_column` names, multiplies an example's weights.
 
     Args:
         args ([`ImportanceWeightedSFTConfig`], *optional*): An `SFTConfig` or `TrainingArguments` is accepted too.
@@ -67,19 +75,21 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         if args is None:
             name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
             args = self._config_class(f"{name.split('/')[-1]}-{self._tag_names[-1]}")
-        elif not isinstance(args, ImportanceWeightedSFTConfig):
+        elif not isinstance(args, self._config_class):
             args = self._config_class.of(args)
-            if loss_func is not None and args.objective != "dft":
-                args.objective = "nll"  # a plain SFT script with a loss of its own
+        if loss_func is not None and args.objective == "iw" and not args.objective_was_given:
+            args = copy.copy(args)
+            args.objective = "nll"  # a plain SFT script with a loss of its own
         if loss_func is not None and args.objective != "nll":
             raise ValueError(
                 f"You passed `compute_loss_func` together with objective={args.objective!r}: the objective weights the loss here, and "
                 "a loss of your own would ignore it. Write objective='nll', or give your weights as a function in `objective`."
             )
-        # Train and eval: diagnostics since the last log.
+        # Train and eval: diagnostics of all processes since the last log.
         self._diagnostics: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.objective = args.objective
         self.objectives = args.objectives
+        self._weight_column = args.weight_column
         ratio_to_base = any(o in ("iw", "iw_sequence") or callable(o) for o in self.objectives)
         reference = ("psft" in self.objectives and not args.steps_per_outer_batch) or (
             args.expert_weighting == "base" and ratio_to_base
@@ -102,26 +112,66 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         super().__init__(model, args, data_collator, *other_args, **kwargs)
         if type(self.data_collator) is DataCollatorForLanguageModeling:
             self.data_collator = RewriteDataCollator.like(self.data_collator)
-        # For the model card.
-        self.num_train_rows = getattr(train_dataset, "num_rows", 0)
-        sources = _sources(train_dataset) if self.num_train_rows else Counter()
-        self.train_sources = sources if SOURCE_IDS.keys() >= sources.keys() else Counter()
-        self.train_dataset_id = hub_origin(train_dataset).get("dataset_name")
-        self._rows_are_aligned = "source_ids" in get_dataset_column_names(self.train_dataset)
+        if isinstance(self.data_collator, RewriteDataCollator):
+            self.data_collator.vocab_size = self._vocab_size()
+        self._rows_are_aligned = "behavior_log_probs" in get_dataset_column_names(self.train_dataset)
+        self._describe(train_dataset)
         self._refuse_what_has_no_weights()
-        self.initial_policy = InitialPolicy(self.model, self.accelerator)
+        self._refuse_rows_without_target(train_dataset)
+        for name, data in {"train": train_dataset, **_named(given.arguments.get("eval_dataset"))}.items():
+            self._refuse_ids_of_another_model(data, name)
+        self._asks_initial_policy = bool(self._scored_columns) or "asft" in self.objectives
+        self.initial_policy = InitialPolicy(self.model, self.accelerator, self._asks_initial_policy)
         if "asft" in self.objectives:
             self.initial_policy.freeze()
         if self._scored_columns:  # now that there is a model to ask
             self.train_dataset = self._finish(self.train_dataset, self.args, self.args.packing, "train")
             packing = args.packing if args.eval_packing is None else args.eval_packing
-            finished = {name: self._finish(data, self.args, packing, name) for name, data in self._eval_sets().items()}
+            finished = {
+                name: self._finish(data, self.args, packing, name) for name, data in _named(self.eval_dataset).items()
+            }
             self.eval_dataset = finished if isinstance(self.eval_dataset, dict) else finished.get("eval")
 
-    def _eval_sets(self) -> dict:
-        if isinstance(self.eval_dataset, dict):
-            return self.eval_dataset
-        return {} if self.eval_dataset is None else {"eval": self.eval_dataset}
+    def _describe(self, train_dataset) -> None:
+        """What the model card says of the training rows, and what the user should know of their columns."""
+        columns = get_dataset_column_names(train_dataset)
+        source, weight = self._our_columns(columns)
+        self.num_train_rows = getattr(train_dataset, "num_rows", 0)
+        self.train_dataset_id = hub_origin(train_dataset).get("dataset_name")
+        sources = train_dataset.with_format(None)[source] if source and self.num_train_rows else ()
+        self.train_sources = Counter(map(str, sources))
+        if not SOURCE_IDS.keys() >= self.train_sources.keys():
+            self.train_sources = Counter()
+        if self.args.weight_column and not (self._rows_are_aligned and (weight or "source_ids" in columns)):
+            raise ValueError(
+                f"You passed weight_column={self.args.weight_column!r}, but "
+                + (
+                    "the dataset is not prepared here, so that its weights are not aligned with its tokens."
+                    if weight
+                    else f"the training rows have the columns {columns}."
+                )
+            )
+        if isinstance(self.objective, dict) and "source" not in columns and "source_ids" not in columns:
+            warnings.warn(
+                f"objective={self.objective} chooses by source, but the dataset has no column `source`: every token has the weight 1 (`nll`). "
+                f"Its columns are {columns}.",
+                stacklevel=3,
+            )
+        if weight and "source_ids" not in columns:
+            warnings.warn(f"The column `{weight}` multiplies the weights of each example's tokens.", stacklevel=3)
+        elif "weight" in columns and not weight:
+            warnings.warn(
+                "The column `weight` has no effect: nothing says that it is meant for the loss. If it should multiply each example's weights, "
+                "write weight_column='weight'.",
+                stacklevel=3,
+            )
+
+    def _our_columns(self, columns) -> tuple[str | None, str | None]:
+        """The names of the columns that hold a row's source and its weight, among the `columns` of a dataset."""
+        rewritten = bool(ROW_COLUMNS.intersection(columns))
+        source = "source" if "source" in columns and (rewritten or isinstance(self.objective, dict)) else None
+        weight = self._weight_column or ("weight" if rewritten else None)
+        return source, weight if weight in columns else None
 
     def _refuse_what_has_no_weights(self) -> None:
         parallelism = getattr(self.accelerator, "parallelism_config", None)
@@ -131,9 +181,10 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
                 "Set cp_size=1 and sp_size=1 in the accelerate config (FSDP2 and ZeRO are fine)."
             )
         if self._is_vision_dataset:
-            datasets = [self.train_dataset, *self._eval_sets().values()]
-            columns = {c for data in datasets if _has_our_columns(data) for c in data.column_names or ()} & ROW_COLUMNS
-            if columns or self._scored_columns or {"asft", "eaft", "psft"}.intersection(self.objectives):
+            datasets = [self.train_dataset, *_named(self.eval_dataset).values()]
+            columns = {c for data in datasets for c in get_dataset_column_names(data)} & ROW_COLUMNS
+            by_source = isinstance(self.objective, dict)
+            if columns or by_source or self._scored_columns or {"asft", "eaft", "psft"}.intersection(self.objectives):
                 raise ValueError(
                     "The dataset has images: TRL tokenises those in the collator, where our per-token columns cannot be aligned with "
                     f"them. Train on text, or drop the columns {sorted(columns)} and use the objective nll, dft or p_alpha."
@@ -145,18 +196,50 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
                 "that does not ask it (nll, dft, p_alpha, eaft, iw with the column `behavior_log_probs`)."
             )
 
+    def _refuse_rows_without_target(self, given) -> None:
+        rows = self.train_dataset
+        if not hasattr(rows, "num_rows") or (rows.num_rows and "labels" not in rows.column_names):
+            return
+        if not any(map(_has_target, rows)):
+            limit = f" within max_length={self.args.max_length}" if self.args.max_length else ""
+            raise ValueError(
+                f"None of the {given.num_rows} training rows has a token to train on{limit}: what is left of them is prompt, or is masked in their "
+                "`labels`. Set a larger max_length, or look at completion_only_loss and assistant_only_loss."
+            )
+
+    def _vocab_size(self) -> int | None:
+        """As the config says: ZeRO stage 3 leaves no shape to the embeddings."""
+        return getattr(self.model.config.get_text_config(), "vocab_size", None)
+
+    def _refuse_ids_of_another_model(self, dataset, dataset_name: str) -> None:
+        """Names the row. (Streaming rows are looked at in the collator.)"""
+        size = self._vocab_size()
+        if size is None or not hasattr(dataset, "num_rows") or "completion_ids" not in dataset.column_names:
+            return
+        for batch, rows in enumerate(dataset.with_format("arrow").iter(batch_size=1000)):
+            largest = pc.max(pc.list_flatten(rows["completion_ids"])).as_py()
+            if largest is not None and largest >= size:
+                row = next(i for i, ids in enumerate(rows["completion_ids"].to_pylist()) if ids and max(ids) >= size)
+                raise ValueError(
+                    f"Row {1000 * batch + row} of the {dataset_name} dataset has token ids of up to {largest} in `completion_ids`, but the model has "
+                    f"{size} token embeddings: the row was sampled from another model, or with another tokenizer. Train the model that the rows are "
+                    "of, or drop the columns `completion_ids` and `behavior_log_probs`."
+                )
+
     # ---- columns ----
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         columns = set(get_dataset_column_names(dataset))
         # Packed already (TRL would pack it a second time and merge its documents), or prepared here.
-        prepared = "seq_lengths" in columns or {"input_ids", "source_ids"} <= columns
+        prepared = "seq_lengths" in columns or {"input_ids", "behavior_log_probs", "source_ids"} <= columns
         if not prepared:
-            if not _has_our_columns(dataset) and not self._scored_columns:
+            if not any(self._our_columns(columns)) and not ROW_COLUMNS & columns and not self._scored_columns:
                 return super()._prepare_dataset(
                     dataset, processing_class, args, packing, formatting_func, dataset_name
                 )
-            dataset = self._align(dataset, processing_class, args, formatting_func, dataset_name)
+            given, dataset = dataset, self._align(dataset, processing_class, args, formatting_func, dataset_name)
+            if hasattr(self, "accelerator"):  # `__init__` does it once there is a model
+                self._refuse_ids_of_another_model(given, dataset_name)
             if hasattr(dataset, "num_rows"):
                 self._whole.add(dataset._fingerprint)
             elif not self._scored_columns:
@@ -169,18 +252,25 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
     def _align(self, dataset, processing_class, args, formatting_func, dataset_name: str):
         """Tokenizes whole rows, and aligns their columns with the tokens."""
         dataset = _unformatted(dataset)
+        source, weight = self._our_columns(get_dataset_column_names(dataset))
+        map_kwargs = {"num_proc": args.dataset_num_proc} if hasattr(dataset, "num_rows") else {}
+        if source and map_kwargs:
+            warn_of_unknown_sources(dataset[source])
         whole = copy.copy(args)
         whole.max_length, whole.shuffle_dataset = None, False  # cut, packed and shuffled later, with all columns
         dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
-        map_kwargs = {"num_proc": args.dataset_num_proc} if hasattr(dataset, "num_rows") else {}
         with PartialState().local_main_process_first():
             return dataset.map(
                 align_row,
+                with_indices=True,
                 fn_kwargs={
                     "processing_class": processing_class,
                     "chat_template": self.chat_template,
                     "completion_only": self.completion_only_loss or args.assistant_only_loss,
                     "recompute": args.precompute_behavior_log_probs,
+                    "source_column": source,
+                    "weight_column": weight,
+                    "streaming": not map_kwargs,
                 },
                 **map_kwargs,
                 **({"desc": f"Aligning {dataset_name} dataset"} if map_kwargs else {}),
@@ -284,7 +374,8 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *TOKEN_COLUMNS]))
+        if isinstance(self.data_collator, RewriteDataCollator) or self._rows_are_aligned:
+            self._signature_columns = list(dict.fromkeys([*self._signature_columns, *TOKEN_COLUMNS]))
 
     def _prepare_inputs(self, inputs):
         # DeepSpeed casts every float input to its dtype; in bfloat16 a log-prob has two digits.
@@ -320,11 +411,11 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         inputs = dict(inputs)
         # (B, T-1): of the targets
         columns = {name: inputs.pop(name)[:, 1:] for name in TOKEN_COLUMNS if name in inputs}
-        if self.model.training and self._rows_are_aligned and "source_ids" not in columns:
+        if self.model.training and self._rows_are_aligned and "behavior_log_probs" not in columns:
             raise ValueError(
                 f"The training rows have per-token columns (behavior_log_probs, weight, …), but the data collator {type(self.data_collator).__name__} "
                 "leaves them out of the batch, so that all weights would be 1. Let it subclass trl_offpolicy.RewriteDataCollator, or drop the "
-                f"columns {sorted(ROW_COLUMNS)} from the dataset."
+                f"columns {sorted(ROW_COLUMNS)} from the dataset and pass no weight_column."
             )
         missing = [name for name in self._scored_columns if name not in columns]
         if missing:
@@ -346,10 +437,25 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
                 return model(**model_inputs)
             outputs, extra = self._forward(model, model_inputs)
             weights, penalty = self._weights(outputs, columns, extra)
+            self._refuse_infinite(weights, outputs, model_inputs["input_ids"])
             outputs.log_probs = outputs.log_probs * weights - penalty  # (B, T-1); the loss is minus their sum
             return outputs
 
         return super().compute_loss(weighted, inputs, return_outputs, num_items_in_batch)
+
+    def _refuse_infinite(self, weights, outputs, input_ids) -> None:
+        """A weight that is not finite would make the whole model NaN in one step. (A log-prob that is not does so with TRL, too.)"""
+        wrong = outputs.label_mask.bool() & ~weights.isfinite() & outputs.log_probs.isfinite()
+        if wrong.any():
+            row, position = wrong.nonzero()[0].tolist()
+            end = position + 1 + input_ids.shape[1] - wrong.shape[1]  # without virtual tokens
+            text = self._tokenizer.decode(input_ids[row, :end][-60:])
+            objective = next((_name(o) for o in self.objectives if callable(o)), self.objective)
+            raise ValueError(
+                f"The weight of a token is {weights[row, position].item()} under objective={objective!r}: a function of your own must return "
+                "finite weights, and a ratio π/μ needs finite `behavior_log_probs` and a clip_max. The token is the last of "
+                f"{text!r}"
+            )
 
     def _forward(self, model, model_inputs: dict):
         """TRL's fused forward, and what `asft` and `eaft` need beside it: the KL to π_0, the entropy of the likeliest tokens."""
@@ -419,6 +525,10 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
             weights, unlimited, log_probs, behavior, known["entropy"], outputs.is_top1, groups
         )
         mode = "train" if self.model.training else "eval"
+        # Every process is here, and need not be in `log`, which a callback may call in one of them.
+        both = self.accelerator.gather(torch.cat([sums.flatten(), extremes.flatten()])[None])  # (processes, …)
+        sums = both[:, : sums.numel()].sum(0).view_as(sums)
+        extremes = both[:, sums.numel() :].amax(0).view_as(extremes).to(extremes)
         if mode in self._diagnostics:  # stays on the device until the next log
             before = self._diagnostics[mode]
             sums, extremes = before[0] + sums, torch.maximum(before[1], extremes)
@@ -449,17 +559,35 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
-        metrics = {key: sum(values) / len(values) for key, values in self._metrics[mode].items()}
+        metrics = {}
         if mode in self._diagnostics:
-            sums, extremes = (self.accelerator.gather(x[None]) for x in self._diagnostics.pop(mode))  # (processes, …)
-            groups = zip(["", *(f"/{name}" for name in SOURCE_IDS)], sums.sum(0), extremes.amax(0), strict=True)
+            groups = zip(["", *(f"/{name}" for name in SOURCE_IDS)], *self._diagnostics.pop(mode), strict=True)
             for suffix, *group in groups:
-                metrics = {name + suffix: value for name, value in diagnostic_means(*group).items()} | metrics
-        # Each eval set under its own prefix: TRL writes `eval_entropy` for all of them, and the last one wins.
-        timed = next((key for key in logs if mode == "eval" and key.endswith("_runtime")), "")
-        self._metrics[mode].clear()
-        logs.update({timed.removesuffix("runtime") + key: value for key, value in metrics.items()})
+                metrics |= {name + suffix: value for name, value in diagnostic_means(*group).items()}
+        metrics |= {key: sum(values) / len(values) for key, values in self._metrics[mode].items()}
+        if mode == "eval":
+            # Each eval set under its own prefix; TRL adds its own keys as `eval_entropy` for all of them, and the last one stays.
+            timed = next((key for key in logs if key.endswith("_runtime")), "eval_runtime")
+            metrics = {timed.removesuffix("runtime") + key: value for key, value in metrics.items()}
+        logs.update(metrics)
         super().log(logs, start_time)
+
+    def evaluation_loop(self, *args, **kwargs):
+        # What `predict`, or an evaluation that was interrupted, has left is none of this one's.
+        self._diagnostics.pop("eval", None)
+        self._metrics["eval"].clear()
+        return super().evaluation_loop(*args, **kwargs)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        if resume_from_checkpoint and self._asks_initial_policy and self.is_world_process_zero():
+            last = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else None
+            self.initial_policy.check(last or resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        if self._asks_initial_policy and self.is_world_process_zero():
+            self.initial_policy.record(f"{self._get_output_dir(trial)}/checkpoint-{self.state.global_step}")
+        super()._save_checkpoint(model, trial)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         """Writes `output_dir/README.md`: base model, data by source, objective with its equation, hyper-parameters, results, versions."""
@@ -471,21 +599,11 @@ def _name(objective) -> str:
     return objective if isinstance(objective, str) else getattr(objective, "__name__", type(objective).__name__)
 
 
-def _sources(dataset) -> Counter:
-    """How many rows of a map-style dataset have each `source`; empty if that is a column of the user's own."""
-    if "source" not in dataset.column_names or getattr(dataset.features["source"], "dtype", None) not in STRINGS:
-        return Counter()
-    counts = Counter(dataset.with_format(None)["source"])
-    return counts if counts.keys() & SOURCE_IDS.keys() else Counter()
-
-
-def _has_our_columns(dataset) -> bool:
-    columns = ROW_COLUMNS.intersection(get_dataset_column_names(dataset))
-    if columns != {"source"}:
-        return bool(columns)
-    if hasattr(dataset, "num_rows"):
-        return bool(_sources(dataset))
-    return isinstance(next(iter(dataset))["source"], str)  # streaming: nobody has seen all rows
+def _named(eval_dataset) -> dict:
+    """The eval sets by name, of what a trainer is given."""
+    if isinstance(eval_dataset, dict):
+        return eval_dataset
+    return {} if eval_dataset is None else {"eval": eval_dataset}
 
 
 def _unformatted(dataset):

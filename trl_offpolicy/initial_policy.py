@@ -8,9 +8,11 @@ adapter. Adapters that start as something else (PiSSA, OLoRA, LoftQ, one that wa
 import contextlib
 import copy
 import hashlib
+import json
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object, is_peft_model
@@ -51,14 +53,41 @@ def adapter_is_neutral(model) -> bool:
     return True
 
 
-class InitialPolicy:
-    """π_0 of the `model` that `accelerator` trains; made before training begins."""
+RECORD = "initial_policy.json"  # in a checkpoint: which policy it was
 
-    def __init__(self, model, accelerator):
+
+class InitialPolicy:
+    """π_0 of the `model` that `accelerator` trains; made before training begins, and `needed` if an objective asks it anything."""
+
+    def __init__(self, model, accelerator, needed: bool = True):
         self.model, self.accelerator = model, accelerator
         self.has_adapter = is_peft_model(model)
         self.has_neutral_adapter = self.has_adapter and adapter_is_neutral(model)
         self.frozen = None
+        self.digest = self._digest() if needed else None
+
+    def record(self, checkpoint: str) -> None:
+        """Writes into a checkpoint's directory which policy π_0 is."""
+        directory = Path(checkpoint)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / RECORD).write_text(json.dumps({"model": self._name(), "digest": self.digest}) + "\n")
+
+    def check(self, checkpoint: str) -> None:
+        """
+        Raises:
+            ValueError: The run that wrote the checkpoint began with another policy. (Checkpoints written before there was a record pass.)
+        """
+        file = Path(checkpoint) / RECORD
+        recorded = json.loads(file.read_text()) if file.exists() else {"digest": self.digest}
+        if recorded["digest"] != self.digest:
+            raise ValueError(
+                f"The run in {checkpoint} began with the model {recorded['model']!r}, which the objective compares with, but you passed "
+                f"{self._name()!r}, whose weights are not the same: the comparison would be with them. Pass the model that the run began with, in "
+                "the same dtype; train(resume_from_checkpoint=…) then loads the checkpoint's weights into it."
+            )
+
+    def _name(self) -> str:
+        return causal_lm(self.model).config._name_or_path or "a model made in memory"
 
     def freeze(self) -> None:
         """Keeps a copy of the model as it is, unless there is an adapter to switch off.
@@ -148,7 +177,9 @@ class InitialPolicy:
                     f"Row {adapted} was sampled with the adapter {dataset[adapted]['model']!r}, so its behaviour log-probs cannot be computed with the "
                     "model that is trained. Set precompute_behavior_log_probs=False to use the stored ones."
                 )
-        fingerprint = Hasher.hash((dataset._fingerprint, column, settings, self._digest()))
+        fingerprint = Hasher.hash(
+            (dataset._fingerprint, column, settings, self.accelerator.mixed_precision, self.digest)
+        )
         alone = self.accelerator.num_processes == 1
         place = self.model.device
         elsewhere = place.type != self.accelerator.device.type  # under FSDP, before training
@@ -167,12 +198,14 @@ class InitialPolicy:
                 self.model.to(place)
 
     def _digest(self) -> str:
-        """Of the weights, without those of an adapter that changes nothing yet, and of the arithmetic they are used with."""
-        digest = hashlib.blake2b(self.accelerator.mixed_precision.encode())
+        """Of the weights, without those of an adapter that changes nothing yet."""
+        digest = hashlib.blake2b()
         if self.has_adapter and not self.has_neutral_adapter:  # an adapter's scaling is not among the weights
             scaling = [getattr(module, "scaling", None) for module in self.model.modules()]
             digest.update(repr([x for x in scaling if isinstance(x, dict)]).encode())
         for name, tensor in sorted(causal_lm(self.model).state_dict().items()):
+            if tensor.is_meta:  # another process of FSDP holds them
+                continue
             if not self.has_neutral_adapter or ".default" not in name:  # peft's name for the adapter that is trained
                 digest.update(name.encode())
                 digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -102,8 +102,9 @@ def _evaluations(log_history: list[dict]) -> dict[tuple[str, str], float]:
     found = {}
     for entry in log_history:
         for key, value in entry.items():
-            if match := re.fullmatch(r"eval_(?:(.+)_)?(loss|nll|mean_token_accuracy)", key):
-                found[match[1] or "eval", match[2]] = value
+            match = re.fullmatch(r"(eval_(?:(.+)_)?)(loss|nll|mean_token_accuracy)", key)
+            if match and f"{match[1]}loss" in entry:  # beside `eval_a_loss` TRL writes `eval_mean_token_accuracy`
+                found[match[2] or "eval", match[3]] = value
     return found
 
 
