@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from trl_offpolicy import OpenAISampler, TransformersSampler, VLLMSampler
 from trl_offpolicy.rows import encode_prompt
-from trl_offpolicy.sampling import Request, SamplerError, SamplingParams, attempt_seed
+from trl_offpolicy.sampling import Request, SamplerError, SamplingParams, attempt_seed, load_model
 from trl_offpolicy.sampling.vllm_sampler import lora_engine_kwargs
 
 
@@ -326,3 +326,30 @@ def test_missing_engines_are_named_with_the_command(policy, monkeypatch):
     monkeypatch.delitem(sys.modules, "trl_offpolicy.sampling.openai_sampler", raising=False)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'trl-offpolicy\[openai\]'"):
         import trl_offpolicy.sampling.openai_sampler  # noqa: F401
+
+
+def test_a_vision_language_checkpoint_is_loaded_for_text(tokenizer, tmp_path):
+    """Qwen2.5-VL is no causal language model to transformers; TRL's trainers take it, so the sampler and `gap` do."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    torch.manual_seed(0)
+    text = {
+        "vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "intermediate_size": 48, "max_position_embeddings": 512, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32}
+    Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=text, vision_config=vision | {"fullatt_block_indexes": [0]})
+    ).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    sampler = TransformersSampler(str(tmp_path), model_init_kwargs={"dtype": "float32"})
+    prompt = [{"role": "user", "content": "Start with 2."}]
+    sampler.submit(Request("0", prompt, 1, SamplingParams(max_completion_length=8)))
+    (drawn,) = sampler.poll()
+    ids = encode_prompt(tokenizer, prompt)
+    logits = sampler.model(input_ids=torch.tensor([ids + drawn.completion_ids])).logits[0, len(ids) - 1 : -1].float()
+    expected = logits.log_softmax(-1).gather(-1, torch.tensor(drawn.completion_ids)[:, None])[:, 0]
+    assert torch.allclose(torch.tensor(drawn.log_probs), expected, atol=1e-5)
+    with pytest.raises(ValueError, match="none', which cannot be loaded"):
+        load_model(str(tmp_path / "none"))

@@ -27,7 +27,7 @@ from .journal import Journal, read_entries
 from .judging import VerdictQueue, abandoning
 from .rewriter import batched
 from .rows import Verdict
-from .run_log import wandb_run
+from .run_log import check_wandb, wandb_run
 from .sampling import FAILED, Completion, Request, Sampler, SamplerError, SamplingParams, attempt_seed, template_digest
 from .shards import Shard, check_siblings
 from .verification import MathVerifier, describe
@@ -103,6 +103,7 @@ def evaluate(
             holds an evaluation with other settings, or `baseline` one with no problem in common.
     """
     part = Shard.parse(shard)
+    check_wandb(report_to)
     _check_settings(num_generations, temperature, part, output_dir, solve_prompt)
     rows = benchmarks if isinstance(benchmarks, dict) else load_benchmarks(benchmarks)
     questions = {name: read_questions(name, each, solve_prompt, system_prompt) for name, each in rows.items()}

@@ -64,7 +64,9 @@ class Journal:
         written = os.write(self._file, line)
         if written != len(line):
             raise OSError(
-                f"Only {written} of {len(line)} bytes went into {self.path}. Is the disk full? Make room and run again to resume."
+                errno.ENOSPC,
+                f"Only {written} of {len(line)} bytes went in. Is the disk full? Make room and run again to resume",
+                str(self.path),
             )
         return os.lseek(self._file, 0, os.SEEK_CUR) - len(line)
 

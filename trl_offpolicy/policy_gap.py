@@ -18,6 +18,7 @@ from trl.data_utils import common_prefix_length
 
 from .estimators import bootstrap
 from .rows import Source, demonstration, encode_prompt, plain_rows, says_otherwise
+from .sampling import load_model
 from .scoring import target_log_probs
 from .text_statistics import copy_ratio, distinct_n, leaks_hint, self_bleu
 
@@ -75,7 +76,7 @@ def measure_policy_gap(
     Raises:
         ValueError: The dataset is empty, is no rewrite, or its demonstrations were not carried through; or the model cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     rows = list(plain_rows(dataset))
     _check_rows(rows, concatenate)
@@ -84,11 +85,8 @@ def measure_policy_gap(
         if torch.cuda.is_available():
             kwargs.setdefault("device_map", "auto")
         shared = {k: v for k, v in kwargs.items() if k in ("revision", "trust_remote_code")}
-        try:
-            processing_class = processing_class or AutoTokenizer.from_pretrained(model, **shared)
-            model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
-        except OSError as error:  # how transformers says that there is no such model, or none that may be read
-            raise ValueError(f"You passed model={model!r}, which cannot be loaded: {error}") from error
+        directory, model = model, load_model(model, **kwargs)
+        processing_class = processing_class or AutoTokenizer.from_pretrained(directory, **shared)
     processing_class = processing_class or AutoTokenizer.from_pretrained(model.config._name_or_path)
     if not concatenate:
         rows = _with_own_ids(rows, processing_class)

@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass, field, fields
-from importlib.util import find_spec
 
 from . import prompts
 from .shards import Shard
@@ -172,10 +171,6 @@ class RewriteConfig:
             raise ValueError(f"You passed num_generations={self.num_generations}; it must be at most 65535.")
         if self.report_to not in ("none", "wandb"):
             raise ValueError(f"You passed report_to={self.report_to!r}; use 'none' or 'wandb'.")
-        if self.report_to == "wandb" and find_spec("wandb") is None:
-            raise ValueError(
-                "You passed report_to='wandb', but wandb is not installed: pip install trl-offpolicy[wandb]."
-            )
         if self.push_to_hub and self.hub_dataset_id is None:
             raise ValueError("You passed push_to_hub=True without a repository: write hub_dataset_id='me/name'.")
         if self.push_every and not (self.push_to_hub and self.push_attempts):

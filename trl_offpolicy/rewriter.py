@@ -47,7 +47,7 @@ from .rows import (
     text_columns,
     unformatted,
 )
-from .run_log import PeriodicPush, RunLog, log_artifact, wandb_run
+from .run_log import PeriodicPush, RunLog, check_wandb, log_artifact, wandb_run
 from .sampling import (
     FAILED,
     Completion,
@@ -133,6 +133,7 @@ class DataRewriter:
                 stacklevel=2,
             )
         began = time.monotonic()
+        check_wandb(self.args.report_to)
         self._load_engines()
         origin = hub_origin(dataset) | ({} if dataset.split is None else {"dataset_split": str(dataset.split)})
         journal, config = self._open_journal({**(run_config or {}), **origin})

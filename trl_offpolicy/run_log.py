@@ -148,6 +148,34 @@ def wandb_run(report_to: str, directory: Path, job_type: str, config: dict, part
         yield run
 
 
+def check_wandb(report_to: str) -> None:
+    """
+    Asks for W&B's key, before anything is loaded, where there is none and a terminal to type it in.
+
+    Raises:
+        ValueError: W&B is not installed, or there is neither a key nor a terminal, or it is no key.
+    """
+    if report_to != "wandb":
+        return
+    try:
+        import wandb
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "You passed report_to='wandb', but wandb is not installed: pip install 'trl-offpolicy[wandb]'."
+        ) from error
+    if wandb.run is not None or wandb.setup().settings.mode in ("offline", "disabled", "dryrun"):
+        return
+    remedy = "Set WANDB_API_KEY, run `wandb login`, or set WANDB_MODE=offline"
+    try:
+        known = wandb.login(prompt=sys.stdin.isatty(), verify=False)
+    except wandb.errors.Error as error:
+        raise ValueError(f"You passed report_to='wandb', but W&B says: {error}. {remedy}.") from error
+    if not known:
+        raise ValueError(
+            f"You passed report_to='wandb', but W&B has no API key and there is no terminal to type one in. {remedy}."
+        )
+
+
 def wandb_group(directory: Path) -> str:
     return os.environ.get("WANDB_RUN_GROUP") or _own_name(directory)
 

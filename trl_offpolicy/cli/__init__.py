@@ -4,6 +4,7 @@ Every flag is also a key of `--config file.yaml`. The first line printed is wher
 command to run. Exit codes: 0 done, 2 bad input, 3 stopped early and resumable.
 """
 
+import errno
 import os
 import sys
 from importlib import import_module
@@ -48,6 +49,10 @@ COMMANDS = {
 }
 
 
+# What the machine ran out of while a command was at work.
+RESUMABLE = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EFBIG}
+
+
 def main(argv: list[str] | None = None) -> int:
     if argv is None:
         argv = sys.argv[1:] = _hide_token(sys.argv[1:])
@@ -68,9 +73,17 @@ def main(argv: list[str] | None = None) -> int:
     try:
         module, function = COMMANDS[argv[0]]
         return getattr(import_module(f".{module}", __package__), function)(argv[1:])
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+    except (ValueError, ModuleNotFoundError) as error:
         print(f"trl-offpolicy {argv[0]}: {redacted(str(error))}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"trl-offpolicy {argv[0]}: {redacted(str(error))}", file=sys.stderr)
+        if error.errno not in RESUMABLE:
+            return 2
+        print(
+            "What was written so far is kept: mend that, then run the same command again to resume.", file=sys.stderr
+        )
+        return 3
     except KeyboardInterrupt:
         print("\nstopped before anything was sampled.", file=sys.stderr)
         return 3

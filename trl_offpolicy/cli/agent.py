@@ -9,7 +9,14 @@ from pathlib import Path
 
 from .. import prompts
 from ..rewrite_config import RewriteConfig
-from .arguments import DatasetArguments, VerifierArguments, load_dataset, make_verifier, parser_for
+from .arguments import (
+    DatasetArguments,
+    VerifierArguments,
+    check_before_loading,
+    load_dataset,
+    make_verifier,
+    parser_for,
+)
 
 
 DESCRIPTION = "Train a rewriting agent: GRPO on a LoRA adapter, rewarded for rewrites that are right, like the base's own answers, and diverse."
@@ -88,6 +95,7 @@ def agent(argv: list[str]) -> int:
     main = args.process_index == 0
     if main:
         print(args.output_dir, flush=True)
+        check_before_loading(args.output_dir, "wandb" if "wandb" in args.report_to else "none")
     try:
         trainer = _train(arguments, args, model_args)
     except KeyboardInterrupt:
@@ -160,8 +168,6 @@ def _train(arguments: AgentArguments, args, model_args):
     except OSError as error:  # how transformers says that there is no such model, or none that may be read
         raise ValueError(f"You passed model_name_or_path={model!r}, which cannot be loaded: {error}") from error
     with make_verifier(arguments) as verifier:
-        if hasattr(verifier, "num_workers"):  # every process of the machine has one
-            verifier.num_workers = max(1, verifier.num_workers // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         dataset = agent_dataset(
             load_dataset(arguments), verifier, arguments.answer_column, arguments.solve_prompt, arguments.guided_prompt,
             arguments.qa_prompt, tokenizer, arguments.max_prompt_length,

@@ -1,9 +1,16 @@
 """What several commands share: which rows, which model, and the engine that samples it."""
 
 import argparse
+import difflib
 import json
+import os
+import re
+import shlex
+import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 
 from trl import TrlParser
 
@@ -87,13 +94,137 @@ class VerifierArguments:
     )
 
 
-def parser_for(types, command: str, description: str, examples: str):
-    return TrlParser(
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Examples as they are written, and the default behind each option that has one worth a line."""
+
+    def _get_help_string(self, action):
+        shown = action.default not in (None, False, argparse.SUPPRESS, "") and len(str(action.default)) < 60
+        return super()._get_help_string(action) if shown and "default" not in (action.help or "") else action.help
+
+
+class CommandParser(TrlParser):
+    """
+    TRL's parser of flags and `--config`, with each value of the file converted as if it stood on the command line.
+
+    Raises `ValueError` with one sentence, where argparse prints the usage of every option and ends the process, for a flag or key that
+    is no option (with the closest one) and for a value of the wrong type (with file and line).
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.add_argument(
+            "--config",
+            metavar="FILE",
+            default=argparse.SUPPRESS,
+            help="YAML file with any of these options as keys; a flag beside it wins.",
+        )
+
+    def error(self, message: str):
+        message = re.sub(r"(--\w+)/--[\w-]+", r"\1", message)  # each option once, not with a hyphen again
+        raise ValueError(f"{message}. `{self.prog} --help` explains every option.")
+
+    def parse_args_and_config(self, args: list[str], return_remaining_strings: bool = False):
+        args, path = list(args), None
+        for index, arg in enumerate(args):
+            if arg == "--config" or arg.startswith("--config="):
+                if arg == "--config" and index + 1 == len(args):
+                    self.error("argument --config: it needs the path of a YAML file")
+                path = args[index + 1] if arg == "--config" else arg.partition("=")[2]
+                del args[index : index + 1 + (arg == "--config")]
+                break
+        if not return_remaining_strings:
+            for arg in args:
+                name = arg.partition("=")[0]
+                if name.startswith("--") and name != "--" and name not in self._option_string_actions:
+                    self.error(f"there is no option {name}{_closest(name, self._option_string_actions)}")
+        if path is not None:
+            self._read_config(Path(path).expanduser(), ignore_unknown=return_remaining_strings)
+        *parsed, rest = self.parse_args_into_dataclasses(args, return_remaining_strings=True)
+        if rest and not return_remaining_strings:
+            self.error(f"{shlex.join(rest)} belongs to no option")
+        return (*parsed, rest) if return_remaining_strings else tuple(parsed)
+
+    def _read_config(self, path: Path, ignore_unknown: bool) -> None:
+        """Makes what the file holds the default of its options."""
+        import yaml
+
+        try:
+            mapping = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
+            values = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not a text file: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} must hold options as `key: value`, but holds {values!r:.100}.")
+        if not isinstance(environment := values.pop("env", {}), dict):
+            raise ValueError(f"{path}: `env` must hold variables as `NAME: value`, but is {environment!r:.100}.")
+        os.environ.update({name: str(value) for name, value in environment.items()})
+        actions = {action.dest: action for action in reversed(self._actions)}  # `--x` before its complement `--no_x`
+        for key, node in mapping.value:
+            where = f"{path}, line {key.start_mark.line + 1}"
+            if key.value in actions:
+                default = _from_yaml(actions[key.value], node, values[key.value], where)
+                self.set_defaults_with_config(**{key.value: default})
+            elif key.value != "env" and not ignore_unknown:
+                raise ValueError(f"{where}: there is no option {key.value!r}{_closest(key.value, actions)}.")
+
+
+def _closest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _from_yaml(action: argparse.Action, node, value, where: str):
+    """
+    A value of a config file as its option's type.
+
+    Args:
+        node (`yaml.Node`): The value as it is written: `007`, `no` and `1e-4` are a text, a text and a number where the option is one,
+            whatever YAML takes them for.
+        value: The value as YAML reads it.
+        where (`str`): File and line, for the error.
+    """
+    if value is None:
+        if action.default is None and not action.required:
+            return None
+        raise ValueError(
+            f"{where}: `{action.dest}` is empty (null). Give it a value, or leave the key out for its default."
+        )
+    if action.nargs in ("+", "*"):
+        items = list(zip(node.value, value, strict=True)) if isinstance(value, list) else [(node, value)]
+        return [_scalar(action, n.value, v, where) for n, v in items]
+    return _scalar(action, node.value, value, where)
+
+
+def _scalar(action: argparse.Action, written: str, value, where: str):
+    if isinstance(value, (dict, list)):
+        return value  # an option that takes JSON
+    if isinstance(value, bool) and (action.type is not str or written.lower() in ("true", "false")):
+        if action.type in (int, float):
+            raise ValueError(f"{where}: `{action.dest}` must be a number, but is {written!r}.")
+        return value
+    if action.type is int and isinstance(value, float) and value.is_integer():
+        written = str(int(value))
+    try:
+        converted = action.type(written) if action.type else written
+    except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+        kind = {int: "a whole number", float: "a number"}.get(action.type, str(error))
+        raise ValueError(f"{where}: `{action.dest}` must be {kind}, but is {written!r}.") from error
+    if action.choices is not None and converted not in action.choices:
+        raise ValueError(
+            f"{where}: `{action.dest}` must be one of {', '.join(map(str, action.choices))}, but is {written!r}."
+        )
+    return converted
+
+
+def parser_for(types, command: str, description: str, examples: str) -> CommandParser:
+    return CommandParser(
         types,
         prog=f"trl-offpolicy {command}",
         description=description,
         epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_HelpFormatter,
         allow_abbrev=False,  # a misspelt flag must not pass for another one
     )
 
@@ -109,6 +240,19 @@ def load_dataset(arguments: DatasetArguments):
             raise ValueError(f"You passed max_rows={arguments.max_rows}; it must be at least 1.")
         dataset = dataset.select(range(min(arguments.max_rows, len(dataset))))
     return dataset
+
+
+def check_before_loading(output_dir: str, report_to: str = "none") -> None:
+    """Makes the run's directory and proves that files can be written there, and that W&B has a key, before minutes go into loading a model."""
+    from ..run_log import check_wandb
+
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise ValueError(f"You passed output_dir={output_dir!r}, where nothing can be written: {error}.") from error
+    check_wandb(report_to)
 
 
 def check_dtype(dtype: str) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shlex
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from .arguments import (
     DatasetArguments,
     EngineArguments,
     VerifierArguments,
+    check_before_loading,
     check_dtype,
     load_dataset,
     make_sampler,
@@ -135,6 +137,7 @@ def evaluate(argv: list[str]) -> int:
         (arguments,) = parser.parse_args_and_config(argv)
     arguments.output_dir = os.path.expanduser(arguments.output_dir)
     print(arguments.output_dir, flush=True)
+    check_before_loading(arguments.output_dir, arguments.report_to)
     rows = load_benchmarks(arguments.benchmarks)
     if arguments.max_problems is not None:
         rows = {name: each.select(range(min(arguments.max_problems, len(each)))) for name, each in rows.items()}
@@ -160,19 +163,20 @@ def evaluate(argv: list[str]) -> int:
     if not (Path(arguments.output_dir) / "results.json").exists():
         print(f"shard {arguments.shard} is done; results.json appears with the last of them")
         return 0
-    print(f"trl-offpolicy report {arguments.output_dir} --output_dir {arguments.output_dir}/report")
+    print(_report_command(arguments.output_dir))
     return 0
 
 
 def gap(argv: list[str]) -> int:
+    description = "Measure how far a dataset's targets are from a model, by source, before and after rewriting."
+    (arguments,) = parser_for(GapArguments, "gap", description, GAP_EXAMPLES).parse_args_and_config(argv)
     from .. import tables
     from ..policy_gap import measure_policy_gap
 
-    description = "Measure how far a dataset's targets are from a model, by source, before and after rewriting."
-    (arguments,) = parser_for(GapArguments, "gap", description, GAP_EXAMPLES).parse_args_and_config(argv)
     check_dtype(arguments.dtype)
     arguments.output_dir = os.path.expanduser(arguments.output_dir)
     print(arguments.output_dir, flush=True)
+    check_before_loading(arguments.output_dir)
     template = arguments.chat_template_path
     result = measure_policy_gap(
         arguments.model_name_or_path,
@@ -186,8 +190,12 @@ def gap(argv: list[str]) -> int:
         },
     )  # fmt: skip
     print(tables.markdown(tables.policy_gap(result)) + "\n" + tables.markdown(tables.texts(result)), end="")
-    print(f"trl-offpolicy report {arguments.output_dir} --output_dir {arguments.output_dir}/report")
+    print(_report_command(arguments.output_dir))
     return 0
+
+
+def _report_command(output_dir: str) -> str:
+    return shlex.join(["trl-offpolicy", "report", output_dir, "--output_dir", f"{output_dir}/report"])
 
 
 def report(argv: list[str]) -> int:
@@ -205,5 +213,6 @@ def report(argv: list[str]) -> int:
     (arguments,) = parser.parse_args_and_config(argv)
     arguments.output_dir = os.path.expanduser(arguments.output_dir)
     print(arguments.output_dir, flush=True)
+    check_before_loading(arguments.output_dir)
     print(write_report(arguments.run_dirs, arguments.output_dir, arguments.title, arguments.seed))
     return 0

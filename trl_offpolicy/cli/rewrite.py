@@ -14,6 +14,7 @@ from .arguments import (
     DatasetArguments,
     EngineArguments,
     VerifierArguments,
+    check_before_loading,
     load_dataset,
     make_sampler,
     make_verifier,
@@ -93,6 +94,8 @@ def rewrite(argv: list[str]) -> int:
     )
     arguments, config = parser.parse_args_and_config(argv)
     print(config.output_dir, flush=True)
+    if not config.dry_run:
+        check_before_loading(config.output_dir, config.report_to)
     dataset = load_dataset(arguments)
     # What is wrong with them is better known before a model is loaded.
     carried_columns(dataset.column_names, config.answer_column)
@@ -140,13 +143,10 @@ def rewrite(argv: list[str]) -> int:
         if not _pushed(rewriter.push_to_hub, config.output_dir, config.hub_dataset_id):
             return 3
         trained_on = config.hub_dataset_id
-    print(
-        _wandb_environment(config)
-        + f"accelerate launch examples/train.py --model_name_or_path {arguments.model_name_or_path} "
-        f"--dataset_name {trained_on} --objective iw --output_dir {config.output_dir}-sft"
-        + " --report_to wandb"
-        * (config.report_to == "wandb")
-    )
+    command = ["accelerate", "launch", "examples/train.py", "--model_name_or_path", arguments.model_name_or_path]
+    command += ["--dataset_name", trained_on, "--objective", "iw", "--output_dir", f"{config.output_dir}-sft"]
+    command += ["--report_to", "wandb"] if config.report_to == "wandb" else []
+    print(_wandb_environment(config) + shlex.join(command))
     return 0
 
 
@@ -186,7 +186,7 @@ def _pushed(push, run_dir: str, repo_id: str) -> bool:
         raise
     except (Exception, KeyboardInterrupt) as error:  # whatever a network can do to it: the rows are on the disk
         print(f"the push failed, and nothing has changed on the Hub: {type(error).__name__}: {error}", file=sys.stderr)
-        print(f"trl-offpolicy push {run_dir} --hub_dataset_id {repo_id}")
+        print(shlex.join(["trl-offpolicy", "push", run_dir, "--hub_dataset_id", repo_id]))
         return False
     return True
 
@@ -198,7 +198,7 @@ def _wandb_environment(config) -> str:
     from ..run_log import wandb_group
 
     log_model = "WANDB_LOG_MODEL=end " if config.wandb_log_artifacts else ""
-    return f"WANDB_RUN_GROUP={wandb_group(Path(config.output_dir))} {log_model}"
+    return f"WANDB_RUN_GROUP={shlex.quote(wandb_group(Path(config.output_dir)))} {log_model}"
 
 
 def _command_for(argv: list[str], shard) -> str:

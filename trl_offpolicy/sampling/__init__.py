@@ -123,6 +123,31 @@ def load_processing_class(model: str, processing_class=None, **kwargs):
     return processing_class
 
 
+def load_model(model: str, **kwargs):
+    """
+    The model at `model` (Hub id or directory), for text: a causal language model, or a vision-language checkpoint (Qwen2.5-VL, Mistral 3,
+    LLaVA, ...) that is given no images, as TRL's trainers take it. `kwargs` are those of `from_pretrained`.
+
+    Raises:
+        ValueError: There is no such model, or it is of another kind.
+    """
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    shared = {k: v for k, v in kwargs.items() if k in ("revision", "trust_remote_code", "token")}
+    try:
+        config = type(AutoConfig.from_pretrained(model, **shared))
+        sees = config not in MODEL_FOR_CAUSAL_LM_MAPPING and config in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        return (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_pretrained(model, **kwargs)
+    except OSError as error:  # how transformers says that there is no such model, or none that may be read
+        raise ValueError(f"You passed the model {model!r}, which cannot be loaded: {error}") from error
+
+
 def prompt_ids(processing_class, request: Request, context: int) -> list[int] | Completion:
     """The token ids of a request's prompt; or the answer to it if the chat template refuses it, or it leaves no room for a completion."""
     try:

@@ -12,7 +12,6 @@ import copy
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -28,6 +27,7 @@ from . import (
     SamplingParams,
     adapted_revision,
     hub_commit,
+    load_model,
     load_processing_class,
     local_directory,
     prompt_ids,
@@ -98,7 +98,7 @@ class TransformersSampler:
             kwargs = {"dtype": "auto", **init}
             if torch.cuda.is_available():
                 kwargs.setdefault("device_map", "auto")
-            self.model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
+            self.model = load_model(model, **kwargs)
         commit = hub_commit(model, (model_init_kwargs or {}).get("revision")) if isinstance(model, str) else None
         self.revision = commit or weights_digest(self.model.named_parameters())
         self.batch_size, self.batch_tokens = batch_size, batch_tokens

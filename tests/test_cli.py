@@ -1,0 +1,170 @@
+"""The commands as people type them: config files, misspelt flags, what is wrong with a machine; in this process, where a process is not the point."""
+
+import json
+import resource
+import shlex
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import POLICY
+
+from trl_offpolicy import RewriteConfig
+from trl_offpolicy.cli import COMMANDS, main
+from trl_offpolicy.cli.arguments import parser_for
+from trl_offpolicy.cli.measure import EvalArguments
+from trl_offpolicy.cli.rewrite import RewriteArguments
+
+
+GIVEN = ["--model_name_or_path", "M", "--dataset_name", "D", "--output_dir", "O"]
+
+
+def parsed(text, tmp_path, *argv, types=(RewriteArguments, RewriteConfig)):
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    return parser_for(types, "rewrite", "", "").parse_args_and_config(["--config", str(file), *argv])
+
+
+def test_a_config_file_means_what_the_command_line_means(tmp_path):
+    """Every value as a flag, read by argparse; and as a line of YAML, whatever YAML takes it for."""
+    values = {
+        "num_generations": "2", "temperature": "1e-1", "stages": "self", "model_revision": "007", "dataset_config": "2015-03-01",
+        "keep_rejected": "no", "max_rows": "10", "answer_column": "no", "selection": "random", "shard": "0/3", "top_p": "1",
+        "verifier_kwargs": '{"timeout": 3}', "batch_size": "8", "dataset_split": "train[:10]",
+    }  # fmt: skip
+    flags = [part for name, value in values.items() for part in (f"--{name}", value)]
+    expected = parser_for((RewriteArguments, RewriteConfig), "rewrite", "", "").parse_args_and_config([*GIVEN, *flags])
+    lines = (
+        "".join(f"{k}: {v}\n" for k, v in values.items() if k != "verifier_kwargs")
+        + "verifier_kwargs: '{\"timeout\": 3}'\n"
+    )
+    assert parsed(lines, tmp_path, *GIVEN) == expected
+    assert (
+        parsed(lines.replace(": 2\n", ": 2.0\n").replace("stages: self", "stages: [self]"), tmp_path, *GIVEN)
+        == expected
+    )
+    arguments, config = parsed(
+        "max_rows: null\nverifier_kwargs: {timeout: 3}\nkeep_rejected: true\n", tmp_path, *GIVEN, "--top_p", "0.5"
+    )
+    assert (arguments.max_rows, arguments.verifier_kwargs, config.keep_rejected, config.top_p) == (
+        None,
+        {"timeout": 3},
+        True,
+        0.5,
+    )
+    (arguments,) = parsed(
+        "benchmarks: gsm8k\n", tmp_path, "--model_name_or_path", "M", "--output_dir", "O", types=EvalArguments
+    )
+    assert arguments.benchmarks == ["gsm8k"]
+
+
+@pytest.mark.parametrize(
+    ("text", "argv", "message"),
+    [
+        ("a: 1\nnum_generations: 2.5", [], "line 2: `num_generations` must be a whole number, but is '2.5'"),
+        ("num_generations: true", [], "line 1: `num_generations` must be a number, but is 'true'"),
+        ("num_generations:", [], "line 1: `num_generations` is empty (null)"),
+        ("temperature: warm", [], "`temperature` must be a number, but is 'warm'"),
+        ("selection: firs", [], "`selection` must be one of first, random, max_log_prob, but is 'firs'"),
+        ("keep_rejected: perhaps", [], "`keep_rejected` must be"),
+        ("\nnum_generation: 2", [], "line 2: there is no option 'num_generation' (did you mean num_generations?)"),
+        ("a: [b", [], "is not YAML: while parsing a flow sequence"),
+        ("- a", [], "must hold options as `key: value`"),
+        ("", [], "must hold options as `key: value`"),
+        ("env: 3", [], "`env` must hold variables"),
+        (None, ["--num_generation", "2"], "there is no option --num_generation (did you mean --num_generations?)"),
+        (None, ["--selection", "firs"], "argument --selection: invalid choice: 'firs'"),
+        (None, ["stray"], "stray belongs to no option"),
+        (None, ["--config"], "--config: it needs the path"),
+        (None, ["--config", "none.yaml"], "No such file or directory: 'none.yaml'"),
+    ],
+)  # fmt: skip
+def test_what_is_mistyped_is_one_sentence(tmp_path, capsys, text, argv, message):
+    if text is not None:
+        (tmp_path / "c.yaml").write_text(text.replace("a: 1", "seed: 1"))
+        argv = ["--config", str(tmp_path / "c.yaml")]
+    assert main(["rewrite", *GIVEN, *argv]) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1, error
+
+
+def test_required_options_are_named_once(capsys):
+    assert main(["rewrite", "--dataset_name", "D"]) == 2
+    assert "required: --model_name_or_path, --output_dir. `trl-offpolicy rewrite --help`" in capsys.readouterr().err
+
+
+def test_help_needs_no_torch_and_shows_defaults_and_config():
+    code = (
+        "import sys\nfrom trl_offpolicy.cli import COMMANDS, main\n"
+        "for command in COMMANDS:\n    try:\n        main([command, '--help'])\n    except SystemExit as end:\n        assert end.code == 0\n"
+        "assert 'torch' not in sys.modules"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("\n  --config FILE") == len(COMMANDS)
+    assert "(default: 8)" in result.stdout and "(default: None)" not in result.stdout
+
+
+@pytest.fixture
+def demonstrations(tmp_path):
+    file = tmp_path / "demos.jsonl"
+    row = {"problem": "Start with 2. Add 2.", "solution": "2 + 2 = 4, so \\boxed{4}"}
+    file.write_text("".join(json.dumps(row | {"n": n}) + "\n" for n in range(24)))
+    return file
+
+
+def rewrite_argv(demonstrations, output_dir, *more):
+    return [
+        "rewrite", "--model_name_or_path", POLICY, "--dataset_name", str(demonstrations), "--output_dir", str(output_dir),
+        "--num_generations", "1", "--max_completion_length", "16", "--verifier", "exact", *more,
+    ]  # fmt: skip
+
+
+def test_where_nothing_can_be_written_no_model_is_loaded(demonstrations, capsys, monkeypatch):
+    monkeypatch.setattr(
+        "trl_offpolicy.cli.rewrite.make_sampler", None
+    )  # called, it would end the test with a TypeError
+    for directory in (demonstrations / "run", "/proc/run"):
+        assert main(rewrite_argv(demonstrations, directory)) == 2
+        assert "where nothing can be written" in capsys.readouterr().err
+
+
+def test_wandb_without_a_key_and_a_terminal_is_refused_before_a_model_is_loaded(
+    demonstrations, tmp_path, capsys, monkeypatch
+):
+    import wandb
+
+    monkeypatch.setattr("trl_offpolicy.cli.rewrite.make_sampler", None)
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # no ~/.netrc
+    monkeypatch.setattr(sys, "stdin", open("/dev/null"))  # noqa: SIM115
+    wandb.teardown()  # it reads its environment once
+    try:
+        assert main(rewrite_argv(demonstrations, tmp_path / "run", "--report_to", "wandb")) == 2
+        assert "no API key and there is no terminal" in capsys.readouterr().err
+        monkeypatch.setenv("WANDB_API_KEY", "short")
+        wandb.teardown()
+        assert main(rewrite_argv(demonstrations, tmp_path / "run", "--report_to", "wandb")) == 2
+        assert "W&B" in capsys.readouterr().err
+    finally:
+        wandb.teardown()
+
+
+def test_a_full_disk_stops_a_run_that_resumes(demonstrations, tmp_path, capsys, monkeypatch):
+    """Files may not grow beyond 8 KB (`RLIMIT_FSIZE`), as on a disk with so much left: exit code 3, and the same command goes on."""
+    run = tmp_path / "a run with spaces"
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # a module's would be cut, too
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, limits[1]))
+    try:
+        code = main(rewrite_argv(demonstrations, run))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    out, err = capsys.readouterr()
+    assert code == 3 and "run the same command again" in out + err, err
+    assert main(rewrite_argv(demonstrations, run)) == 0
+    last = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert last[last.index("--dataset_name") + 1] == f"{run}/dataset"
+    assert yaml.safe_load((run / "run_config.yaml").read_text())["dataset_name"] == str(demonstrations)
