@@ -1,10 +1,11 @@
 """The problems a model is evaluated on: benchmarks by name, file or Hub id, and the exact prompts they are asked with."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import prompts
+from .control_tokens import ControlTokens, rendered_before
 from .rows import content_id, encode_prompt, final_answer, is_missing, load_rows, plain_rows, tell_missing_answers
 
 
@@ -132,6 +133,17 @@ def _answer(row: dict) -> str | None:
     return final_answer(row.get("solution") or "")
 
 
+def without_control_tokens(
+    processing_class, questions: dict[str, list[Question]], mode: str = "warn"
+) -> dict[str, list[Question]]:
+    """The questions as they are asked: with `escape`, the control tokens in them are text; see [`~control_tokens.ControlTokens`]."""
+    control = ControlTokens(processing_class, mode)
+    for name, each in questions.items():
+        texts = ("\0".join(turn["content"] for turn in question.prompt) for question in each)
+        control.check(map(control.within, texts), f"the prompts of {name}")
+    return {name: [replace(q, prompt=control.prompt(q.prompt)) for q in each] for name, each in questions.items()}
+
+
 def check_format(
     processing_class, questions: dict[str, list[Question]], train_tokenizer=None, train_dataset=None
 ) -> None:
@@ -146,14 +158,12 @@ def check_prompts(processing_class, name: str, questions: list[Question]) -> Non
     Refuses prompts that the chat template would spoil.
 
     Raises:
-        ValueError: A prompt already holds special tokens (it was rendered before), or a prompt begins with two BOS tokens.
+        ValueError: A prompt begins as the chat template does (it was rendered before), or with two BOS tokens.
     """
-    special = [token for token in processing_class.all_special_tokens if len(token) > 3]
     for index, question in enumerate(questions):
-        text = "".join(turn["content"] for turn in question.prompt)
-        if found := next((token for token in special if token in text), None):
+        if question.problem is None and (found := rendered_before(processing_class, question.prompt[-1]["content"])):
             raise ValueError(
-                f"Row {index} of benchmark {name!r} holds the special token {found!r}: its prompt was rendered by a chat template already, and "
+                f"Row {index} of benchmark {name!r} begins with the special token {found!r}: its prompt was rendered by a chat template already, and "
                 "would be once more. Pass the problem's text, or messages."
             )
     bos = processing_class.bos_token_id

@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 
 from . import prompts, tables
 from .answers import canonical
-from .benchmarks import Question, check_format, load_benchmarks, read_questions
+from .benchmarks import Question, check_format, load_benchmarks, read_questions, without_control_tokens
+from .control_tokens import check_mode
 from .estimators import accuracies, compare, share_interval
 from .extraction import stated_text
 from .hub import versions
@@ -64,6 +65,7 @@ def evaluate(
     baseline: str | None = None,
     train_tokenizer=None,
     train_dataset=None,
+    control_tokens: str = "warn",
     sampler: Sampler | None = None,
     verifier=None,
     processing_class=None,
@@ -85,6 +87,8 @@ def evaluate(
         baseline (`str`, *optional*): Run directory of another model: paired comparison with it on the same problems.
         train_tokenizer, train_dataset (*optional*): What the model was trained with; an evaluation in another format is refused
             ([`~benchmarks.check_training_format`]).
+        control_tokens (`str`, *optional*, defaults to `"warn"`): What is done with problems that hold the model's control tokens as text: `warn`,
+            `refuse`, `escape` or `allow` ([`~control_tokens.ControlTokens`]).
 
     Returns:
         `dict`: For each benchmark (of this shard's problems only, as long as other shards are missing):
@@ -105,6 +109,7 @@ def evaluate(
     part = Shard.parse(shard)
     check_wandb(report_to)
     _check_settings(num_generations, temperature, part, output_dir, solve_prompt)
+    check_mode(control_tokens)
     rows = benchmarks if isinstance(benchmarks, dict) else load_benchmarks(benchmarks)
     questions = {name: read_questions(name, each, solve_prompt, system_prompt) for name, each in rows.items()}
     earlier = _read_baseline(Path(os.path.expanduser(baseline)), questions) if baseline else {}
@@ -116,11 +121,14 @@ def evaluate(
     processing_class = getattr(sampler, "processing_class", processing_class)
     if processing_class is not None:
         check_format(processing_class, questions, train_tokenizer, train_dataset)
+        questions = without_control_tokens(processing_class, questions, control_tokens)
     own_verifier = verifier is None
     if own_verifier:
         verifier = MathVerifier()
     params = SamplingParams(temperature, top_p, top_k, max_completion_length)
     asked = {"seed": seed, "solve_prompt": solve_prompt, "system_prompt": system_prompt}
+    if control_tokens == "escape":
+        asked["control_tokens"] = control_tokens
     run = _Run(questions, num_generations, greedy, params, seed, part)
     try:
         config = {**asdict(params), **asked, **_engine(sampler, verifier, processing_class)}

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from trl.data_utils import common_prefix_length
 
+from .control_tokens import ControlTokens, check_mode
 from .estimators import bootstrap
 from .rows import Source, demonstration, encode_prompt, plain_rows, says_otherwise
 from .sampling import load_model
@@ -41,6 +42,7 @@ def measure_policy_gap(
     chat_template: str | None = None,
     output_dir: str | None = None,
     model_init_kwargs: dict | None = None,
+    control_tokens: str = "warn",
 ) -> dict:
     """
     The policy gap of a rewritten dataset under `model`.
@@ -56,6 +58,8 @@ def measure_policy_gap(
         chat_template (`str`, *optional*): Jinja template used in training, where that is not the tokenizer's.
         output_dir (`str`, *optional*): Also writes `policy_gap.json`, and the sums of each row as `policy_gap.parquet`, there.
         model_init_kwargs (`dict`, *optional*): Passed to `from_pretrained`.
+        control_tokens (`str`, *optional*, defaults to `"warn"`): What is done with prompts that hold the model's control tokens as text: `warn`,
+            `refuse`, `escape` or `allow` ([`~control_tokens.ControlTokens`]); a rewrite with `escape` has escaped them.
 
     Returns:
         `dict`: For each source there is and for `"total"`:
@@ -78,6 +82,7 @@ def measure_policy_gap(
     """
     from transformers import AutoTokenizer
 
+    check_mode(control_tokens)
     rows = list(plain_rows(dataset))
     _check_rows(rows, concatenate)
     if isinstance(model, str):
@@ -89,6 +94,11 @@ def measure_policy_gap(
         processing_class = processing_class or AutoTokenizer.from_pretrained(directory, **shared)
     processing_class = processing_class or AutoTokenizer.from_pretrained(model.config._name_or_path)
     if not concatenate:
+        control = ControlTokens(processing_class, control_tokens)
+        control.check(
+            (set().union(*(control.within(t["content"]) for t in row["prompt"])) for row in rows), "their prompts"
+        )
+        rows = [{**row, "prompt": control.prompt(row["prompt"])} for row in rows]
         rows = _with_own_ids(rows, processing_class)
     pairs, before, after = targets(rows, processing_class, concatenate, chat_template)
     log_probs = [x.double() for x in target_log_probs(model, pairs, batch_tokens)]

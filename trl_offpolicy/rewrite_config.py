@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, field, fields
 
-from . import prompts
+from . import control_tokens, prompts
 from .shards import Shard
 
 
@@ -38,6 +38,8 @@ class RewriteConfig:
             not correct. Without them a line is some 150 bytes, and what the model got wrong cannot be looked at.
         solve_prompt (`str`, *optional*): What a row without a prompt of its own (`problem`, `question`) is asked.
         guided_prompt (`str`, *optional*): The digest-and-retell prompt, with `{problem}` and `{solution}`.
+        control_tokens (`str`, *optional*, defaults to `"warn"`): What is done with problems and references that hold the model's control tokens as
+            text ([`~control_tokens.ControlTokens`]): `warn`, `refuse`, `escape` or `allow`.
         answer_column (`str`, *optional*, defaults to `"answer"`): Gold final answers; where it has none, the demonstration's last box
             or GSM8K's `####` is taken.
         seed (`int`, *optional*, defaults to `42`): Seed of the run; each attempt has a seed of its own derived from it.
@@ -104,6 +106,9 @@ class RewriteConfig:
     )
     guided_prompt: str = field(
         default=prompts.GUIDED_PROMPT, metadata={"help": "Digest-and-retell prompt with {problem} and {solution}."}
+    )
+    control_tokens: str = field(
+        default="warn", metadata={"help": control_tokens.HELP, "choices": control_tokens.MODES}
     )
     answer_column: str = field(default="answer", metadata={"help": "Column with gold final answers."})
     seed: int = field(default=42, metadata={"help": "Seed of the run; each attempt derives its own from it."})
@@ -178,6 +183,7 @@ class RewriteConfig:
                 f"You passed push_every={self.push_every}, which pushes the attempts of a run under way, with push_to_hub={self.push_to_hub} "
                 f"and push_attempts={self.push_attempts}; both must be True."
             )
+        control_tokens.check_mode(self.control_tokens)
         Shard.parse(self.shard)
         prompts.check(self.solve_prompt, "solve_prompt", "problem")
         prompts.check(self.guided_prompt, "guided_prompt", "problem", "solution")
@@ -188,6 +194,8 @@ class RewriteConfig:
             "output_dir", "dry_run", "overwrite", "shard", "report_to", "max_concurrent_attempts", "keep_rejected",
             "accept_failed",
         }  # fmt: skip
+        if self.control_tokens != "escape":  # else the prompts are others
+            free.add("control_tokens")
         elsewhere = ("push_", "hub_", "wandb_")  # a token must not get into the journal
         return {
             f.name: getattr(self, f.name)

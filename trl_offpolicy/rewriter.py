@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .control_tokens import ControlTokens
 from .hub import open_repo, push_run, versions
 from .journal import Journal
 from .judging import Judged, VerdictQueue, abandoning
@@ -56,6 +57,7 @@ from .sampling import (
     SamplerError,
     SamplingParams,
     attempt_seed,
+    load_processing_class,
     slots_of,
     template_digest,
 )
@@ -120,6 +122,7 @@ class DataRewriter:
         """
         whole = _as_dataset(dataset)
         dataset = text_columns(whole, self.args.answer_column)
+        self._control = ControlTokens(self._tokenizer(), self.args.control_tokens)
         keys, digest = self._check_rows(dataset)
         own = self.shard.rows(len(keys))
         whole, dataset, keys = whole.select(own), dataset.select(own), keys[own.start : own.stop]
@@ -206,6 +209,15 @@ class DataRewriter:
 
             self.verifier = MathVerifier()
 
+    def _tokenizer(self):
+        """That of the prompts, which does not need the model; `None` where an engine does not say which."""
+        if self.sampler is not None or self.args.dry_run:
+            return getattr(self.sampler, "processing_class", None)
+        if self.processing_class is None:
+            name = self.model if isinstance(self.model, str) else self.model.config._name_or_path
+            self.processing_class = load_processing_class(name)
+        return self.processing_class
+
     def _check_rows(self, dataset) -> tuple[np.ndarray, str]:
         """
         Reads every row once, so that a bad one is reported before anything is sampled; not again when a run is resumed.
@@ -213,12 +225,17 @@ class DataRewriter:
         Returns each row's [`~rows.KEY`], with copies counted over the whole dataset so that an id does not depend on the shards, and a
         digest of it.
         """
-        key = f"3 {dataset._fingerprint} {self.args.answer_column}"
+        what = "problem or reference" if Source.GUIDED in self.args.stages else "problem"
+        key = f"4 {dataset._fingerprint} {self.args.answer_column} {what} {self._control.tokens}"
         if self._rows_file.exists():
             with np.load(self._rows_file) as checked:
                 if checked["key"] == key:
+                    self._control.tell(
+                        checked["marked"].tolist(), len(checked["keys"]), checked["tokens"].tolist(), what
+                    )
                     return checked["keys"], str(checked["digest"])
         digest = hashlib.blake2b(digest_size=16)
+        marked, tokens = [], set()  # rows with control tokens, and which
 
         def key_of(problem: Problem) -> tuple[int, int, int]:
             digest.update(f"{problem.id}{problem.demonstration}".encode(errors="surrogatepass"))
@@ -227,6 +244,12 @@ class DataRewriter:
                     f"The row with the problem {problem.problem!r:.100} has {' and '.join(given)}, with which its prompt would be rendered in "
                     "training but not in sampling. Write what the model needs to know into a system turn, and use `dataset.remove_columns`."
                 )
+            texts = [turn["content"] for turn in problem.prompt] + [problem.demonstration] * (
+                Source.GUIDED in self.args.stages
+            )
+            held = set().union(*map(self._control.within, texts))
+            marked.append(bool(held))
+            tokens.update(held)
             return int(problem.id, 16), 1, reference_digest(problem.demonstration)
 
         rows = _iterate(dataset, range(len(dataset)))
@@ -236,11 +259,20 @@ class DataRewriter:
         keys = np.fromiter(map(key_of, problems), dtype=KEY)
         if not len(keys):
             raise ValueError("The dataset has no rows: there is nothing to rewrite. Check its split and filters.")
+        marked = np.flatnonzero(marked)
+        self._control.tell(marked.tolist(), len(keys), sorted(tokens), what)
         keys["copy"] = number_copies(keys["id"])
         if not self.args.dry_run:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             partial = self._rows_file.with_suffix(".partial.npz")
-            np.savez_compressed(partial, key=key, keys=keys, digest=digest.hexdigest())
+            np.savez_compressed(
+                partial,
+                key=key,
+                keys=keys,
+                digest=digest.hexdigest(),
+                marked=marked,
+                tokens=np.array(sorted(tokens), dtype=str),
+            )
             partial.replace(self._rows_file)
         return keys, digest.hexdigest()
 
@@ -427,9 +459,8 @@ class DataRewriter:
         return {p.id: v for p, v in zip(problems, verdicts, strict=True) if v is not Verdict.CORRECT}
 
     def _prompt(self, problem: Problem, stage: str) -> list[dict[str, str]]:
-        if stage == Source.SELF:
-            return problem.prompt
-        return guided_prompt(problem, self.args.guided_prompt)
+        prompt = problem.prompt if stage == Source.SELF else guided_prompt(problem, self.args.guided_prompt)
+        return self._control.prompt(prompt)
 
     def _submit(self, draw: Draw) -> None:
         args, problem = self.args, draw.progress.problem
@@ -573,7 +604,7 @@ class DataRewriter:
             kept = journal.read(outcome.offset, attempt, kept)
         sampler = self._sampler_of(outcome.source)
         return {
-            "prompt": problem.prompt,
+            "prompt": self._prompt(problem, Source.SELF),
             # An engine's text may hold a lone surrogate, which has no UTF-8.
             "completion": [{"role": "assistant", "content": kept["text"].encode(errors="replace").decode()}],
             "id": problem.id,

@@ -28,6 +28,7 @@ from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset
 from trl import GRPOTrainer
 
+from .control_tokens import ControlTokens
 from .group_rewards import alignment_reward, diversity_reward, task_gate, total_reward
 from .initial_policy import InitialPolicy
 from .model_card import agent_card
@@ -244,6 +245,7 @@ def agent_dataset(
     qa_template: str | None = None,
     processing_class=None,
     max_prompt_length: int | None = None,
+    control_tokens: str = "warn",
 ) -> Dataset:
     """
     Demonstrations as the agent is trained on them: `prompt` (with the reference), `qa_prompt`, `problem`, `answer`.
@@ -254,6 +256,8 @@ def agent_dataset(
         qa_template (`str`, *optional*): Text with `{problem}` under which the base's NLL is taken, without chat template
             (`prompts.PAPER_QA_PROMPT`); by default a row's own prompt, the one that will be trained on, through the chat template.
         processing_class, max_prompt_length (*optional*): Rows whose prompt has more tokens are left out, and counted likewise.
+        control_tokens (`str`, *optional*, defaults to `"warn"`): What is done with problems and references that hold control tokens of the
+            `processing_class` as text: `warn`, `refuse`, `escape` or `allow` ([`~control_tokens.ControlTokens`]).
 
     Raises:
         ValueError: A row has no problem or no demonstration (named by number), or none is left.
@@ -262,17 +266,22 @@ def agent_dataset(
     if isinstance(dataset, Dataset):
         dataset = text_columns(unformatted(dataset), answer_column)
     problems = list(read_rows(dataset, answer_column, solve_prompt))
+    control = ControlTokens(processing_class, control_tokens)
+    texts = ("\0".join([*(turn["content"] for turn in p.prompt), p.demonstration]) for p in problems)
+    control.check(map(control.within, texts), "problem or reference")
     golds = [problem.answer for problem in problems]
     compare = getattr(verifier, "check_answers", lambda golds: [gold and Verdict.CORRECT for gold in golds])
     rows, too_long = [], 0
     for problem, verdict in zip(problems, compare(golds), strict=True):
-        prompt = guided_prompt(problem, guided_template)
+        prompt = control.prompt(guided_prompt(problem, guided_template))
         if verdict != Verdict.CORRECT:
             continue
         if max_prompt_length is not None and len(encode_prompt(processing_class, prompt)) > max_prompt_length:
             too_long += 1
             continue
-        qa_prompt = problem.prompt if qa_template is None else fill(qa_template, problem=problem.problem)
+        qa_prompt = (
+            control.prompt(problem.prompt) if qa_template is None else fill(qa_template, problem=problem.problem)
+        )
         rows.append({"prompt": prompt, "qa_prompt": qa_prompt, "problem": problem.problem, "answer": problem.answer})
     if len(rows) < len(problems):
         warnings.warn(

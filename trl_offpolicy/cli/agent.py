@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from .. import prompts
+from ..control_tokens import HELP, MODES
 from ..rewrite_config import RewriteConfig
 from .arguments import (
     DatasetArguments,
@@ -75,6 +76,7 @@ class AgentArguments(DatasetArguments, VerifierArguments):
         default=prompts.GUIDED_PROMPT, metadata={"help": "What the agent is asked, with {problem} and {solution}."}
     )
     answer_column: str = field(default="answer", metadata={"help": "Column with gold final answers."})
+    control_tokens: str = field(default="warn", metadata={"help": HELP, "choices": MODES})
     max_prompt_length: int | None = field(default=None, metadata={"help": "Rows with longer prompts are left out."})
 
 
@@ -170,7 +172,7 @@ def _train(arguments: AgentArguments, args, model_args):
     with make_verifier(arguments) as verifier:
         dataset = agent_dataset(
             load_dataset(arguments), verifier, arguments.answer_column, arguments.solve_prompt, arguments.guided_prompt,
-            arguments.qa_prompt, tokenizer, arguments.max_prompt_length,
+            arguments.qa_prompt, tokenizer, arguments.max_prompt_length, arguments.control_tokens,
         )  # fmt: skip
         reward = GroupReward(
             verifier,
@@ -211,7 +213,7 @@ def _next_command(arguments: AgentArguments, args, model_args, adapter: str) -> 
     model, usual = model_args.model_name_or_path, {f.name: f.default for f in fields(arguments)}
     same = (
         "dataset_name", "dataset_config", "dataset_split", "dataset_revision", "answer_column", "solve_prompt", "guided_prompt",
-        "verifier", "verifier_kwargs",
+        "verifier", "verifier_kwargs", "control_tokens",
     )  # fmt: skip
     given = {name: value for name in same if (value := getattr(arguments, name)) != usual[name]}
     for own, usual_of, name in (

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from .. import prompts
+from ..control_tokens import HELP, MODES
 from ..sampling import SamplerError
 from .arguments import (
     DatasetArguments,
@@ -89,6 +90,7 @@ class EvalArguments(EngineArguments, VerifierArguments):
         default=None, metadata={"help": "Tokenizer in training; another chat template is refused."}
     )
     train_dataset: str | None = field(default=None, metadata={"help": "Rows in training; another prompt is refused."})
+    control_tokens: str = field(default="warn", metadata={"help": HELP, "choices": MODES})
 
 
 @dataclass(kw_only=True)
@@ -109,6 +111,7 @@ class GapArguments(DatasetArguments):
     chat_template_path: str | None = field(
         default=None, metadata={"help": "Jinja file, where training used another than the tokenizer's."}
     )
+    control_tokens: str = field(default="warn", metadata={"help": HELP, "choices": MODES})
 
 
 @dataclass(kw_only=True)
@@ -185,6 +188,7 @@ def gap(argv: list[str]) -> int:
         concatenate=arguments.concatenate,
         chat_template=Path(template).read_text() if template else None,
         output_dir=arguments.output_dir,
+        control_tokens=arguments.control_tokens,
         model_init_kwargs={
             "dtype": arguments.dtype, "revision": arguments.model_revision, "trust_remote_code": arguments.trust_remote_code,
         },
