@@ -1,6 +1,5 @@
 """Verifiers beyond mathematics: each claim against labels written by hand, real processes, or the judge's own forward."""
 
-import os
 import pickle
 import sys
 
@@ -9,7 +8,6 @@ import pytest
 from conftest import POLICY
 
 from trl_offpolicy import MathVerifier, Verdict
-from trl_offpolicy.code_verifier import CodeVerifier
 from trl_offpolicy.verification import explain_with
 from trl_offpolicy.verifiers import (
     ExactMatchVerifier,
@@ -208,58 +206,6 @@ def test_verifiers_can_be_pickled():
     ]
     for verifier, completion, answer in cases:
         assert pickle.loads(pickle.dumps(verifier)).verify([completion], [answer]) == ["correct"], verifier
-
-
-def python(code: str) -> str:
-    return f"Here it is:\n```python\n{code}\n```\n"
-
-
-def test_code_passes_or_fails_its_tests():
-    tests = ["assert double(2) == 4", "assert double(-1) == -2"]
-    cases = [
-        (python("def double(x):\n    return 2 * x"), "correct"),
-        (python("def double(x):\n    print('noise')\n    return x * x"), "wrong"),
-        (python("def double(x) return"), "wrong"),
-        (python("import os\nos._exit(0)"), "wrong"),  # leaves before its tests, with a clean exit code
-        (python("raise SystemExit(0)"), "wrong"),
-        ("def double(x): return 2 * x", "unparsable"),
-    ]
-    completions, expected = zip(*cases, strict=True)
-    with CodeVerifier() as verifier:
-        assert verifier.verify(list(completions), [tests] * len(cases)) == list(expected)
-        assert verifier.verify([completions[0]] * 3, ["", None, "assert ("]) == ["unparsable"] * 3
-        assert "AssertionError in its tests" in verifier.explain([completions[1]], [tests])[0][1]
-
-
-def test_code_is_bounded(tmp_path, monkeypatch):
-    """Time, memory, file size, network in the process and its children, environment and left-over processes."""
-    monkeypatch.setenv("SECRET", "1")
-    marker = tmp_path / "alive"
-    cases = [
-        ("while True: pass", "timeout"),
-        ("import time\ntime.sleep(60)", "timeout"),
-        ("x = bytearray(1 << 30)", "error"),
-        ("open('f', 'wb').write(bytes(1 << 27))", "wrong"),
-        ("import socket\nsocket.create_connection(('127.0.0.1', 9))", "wrong"),
-        ("import subprocess, sys\nassert subprocess.run([sys.executable, '-c', 'import socket; socket.socket()']).returncode == 0", "wrong"),
-        ("import os\nassert 'SECRET' not in os.environ and os.listdir() == []", "correct"),
-        (f"import subprocess\nsubprocess.Popen(['sh', '-c', 'sleep 2; touch {marker}'], stdout=subprocess.DEVNULL)", "correct"),
-    ]  # fmt: skip
-    codes, expected = zip(*cases, strict=True)
-    results = CodeVerifier(timeout=2.0, num_workers=4).explain(
-        [python(c) for c in codes], ["assert True"] * len(cases)
-    )
-    assert [v for v, _ in results] == list(expected), results
-    assert "out of memory" in results[2][1] and "PermissionError in its code" in results[4][1]
-    children = [p for p in os.listdir("/proc") if p.isdigit() and _command(p) == f"sleep 2; touch {marker}"]
-    assert not children
-
-
-def _command(pid: str) -> str:
-    try:
-        return open(f"/proc/{pid}/cmdline").read().split("\0")[2]
-    except (OSError, IndexError):
-        return ""
 
 
 def test_judge_agrees_with_the_whole_distribution(tiny_model, tokenizer):

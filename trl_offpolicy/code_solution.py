@@ -11,7 +11,10 @@ import os
 import sys
 import types
 
-from trl_offpolicy.code_wire import OUTPUT, Ended, Peer, decode, encode, run_coroutine
+from trl_offpolicy.code_wire import OUTPUT, Ended, Peer, decode, encode, raised, run_coroutine
+
+
+ERRORS = 1 << 16  # bytes at the end of what a script writes to standard error, of which the last line is told
 
 
 class Solution(Peer):
@@ -35,7 +38,8 @@ class Solution(Peer):
     def call_back(self, number, args, kwargs):
         told = self.ask([number, encode(args, self.keep), encode(kwargs, self.keep)])
         if "raised" in told:
-            raise getattr(builtins, told["raised"][0], RuntimeError)(told["raised"][1])
+            names, _, text = told["raised"]
+            raise getattr(builtins, names[0], RuntimeError)(text)
         return decode(told["value"], self.meet)
 
     def answer(self, question):
@@ -54,14 +58,6 @@ class Solution(Peer):
         return {**reply, "printed": printed.getvalue()[:OUTPUT]}
 
 
-def raised(error, keep):
-    names = [base.__name__ for base in type(error).__mro__]
-    try:
-        return [names, encode(list(error.args), keep), str(error)[:1000]]
-    except BaseException:
-        return [names, [], "an error that cannot be told"]
-
-
 def run_solution(task, peer):
     module = types.ModuleType(
         "solution"
@@ -75,7 +71,7 @@ def run_solution(task, peer):
         first = {"raised": raised(error, peer.keep)}
     peer.write(first)
     while True:
-        peer.write(peer.answer(peer.read()["question"]))
+        peer.reply(peer.read()["question"])
 
 
 def run_script(task, peer):
@@ -93,8 +89,11 @@ def run_script(task, peer):
             )
             code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
             out.seek(0)
-            errors.seek(max(0, errors.seek(0, 2) - 1000))
-            last = (errors.read().decode(errors="replace").strip().splitlines() or [""])[-1]
+            begin = errors.seek(max(0, errors.seek(0, 2) - ERRORS))
+            lines = (
+                errors.read().decode(errors="replace").rstrip().splitlines()[1 if begin else 0 :]
+            )  # no piece of a line
+            last = lines[-1] if lines else ""
             peer.write({"output": out.read(OUTPUT + 1).decode(errors="replace"), "code": code, "error": last})
 
 

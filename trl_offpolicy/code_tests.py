@@ -12,7 +12,7 @@ import sys
 import types
 from collections import deque
 
-from trl_offpolicy.code_wire import Ended, Peer, decode, encode, run_coroutine
+from trl_offpolicy.code_wire import Ended, Peer, decode, encode, raised, run_coroutine
 
 
 class CannotSend(BaseException):
@@ -209,7 +209,7 @@ class Tests(Peer):
             value = self.callbacks[number](*decode(args, self.meet), **decode(kwargs, self.meet))
             return {"value": encode(value, self.keep)}
         except Exception as error:
-            return {"raised": [type(error).__name__, str(error)[:1000]]}
+            return {"raised": raised(error, self.keep)}
 
     def read(self):
         try:
@@ -246,28 +246,9 @@ def counting(source):
 def run_tests(task, peer):
     """[verdict, reason]: `passed`, `failed` or `unparsable`; `ended` and `memory` where the solution had no chance to answer."""
     global tests
-    tests = peer
-    if "raised" in (first := peer.read()):
-        names, _, text = first["raised"]
-        return ["memory", ""] if names[0] == "MemoryError" else ["failed", f"{names[0]} in its code: {text}"]
-    given = peer.told(first)
-    if missing := [name for name in task["names"] if name not in given]:
-        return ["failed", f"its code does not define {', '.join(missing)}"]
-    peer.calls += sum(
-        not isinstance(value, Remote) for value in given.values()
-    )  # a constant has been asked for by now
-    for name, value in given.items():
-        if isinstance(value, Remote):
-            vars(value)["_name"] = name
-        setattr(builtins, name, value)  # names that the tests leave free are looked for there, by whatever runs them
-    for name in task["modules"]:
-        module = sys.modules[name] = types.ModuleType(name)
-        vars(module).update(given)
-    for name, module in task["imports"]:
-        setattr(builtins, name, importlib.import_module(module))
-    builtins.__tests__ = peer
+    tests = builtins.__tests__ = peer
     try:
-        problem = (run_with_pytest if task["pytest"] else run_plainly)(task)
+        problem = provide(task, peer.told(peer.read())) or (run_with_pytest if task["pytest"] else run_plainly)(task)
     except BaseException as error:
         problem = explained(error, task)
         if isinstance(error, MemoryError):
@@ -281,6 +262,25 @@ def run_tests(task, peer):
     if not peer.calls or not peer.checks:
         return ["unparsable", f"no test ran ({peer.checks} checks, {peer.calls} calls of the solution)"]
     return ["passed", ""]
+
+
+def provide(task, given):
+    """Puts what the solution defines where the tests look for it; what is missing, as a text."""
+    if missing := [name for name in task["names"] if name not in given]:
+        return f"its code does not define {', '.join(missing)}"
+    tests.calls += sum(
+        not isinstance(value, Remote) for value in given.values()
+    )  # a constant has been asked for by now
+    for name, value in given.items():
+        if isinstance(value, Remote):
+            vars(value)["_name"] = name
+        setattr(builtins, name, value)  # names that the tests leave free are looked for there, by whatever runs them
+    for name in task["modules"]:
+        module = sys.modules[name] = types.ModuleType(name)
+        vars(module).update(given)
+    for name, module in task["imports"]:
+        setattr(builtins, name, importlib.import_module(module))
+    return ""
 
 
 def run_plainly(task):
@@ -373,9 +373,6 @@ def main(task, source):
     target, report, nothing = os.dup(1), os.dup(2), os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 1)
     os.dup2(nothing, 2)
-    try:
-        verdict, reason = run_tests(task, Tests(source, target))
-    except Ended:
-        verdict, reason = "ended", ""
+    verdict, reason = run_tests(task, Tests(source, target))
     os.write(report, json.dumps([verdict, reason[:1000]]).encode() + b"\n")
     os._exit(0)

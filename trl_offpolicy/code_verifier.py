@@ -141,9 +141,9 @@ class CodeVerifier(Verifier):
                 said = read_line(tests.stderr.fileno(), REPORT, deadline)
             except TimeoutError:
                 return self._timeout()
-            if not said.endswith(b"\n"):
+            if not (said.startswith(b"[") and said.endswith(b"]\n")):
                 return self._ended(tests, said, Verdict.UNPARSABLE, "the tests ended before all of them had run")
-            kind, reason = json.loads(said)
+            kind, reason = json.loads(said)  # from a process in which nothing of the solution's runs
             if kind == "ended":
                 return self._ended(solution, b"", Verdict.WRONG, "the solution ended before its tests did")
         if kind == "memory":
@@ -161,20 +161,26 @@ class CodeVerifier(Verifier):
                     reply = read_line(printed, MESSAGE, deadline)
                     if not reply.endswith(b"\n"):
                         return self._ended(process, b"", Verdict.WRONG, "the solution ended its sandbox")
-                    told = json.loads(reply)
-                    if told["code"] in (-signal.SIGXCPU, -signal.SIGKILL):
-                        return self._timeout()
-                    if told["error"].startswith("MemoryError"):
-                        return Verdict.ERROR, f"out of memory ({self.memory_mb} MiB)"
-                    if told["code"]:
-                        return Verdict.WRONG, f"exit code {told['code']} on input {number}: {told['error']}"
-                    if lines_of(told["output"]) != lines_of(expected):
-                        return (
-                            Verdict.WRONG,
-                            f"prints {told['output'][:100]!r} on input {number}, not {expected[:100]!r}",
-                        )
+                    if (told := self._judge_output(reply, number, expected))[0] is not Verdict.CORRECT:
+                        return told
             except TimeoutError:
                 return self._timeout()
+        return Verdict.CORRECT, ""
+
+    def _judge_output(self, reply: bytes, number: int, expected: str) -> tuple[Verdict, str]:
+        try:  # a solution may reach the process that starts it, and speak for it
+            told = json.loads(reply)
+            output, code, error = str(told["output"]), told["code"], str(told["error"])
+        except (ValueError, TypeError, LookupError, RecursionError):
+            return Verdict.WRONG, "the solution broke into the line that its output comes by"
+        if code in (-signal.SIGXCPU, -signal.SIGKILL):
+            return self._timeout()
+        if error.startswith("MemoryError"):
+            return Verdict.ERROR, f"out of memory ({self.memory_mb} MiB)"
+        if code:
+            return Verdict.WRONG, f"exit code {code} on input {number}: {error}"
+        if lines_of(output) != lines_of(expected):
+            return Verdict.WRONG, f"on input {number} not {expected[:100]!r}, but {output[:1000]!r}"
         return Verdict.CORRECT, ""
 
     def _timeout(self) -> tuple[Verdict, str]:
@@ -182,7 +188,7 @@ class CodeVerifier(Verifier):
 
     def _ended(self, process, said: bytes, verdict: Verdict, reason: str) -> tuple[Verdict, str]:
         """What it means that a process ended without a word: by its limits, for want of a sandbox, or else `verdict`."""
-        said = said.decode(errors="replace") or complaint(process)
+        said = said.decode(errors="replace").strip() or complaint(process)
         code = process.poll()
         code = 128 - code if code is not None and code < 0 else code
         if code == OUT_OF_MEMORY:

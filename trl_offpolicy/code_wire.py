@@ -98,11 +98,29 @@ class Peer:
     def ask(self, question):
         self.write({"question": question})
         while "question" in (message := self.read()):
-            self.write(self.answer(message["question"]))
+            self.reply(message["question"])
         return message
+
+    def reply(self, question):
+        try:
+            self.write(self.answer(question))
+        except (ValueError, MemoryError, RecursionError) as error:  # too large to be sent
+            self.write({"raised": raised(error, self.keep)})
 
     def answer(self, question):
         raise NotImplementedError
+
+    def keep(self, value):
+        raise NotImplementedError
+
+
+def raised(error, keep):
+    """An exception as data: the names of its class and of those above, its arguments, its text."""
+    names = [base.__name__ for base in type(error).__mro__]
+    try:
+        return [names, encode(list(error.args), keep), str(error)[:1000]]
+    except BaseException:
+        return [names, [], "an error that cannot be told"]
 
 
 def run_coroutine(coroutine):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from .redaction import brief
 from .rows import Verdict
 from .sampling import Completion, Sampler, SamplerError, slots_of
 from .verification import explain_with
@@ -167,6 +168,6 @@ def judge(
         if c.finish_reason == "stop"
         else cut
         if c.finish_reason == "length"
-        else (Verdict.ERROR, c.error or c.finish_reason)
+        else (Verdict.ERROR, brief(c.error or c.finish_reason))
         for c in completions
     ]

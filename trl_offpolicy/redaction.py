@@ -6,6 +6,7 @@ import re
 
 # Names of environment variables that hold a secret, as HF_TOKEN, OPENAI_API_KEY, AWS_SECRET_ACCESS_KEY do.
 _SECRET_NAME = re.compile(r"(?:^|_)(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?)$", re.IGNORECASE)
+REASON = 400  # characters of a reason that are kept
 _SHORTEST = 8  # a value of fewer characters could be any word
 # Secrets that can be told by their form: Hugging Face, OpenAI and others, GitHub, GitLab, Slack, AWS; then what HTTP sends.
 _SECRET_FORM = re.compile(
@@ -30,3 +31,8 @@ def redacted(text: str, *secrets: str | None) -> str:
     ):  # one may be the beginning of another
         text = text.replace(secret, "***")
     return _SECRET_FORM.sub("***", _URL_PASSWORD.sub("***@", text))
+
+
+def brief(reason: str) -> str:
+    """What is said of a verdict (it may quote the output of a model's code, or a server), fit to be journaled and pushed: no secrets, and short."""
+    return redacted(reason)[:REASON] if reason else reason

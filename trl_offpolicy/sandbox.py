@@ -201,7 +201,9 @@ def _bubblewrap(allow_network: bool) -> list[str]:
             command += ["--symlink", os.readlink(path), path]
         else:
             command += ["--ro-bind", os.path.realpath(path), path]
-    return [*command, "--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev", "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp", "--"]  # fmt: skip
+    # bubblewrap started by root is root outside: without capabilities, but /proc/sys asks for no more than the user's id
+    writable = ["--proc", "/proc", "--remount-ro", "/proc", "--dev", "/dev", "--remount-ro", "/dev", "--tmpfs", "/tmp"]
+    return [*command, *writable, "--remount-ro", "/", "--chdir", "/tmp", "--"]
 
 
 def _line(message) -> bytes:

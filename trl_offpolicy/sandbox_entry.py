@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import json
 import os
-import platform
 import resource
 import signal
 import struct
@@ -17,7 +16,7 @@ import sys
 import types
 
 
-REFUSED, OUT_OF_MEMORY = 98, 99  # exit codes; a process that a signal ended has 128 + its number
+TOO_MANY, REFUSED, OUT_OF_MEMORY = 97, 98, 99  # exit codes; a process that a signal ended has 128 + its number
 NOBODY = 65534
 FILE_BYTES, FILES, PROCESSES = 64 << 20, 256, 64
 MOUNT_READONLY, MOUNT_NOSUID, MOUNT_NODEV, MOUNT_NOEXEC, MOUNT_BIND, MOUNT_REC, MOUNT_PRIVATE = (
@@ -43,7 +42,7 @@ CALLS = {
         "denied": (279, 447, 194, 217, 218, 219),
         "network": (198, 425),
     },
-}.get(platform.machine())
+}.get(os.uname().machine)
 MOUNT_SETATTR = 442
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -79,6 +78,8 @@ def enter_namespaces(task):
         os._exit(0)
     call("unshare", NAMESPACES | (0 if task["allow_network"] else NETWORK))
     os.write(tell, b"x")
+    os.close(tell)
+    os.close(unshared)
     if os.waitpid(helper, 0)[1]:
         raise OSError("the user could not be mapped into the new namespace")
     call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -147,7 +148,7 @@ def bind(source, target):
 
 
 def watch(child, memory):
-    """As process 1: waits for `child`, and ends it all when its processes and /tmp have more than `memory` bytes together."""
+    """As process 1: waits for `child`, and ends it all when there are too many processes, or they and /tmp have more than `memory` bytes."""
     while True:
         signal.sigtimedwait({signal.SIGCHLD}, 0.02)
         with contextlib.suppress(ChildProcessError):
@@ -156,12 +157,12 @@ def watch(child, memory):
                     os._exit(exit_code(ended[1]))
         disk = os.statvfs("/tmp")
         used = (disk.f_blocks - disk.f_bfree) * disk.f_frsize
-        for process in os.listdir("/proc"):
-            if process.isdigit() and process != "1":
-                with contextlib.suppress(OSError), open(f"/proc/{process}/status") as file:
-                    used += sum(
-                        int(line.split()[1]) << 10 for line in file if line.startswith(("RssAnon", "RssShmem"))
-                    )
+        processes = [name for name in os.listdir("/proc") if name.isdigit() and name != "1"]
+        if len(processes) > PROCESSES:  # of root, whom bubblewrap cannot make anyone else, the kernel counts none
+            os._exit(TOO_MANY)
+        for process in processes:
+            with contextlib.suppress(OSError), open(f"/proc/{process}/status") as file:
+                used += sum(int(line.split()[1]) << 10 for line in file if line.startswith(("RssAnon", "RssShmem")))
         if used > memory:
             os._exit(OUT_OF_MEMORY)
 
@@ -188,7 +189,7 @@ def drop_rights(task, enclosed):
         if enclosed or task["allow_network"]:
             return
         raise OSError(
-            f"the network cannot be closed on {platform.machine()}; pass allow_network=True where that does not matter"
+            f"the network cannot be closed on {os.uname().machine}; pass allow_network=True where that does not matter"
         )
     denied = CALLS["denied"] + (() if task["allow_network"] else CALLS["network"])
     refuse, allow = (6, 0, 0, 0x50001), (6, 0, 0, 0x7FFF0000)  # fails with EPERM

@@ -31,6 +31,7 @@ from pathlib import Path
 import psutil
 
 from .extraction import NO_ANSWER
+from .redaction import brief
 from .rows import Verdict
 
 
@@ -65,7 +66,7 @@ def explain_with(
     _check_texts(completions)
     columns = {name: [row.get(name) for row in rows] for name in getattr(verifier, "columns", ())} if rows else {}
     if hasattr(verifier, "explain"):
-        told = verifier.explain(completions, answers, **columns)
+        told = [(verdict, brief(reason)) for verdict, reason in verifier.explain(completions, answers, **columns)]
     else:
         told = [(_verdict(v), "") for v in getattr(verifier, "verify", verifier)(completions, answers, **columns)]
     if len(told) != len(completions):
@@ -142,7 +143,7 @@ class Verifier:
                 f"You passed {len(completions)} completions and {len(answers)} answers; each completion needs its own answer."
             )
         _check_texts(completions)
-        return self._explain(completions, answers, **columns)
+        return [(verdict, brief(reason)) for verdict, reason in self._explain(completions, answers, **columns)]
 
     def verify(self, completions: list[str], answers: list, **columns: list) -> list[Verdict]:
         """One verdict for each completion against the gold answer of the same position."""

@@ -1,0 +1,477 @@
+"""Code runs where it can do no harm, and cannot pass its tests but by being right: attacks against real processes, verdicts against plain `exec`."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import psutil
+import pytest
+
+from trl_offpolicy.code_verifier import CodeVerifier, code_blocks, free_names, lines_of, read_pairs
+from trl_offpolicy.sandbox import Sandbox
+
+
+def python(code: str) -> str:
+    return f"Here it is:\n```python\n{textwrap.dedent(code)}\n```"
+
+
+def made(**kwargs) -> CodeVerifier:
+    try:
+        return CodeVerifier(**kwargs)
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module", params=["unshare", "bubblewrap"])
+def verifier(request):
+    return made(timeout=4.0, num_workers=4, sandbox=request.param)
+
+
+@pytest.fixture(scope="module")
+def any_verifier():
+    """In a sandbox where there is one, else without: what is judged does not depend on it."""
+    return CodeVerifier(timeout=4.0, num_workers=4, allow_unsandboxed=True)
+
+
+TWICE = "def double(x):\n    return 2 * x"
+SQUARE = "def double(x):\n    return x * x"
+UNITTEST = "import unittest\nclass Case(unittest.TestCase):\n    def test_it(self):\n        self.assertEqual(double(2), 4)\n        self.assertEqual(double(3), 6)"
+STYLES = {
+    "assertions": "assert double(2) == 4\nassert double(3) == 6",
+    "list": ["assert double(2) == 4", "assert double(3) == 6"],
+    "check": "METADATA = {}\ndef check(candidate):\n    assert candidate(2) == 4\n    assert candidate(3) == 6",
+    "check, called": "def check(candidate):\n    assert candidate(3) == 6\ncheck(double)",
+    "humaneval": {"test": "def check(candidate):\n    assert candidate(3) == 6", "entry_point": "double"},
+    "unittest": UNITTEST,
+    "unittest, with main": UNITTEST + "\nif __name__ == '__main__':\n    unittest.main()",
+    "unittest, of a module": "from solution import double\n" + UNITTEST,
+    "functions": "def test_one():\n    assert double(2) == 4\ndef test_two():\n    assert double(3) == 6",
+    "class": "class TestDouble:\n    def test_it(self):\n        assert double(3) == 6",
+    "loop": "for x in range(5):\n    if double(x) != 2 * x:\n        raise ValueError(x)",
+    "called on the way": "import solution as s\nexpected = [2 * x for x in range(5)]\nassert [s.double(x) for x in range(5)] == expected",
+}
+
+
+def test_every_style_of_tests(any_verifier):
+    for code, verdict in ((TWICE, "correct"), (SQUARE, "wrong")):
+        told = any_verifier.explain([python(code)] * len(STYLES), list(STYLES.values()))
+        assert {name: str(v) for name, (v, _) in zip(STYLES, told, strict=True)} == dict.fromkeys(STYLES, verdict), (
+            told
+        )
+
+
+def test_pytest_files(any_verifier):
+    file = """
+        import pytest
+        from solution import double
+        @pytest.mark.parametrize("x", [1, 3])
+        def test_it(x, capsys):
+            assert double(x) == 2 * x
+            with pytest.raises(TypeError):
+                double(None)
+    """
+    file = textwrap.dedent(file)
+    told = any_verifier.explain([python(TWICE), python(SQUARE)], [file, file])
+    assert [str(v) for v, _ in told] == ["correct", "wrong"], told
+    assert "test_it[1" in told[1][1]
+
+
+UNPARSABLE = {
+    "": "there are none",
+    "assert (": "cannot be run",
+    "assert True": "ask for nothing",
+    "def helper():\n    assert double(2) == 4": "no test ran",
+    "def check(candidate, other=None):\n    pass": "no test ran",
+    "double(2)": "no test ran",
+    "import unittest\nclass Case(unittest.TestCase):\n    @unittest.skip('later')\n    def test_it(self):\n        self.assertEqual(double(2), 4)": "no test ran",
+    "from no_such_library import triple\nassert triple(double(2)) == 12": "no_such_library is not installed",
+    "class Node: pass\nassert double(Node()) is None": "pass a Node",
+    "import os\nassert double(2) == 4\nos._exit(0)": "ended before all of them",
+    '{"inputs": ["1"], "outputs": []}': "1 inputs and 0 outputs",
+    '{"inputs": [[1]], "outputs": [2], "fn_name": "double"}': "as assertions",
+}
+
+
+def test_what_tests_nothing_is_unparsable(any_verifier):
+    told = any_verifier.explain([python(TWICE)] * len(UNPARSABLE), list(UNPARSABLE))
+    for (verdict, reason), (tests, words) in zip(told, UNPARSABLE.items(), strict=True):
+        assert verdict == "unparsable" and words in reason, (tests, verdict, reason)
+
+
+def test_the_last_complete_block_that_defines_what_is_asked_for(any_verifier):
+    example = "\nFor example:\n```python\nprint(double(21))\n```\nprints\n```\n42\n```"
+    cases = [
+        (python(TWICE) + example, "correct"),
+        (python(SQUARE) + "\nBetter:\n" + python(TWICE), "correct"),
+        (python(TWICE) + "\nBetter:\n" + python(SQUARE), "wrong"),
+        (python(TWICE) + "\nBetter:\n```python\ndef double(x):\n    return x", "correct"),  # cut
+        (python(TWICE) + "\nNot:\n" + python("def double(x) return"), "correct"),
+        ("<think>" + python(SQUARE) + "</think>" + python(TWICE), "correct"),
+        (f"```python3\n{TWICE}\n```", "correct"),
+        (f"```Python\n{TWICE}\n```", "correct"),
+        (f"```\n{TWICE}\n```", "correct"),
+        (f"~~~python\n{TWICE}\n~~~", "correct"),
+        (f"````py title='a.py'\n{TWICE}\n````", "correct"),
+        (f"```{{.python .numberLines}}\n{TWICE}\n```", "correct"),
+        (python(TWICE).replace("\n", "\r\n"), "correct"),
+        ("1. So:\n" + textwrap.indent(f"```python\n{TWICE}\n```", "   "), "correct"),
+        (python("def dubble(x):\n    return 2 * x"), "wrong"),
+        (python(TWICE + "\nif __name__ == '__main__':\n    print(double(int(input())))"), "correct"),
+        (TWICE, "unparsable"),
+        (f"```bash\n{TWICE}\n```", "unparsable"),
+    ]
+    told = any_verifier.explain([c for c, _ in cases], [STYLES["assertions"]] * len(cases))
+    for (completion, expected), (verdict, reason) in zip(cases, told, strict=True):
+        assert verdict == expected, (completion, verdict, reason)
+    assert code_blocks("```py\nx = '``` no fence'\n```") == ["x = '``` no fence'\n"]
+
+
+def test_scripts_with_input_and_output(any_verifier):
+    main = "def main():\n    print(2 * int(input()))\nif __name__ == '__main__':\n    main()"
+    pairs = {"inputs": ["2\n", "-3\n"], "outputs": ["4\n", "-6"]}
+    cases = [
+        (main, pairs, "correct"),
+        (main, json.dumps(pairs), "correct"),
+        (main, [{"input": "2", "output": "4\n\n"}], "correct"),
+        ("import sys\nprint(*(2 * int(x) for x in sys.stdin.read().split()), sep=' \\n')", pairs, "correct"),
+        ("print(input() * 2)", pairs, "wrong"),
+        ("print(2 * int(input()))\nraise SystemExit(3)", pairs, "wrong"),
+        ("print(2 * int(input()) if int(input()) else 0)", pairs, "wrong"),
+        ("import atexit\natexit.register(print, 4)\nint(input())", {"inputs": ["2"], "outputs": ["4"]}, "correct"),
+        ("while True: print('x' * 1000000)", pairs, "wrong"),  # more than a file may have
+        ("x = input()\nwhile True: pass", pairs, "timeout"),
+    ]  # fmt: skip
+    with CodeVerifier(timeout=1.0, num_workers=4, allow_unsandboxed=True) as verifier:
+        told = verifier.explain([python(code) for code, *_ in cases], [answer for _, answer, _ in cases])
+    assert [str(v) for v, _ in told] == [expected for *_, expected in cases], told
+    example = python(main) + "\n" + python("print(double(2))")  # the block that reads is the solution
+    assert any_verifier.verify([example], [pairs]) == ["correct"]
+
+
+# Right and wrong solutions with tests of many kinds; the reference is `exec` of both in one namespace.
+SEMANTICS = [
+    ("def f(x):\n    x.sort()", "x = [3, 1]\nf(x)\nassert x == [1, 3]"),
+    ("def f(x, *rest, key=None):\n    return (x, rest, {'k': key})", "assert f(1, 2, key={3}) == (1, (2,), {'k': {3}})"),
+    ("from collections import Counter\ndef f(s):\n    return Counter(s)", "assert f('aab') == {'a': 2, 'b': 1}"),
+    ("def f(n):\n    return n ** 5000", "assert f(7) == 7 ** 5000"),
+    ("def f():\n    return [float('inf'), -0.0, 1e-300, 2+3j, b'\\xff', None, True, '\\ud800']", "assert f() == [float('inf'), -0.0, 1e-300, 2+3j, b'\\xff', None, True, '\\ud800']"),
+    ("def f(n):\n    for i in range(n):\n        yield i", "assert list(f(3)) == [0, 1, 2]\nassert sum(f(4)) == 6"),
+    ("def f(g, xs):\n    return [g(x) for x in xs]", "seen = []\nassert f(lambda x: seen.append(x) or x + 1, [1, 2]) == [2, 3]\nassert seen == [1, 2]"),
+    ("def f(x):\n    if x < 0: raise ValueError(f'bad {x}')\n    return x", "try:\n    f(-1)\n    assert False\nexcept ValueError as e:\n    assert str(e) == 'bad -1'\nassert f(1) == 1"),
+    ("class Broke(ValueError): pass\ndef f():\n    raise Broke('x')", "try:\n    f()\n    assert False\nexcept Broke as e:\n    assert isinstance(e, ValueError)"),
+    ("class Stack:\n    def __init__(self): self.items = []\n    def push(self, x): self.items.append(x)\n    def pop(self): return self.items.pop()\n    def __len__(self): return len(self.items)\n    def __contains__(self, x): return x in self.items",
+     "s = Stack()\ns.push(1)\ns.push([2])\nassert len(s) == 2 and 1 in s and 3 not in s\nassert s.pop() == [2]\nassert s.items == [1]\ns.items = [5]\nassert s.pop() == 5 and not s"),
+    ("class Vector:\n    def __init__(self, x): self.x = x\n    def __mul__(self, n): return Vector(self.x * n)\n    def __rmul__(self, n): return self * n\n    def __eq__(self, o): return self.x == o.x\n    def __repr__(self): return f'V{self.x}'\ndef f(v): return v * 3",
+     "assert Vector(1) * 2 == Vector(2)\nassert 2 * Vector(2) == Vector(4)\nassert f(Vector(1)) == Vector(3) and f(Vector(1)) != Vector(4)\nassert repr(Vector(5)) == 'V5' and isinstance(f(Vector(1)), Vector)"),
+    ("class Solution:\n    def twoSum(self, nums, t):\n        return [0, 1]", "assert Solution().twoSum([2, 7], 9) == [0, 1]"),
+    ("from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int\n    y: int = 2", "assert P(1) == P(1, 2)\nassert P(1).y == 2\nassert str(P(1)) == 'P(x=1, y=2)'"),
+    ("LIMIT = 3\ndef f(x): return min(x, LIMIT)", "assert LIMIT == 3 and f(9) == LIMIT"),
+    ("import math\ndef f(r): return math.pi * r", "assert math.isclose(f(2), 2 * math.pi)"),
+    ("async def f(x): return x + 1", "import asyncio\nassert asyncio.run(f(1)) == 2"),
+    ("from fractions import Fraction\nfrom datetime import date\ndef f(d): return Fraction(d.day, 2)", "from datetime import date\nfrom fractions import Fraction\nassert f(date(2026, 1, 3)) == Fraction(3, 2)"),
+    ("def f(n):\n    print('n is', n)", "import io, contextlib\nout = io.StringIO()\nwith contextlib.redirect_stdout(out):\n    f(3)\nassert out.getvalue() == 'n is 3\\n'"),
+    ("from contextlib import contextmanager\n@contextmanager\ndef f():\n    yield 7", "with f() as x:\n    assert x == 7"),
+]  # fmt: skip
+
+
+def test_the_same_verdict_as_in_one_process(any_verifier):
+    """For honest code two processes make no difference; each case also with its assertions turned round, which must fail."""
+    cases = []
+    for code, tests in SEMANTICS:
+        for source in (tests, tests.replace("assert ", "assert not ")):
+            try:
+                names = {}
+                exec(code, names)
+                exec(source, names)
+                expected = "correct"
+            except (AssertionError, AttributeError):
+                expected = "wrong"
+            cases.append((python(code), source, expected))
+    told = any_verifier.explain([c for c, _, _ in cases], [t for _, t, _ in cases])
+    for (completion, source, expected), (verdict, reason) in zip(cases, told, strict=True):
+        assert verdict == expected, (completion, source, verdict, reason)
+    assert {expected for *_, expected in cases} == {"correct", "wrong"}
+
+
+EVERYTHING = """
+class Any:
+    def __init__(self, *a): pass
+    def __eq__(self, o): return True
+    def __ne__(self, o): return False
+    def __hash__(self): return 0
+    def __bool__(self): return True
+    __lt__ = __le__ = __gt__ = __ge__ = __contains__ = __eq__
+    __sub__ = __rsub__ = __mod__ = lambda self, o: 0
+    def __getattr__(self, name): return Any()
+    def __call__(self, *a): return Any()
+"""
+ESCAPES = {
+    "leaves early": "import os\nos._exit(0)",
+    "leaves in the call": "import os\ndef double(x): os._exit(0)",
+    "exits": "def double(x): raise SystemExit(0)",
+    "empties the task": "import __main__, sys\nfor m in list(sys.modules.values()):\n    for n in ('task', 'tests', 'TASK'):\n        if hasattr(m, n): setattr(m, n, {'tests': '', 'code': '', 'names': []})\ndef double(x): return 0",
+    "replaces exec": "import builtins\nbuiltins.exec = builtins.compile = lambda *a, **k: None\ndef double(x): return 0",
+    "replaces AssertionError": "import builtins\nbuiltins.AssertionError = type('E', (Exception,), {})\nbuiltins.isinstance = builtins.any = builtins.all = lambda *a: True\ndef double(x): return 0",
+    "skips": "import unittest\ndef double(x): raise unittest.SkipTest('later')",
+    "patches unittest": "import unittest\nfor n in dir(unittest.TestCase):\n    if n.startswith('assert'): setattr(unittest.TestCase, n, lambda *a, **k: None)\nunittest.TestCase.run = lambda *a, **k: None\ndef double(x): return 0",
+    "patches pytest": "try:\n    import pytest, _pytest.runner\n    _pytest.runner.call_and_report = pytest.main = lambda *a, **k: None\nexcept ImportError: pass\ndef double(x): return 0",
+    "equals everything": EVERYTHING + "def double(x): return Any()",
+    "is a class that equals everything": EVERYTHING.replace("Any", "double"),
+    "is an int that equals everything": "class I(int):\n    def __eq__(self, o): return True\n    def __ne__(self, o): return False\n    __hash__ = int.__hash__\n    __sub__ = __rsub__ = lambda s, o: I(0)\ndef double(x): return I(0)",
+    "is a list of what equals everything": EVERYTHING + "class L(list):\n    def __eq__(self, o): return True\ndef double(x): return L([Any()])",
+    "prints verdicts": "import os\nfor fd in range(60):\n    for text in (b'[\"passed\", \"\"]\\n', b'{\"value\": 4}\\n'):\n        try: os.write(fd, text)\n        except OSError: pass\ndef double(x): return 0",
+    "prints at the end": "import atexit, os\natexit.register(lambda: os.write(1, b'[\"passed\", \"\"]'))\ndef double(x): return 0",
+    "raises what stops the tests": "def double(x): raise KeyboardInterrupt",
+    "raises StopIteration": "def double(x): raise StopIteration",
+    "kills": "import os, signal\ndef double(x):\n    os.kill(os.getppid(), 9)\n    os.kill(-1, 9)",
+    "traces": "import sys, threading\nsys.settrace(lambda f, e, a: f.f_locals.clear())\ndef double(x): return 0",
+    "patches json and operator": "import json, operator\noperator.eq = lambda a, b: True\njson.dumps = lambda *a, **k: '{\"value\": true}'\ndef double(x): return 0",
+    "searches for the tests": """
+        import gc, glob, os, re, sys
+        def texts():
+            for o in gc.get_objects():
+                yield from (v for v in (o.values() if type(o) is dict else o if type(o) in (list, tuple) else ()) if isinstance(v, (str, bytes)))
+            frame = sys._getframe()
+            while frame:
+                yield from (v for v in [*frame.f_locals.values(), *frame.f_globals.values()] if isinstance(v, (str, bytes)))
+                frame = frame.f_back
+            for path in glob.glob('/proc/*/cmdline') + glob.glob('/proc/*/environ') + glob.glob('/tmp/**', recursive=True) + glob.glob('*'):
+                try: yield open(path, 'rb').read(1 << 20)
+                except OSError: pass
+        def double(x):
+            for t in texts():
+                t = t.decode('latin1') if isinstance(t, bytes) else t
+                if (m := re.search(r'canary-\\d+', t)) and x == 2: return m[0]
+            return 0
+    """,
+}  # fmt: skip
+JUDGES = {
+    "assertion": "assert double(2) == 'canary-4711'",
+    "near": "assert abs(double(2) - 4) < 1e-6",
+    "in": "assert 4 in double(2)",
+    "ordered": "assert 3 < double(2) < 5",
+    "unittest": "import unittest\nclass Case(unittest.TestCase):\n    def test_it(self):\n        self.assertEqual(double(2), 'canary-4711')",
+    "check": "def check(candidate):\n    assert candidate(2) == 'canary-4711'\ncheck(double)",
+}
+
+
+@pytest.fixture(scope="module")
+def sandboxed():
+    return made(timeout=4.0, num_workers=4)
+
+
+def test_no_escape_passes(sandboxed):
+    cases = [(name, "assertion") for name in ESCAPES]
+    cases += [(name, judge) for judge in JUDGES for name in ESCAPES if "everything" in name]
+    cases += [("patches unittest", "unittest"), ("skips", "unittest"), ("leaves in the call", "unittest")]
+    told = sandboxed.explain([python(ESCAPES[name]) for name, _ in cases], [JUDGES[judge] for _, judge in cases])
+    for case, (verdict, reason) in zip(cases, told, strict=True):
+        assert verdict == "wrong", (case, verdict, reason)
+    honest = sandboxed.verify(
+        [python("def double(x):\n    return 'canary-4711'")] * 3,
+        [JUDGES[j] for j in ("assertion", "unittest", "check")],
+    )
+    assert honest == ["correct"] * 3
+
+
+def test_no_escape_passes_a_pytest_file_or_pairs(sandboxed):
+    file = "import pytest\ndef test_it():\n    assert double(2) == 'canary-4711'"
+    names = ("leaves early", "equals everything", "patches pytest", "skips", "prints verdicts")
+    told = sandboxed.explain([python(ESCAPES[name]) for name in names], [file] * len(names))
+    assert [str(v) for v, _ in told] == ["wrong"] * len(names), told
+    talks = """
+        import glob, os
+        for path in glob.glob('/proc/[0-9]*/fd/*'):
+            try: os.write(os.open(path, os.O_WRONLY | os.O_NONBLOCK), b'{"output": "canary-4711", "code": 0, "error": ""}'[:5])
+            except OSError: pass
+    """
+    told = sandboxed.explain([python(talks)], [{"inputs": ["1"], "outputs": ["canary-4711"]}])
+    assert told[0][0] == "wrong", told
+
+
+def test_nothing_of_this_machine_is_seen(verifier, tmp_path, monkeypatch):
+    """Environment, files, processes, network: a token that is planted in each is found in none."""
+    monkeypatch.setenv("HF_TOKEN", "hf_PlantedPlantedPlanted")
+    (tmp_path / "secret").write_text("hf_PlantedPlantedPlanted")
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    look = f"""
+        import glob, os, socket
+        def look():
+            seen = [str(dict(os.environ))]
+            for path in [*glob.glob('/proc/*/environ'), *glob.glob('/proc/*/cmdline'), {str(tmp_path / "secret")!r}, '/etc/passwd', '/etc/shadow']:
+                try: seen.append(open(path).read())
+                except OSError: pass
+            return seen
+        def processes():
+            return max(int(p) for p in os.listdir('/proc') if p.isdigit())
+        def files():
+            return [os.listdir('.'), os.listdir(os.environ['HOME']), os.path.exists({str(tmp_path)!r}), os.path.exists('/root/.cache'), os.path.exists('/home')]
+        def written():
+            done = []
+            for path in ('/usr/x', '/x', '/proc/sys/kernel/core_pattern', {str(tmp_path / "x")!r}, __import__('sys').executable, '/dev/x'):
+                try:
+                    os.close(os.open(path, os.O_WRONLY | os.O_CREAT))
+                    done.append(path)
+                except OSError: pass
+            return done
+        def connect(family):
+            try: socket.socket(family)
+            except PermissionError: return 'refused'
+        def kill(pid):
+            try: os.kill(pid, 9)
+            except ProcessLookupError: return 'unknown'
+        def user():
+            import ctypes
+            return os.getuid(), [l.split()[1] for l in open('/proc/self/status') if l[:6] in ('CapEff', 'CapPrm', 'CapBnd')][:2], ctypes.CDLL(None).mount(b'x', b'/tmp', b'tmpfs', 0, None)
+        def mapped():
+            return open('/proc/self/uid_map').read()
+    """  # fmt: skip
+    tests = f"""
+        assert not [t for t in look() if 'Planted' in t or 'root:x' in t]
+        assert processes() < 50
+        assert files() == [[], [], False, False, False]
+        assert written() == []
+        assert connect(2) == 'refused' and connect(1) == 'refused' and connect(40) == 'refused'
+        assert kill({os.getpid()}) == 'unknown'
+        assert user() == (65534, ['0' * 16] * 2, -1)
+    """
+    if os.geteuid() == 0 and verifier._sandbox.kind == "unshare":
+        tests += "    assert not any(line.split()[:2] == ['65534', '0'] for line in mapped().splitlines())\n"  # nobody is nobody outside, too
+    told = verifier.explain([python(look)], [textwrap.dedent(tests)])
+    assert told == [("correct", "")]
+
+
+def test_time_memory_and_processes_are_bounded(verifier):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    kind = verifier._sandbox.kind
+    slow = ["while True: pass\ndef double(x): pass", "import time\ndef double(x): time.sleep(60)"]
+    told = CodeVerifier(timeout=0.5, sandbox=kind).verify(
+        [python(code) for code in slow], ["assert double(2) == 4"] * 2
+    )
+    assert told == ["timeout", "timeout"]
+    cases = [
+        ("x = bytearray(1 << 30)\ndef double(x): return 2 * x", "error", "out of memory"),
+        ("def double(x): return 'x' * (1 << 25)", "wrong", "more than a message"),
+        ("for i in range(9): open(f'/tmp/{i}', 'wb').write(bytes(60 << 20))\ndef double(x): return 2 * x", ("wrong", "error"), ""),
+        ("import os\nfor _ in range(200):\n    if not os.fork(): os.read(os.pipe()[0], 1)\ndef double(x): return 2 * x", "wrong", ""),
+        ("import os\ndef double(x):\n    for fd in range(3, 30):\n        try:\n            for _ in range(999): os.write(fd, b'x' * (1 << 20))\n        except OSError: pass", "wrong", "ended"),
+        (f"import os\nif not os.fork():\n    os.setsid()\n    if not os.fork(): os.execvp('sleep', ['sleep', '86.{os.getpid()}'])\n    os._exit(0)\n{TWICE}", "correct", ""),
+    ]  # fmt: skip
+    told = CodeVerifier(timeout=20.0, sandbox=kind).explain(
+        [python(code) for code, *_ in cases], ["assert double(2) == 4"] * len(cases)
+    )
+    for (code, expected, words), (verdict, reason) in zip(cases, told, strict=True):
+        assert verdict in expected and words in reason, (code, verdict, reason)
+    flood = python("import sys\nwhile True: sys.stdout.write('x' * (1 << 20))")
+    assert verifier.verify([flood], [{"inputs": ["1"], "outputs": ["1"]}]) == ["wrong"]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10  # KiB
+    assert not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", f"86.{os.getpid()}"]]
+
+
+def test_memory_is_that_of_all_processes(verifier):
+    """Four processes of 40 MiB each, which no limit on a single one of 128 would stop; and as many in files."""
+    forks = "import os, time\nfor _ in range(4):\n    if not os.fork():\n        x = bytearray(b'x') * (40 << 20)\n        time.sleep(60)\ntime.sleep(60)\ndef double(x): return 2 * x"
+    small = CodeVerifier(timeout=10.0, memory_mb=128, sandbox=verifier._sandbox.kind)
+    assert small.explain([python(forks)], ["assert double(2) == 4"]) == [("error", "out of memory (128 MiB)")]
+
+
+def test_a_sandbox_ends_with_this_process(verifier):
+    """Also when it is killed: nothing of it is left."""
+    script = f"""
+        import os, sys, threading, time
+        from trl_offpolicy.code_verifier import CodeVerifier
+        verifier = CodeVerifier(timeout=60, sandbox={verifier._sandbox.kind!r})
+        code = "```python\\nimport os\\ndef f(): os.execvp('sleep', ['sleep', '87.{os.getpid()}'])\\n```"
+        threading.Thread(target=verifier.verify, args=([code], ["assert f()"])).start()
+        time.sleep(60)
+    """
+    mark = ["sleep", f"87.{os.getpid()}"]
+
+    def sleepers():
+        return [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == mark]
+
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)]) as process:
+        try:
+            while not (found := sleepers()):
+                assert process.poll() is None
+        finally:
+            process.kill()
+        assert not psutil.wait_procs(found, timeout=30)[1]
+
+
+def test_reasons_tell_no_secret_and_are_short(any_verifier, monkeypatch):
+    monkeypatch.setenv("MY_API_KEY", "planted-in-the-environment")
+    quoting = "def double(x): raise ValueError('planted-in-the-environment hf_' + 'aB3' * 8 + ' ' + 'long' * 1000)"
+    verdict, reason = any_verifier.explain([python(quoting)], ["assert double(2) == 4"])[0]
+    assert verdict == "wrong" and reason.startswith("ValueError in its code: *** *** long") and len(reason) <= 400
+    verdict, reason = any_verifier.explain(
+        [python("print('hf_' + 'aB3' * 8)")], [{"inputs": ["1"], "outputs": ["1"]}]
+    )[0]
+    assert verdict == "wrong" and "'***" in reason
+
+
+def test_without_namespaces_code_is_refused(monkeypatch, tmp_path):
+    """In a user namespace that allows no further one, which is what a container without rights looks like."""
+    script = """
+        from trl_offpolicy.sandbox import Sandbox
+        def make(**kwargs):
+            return Sandbox(**{"sandbox": None, "memory_mb": 512, "cpu_seconds": 5, "wall_seconds": 15.0, "allow_network": False, "allow_unsandboxed": False} | kwargs)
+        try:
+            print(make().kind)
+        except ValueError as error:
+            print("refused:", error)
+        print(make(allow_unsandboxed=True).kind)
+    """
+    inner = [sys.executable, "-c", textwrap.dedent(script)]
+    shut = ["unshare", "-Ur", "sh", "-c", 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$@"', "sh"]
+    if subprocess.run([*shut, "true"], capture_output=True).returncode:
+        pytest.skip("no user namespace can be made here, so there is none to forbid further ones in")
+    said = subprocess.run([*shut, *inner], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert said[0].startswith("refused: Code cannot be run in a sandbox here (bubblewrap: ") and "unshare: " in said[0]
+    assert "allow_unsandboxed=True" in said[0] and said[1] == "none"
+
+
+def test_a_sandbox_of_the_users_own():
+    seen = []
+
+    def mine(command):
+        seen.append(command[:3])
+        return ["env", "-i", f"PATH={os.path.dirname(sys.executable)}:/usr/bin:/bin", *command]
+
+    verifier = CodeVerifier(sandbox=mine)
+    assert verifier.verify([python(TWICE), python(SQUARE)], [STYLES["assertions"]] * 2) == ["correct", "wrong"]
+    assert seen == [["python3", "-I", "-c"]] * 4
+    absent = CodeVerifier(sandbox=lambda command: ["sh", "-c", "echo no such container >&2; exit 1"])
+    assert absent.explain([python(TWICE)], ["assert double(2) == 4"]) == [
+        ("error", "the sandbox could not be made: no such container")
+    ]
+    with pytest.raises(ValueError, match="'docker', or a function"):
+        CodeVerifier(sandbox="jail")
+
+
+def test_docker_is_told_to_keep_everything_out():
+    """Its command; the run itself is for machines that have a daemon."""
+    sandbox = Sandbox("docker", 256, 5, 15.0, False, False)
+    command = sandbox._command()
+    for option in ("--network none", "--read-only", "--cap-drop ALL", "--user 65534:65534", "--memory 268435456b"):
+        assert option in " ".join(command)
+    if shutil.which("docker") and not subprocess.run(["docker", "info"], capture_output=True).returncode:
+        assert CodeVerifier(sandbox="docker", timeout=60).verify([python(TWICE)], ["assert double(2) == 4"]) == [
+            "correct"
+        ]
+
+
+def test_what_tests_ask_for():
+    import symtable
+
+    source = "import os\nfrom m import g\nx = f(1)\ndef test(a=h):\n    y = [k(i) for i in x]\n    def inner():\n        return a, y, z\nclass C(B):\n    n = g(x)\n"
+    names = free_names(symtable.symtable(source, "t", "exec"))
+    assert names == {"f", "h", "k", "z", "B"}
+    assert read_pairs([{"input": ["1", "2"], "output": 3}]) == [("1\n2", "3")]
+    assert read_pairs("assert f(1) == 2") is None and read_pairs(["assert f(1)"]) is None
+    assert lines_of("1 \n2\n\n") == ["1", "2"] != lines_of("1\n\n2")
