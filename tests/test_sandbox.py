@@ -45,7 +45,6 @@ STYLES = {
     "list": ["assert double(2) == 4", "assert double(3) == 6"],
     "check": "METADATA = {}\ndef check(candidate):\n    assert candidate(2) == 4\n    assert candidate(3) == 6",
     "check, called": "def check(candidate):\n    assert candidate(3) == 6\ncheck(double)",
-    "humaneval": {"test": "def check(candidate):\n    assert candidate(3) == 6", "entry_point": "double"},
     "unittest": UNITTEST,
     "unittest, with main": UNITTEST + "\nif __name__ == '__main__':\n    unittest.main()",
     "unittest, of a module": "from solution import double\n" + UNITTEST,
@@ -62,6 +61,16 @@ def test_every_style_of_tests(any_verifier):
         assert {name: str(v) for name, (v, _) in zip(STYLES, told, strict=True)} == dict.fromkeys(STYLES, verdict), (
             told
         )
+
+
+def test_check_is_given_the_entry_point(any_verifier):
+    """HumanEval's column says which of several functions is meant; without it there may be no telling."""
+    code = python("def double(x):\n    return 2 * x\ndef triple(x):\n    return 3 * x")
+    check = "def check(candidate):\n    assert candidate(2) == 6"
+    told = any_verifier.verify([code] * 3, [check] * 3, entry_point=["triple", "double", "none"])
+    assert told == ["correct", "wrong", "wrong"]
+    assert any_verifier.explain([code], [check])[0][1].startswith("no block of code defines a single function")
+    assert any_verifier(completions=["no code", code], answer=[check] * 2, entry_point=["triple"] * 2) == [0.0, 1.0]
 
 
 def test_pytest_files(any_verifier):

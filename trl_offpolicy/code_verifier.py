@@ -20,6 +20,7 @@ from pathlib import Path
 from subprocess import PIPE
 from typing import NamedTuple
 
+from .extraction import NO_ANSWER, Unparsable, without_thinking
 from .rows import Verdict
 from .sandbox import Sandbox, complaint, read_line, write
 from .sandbox_entry import OUT_OF_MEMORY, REFUSED
@@ -42,8 +43,9 @@ class CodeVerifier(Verifier):
 
     Tests are one of
 
-    * Python source, or a list of it: assertions, HumanEval's `check(candidate)`, unittest cases, functions and classes by pytest's names
-      (with pytest itself where they import it or take fixtures, if it is installed). Names that they use and do not define are
+    * Python source, or a list of it: assertions, HumanEval's `check(candidate)` (called with the row's `entry_point`, or with the only function
+      that no other one uses), unittest cases, functions and classes by pytest's names (with pytest itself where they import it or
+      take fixtures, if it is installed). Names that they use and do not define are
       the solution's, and so are the modules that they import and that are not installed (`from solution import f`).
     * pairs of input and output, for a solution that is a script: `{"inputs": [...], "outputs": [...]}` or `[{"input": ..., "output": ...}, ...]`,
       also as JSON. Outputs are compared line by line without the spaces at their ends.
@@ -74,6 +76,7 @@ class CodeVerifier(Verifier):
     """
 
     stated = False
+    columns = ("entry_point",)
 
     def __init__(
         self,
@@ -94,19 +97,23 @@ class CodeVerifier(Verifier):
         )
         self._sandbox = Sandbox(sandbox, memory_mb, math.ceil(timeout), 3 * timeout, allow_network, allow_unsandboxed)
 
-    def _explain(self, completions: list[str], answers: list) -> list[tuple[Verdict, str]]:
+    def _explain(
+        self, completions: list[str], answers: list, entry_point: list[str | None] | None = None
+    ) -> list[tuple[Verdict, str]]:
         with ThreadPoolExecutor(self.num_workers) as pool:
-            return list(pool.map(self._judge, completions, answers))
+            return list(pool.map(self._judge, completions, answers, entry_point or [None] * len(answers)))
 
-    def _judge(self, completion: str, answer) -> tuple[Verdict, str]:
-        blocks = code_blocks(completion)
+    def _judge(self, completion: str, answer, entry_point: str | None) -> tuple[Verdict, str]:
         try:
+            blocks = code_blocks(completion)
             pairs = read_pairs(answer)
-            tests = None if pairs else read_tests(answer)
+            tests = None if pairs else read_tests(answer, entry_point)
+        except Unparsable as error:
+            return Verdict.UNPARSABLE, str(error)
         except (SyntaxError, ValueError) as error:
             return Verdict.UNPARSABLE, f"the tests cannot be run: {error}"
         if not blocks:
-            return Verdict.UNPARSABLE, "the completion has no complete block of Python code"
+            return Verdict.UNPARSABLE, f"{NO_ANSWER}: no complete block of Python code"
         if pairs:
             reading = [code for code in blocks if re.search(r"\binput\s*\(|\bstdin\b|\bopen\(\s*0", code)]
             return self._run_script((reading or blocks)[-1], pairs)
@@ -206,8 +213,8 @@ def _program(end: str) -> dict[str, str]:
 
 
 def code_blocks(completion: str) -> list[str]:
-    """The complete fenced blocks of Python of the visible text that compile, in order."""
-    text = completion.replace("\r\n", "\n").rpartition("</think>")[2]
+    """The complete fenced blocks of Python that compile, in order, behind any thinking; `Unparsable` where that never ends."""
+    text = without_thinking(completion).replace("\r\n", "\n")
     codes = [textwrap.dedent(m["code"]) for m in _FENCE.finditer(text) if _PYTHON.fullmatch(m["language"])]
     return [code for code in codes if code.strip() and _compiles(code)]
 
@@ -287,10 +294,8 @@ class Tests(NamedTuple):
         }
 
 
-def read_tests(answer) -> Tests:
+def read_tests(answer, entry_point: str | None = None) -> Tests:
     """Raises `SyntaxError` or `ValueError` with what is wrong with them."""
-    if isinstance(answer, dict) and {"test", "entry_point"} <= set(answer):  # HumanEval's columns
-        answer = f"{answer['test']}\ncheck({answer['entry_point']})"
     source = "\n".join(map(str, answer)) if isinstance(answer, list) else str(answer or "")
     tree = ast.parse(source)
     if not tree.body:
@@ -311,6 +316,8 @@ def read_tests(answer) -> Tests:
     functions = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     called = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
     check = any(f in tree.body and f.name == "check" and f.args.args for f in functions) and "check" not in called
+    if check and entry_point:
+        return read_tests(f"{source}\ncheck({entry_point})")
     tested = [f for f in functions if f.name.startswith("test")]
     imported = {a.name for n in nodes if isinstance(n, ast.Import | ast.ImportFrom) for a in n.names} | {
         n.module for n in nodes if isinstance(n, ast.ImportFrom)

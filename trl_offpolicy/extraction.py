@@ -67,18 +67,22 @@ _PROGRAM = re.compile(
 )
 
 
+def without_thinking(completion: str) -> str:
+    """What comes behind the last thinking; `Unparsable` where it never ends."""
+    thinking = next(iter(deque(_THINKING.finditer(completion), maxlen=1)), None)
+    if thinking and thinking["open"]:
+        raise Unparsable(f"{NO_ANSWER}: it ends while it thinks")
+    return completion[thinking.end() :] if thinking else completion
+
+
 def visible(completion: str) -> str:
     """What a reader of the answer sees: no thinking, one turn, no special tokens, no program code."""
-    text, thinking = completion, next(iter(deque(_THINKING.finditer(completion), maxlen=1)), None)
-    if thinking:
-        if thinking["open"]:
-            raise Unparsable(f"{NO_ANSWER}: it ends while it thinks")
-        text = completion[thinking.end() :]
+    text = without_thinking(completion)
     for turn in _TOKEN.split(text):
         turn = re.sub(r"\A\s*(?:assistant|model)\s*\n", "", turn)
         if turn.strip():
             return _PROGRAM.sub("\n", turn) if "```" in turn else turn
-    raise Unparsable(NO_ANSWER if not thinking else f"{NO_ANSWER}: nothing follows its thinking")
+    raise Unparsable(NO_ANSWER if text == completion else f"{NO_ANSWER}: nothing follows its thinking")
 
 
 # ---- 2. segments ----
