@@ -4,6 +4,7 @@
         hub.fail("POST .*/commit/", 412)          # the next such request; or 401, 403, 404, 429, 500
         hub.fail("PUT /lfs/", "drop")             # half of the body is read, then the connection is closed; or "lose" the answer
         hub.fail(7, 500)                          # the seventh request from now on
+        hub.fail("GET /api/", b"<html>")          # this, with status 200; or (429, {"Retry-After": "9"}): a status with headers
     hub.fail("POST .*/commit/", function)     # calls it first; what it returns is done, `None` for nothing
 
 A commit is applied whole or not at all, as on the real Hub. Files are LFS or regular; Xet must be off in the client. A stored
@@ -120,6 +121,10 @@ class Handler(BaseHTTPRequestHandler):
         if how == "lose":
             self.send, self.close_connection, how = lambda *_: None, True, None
         try:
+            if isinstance(how, bytes):
+                return self.send(200, how, {"Content-Type": "text/html"})
+            if isinstance(how, tuple):
+                return self.send(how[0], {"error": "injected"}, how[1])
             if how is not None:
                 raise Refused(how, {404: "EntryNotFound"}.get(how, ""), "injected")
             with self.hub.lock:

@@ -10,11 +10,13 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from concurrent.futures import wait
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import POLICY, ROOT
 from datasets import Dataset, load_dataset
 from huggingface_hub import DatasetCard, HfApi, ModelCard, close_session, constants
@@ -36,7 +38,7 @@ from trl_offpolicy import (
     measure_policy_gap,
 )
 from trl_offpolicy.cli.rewrite import RewriteArguments
-from trl_offpolicy.hub import END, push_run, read_run
+from trl_offpolicy.hub import END, open_repo, push_run, read_run
 from trl_offpolicy.rows import output_features
 from trl_offpolicy.run_log import PeriodicPush, wandb_run
 from trl_offpolicy.sampling import SamplerError
@@ -158,6 +160,50 @@ def test_shards_are_pushed_as_one(tmp_path, hub):
     assert f"| self | {out['source'][:].count('self')} |" in DatasetCard.load("me/out").text
     whole.push_to_hub("me/out")
     assert same(fresh("me/out"), out) and not names & set(hub.files("me/out"))
+
+
+def test_attempts_of_rows_that_have_gone_are_not_counted(tmp_path, hub):
+    """A run whose dataset shrank says what a run of the smaller one says, finished or under way."""
+    data = Dataset.from_list(rows(40))
+    for i in (0, 1):
+        rewriter(tmp_path, shard=f"{i}/2", max_concurrent_attempts=1).rewrite(data)
+    few = data.select([*range(3, 12), *range(30, 35)])
+    for i in (0, 1):
+        for name in ("run", "small"):
+            rewriter(tmp_path, name, shard=f"{i}/2", max_concurrent_attempts=1).rewrite(few)
+    for finished in (True, False):
+        run, small = (read_run(tmp_path / name, finished) for name in ("run", "small"))
+        for stage, counts in small["attempts"].items():
+            assert run["attempts"][stage] == counts and counts["problems"] <= 14
+        ids = [set().union(*of["ids"].values()) for of in (run, small)]
+        assert ids[0] == ids[1] and len(ids[0]) == 14 and run["num_untried"] == 0
+    push_run(tmp_path / "run", "me/out")
+    assert set(fresh("me/out", "attempts")["id"]) <= ids[0] == set(fresh("me/out")["id"])
+
+
+def test_local_paths_stay_at_home(tmp_path, hub):
+    """The directory of a model, of the demonstrations and of what an engine is told is in no file that is pushed."""
+    run = rewriter(tmp_path)
+    run.sampler.name, run.sampler.revision = "/home/me/secret models/policy/", "0123456789ab"
+    given = {
+        "dataset_name": "/home/me/demos.jsonl", "engine_kwargs": '{"download_dir": "/home/me/hf"}', "verifier_kwargs": '{"timeout": 7}',
+        "dtype": "bfloat16",
+    }  # fmt: skip
+    out = run.rewrite(rows(8), given)
+    assert set(out["model"]) == {"policy"} and set(out["model_revision"]) == {"0123456789ab"}
+    at_home = yaml.safe_load((tmp_path / "run" / "run_config.yaml").read_text())
+    assert at_home["model_name_or_path"] == "/home/me/secret models/policy/" and at_home.items() >= given.items()
+    run.push_to_hub("me/out")
+    pushed = hub.files("me/out")["run_config.yaml"].decode()
+    there = yaml.safe_load(pushed)
+    assert there == {
+        k: v for k, v in at_home.items() if k not in ("model_name_or_path", "dataset_name", "engine_kwargs")
+    }
+    assert "# model_name_or_path was a local path, or held one: pass your own." in pushed
+    card = DatasetCard.load("me/out").text
+    assert "run_config.yaml --model_name_or_path … --dataset_name … --engine_kwargs … --output_dir" in card
+    assert not any(b"/home/me" in data for data in hub.files("me/out").values())
+    assert "/home/me" not in str([fresh("me/out").to_list(), fresh("me/out", "attempts").to_list()])
 
 
 def test_card_is_what_the_journal_says(tmp_path, hub):
@@ -313,19 +359,98 @@ def test_what_may_pass_is_tried_again(tmp_path, hub, monkeypatch, how):
     assert hub.files("me/out")["metrics.json"] == b"{}" and same(fresh("me/out"), out)
 
 
-@pytest.mark.parametrize("how", [401, 403, 404, "drop"])
-def test_what_will_not_pass_is_said_and_changes_nothing(tmp_path, hub, capsys, how):
+@pytest.mark.parametrize("how", [401, 403, 404, "drop", b"<html>Sign in</html>"])
+def test_what_will_not_pass_is_said_and_changes_nothing(tmp_path, hub, capsys, monkeypatch, how):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     run = rewriter(tmp_path)
     run.rewrite(source_dataset(hub))
     hub.fail("POST .*/commit/", how, times=1 << 30)
-    assert cli.main(["push", str(tmp_path / "run"), "--hub_dataset_id", "me/out"]) == 3
+    with warnings.catch_warnings(record=True):
+        assert cli.main(["push", str(tmp_path / "run"), "--hub_dataset_id", "me/out"]) == 3
     said = capsys.readouterr()
-    assert "nothing has changed on the Hub" in said.err and (how == "drop" or str(how) in said.err)
+    told = {"drop": "disconnected", b"<html>Sign in</html>": "cannot be read"}.get(how, str(how))
+    assert "Nothing has changed on the Hub." in said.err and told in said.err and "Traceback" not in said.err
     assert said.out.splitlines()[-1] == f"trl-offpolicy push {tmp_path}/run --hub_dataset_id me/out"
     assert not hub.files("me/out")
     hub.faults.clear()
     assert cli.main(["push", str(tmp_path / "run"), "--hub_dataset_id", "me/out", "--push_attempts", "False"]) == 0
     assert fresh("me/out").num_rows == 30 and not any("attempts" in path for path in hub.files("me/out"))
+
+
+def test_a_commit_whose_answer_was_lost_is_found_by_the_next_try(tmp_path, hub, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    run = rewriter(tmp_path)
+    out = run.rewrite(source_dataset(hub))
+    hub.fail("POST .*/commit/", "lose")
+    with pytest.warns(UserWarning, match="Trying again"):
+        found = run.push_to_hub("me/out")
+    repo = hub.repos["datasets", "me/out"]
+    assert found.oid == repo.heads["main"] and len(repo.commits) == 2 and same(fresh("me/out"), out)
+
+
+@pytest.mark.parametrize(("lost", "told"), [(1 << 30, "is not known"), (5, "has a new commit")])
+def test_nothing_is_claimed_of_a_commit_that_could_not_be_seen(tmp_path, hub, monkeypatch, capsys, lost, told):
+    """The commit goes through, and its answer and all or some of the requests after it are lost."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    run, push = rewriter(tmp_path), ["push", str(tmp_path / "run"), "--hub_dataset_id", "me/out"]
+    run.rewrite(source_dataset(hub))
+
+    def cut():
+        hub.fail("", "drop", times=lost)
+        return "lose"
+
+    hub.fail("POST .*/commit/", cut)
+    with warnings.catch_warnings(record=True):
+        assert cli.main(push) == 3
+    hub.faults.clear()
+    said = capsys.readouterr()
+    assert (
+        told in said.err
+        and "Nothing has changed" not in said.err
+        and len(hub.repos["datasets", "me/out"].commits) == 2
+    )
+    assert said.out.splitlines()[-1] == f"trl-offpolicy push {tmp_path}/run --hub_dataset_id me/out"
+    assert cli.main(push) == 0 and len(hub.repos["datasets", "me/out"].commits) == 2
+
+
+@pytest.mark.parametrize(("asked", "waited"), [("86400", 300), ("7", 7), ("Wed, 21 Oct 2026 07:28:00 GMT", None)])
+def test_a_long_wait_is_said_and_cut(tmp_path, hub, monkeypatch, asked, waited):
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    hub.fail("POST /api/repos/create", (429, {"Retry-After": asked}))
+    with pytest.warns(UserWarning, match="429.* Trying again in [0-9]+ s") as said:
+        open_repo("me/out")
+    assert len(waits) == len(said) == 1 and (waits[0] == waited if waited else 1 <= waits[0] <= 2)
+    assert ("asks to wait for 86,400 s" in str(said[0].message)) == (asked == "86400")
+
+
+def test_what_is_said_of_a_failure_holds_no_token(tmp_path, hub, monkeypatch, capsys):
+    """The Hub quotes the token that it refuses, in whatever it answers to `push` and to the first request of `rewrite`."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    run, odd = rewriter(tmp_path), "an/odd-token"
+    run.rewrite(Dataset.from_list(rows(5)))
+    Dataset.from_list(rows(5)).to_json(tmp_path / "demos.jsonl")
+    monkeypatch.setenv("HF_TOKEN", odd)
+    rewrite = [
+        "rewrite", "--model_name_or_path", POLICY, "--dataset_name", str(tmp_path / "demos.jsonl"), "--output_dir", str(tmp_path / "other"),
+        "--push_to_hub", "--hub_dataset_id", "me/out",
+    ]  # fmt: skip
+    for status, command, code in (
+        (401, rewrite, 2),
+        (503, rewrite, 3),
+        (503, ["push", str(tmp_path / "run"), *rewrite[-2:]], 3),
+    ):
+        hub.fail("POST .*", (status, {"X-Error-Message": f"Invalid token {TOKEN}, {odd}."}), times=6)
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            assert cli.main(command) == code
+        hub.faults.clear()
+        said = capsys.readouterr()
+        told = [said.out, said.err, *(str(w.message) for w in warned)]
+        assert "Invalid token ***, ***." in said.err and not any(
+            secret in text for text in told for secret in (TOKEN, odd)
+        )
+        assert "again" in said.out + said.err and "Traceback" not in said.err
 
 
 def test_refused_before_anything_is_sampled(tmp_path, hub, monkeypatch):

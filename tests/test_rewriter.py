@@ -1,5 +1,6 @@
 """DataRewriter against a naive sequential loop, under disorder, duplicates, bad golds, kills and ctrl-C."""
 
+import io
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import POLICY
 from datasets import Dataset, load_dataset
@@ -19,6 +21,7 @@ from trl_offpolicy import DataRewriter, RewriteConfig, TransformersSampler, prom
 from trl_offpolicy.rows import Verdict, demonstration
 from trl_offpolicy.sampling import Completion, Request, SamplingParams, attempt_seed
 from trl_offpolicy.verifiers import NumericVerifier
+from trl_offpolicy.whole_file import partial_file, write_whole
 
 
 def config(tmp_path, **kwargs):
@@ -408,6 +411,45 @@ def test_a_journal_without_checksums_is_resumed(tmp_path):
     path.write_bytes(b"".join([*lines[:number], lines[number].replace(b'"text"', b'"texd"'), *lines[number + 1 :]]))
     with pytest.raises(ValueError, match=f"Line {number + 1} of {path} .*it has no text"):
         rewrite(tmp_path, rows(40))
+
+
+def test_a_damaged_cache_of_the_rows_is_made_again(tmp_path):
+    data = Dataset.from_list(rows(20))
+    first, _ = rewrite(tmp_path, data)
+    file, rng = tmp_path / "run" / "rows.npz", random.Random(0)
+    whole = file.read_bytes()
+    damaged = [b"", b"nonsense", whole[: len(whole) // 2], whole[:-1], whole[:30] + bytes(30) + whole[60:]]
+    for _ in range(5):
+        flipped = bytearray(whole)
+        flipped[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        damaged.append(bytes(flipped))
+    for content in damaged:
+        file.write_bytes(content)
+        assert rewrite(tmp_path, data)[0].to_list() == first.to_list()
+        with np.load(file) as again, np.load(io.BytesIO(whole)) as before:
+            assert all((again[name] == before[name]).all() for name in before)
+
+
+def test_no_file_is_half_written(tmp_path, monkeypatch):
+    """Every name that a second process would use at the same time is its own, and what is read meanwhile is whole."""
+    path = tmp_path / "run_config.yaml"
+    write_whole(path, "old")
+    with pytest.raises(OSError, match="disk full"), partial_file(path) as one, partial_file(path) as other:
+        one.write_text("ne")
+        assert one != other and path.read_text() == "old"
+        raise OSError("disk full")
+    assert [file.name for file in tmp_path.iterdir()] == ["run_config.yaml"]
+    written = []
+    replace = Path.replace
+
+    def seen(self, target):
+        written.append(target.name)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", seen)
+    rewrite(tmp_path, rows(5))
+    assert {"rows.npz", "run_config.yaml", "metrics.json", "train-00000-of-00001.parquet"} == set(written)
+    assert not list((tmp_path / "run").rglob("*.partial"))
 
 
 def test_journal_knows_where_every_row_came_from(tmp_path):

@@ -1,5 +1,6 @@
 """Shards against the unsharded run: the union is the merge, in real processes, one killed; a part never passes for the whole."""
 
+import fcntl
 import json
 import signal
 import subprocess
@@ -13,7 +14,8 @@ from scripted import ScriptedSampler, rows, verify
 from test_rewriter import cli, rewrite
 
 from trl_offpolicy import DataRewriter, RewriteConfig
-from trl_offpolicy.shards import Shard
+from trl_offpolicy.shards import Shard, published
+from trl_offpolicy.whole_file import write_whole
 
 
 def union(run: Path) -> list[dict]:
@@ -67,6 +69,16 @@ def test_the_last_shard_may_finish_while_another_reads_its_rows_back(tmp_path):
 
     rewriter, rewritten = shard(0, Verifier())
     assert rewriter.missing_shards == [] and rewritten.to_list() == union(tmp_path / "run")[:10]
+
+
+def test_shards_take_turns_whatever_file_is_replaced_meanwhile(tmp_path, monkeypatch):
+    monkeypatch.setattr("trl_offpolicy.shards.lock", lambda handle, how: fcntl.flock(handle, how | fcntl.LOCK_NB))
+    rewrite(tmp_path, rows(3))
+    with published(tmp_path / "run"):
+        rewrite_config = tmp_path / "run" / "run_config.yaml"
+        write_whole(rewrite_config, rewrite_config.read_text())  # as a shard does that starts
+        with pytest.raises(BlockingIOError), published(tmp_path / "run"):
+            pass
 
 
 def test_every_row_is_in_exactly_one_shard():

@@ -32,6 +32,7 @@ from .run_log import check_wandb, wandb_run
 from .sampling import FAILED, Completion, Request, Sampler, SamplerError, SamplingParams, attempt_seed, template_digest
 from .shards import Shard, check_siblings
 from .verification import MathVerifier, describe
+from .whole_file import partial_file, write_whole
 
 
 NOT_JUDGED = (Verdict.TIMEOUT, Verdict.ERROR)
@@ -350,14 +351,18 @@ class _Run:
         texts = ("benchmark", "id", "stage", "verdict", "finish_reason", "answer", "reason", "text", "gold", "prompt")
         numbers = {"attempt": pa.int32(), "num_tokens": pa.int32(), "log_prob": pa.float64()}
         schema = pa.schema([*((name, pa.string()) for name in texts), *numbers.items()])
-        with pq.ParquetWriter(file, schema) as writer:
-            for chunk in batched((item for name in self.questions for item in self.keys(name, self.shard)), 1000):
-                rows = []
-                for key, question in chunk:
-                    entry = journal.read(offsets[key], key._asdict(), ["text"])
-                    entry["text"] = entry["text"].encode(errors="replace").decode()  # a lone surrogate has no UTF-8
-                    rows.append({**entry, "gold": question.answer, "prompt": question.prompt[-1]["content"]})
-                writer.write_table(pa.Table.from_pylist(rows, schema))
+        with partial_file(file) as partial:
+            with pq.ParquetWriter(partial, schema) as writer:
+                for chunk in batched((item for name in self.questions for item in self.keys(name, self.shard)), 1000):
+                    rows = []
+                    for key, question in chunk:
+                        entry = journal.read(offsets[key], key._asdict(), ["text"])
+                        entry["text"] = (
+                            entry["text"].encode(errors="replace").decode()
+                        )  # a lone surrogate has no UTF-8
+                        rows.append({**entry, "gold": question.answer, "prompt": question.prompt[-1]["content"]})
+                    writer.write_table(pa.Table.from_pylist(rows, schema))
+            partial.replace(file)
 
 
 def _vote(sample: dict) -> str | None:
@@ -390,9 +395,7 @@ def write_results(output_dir: Path, config: dict, results: dict[str, dict], repo
         text += "\n" + tables.markdown(tables.comparison(results))
     found = {"config": config, "versions": packages, "benchmarks": results}
     for name, content in (("results.md", text), ("results.json", json.dumps(found, indent=1) + "\n")):
-        partial = output_dir / f"{name}.{os.getpid()}"  # two shards may finish at the same moment
-        partial.write_text(content)
-        partial.replace(output_dir / name)
+        write_whole(output_dir / name, content)  # two shards may finish at the same moment
     with wandb_run(report_to, output_dir, "eval", config) as run:
         if run is not None:
             run.log({f"{n}/{k}": x for n, each in results.items() for k, x in each.items() if isinstance(x, float)})

@@ -9,8 +9,9 @@ import random
 import re
 import tempfile
 import time
+import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.resources import files
 from itertools import islice
@@ -19,8 +20,9 @@ from pathlib import Path
 import yaml
 
 from .journal import read_entries, read_header
-from .rows import Source, Verdict, attempt_features
-from .shards import journals_in
+from .redaction import redacted
+from .rows import Source, Verdict, attempt_features, copy_id
+from .shards import Shard, journals_in
 
 
 CITATIONS = {
@@ -57,8 +59,13 @@ def versions(*packages: str) -> str:
     return ", ".join(found)
 
 
+def public_name(name: str) -> str:
+    """A Hub id as it is; of a local path only its last part, as the rest is nobody's business."""
+    return name if is_hub_id(name) else name.rstrip("/").split("/")[-1]
+
+
 def link(name: str | None, kind: str, on_hub: bool | None = None) -> str | None:
-    """Markdown for a Hub id or local path; of a path only its last part, as the rest is nobody's business."""
+    """Markdown for a Hub id, or for a local path, which is shown as [`public_name`] gives it."""
     if not name:
         return None
     if is_hub_id(name) if on_hub is None else on_hub:
@@ -87,6 +94,7 @@ BEGIN = "<!-- trl-offpolicy: from here to the end mark the next push writes anew
 END = "<!-- trl-offpolicy: end -->"
 # Somebody else's commit came first (409, 412), too many requests, or a server that is down for the moment.
 RETRIED = (409, 412, 429, 500, 502, 503, 504)
+LONGEST_WAIT = 300  # seconds, whatever the Hub asks for
 
 
 def push_run(
@@ -120,7 +128,8 @@ def push_run(
     Raises:
         ValueError: The run has no rows yet, or some that may have fallen back because the engine failed, or `private` was asked of a
             repository that is public.
-        HfHubHTTPError: The Hub refused, or still did after some tries: nothing has changed there, and the same call can be made again.
+        HfHubHTTPError, httpx.TransportError, ConnectionError: The Hub refused, cannot be reached, or sent something unreadable, also after
+            some tries. A note on the exception says whether anything has changed there; the same call can be made again.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
@@ -140,16 +149,19 @@ def push_run(
     with tempfile.TemporaryDirectory() as folder:
         content = {
             "default": run["rows"],
-            "attempts": _attempt_files(run["journals"], folder) if push_attempts else [],
+            "attempts": _attempt_files(run["ids"], folder) if push_attempts else [],
         }
         parts = {
             name: _named(FOLDERS[name], paths) for name, paths in content.items() if finished or name == "attempts"
         }
-        data = [CommitOperationAdd(name, path) for part in parts.values() for name, path in part.items()]
-        data += [CommitOperationAdd(path.name, path) for path in run["files"]]
+        data = [item for part in parts.values() for item in part.items()]
+        data += [(name, text.encode()) for name, text in run["files"].items()]
+        before = None
 
         def commit():
+            nonlocal before
             info = api.dataset_info(repo_id, revision=revision)
+            before = before or info.sha
             there = [sibling.rfilename for sibling in info.siblings or ()]
             card = edited_card(
                 _card(api, repo_id, info.sha) if "README.md" in there else None, run, repo_id, parts, source
@@ -162,14 +174,33 @@ def push_run(
             ]
             return api.create_commit(
                 repo_id,
-                [*data, *stale, CommitOperationAdd("README.md", str(card).encode())],
+                # New ones at each try: only those are compared with what is there, and a commit whose answer was lost is there.
+                [*(CommitOperationAdd(*item) for item in [*data, ("README.md", str(card).encode())]), *stale],
                 commit_message=commit_message or ("Push rows" if finished else "Push attempts of a run under way"),
                 repo_type="dataset",
                 revision=revision,
                 parent_commit=info.sha,
             )
 
-        return _tried_again(commit)
+        try:
+            return _tried_again(commit, token)
+        except BaseException as error:  # ctrl-C too
+            error.add_note(_what_has_changed(api, repo_id, revision, before))
+            raise
+
+
+def _what_has_changed(api, repo_id: str, revision: str | None, before: str | None) -> str:
+    """What there is to know of a push that failed; `before` was the last commit when it began, `None` if it did not come to that."""
+    try:
+        now = before and api.dataset_info(repo_id, revision=revision).sha
+    except Exception as error:  # whatever a network can do
+        return (
+            f"Whether the commit went through is not known, since the Hub does not answer now ({type(error).__name__}). Push again: what is there "
+            "already is not pushed twice."
+        )
+    if now == before:
+        return "Nothing has changed on the Hub."
+    return f"The Hub has a new commit, {now}, ours or somebody else's. Push again: what is there already is not pushed twice."
 
 
 def _undrawn(output_dir: Path) -> int:
@@ -183,13 +214,13 @@ def open_repo(repo_id: str, private: bool | None = None, token: str | None = Non
     from huggingface_hub import HfApi
 
     api = HfApi(token=token, library_name="trl-offpolicy")
-    _tried_again(lambda: api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True))
+    _tried_again(lambda: api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True), token)
     if private and not api.dataset_info(repo_id).private:
         raise ValueError(
             f"You asked for a private repository, but {repo_id} exists and is public. Make it private in its settings, or push to another."
         )
     if revision is not None:
-        _tried_again(lambda: api.create_branch(repo_id, branch=revision, repo_type="dataset", exist_ok=True))
+        _tried_again(lambda: api.create_branch(repo_id, branch=revision, repo_type="dataset", exist_ok=True), token)
     return api
 
 
@@ -209,40 +240,41 @@ def read_run(output_dir: Path, finished: bool = True) -> dict:
             f"{output_dir} has the rows of {len(rows)} shard(s), but {len(journals)} journal(s): {', '.join(path.name for path in journals)}. Bring "
             "those of all shards together, or push from where they are; the card and the attempts are made from them."
         )
+    sources, ids = Counter(), {journal: _asked(journal) for journal in journals}
+    for journal, path in zip(journals, rows, strict=False):
+        table = pq.read_table(path, columns=["source", "id"])
+        sources.update(table["source"].to_pylist())
+        ids[journal] = set(table["id"].to_pylist())
     counts, tokens, tried = Counter(), Counter(), {}
-    for path in journals:
-        for _, entry in read_entries(path, until="reason"):
+    for journal in journals:
+        for _, entry in _attempts_of(journal, ids[journal], until="reason"):
             stage = entry["stage"]
             counts[stage, entry["verdict"]] += 1
             counts[stage, "truncated"] += entry["finish_reason"] == "length"
             tokens[stage] += entry["num_tokens"]
             tried.setdefault(stage, set()).add(entry["id"])
-    sources, num_untried, every = Counter(), 0, set().union(*tried.values())
-    for path in rows:
-        table = pq.read_table(path, columns=["source", "id"])
-        sources.update(table["source"].to_pylist())
-        num_untried += sum(row_id not in every for row_id in table["id"].to_pylist())
     settings, config = yaml.safe_load(text), read_header(journals[0])
     source, on_hub = settings.get("dataset_name"), "dataset_revision" in settings
+    # A digest of the weights stands where no commit names them: then it was a local model.
+    model_on_hub = False if re.fullmatch("[0-9a-f]{12}", config["model_revision"]) else None
+    public_text, left_out = _without_paths(text, {"dataset_name": on_hub, "model_name_or_path": model_on_hub})
+    metrics = next(output_dir.glob("metrics.json"), None) if finished else None
     gap = output_dir / "policy_gap.json"
     return {
         "journals": journals,
         "rows": rows,
-        "files": [
-            path
-            for name in ("run_config.yaml", "metrics.json")[: 1 + finished]
-            if (path := output_dir / name).exists()
-        ],
+        "ids": ids,
+        "files": {"run_config.yaml": public_text} | ({"metrics.json": metrics.read_text()} if metrics else {}),
+        "left_out": left_out,
         "config": config,
         "settings": settings,
         "source_id": source if on_hub else None,
         "source": link(source, "datasets/", on_hub),
-        # A digest of the weights stands where no commit names them: then it was a local model.
-        "model": link(config["model"], "", False if re.fullmatch("[0-9a-f]{12}", config["model_revision"]) else None),
+        "model": link(config["model"], "", model_on_hub),
         "rewriter": link(config.get("rewriter_adapter"), ""),
         "made_with": " ".join(line[2:] for line in text.splitlines() if line.startswith("# ")),
         "num_rows": sum(sources.values()),
-        "num_untried": num_untried,
+        "num_untried": len(set().union(*ids.values()).difference(*tried.values())) if rows else 0,
         "sources": {str(source): sources[source] for source in Source},
         "verdicts": [str(verdict) for verdict in Verdict],
         "attempts": {
@@ -256,6 +288,52 @@ def read_run(output_dir: Path, finished: bool = True) -> dict:
         },
         "gap": json.loads(gap.read_text()) if gap.exists() else None,
     }
+
+
+# Settings that name a place: a Hub id, or something on a disk.
+PLACES = ("model_name_or_path", "dataset_name", "rewriter_adapter", "adapter")
+
+
+def _without_paths(text: str, on_hub: dict[str, bool | None]) -> tuple[str, list[str]]:
+    """
+    `run_config.yaml` as others get it, and the names of the settings that are left out: they hold local paths, which are nobody's business
+    and lead nowhere elsewhere.
+
+    Args:
+        text (`str`): As it is in the run's directory.
+        on_hub (`dict[str, bool | None]`): Which of the `PLACES` are on the Hub, where that is known.
+    """
+    settings, left_out = yaml.safe_load(text), []
+    for name, value in settings.items():
+        if name in PLACES and value is not None:
+            known = on_hub.get(name)
+            is_local = not (is_hub_id(value) if known is None else known)
+        else:  # such as {"download_dir": "/data/models"}
+            is_local = name.endswith("_kwargs") and re.search(r"""(?:^|["':=\s])(?:~|\.{0,2})/\w""", str(value))
+        if is_local:
+            left_out.append(name)
+    head = [line for line in text.splitlines() if line.startswith("#")]
+    head += [f"# {name} was a local path, or held one: pass your own." for name in left_out]
+    kept = {name: value for name, value in settings.items() if name not in left_out}
+    return "\n".join(head) + "\n" + yaml.safe_dump(kept, sort_keys=False, allow_unicode=True), left_out
+
+
+def _asked(journal: Path) -> set[str] | None:
+    """The ids of the rows that a shard is to rewrite; `None` where that is not known (its `rows.npz` is elsewhere)."""
+    import numpy as np
+
+    file = journal.with_name(journal.name.replace("journal", "rows").replace(".jsonl", ".npz"))
+    if not file.exists():
+        return None
+    with np.load(file) as checked:
+        keys = checked["keys"]
+    own = Shard.of_file(journal).rows(len(keys))
+    return {copy_id(*key) for key in keys[own.start : own.stop][["id", "copy"]].tolist()}
+
+
+def _attempts_of(journal: Path, ids: set[str] | None, until: str | None = None) -> Iterator[tuple[int, dict]]:
+    """What [`read_entries`] finds of the rows with these ids: a journal keeps the attempts of rows that have left the dataset since."""
+    return ((offset, entry) for offset, entry in read_entries(journal, until) if ids is None or entry["id"] in ids)
 
 
 def edited_card(card, run: dict, repo_id: str, parts: dict[str, dict], source: dict):
@@ -330,19 +408,40 @@ def edited_card(card, run: dict, repo_id: str, parts: dict[str, dict], source: d
     return card
 
 
-def _tried_again(request: Callable, waits: tuple[float, ...] = (1, 2, 4, 8, 16)):
-    """`request()`, made again after a while where the Hub's answer says that this may help."""
+def refusals() -> tuple[type[Exception], ...]:
+    """What says that the Hub refused, cannot be reached, or sent something unreadable."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    for wait in waits:
+    # The first is of the HTTP library that huggingface_hub uses: a line that was cut is one of those, too.
+    return HfHubHTTPError.__bases__[0], ConnectionError
+
+
+def _tried_again(request: Callable, token: str | None = None):
+    """`request()`, made again after a while where the Hub's answer, or the lack of one, says that this may help; each wait is said."""
+    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
+
+    for wait in (1, 2, 4, 8, 16, None):
+        asked = ""
         try:
             return request()
-        except HfHubHTTPError as error:
-            if error.response.status_code not in RETRIED:
+        except (HFValidationError, OfflineModeIsEnabled):
+            raise
+        except refusals() as error:
+            response = getattr(error, "response", None)
+            if wait is None or (response is not None and response.status_code not in RETRIED):
                 raise
-            asked = error.response.headers.get("Retry-After", "")
-            time.sleep(float(asked) if asked.isdigit() else wait * (1 + random.random()))
-    return request()
+            why = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
+            asked = response.headers.get("Retry-After", "") if response is not None else ""
+        except ValueError as error:
+            why = f"What came from the Hub cannot be read ({error}): is there a proxy or a login page in between"
+            if wait is None:
+                raise ConnectionError(f"{why}?") from error
+        seconds = wait * (1 + random.random())
+        if asked.isdigit():
+            seconds = min(int(asked), LONGEST_WAIT)
+            why += f". The Hub asks to wait for {int(asked):,} s"
+        warnings.warn(f"{redacted(why, token)}. Trying again in {seconds:.0f} s.", stacklevel=3)
+        time.sleep(seconds)
 
 
 def _card(api, repo_id: str, revision: str | None = None):
@@ -363,14 +462,14 @@ def _source_card(api, name: str | None) -> dict:
         return {}
 
 
-def _attempt_files(journals: list[Path], folder: str) -> list[Path]:
-    """A Parquet file in `folder` for each journal that has attempts."""
+def _attempt_files(ids: dict[Path, set[str] | None], folder: str) -> list[Path]:
+    """A Parquet file in `folder` for each journal that has attempts of the rows with these ids."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     paths, schema = [], attempt_features().arrow_schema
-    for journal in journals:
-        entries = (entry for _, entry in read_entries(journal))
+    for journal, own in ids.items():
+        entries = (entry for _, entry in _attempts_of(journal, own))
         if not (chunk := list(islice(entries, 1000))):
             continue
         paths.append(Path(folder) / f"{journal.stem}.parquet")

@@ -39,6 +39,7 @@ from .losses import NO_LIMITS, OBJECTIVES, diagnostic_means, weight_diagnostics
 from .model_card import trained_model_card
 from .rows import hub_origin
 from .scoring import causal_lm, hidden_states, kl_divergence, lm_head, top_k_entropy
+from .whole_file import write_whole
 
 
 class ImportanceWeightedSFTTrainer(SFTTrainer):
@@ -592,7 +593,8 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         """Writes `output_dir/README.md`: base model, data by source, objective with its equation, hyper-parameters, results, versions."""
         if self.is_world_process_zero():
-            trained_model_card(self, model_name, dataset_name, tags).save(f"{self.args.output_dir}/README.md")
+            card = trained_model_card(self, model_name, dataset_name, tags)
+            write_whole(f"{self.args.output_dir}/README.md", str(card))
 
 
 def _name(objective) -> str:

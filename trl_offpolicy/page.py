@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import tables
+from .whole_file import write_whole
 
 
 STYLE = """
@@ -82,8 +83,8 @@ class Page:
             + "\n".join(self.body)
             + "\n</body></html>\n"
         )
-        (output_dir / "report.html").write_text(page, encoding="utf-8", errors="replace")
-        (output_dir / "report.md").write_text("\n".join(self.text), encoding="utf-8", errors="replace")
+        write_whole(output_dir / "report.html", page)
+        write_whole(output_dir / "report.md", "\n".join(self.text))
 
 
 def _cell(text: str) -> str:

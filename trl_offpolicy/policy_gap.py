@@ -22,6 +22,7 @@ from .rows import Source, demonstration, encode_prompt, plain_rows, says_otherwi
 from .sampling import load_model
 from .scoring import target_log_probs
 from .text_statistics import copy_ratio, distinct_n, leaks_hint, self_bleu
+from .whole_file import write_whole
 
 
 # What is summed up for each row; every number that is reported is a function of the means of these.
@@ -274,7 +275,7 @@ def _write(output_dir: Path, result: dict, rows: list[dict], sums: np.ndarray, t
     from datasets import Dataset
 
     output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "policy_gap.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_whole(output_dir / "policy_gap.json", json.dumps(result, indent=1) + "\n")
     columns = {"id": [row["id"] for row in rows], "source": [row["source"] for row in rows]}
     columns |= dict(zip(COLUMNS, sums.T.tolist(), strict=True))
     for name in ("copy_ratio", "before_leaks_hint", "after_leaks_hint"):

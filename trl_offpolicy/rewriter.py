@@ -18,14 +18,14 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from .control_tokens import ControlTokens
-from .hub import open_repo, push_run, versions
+from .hub import open_repo, public_name, push_run, versions
 from .journal import Journal
 from .judging import Judged, VerdictQueue, abandoning
 from .rewrite_config import RewriteConfig
@@ -64,6 +64,7 @@ from .sampling import (
 from .scheduling import Draw, Fate, KnownAttempts, Outcome, Scheduler
 from .shards import RUN_KEY, Shard, check_siblings, publish, published, withdraw
 from .verification import describe
+from .whole_file import partial_file, write_whole
 
 
 class DataRewriter:
@@ -148,10 +149,12 @@ class DataRewriter:
                     args = self.args
                     open_repo(args.hub_dataset_id, args.hub_private_repo or None, args.hub_token, args.hub_revision)
                 scheduler = self._run(dataset, keys, journal, logged)
-                file = self._write(whole, dataset, keys, scheduler, journal, run)
-                self.metrics["seconds"] = round(time.monotonic() - began, 2)
-                self.shard.file(self.output_dir, "metrics.json").write_text(json.dumps(self.metrics, indent=1) + "\n")
-                self._publish(file, run, logged)
+                with partial_file(self.output_dir / self.shard.parquet) as file:
+                    self._write(file, whole, dataset, keys, scheduler, journal, run)
+                    self.metrics["seconds"] = round(time.monotonic() - began, 2)
+                    metrics = self.shard.file(self.output_dir, "metrics.json")
+                    write_whole(metrics, json.dumps(self.metrics, indent=1) + "\n")
+                    self._publish(file, run, logged)
         finally:
             journal.close()
             if hasattr(self.verifier, "close"):
@@ -173,7 +176,8 @@ class DataRewriter:
         Raises:
             ValueError: No repository is named, the run is not finished, the engine failed at some of its attempts and `accept_failed` is
                 not set, or a private one was asked for and it is public.
-            HfHubHTTPError: The Hub refused. Nothing has changed there; call it again.
+            HfHubHTTPError, httpx.TransportError, ConnectionError: The Hub refused or cannot be reached; a note on the exception says whether
+                anything has changed there. Call it again.
         """
         return self._push(repo_id, private, token, revision, push_attempts, commit_message)
 
@@ -227,13 +231,9 @@ class DataRewriter:
         """
         what = "problem or reference" if Source.GUIDED in self.args.stages else "problem"
         key = f"4 {dataset._fingerprint} {self.args.answer_column} {what} {self._control.tokens}"
-        if self._rows_file.exists():
-            with np.load(self._rows_file) as checked:
-                if checked["key"] == key:
-                    self._control.tell(
-                        checked["marked"].tolist(), len(checked["keys"]), checked["tokens"].tolist(), what
-                    )
-                    return checked["keys"], str(checked["digest"])
+        if checked := self._checked_before(key):
+            self._control.tell(checked["marked"].tolist(), len(checked["keys"]), checked["tokens"].tolist(), what)
+            return checked["keys"], str(checked["digest"])
         digest = hashlib.blake2b(digest_size=16)
         marked, tokens = [], set()  # rows with control tokens, and which
 
@@ -264,17 +264,25 @@ class DataRewriter:
         keys["copy"] = number_copies(keys["id"])
         if not self.args.dry_run:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            partial = self._rows_file.with_suffix(".partial.npz")
-            np.savez_compressed(
-                partial,
-                key=key,
-                keys=keys,
-                digest=digest.hexdigest(),
-                marked=marked,
-                tokens=np.array(sorted(tokens), dtype=str),
-            )
-            partial.replace(self._rows_file)
+            with partial_file(self._rows_file) as partial:
+                with partial.open("wb") as file:
+                    np.savez_compressed(
+                        file,
+                        key=key,
+                        keys=keys,
+                        digest=digest.hexdigest(),
+                        marked=marked,
+                        tokens=np.array(sorted(tokens), dtype=str),
+                    )
+                partial.replace(self._rows_file)
         return keys, digest.hexdigest()
+
+    def _checked_before(self, key: str) -> dict[str, np.ndarray] | None:
+        """What was found when these rows were read before: a cache, which is made again if it is damaged, whatever that raises."""
+        with suppress(Exception), np.load(self._rows_file) as checked:
+            if checked["key"] == key:
+                return dict(checked)
+        return None
 
     def _problems(self, dataset, keys: np.ndarray, first: int = 0, count: int | None = None) -> Iterator[Problem]:
         keys = keys[first:][:count]
@@ -299,9 +307,10 @@ class DataRewriter:
             "[0-9a-f]{40}", revision or ""
         ):  # a commit; else a digest of the weights, by which they cannot be loaded
             run_config["model_revision"] = revision
-        (self.output_dir / "run_config.yaml").write_text(
+        write_whole(
+            self.output_dir / "run_config.yaml",
             f"# Made with {versions('trl-offpolicy', 'trl', 'transformers', 'torch', 'vllm', 'math-verify', 'datasets')}.\n"
-            + yaml.safe_dump(run_config, sort_keys=False, allow_unicode=True)
+            + yaml.safe_dump(run_config, sort_keys=False, allow_unicode=True),
         )
         if journal.overwritten:
             withdraw(self.output_dir, self.shard)
@@ -335,7 +344,7 @@ class DataRewriter:
         aborted: set[str] = set()
         path = self.shard.file(self.output_dir, "metrics.jsonl")
         log = RunLog(path, len(keys), len(known), logged)
-        push = PeriodicPush(lambda: self._push(finished=False), self.args.push_every)
+        push = PeriodicPush(lambda: self._push(finished=False), self.args.push_every, self.args.hub_token)
         capacity = self.sampler.capacity
         slots = slots_of(self.sampler)
         try:
@@ -527,14 +536,15 @@ class DataRewriter:
 
     # ---- rows out ----
 
-    def _write(self, whole, dataset, keys: np.ndarray, scheduler: Scheduler, journal: Journal, run: str) -> Path:
+    def _write(
+        self, file: Path, whole, dataset, keys: np.ndarray, scheduler: Scheduler, journal: Journal, run: str
+    ) -> None:
         """Writes the rows, in the order they came in, to a file that is not yet in its place; carried columns as they are stored in `whole`."""
         import pyarrow as pa
         import pyarrow.parquet as pq
         from datasets import Dataset, Features
         from datasets.table import embed_table_storage
 
-        file = self.output_dir / f"{self.shard.parquet}.partial"
         carried = carried_columns(whole.column_names, self.args.answer_column)
         features = output_features(whole.features, whole.column_names, self.args.answer_column)
         ours = Features({name: features[name] for name in features if name not in carried.values()})
@@ -542,15 +552,15 @@ class DataRewriter:
         schema = schema.with_metadata({**schema.metadata, RUN_KEY: run.encode()})
         stored = whole.select_columns(list(carried)).with_format("arrow")
         media = media_columns(whole)
+        names = {source: public_name(self._sampler_of(source).name) for source in Source}
         with pq.ParquetWriter(file, schema) as writer:
             for chunk in batched(enumerate(self._problems(dataset, keys)), 100 if media else 1000):
-                rows = [self._row(problem, scheduler.outcome(i), journal) for i, problem in chunk]
+                rows = [self._row(problem, scheduler.outcome(i), journal, names) for i, problem in chunk]
                 table = Dataset.from_list(rows, features=ours).data.table
                 for name, column in zip(carried.values(), stored[chunk[0][0] : chunk[-1][0] + 1].columns, strict=True):
                     table = table.append_column(name, column)
                 table = pa.Table.from_arrays(table.columns, schema=schema)
                 writer.write_table(embed_table_storage(table) if media else table)
-        return file
 
     def _publish(self, file: Path, run: str, logged) -> None:
         """Moves the rows to their place; the last shard sums up, and logs the artifact if asked to."""
@@ -563,7 +573,7 @@ class DataRewriter:
             files = [shard.file(self.output_dir, "metrics.json") for shard in self.shard.siblings()]
             if all(file.exists() for file in files):
                 total = _sum([json.loads(file.read_text()) for file in files])
-                (self.output_dir / "metrics.json").write_text(json.dumps(total, indent=1) + "\n")
+                write_whole(self.output_dir / "metrics.json", json.dumps(total, indent=1) + "\n")
         if logged is not None and self.args.wandb_log_artifacts:
             paths = [self.output_dir / name for name in ("dataset", "run_config.yaml", "metrics.json")]
             log_artifact(logged, "dataset", [path for path in paths if path.exists()])
@@ -592,7 +602,7 @@ class DataRewriter:
     def _plain(self) -> bool:
         return (self.args.temperature, self.args.top_p, self.args.top_k) == (1.0, 1.0, 0)
 
-    def _row(self, problem: Problem, outcome: Outcome, journal: Journal) -> dict:
+    def _row(self, problem: Problem, outcome: Outcome, journal: Journal, names: dict[Source, str]) -> dict:
         kept = {"text": problem.demonstration, "completion_ids": [], "behavior_log_probs": []}
         if outcome.offset >= 0:
             attempt = {
@@ -602,7 +612,6 @@ class DataRewriter:
                 "verdict": Verdict.CORRECT,
             }
             kept = journal.read(outcome.offset, attempt, kept)
-        sampler = self._sampler_of(outcome.source)
         return {
             "prompt": self._prompt(problem, Source.SELF),
             # An engine's text may hold a lone surrogate, which has no UTF-8.
@@ -615,8 +624,8 @@ class DataRewriter:
             "completion_ids": kept["completion_ids"],
             # Drawn from a reshaped distribution, a token's log μ is not the model's log-prob: better none than a wrong one.
             "behavior_log_probs": kept["behavior_log_probs"] if self._plain else [],
-            "model": sampler.name,
-            "model_revision": sampler.revision,
+            "model": names[outcome.source],
+            "model_revision": self._sampler_of(outcome.source).revision,
             "temperature": self.args.temperature,
             "top_p": self.args.top_p,
             "top_k": self.args.top_k,

@@ -36,6 +36,7 @@ from .prompts import GUIDED_PROMPT, REASONING_PROMPT, SOLVE_PROMPT, check, fill
 from .rows import Verdict, encode_prompt, guided_prompt, read_rows, text_columns, unformatted
 from .scoring import causal_lm, head_logits, lm_head, target_log_probs
 from .verification import explain_with, rewards
+from .whole_file import write_whole
 
 
 # Values of `init_lora_weights` (or how they begin) that change the frozen weights, so that the adapter off is another model.
@@ -334,4 +335,4 @@ class RewritingAgentTrainer(GRPOTrainer):
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         """Writes `output_dir/README.md`: base, data, reward, prompt, hyper-parameters, last results, and the command that rewrites with it."""
         if self.is_world_process_zero():
-            agent_card(self, model_name, dataset_name, tags).save(f"{self.args.output_dir}/README.md")
+            write_whole(f"{self.args.output_dir}/README.md", str(agent_card(self, model_name, dataset_name, tags)))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from .redaction import redacted
 from .rows import Source
 
 
@@ -215,10 +216,11 @@ class PeriodicPush:
     Args:
         push (`Callable[[], object]`): Makes one push.
         every (`int`): Rows from one push to the next; 0 for none.
+        token (`str`, *optional*): What is not to be seen in what is said.
     """
 
-    def __init__(self, push: Callable[[], object], every: int):
-        self.push, self.every, self.due = push, every, every
+    def __init__(self, push: Callable[[], object], every: int, token: str | None = None):
+        self.push, self.every, self.due, self.token = push, every, every, token
         self.pool, self.under_way = ThreadPoolExecutor(1, "push"), None
 
     def update(self, rows: int) -> None:
@@ -236,7 +238,8 @@ class PeriodicPush:
 
     def _report(self, push: Future) -> None:
         if error := push.exception():
+            told = redacted(f"{type(error).__name__}: {error}", self.token)
             warnings.warn(
-                f"A push of the attempts so far failed ({type(error).__name__}: {error}); sampling goes on.",
+                f"A push of the attempts so far failed ({told}); sampling goes on.",
                 stacklevel=3,
             )

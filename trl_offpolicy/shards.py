@@ -52,6 +52,12 @@ class Shard:
         stem, suffix = name.split(".")
         return output_dir / (name if self.count == 1 else f"{stem}-{self.index:05d}-of-{self.count:05d}.{suffix}")
 
+    @classmethod
+    def of_file(cls, path: Path) -> "Shard":
+        """Whose a file is that [`file`] has named."""
+        match = re.search(r"-(\d{5})-of-(\d{5})\.", path.name)
+        return cls(int(match[1]), int(match[2])) if match else cls()
+
     @property
     def parquet(self) -> str:
         return f"train-{self.index:05d}-of-{self.count:05d}.parquet"
@@ -137,7 +143,7 @@ def _missing(directory: Path, shard: Shard, run: str) -> list[Shard]:
 @contextmanager
 def published(output_dir: Path):
     """Nobody else moves a shard's file meanwhile: those that finish at the same moment take turns, and a killed one lets go."""
-    handle = os.open(output_dir / "run_config.yaml", os.O_RDWR)
+    handle = os.open(output_dir / "dataset.lock", os.O_RDWR | os.O_CREAT, 0o644)  # a file that is never replaced
     try:
         lock(handle, fcntl.LOCK_EX)
         yield

@@ -44,7 +44,7 @@ examples:
   trl-offpolicy push runs/demos --hub_dataset_id me/demos-on-policy --private
   trl-offpolicy push runs/demos --hub_dataset_id me/demos-on-policy --push_attempts False --hub_revision v2
 
-The token is HF_TOKEN's, or that of `hf auth login`. A push is one commit: one that failed has changed nothing, run it again.
+The token is HF_TOKEN's, or that of `hf auth login`. A push is one commit: the Hub has all of it or none. If it failed, run it again.
 """
 
 
@@ -84,6 +84,7 @@ class PushArguments:
 
 
 def rewrite(argv: list[str]) -> int:
+    from ..hub import refusals
     from ..rewriter import DataRewriter
 
     parser = parser_for(
@@ -117,6 +118,16 @@ def rewrite(argv: list[str]) -> int:
         print(f"\nstopped; every finished attempt is in {journal}. {error}".rstrip())
         print("Run the same command again to resume.")
         return 3
+    except refusals() as error:  # a repository cannot be opened, which is tried before anything is sampled
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        print(
+            redacted(f"trl-offpolicy rewrite: {config.hub_dataset_id} cannot be pushed to: {error}", config.hub_token),
+            file=sys.stderr,
+        )
+        print(
+            "Nothing was sampled. Run the same command again when that is settled, or without --push_to_hub, and push later."
+        )
+        return 2 if status in (400, 401, 403, 404) else 3
     finally:
         for engine in (agent, sampler):
             if engine is not None:
@@ -140,7 +151,7 @@ def rewrite(argv: list[str]) -> int:
         return 0
     trained_on = f"{config.output_dir}/dataset"
     if config.push_to_hub:
-        if not _pushed(rewriter.push_to_hub, config.output_dir, config.hub_dataset_id):
+        if not _pushed(rewriter.push_to_hub, config.output_dir, config.hub_dataset_id, config.hub_token):
             return 3
         trained_on = config.hub_dataset_id
     command = ["accelerate", "launch", "examples/train.py", "--model_name_or_path", arguments.model_name_or_path]
@@ -170,7 +181,7 @@ def push(argv: list[str]) -> int:
             accept_failed=given.accept_failed,
         )
 
-    if not _pushed(commit, given.run_dir, given.hub_dataset_id):
+    if not _pushed(commit, given.run_dir, given.hub_dataset_id, given.hub_token):
         return 3
     print(
         f"""python -c "from datasets import load_dataset; print(load_dataset('{given.hub_dataset_id}', split='train'))\""""
@@ -178,14 +189,16 @@ def push(argv: list[str]) -> int:
     return 0
 
 
-def _pushed(push, run_dir: str, repo_id: str) -> bool:
-    """Whether a push went through; if not, says why and how to go on."""
+def _pushed(push, run_dir: str, repo_id: str, token: str | None) -> bool:
+    """Whether a push went through; if not, says why, what has become of it, and how to go on."""
     try:
         print(f"pushed: {push().commit_url}")
     except ValueError:
         raise
     except (Exception, KeyboardInterrupt) as error:  # whatever a network can do to it: the rows are on the disk
-        print(f"the push failed, and nothing has changed on the Hub: {type(error).__name__}: {error}", file=sys.stderr)
+        told = f"the push failed: {type(error).__name__}: {error}".rstrip(": ")
+        notes = getattr(error, "__notes__", None) or ["Nothing has changed on the Hub."]
+        print(redacted("\n".join([told, *notes, "To push again:"]), token), file=sys.stderr)
         print(shlex.join(["trl-offpolicy", "push", run_dir, "--hub_dataset_id", repo_id]))
         return False
     return True
