@@ -8,10 +8,12 @@ from html.parser import HTMLParser
 
 import pytest
 from conftest import POLICY, ROOT
+from markdown_it import MarkdownIt
 from scripted import ScriptedSampler, rows, verify
 
 from trl_offpolicy import DataRewriter, RewriteConfig, evaluate, measure_policy_gap
 from trl_offpolicy.report import write_report
+from trl_offpolicy.tables import markdown, plain
 
 
 EVIL = "<script>alert(1)</script> & | <img src=x onerror=alert(2)>"
@@ -29,6 +31,9 @@ class Reader(HTMLParser):
         self.attributes += attributes
         if tag not in ("meta", "br", "img"):
             self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -91,8 +96,44 @@ def test_nothing_is_executed_or_fetched(runs, tmp_path):
     assert {name for name, _ in reader.attributes}.isdisjoint({"onerror", "onload"})
     assert all(value.startswith("data:image/svg+xml") for name, value in reader.attributes if name in ("src", "href"))
     assert "alert(1)" in "".join(reader.text) and "url(" not in page
-    inside = [line for line in (tmp_path / "report" / "report.md").read_text().splitlines()[2:] if "<script>" in line]
-    assert inside and all(line.startswith("    ") for line in inside)
+    markdown = (tmp_path / "report" / "report.md").read_text()
+    rendered = Reader()
+    rendered.feed(MarkdownIt("gfm-like", {"linkify": False}).render(markdown))
+    assert rendered.tags.count("h1") == 1 and rendered.tags.count("table") >= 4
+    assert {"script", "a", "em", "s", "code"} & set(rendered.tags) == {"code"}  # those are the texts
+    assert all(value.startswith("figures/") for name, value in rendered.attributes if name in ("src", "href"))
+    assert EVIL in "".join(rendered.text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        EVIL,
+        "a_b _c_ **d** `e` [f](g) ![h](i) ~~j~~ $k$ \\l &lt; m",
+        "# n",
+        "> n",
+        "[a]: /b",
+        "<http://c>",
+        "<!-- d",
+        "p < 0.1 [e][f] <g/> &#60;",
+        "1 &lt 2",
+        "12. o",
+        "3) o",
+        "- p",
+        "+ q",
+        "a\n\n# r\n| s | t |",
+        "___",
+        "\\\\",
+    ],
+)
+def test_markdown_shows_a_text_as_it_is(text):
+    """Against a Markdown parser: in a paragraph, in bold and in a table cell."""
+    shown = " ".join(text.split())
+    for written in (f"{plain(text)}\n", f"**{plain(text)}**\n", markdown((["x", text], [[text, "y"]]))):
+        page = Reader()
+        page.feed(MarkdownIt("gfm-like", {"linkify": False}).render(written))
+        assert shown in "".join(page.text)
+        assert set(page.tags) <= {"p", "strong", "table", "thead", "tbody", "tr", "th", "td"}
 
 
 def test_nothing_to_report(tmp_path):

@@ -390,7 +390,7 @@ def _entry(key: Key, completion: Completion, verdict: Verdict, reason: str, stat
 def write_results(output_dir: Path, config: dict, results: dict[str, dict], report_to: str = "none") -> None:
     """`results.md` and `results.json`, whole or not at all, and their numbers to W&B if asked."""
     packages = versions("trl-offpolicy", "math-verify", "transformers", "torch", "vllm")
-    text = f"# {config['model']}\n\n{tables.markdown(tables.accuracy(results))}"
+    text = f"# {tables.plain(config['model'])}\n\n{tables.markdown(tables.accuracy(results))}"
     if any("vs_baseline" in r for r in results.values()):
         text += "\n" + tables.markdown(tables.comparison(results))
     found = {"config": config, "versions": packages, "benchmarks": results}

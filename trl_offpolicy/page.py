@@ -39,11 +39,11 @@ class Page:
 
     def heading(self, text: str, level: int = 2) -> None:
         self.body.append(f"<h{level}>{html.escape(text)}</h{level}>")
-        self.text.append(f"{'#' * level} {text}\n")
+        self.text.append(f"{'#' * level} {tables.plain(text)}\n")
 
     def paragraph(self, text: str) -> None:
         self.body.append(f"<p>{html.escape(text)}</p>")
-        self.text.append(f"{text}\n")
+        self.text.append(f"{tables.plain(text)}\n")
 
     def table(self, table: tables.Table) -> None:
         header, rows = table
@@ -64,7 +64,7 @@ class Page:
                 f'<figure><img alt="{caption_html}" src="data:image/svg+xml;base64,{data}"><figcaption>{caption_html}</figcaption></figure>'
             )
             (self.figures_dir / f"{name}.svg").write_bytes(svg)
-            self.text.append(f"![{caption}]({self.figures_dir.name}/{name}.svg)\n")
+            self.text.append(f"![{tables.plain(caption)}]({self.figures_dir.name}/{name}.svg)\n")
         self.body.append("</div>")
 
     def texts(self, summary: str, parts: dict[str, str], opened: bool) -> None:
@@ -72,7 +72,7 @@ class Page:
         self.body.append(
             f'<details{" open" if opened else ""}><summary>{html.escape(summary)}</summary><div class="texts">{shown}</div></details>'
         )
-        self.text.append(f"**{summary}**\n")
+        self.text.append(f"**{tables.plain(summary)}**\n")
         for name, part in parts.items():  # indented, so that nothing in it is Markdown or HTML
             self.text.append(f"{name}:\n\n" + "".join(f"    {line}\n" for line in part.splitlines()))
 

@@ -1,13 +1,25 @@
 """Results as tables for people: (header, rows of strings), which the command line, `results.md` and the report all show."""
 
+import re
+
+
 Table = tuple[list[str], list[list[str]]]
+
+
+def plain(text: str) -> str:
+    """`text` on one line as Markdown that shows just that: no HTML, link, emphasis, formula or table comes of what is in it."""
+    # An underscore within a word, as in eval_loss, means nothing; at the beginning `#`, `-` or `1.` would.
+    text = re.sub(
+        r"([\\`*|~$]|<(?=[A-Za-z/!?])|&(?=#?\w+;)|\](?=[(\[:])|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split())
+    )
+    return re.sub(r"^(\d*)([-#+=>.)]+)(?=\s|$)", r"\1\\\2", text)
 
 
 def markdown(table: Table) -> str:
     """A Markdown table; its first column is aligned left, the others right."""
     header, rows = table
-    lines = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+    lines = [map(plain, header), ["---"] + ["--:"] * (len(header) - 1), *(map(plain, row) for row in rows)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def number(value: float | None, form: str = ".2f", interval: list[float] | None = None) -> str:
