@@ -312,6 +312,29 @@ def test_a_server_that_stays_busy_ends_the_run_resumably(serve, sample):
     assert len(server.seen) < 20
 
 
+def test_a_server_that_dies_while_it_is_tried_again_ends_the_run(serve, sample):
+    """Though it answered one request after it was set aside: what fails after that answer is counted from then on."""
+    let_go, down = threading.Event(), threading.Event()
+
+    def fault(body):
+        if body["seed"] == 1000:
+            let_go.wait(30)
+            return None
+        return 500 if down.is_set() else None
+
+    sampler = sample(serve(fault=fault), give_up_after=0.2)
+    down.set()
+    for request in requests(2):
+        sampler.submit(request)
+    while not sampler._servers[0].failures:
+        time.sleep(0.01)
+    let_go.set()
+    (first,) = sampler.poll()
+    assert first.id == "r0"
+    with pytest.raises(SamplerError, match="no server has answered for 0.2 s.*fault 500"):
+        sampler.poll()
+
+
 def test_retry_after_is_a_number_or_a_date():
     def asked(header):
         headers = {} if header is None else {"Retry-After": header}
