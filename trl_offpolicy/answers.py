@@ -13,34 +13,41 @@ from .extraction import MAX_ANSWER, Unparsable
 
 # ---- text, without what never changes its value ----
 
-_GREEK = (
+GREEK = (
     "hbar|alpha|beta|gamma|delta|epsilon|varepsilon|zeta|eta|theta|kappa|lambda|mu|nu|xi|rho|sigma|tau|phi|varphi|chi|psi|omega"
     "|Gamma|Delta|Theta|Lambda|Xi|Sigma|Phi|Psi|Omega|ell"
 )
 _UNICODE = {
     "−": "-", "–": "-", "—": "-", "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "÷": "/", "∞": "\\infty ", "≤": "\\le ", "≥": "\\ge ",
     "≠": "\\neq ", "°": "^\\circ ", "∪": "\\cup ", "∩": "\\cap ", "∈": "\\in ", "±": "\\pm ", "∅": "\\emptyset ", "ℝ": "\\mathbb{R}",
-    "ℤ": "\\mathbb{Z}", "≈": "\\approx ", "√": "\\sqrt", "∛": "\\sqrt[3]", "…": "\\ldots", "∖": "\\setminus ", "€": "", "£": "", "⟨": "\\langle ", "⟩": "\\rangle ",
+    "ℤ": "\\mathbb{Z}", "≈": "\\approx ", "≡": "\\equiv ", "√": "\\sqrt", "∛": "\\sqrt[3]", "…": "\\ldots", "∖": "\\setminus ", "⟨": "\\langle ", "⟩": "\\rangle ", "∣": "|",
 }  # fmt: skip
-_FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|exp|sqrt|pi"
+_FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|exp|sqrt|gcd|lcm|abs|floor|ceil"
+_FONTS = "text|textbf|textit|textrm|textnormal|textup|textsf|texttt|emph|mbox|hbox|mathrm|mathbf|mathit|mathsf|boldsymbol|bm|operatorname|operatorname\\*|rm|bf|it"
+_FONT = re.compile(
+    rf"\\(?:(?:{_FONTS})\s*(?=\{{)|(?:textcolor|color)\s*\{{[^{{}}]*\}}\s*|(?:left|right|middle)\s*\.|(?:bm|bf|rm|it)(?![A-Za-z]))"
+)
 _REWRITES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        (r"\\(?:left|right|displaystyle|textstyle|limits|bigl?|bigr|Bigl?|Bigr|mathopen|mathclose)(?![A-Za-z])", ""),
-        (r"(?<=\d)(?:\\!)?(?:\\,|\{,\}|,\\!|\\ |,\\ (?=\d{3})|~)(?=\d{3}(?!\d))", ","),
+        (r"\\(?:left|right|middle|displaystyle|textstyle|limits|[bB]igg?[lrm]?|mathopen|mathclose)(?![A-Za-z])", ""),
+        (r"(?<=\d)(?:\\!)?(?:\\,|\{,\}|,\\!|\\ |~)(?:\\!)? ?(?=\d{3}(?!\d))", ","),
+        (r"(?<=\d)\{,\}(?=\d)", ","),
         (r"\\(?:qquad|quad|hspace\{[^{}]*\}|[hv]?phantom\s*(?:\{[^{}]*\}|.)|[,;: !>])|~", " "),
-        (r"\\(?:textbf|textit|textrm|textnormal|textup|mbox|hbox|mathrm|mathbf|mathit|mathsf|boldsymbol|operatorname\*?|rm|bf)(?=\s*\{)", r"\\text"),
-        (r"\{\\(?:rm|bf|it)\s+([^{}]*)\}", r"\\text{\1}"),
+        (r"^([+-]?\d{1,3}(?: \d{3})+)(?![\d/])", lambda m: m[1].replace(" ", ",")),
         (r"(?<=\\text\{)\s*-? ?\d(?: [\d.])+\s*(?=\})", lambda m: m[0].replace(" ", "")),  # bold digits, read by OCR
         (r"\\[dtc]frac", r"\\frac"),
+        (r"\\[dt]binom", r"\\binom"),
         (r"\\(?:lt|gt)(?![A-Za-z])", lambda m: "<" if m[0] == "\\lt" else ">"),
-        (r"\\(?:leqslant|leq)(?![A-Za-z])|<=|=<", r"\\le "),
-        (r"\\(?:geqslant|geq)(?![A-Za-z])|>=|=>", r"\\ge "),
+        (r"\\(?:leqslant|leqq|leq)(?![A-Za-z])|<=|=<", r"\\le "),
+        (r"\\(?:geqslant|geqq|geq)(?![A-Za-z])|>=|=>", r"\\ge "),
         (r"\\ne(?![A-Za-z])|!=", r"\\neq "),
         (r"\*\*(?=[\w({-])", "^"),
         (r"\*\*|__", ""),
-        (r"\\?\b(?:infinity|infty|inf)\b", r"\\infty "),
-        (r"\\(?:degree|deg)(?![A-Za-z])|\^\{?\\circ\}?|\\text\{\s*degrees?\}|(?<=[\d}]) ?degrees?\b", r"^\\circ "),
+        (r"\\?(?<![A-Za-z])(?:infinity|infty|inf)(?![A-Za-z])", r"\\infty "),
+        (r"\\text\s*\{\s*\\infty\s*\}", r"\\infty "),
+        (r"\\(?:degree|deg)(?![A-Za-z])|\^\{?\\circ\}?|\\text\{\s*degrees?\s*\}|(?<=[\d}]) ?degrees?(?![A-Za-z])", r"^\\circ "),
+        (r"\^\\circ\s*(?:\\text\s*\{\s*)?([CF])\b\s*\}?$", lambda m: r"\text{ " + {"C": "celsius", "F": "fahrenheit"}[m[1]] + "}"),
         (r"\\text\s*\{\s*(?:percent|pct|percentage)\s*\}|\s(?:percent(?:age)?|pct)\b|\\%", "%"),
         (r"\\(?:lbrace|rbrace)(?![A-Za-z])", lambda m: "\\{" if "l" in m[0][:3] else "\\}"),
         (r"\\(?:backslash|smallsetminus)(?![A-Za-z])", r"\\setminus "),
@@ -50,17 +57,21 @@ _REWRITES = [
         (r"[\[(]\s*(\\begin\{pmatrix\}[^()\[\]]*\\end\{pmatrix\})\s*[\])]", r"\1"),
         (r"\\(?:cr|hline)\s*(?=\\end|\\hline)|\\hline", ""),
         (r"\b(?:np|numpy|math)\.(log)?", lambda m: "ln" if m[1] else ""),
-        (rf"(?<![\\A-Za-z])({_FUNCTIONS})(?=[\s(^_\d{{]|$)", r"\\\1 "),
+        (rf"(?<![\\A-Za-z])({_FUNCTIONS})(?=[\s(^_\d{{\\]|$)", r"\\\1 "),
+        (rf"(?<![\\A-Za-z])(pi|{GREEK})(?![A-Za-z])", r"\\\1 "),
         (r"\\langle|\\lparen", "("),
         (r"\\rangle|\\rparen", ")"),
-        (r"\\begin\{cases\}([^&]*)\\end\{cases\}", lambda m: m[1].replace("\\cr", ",")),
+        (r"\\begin\{cases\}([^&]*)\\end\{cases\}", lambda m: m[1].replace("\\cr", ", ")),
         (r"\\\{\s*\\\}|\\emptyset|\\varnothing|\\text\{ *(?i:the )?(?i:empty set|no (?:real )?solutions?) *\}", r"\\emptyset "),
+        (r"^\\text\{ *(?i:all (?:real numbers|reals)) *\}$", r"\\mathbb{R}"),
         (r"(?<![\w.])(\d+(?:\.\d*)?|\.\d+)[eE]([+-]?\d+)(?!\w)", r"\1\\times 10^{\2}"),
         (r"(?<=\d)\s*(?:\\cdot|\*)\s*10\s*\^", r"\\times 10^"),
-        (rf"((?<![\\A-Za-z])[A-Za-z]|\\(?:{_GREEK}))\s*_\s*(\{{[^{{}}]*\}}|\{{\\text\s*\{{[^{{}}]*\}}\s*\}}|\\[A-Za-z]+|\w)", lambda m: f"{m[1]}_{{{_plain(m[2])}}}"),
+        (r"\(\s*(?:\\text\s*\{\s*)?mod\s*\}?\s*([^()]*)\)|\\pmod\s*(\d+)|(?<!b)(?<![A-Za-z{])\\?mod(?![A-Za-z])\s*\{?(\d+)\}?", lambda m: f"\\pmod{{{m[1] or m[2] or m[3]}}}"),
+        (rf"((?<![\\A-Za-z])[A-Za-z]|\\(?:{GREEK}))\s*_\s*(\{{[^{{}}]*\}}|\{{\\text\s*\{{[^{{}}]*\}}\s*\}}|\\[A-Za-z]+|\w)", lambda m: f"{m[1]}_{{{_plain(m[2])}}}"),
         (r"(?!^),?\s*(?:\\text\{[^{}]*\})?\s*\b[a-z]\s*\\in\s*\\mathbb\{[A-Z]\}$", ""),
         (r"\\\{\s*[a-z](?:\s*\\in\s*\\mathbb\{R\})?\s*[|:]([^{}|]*)\\\}", r"\1"),
         (r"^\\text\s*\{[^{}]*(?:\bis|\bare|:|=)\s*\}\s*(?=\S)|\s*\\text\s*\{\s*(?:for (?:all|every|any)|only)\b.*$", ""),
+        (r"\s*\\text\s*\{\s*\((?:since|because|as|where|i\.e\.)\b.*\)\s*\}?$", ""),
         (r"\s+", " "),
     )
 ]  # fmt: skip
@@ -72,26 +83,60 @@ def _plain(subscript: str) -> str:
 
 @functools.lru_cache(4096)
 def normalize(answer: str) -> str:
-    r"""An answer in one spelling: no `$`, `\left` or thin spaces, ASCII and LaTeX for unicode, `\frac{1}{2}` for `\frac12`."""
+    r"""An answer in one spelling: no `$`, `\left` or thin spaces, ASCII and LaTeX for unicode, `\frac{1}{2}` for `\frac12`.
+
+    Of the spaces only those behind a comma are kept: `12, 345` are two numbers, `12,345` may be one.
+    """
     if len(answer) > MAX_ANSWER:
         raise Unparsable
     text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻ⁿ]+", lambda m: f"^{{{unicodedata.normalize('NFKC', m[0])}}}", answer)
     text = re.sub(r"[₀-₉]+", lambda m: f"_{{{unicodedata.normalize('NFKC', m[0])}}}", text)
+    text = re.sub(r"([√∛])\s*(\d+(?:\.\d+)?)", r"\1{\2}", text)
     text = "".join(_ascii(c) if ord(c) > 127 else c for c in text)
-    text = re.sub(rf"\\\$ ?(\d[\d,.]*\d|\d)(?![\d.,{{\\]| ?[a-z]|{_SCALED})", r"\1\\text{ dollars}", text)
-    text = text.replace("\\$", "").replace("$", "").strip()
     text = re.sub(r"\\\\(?:\[[^\]]*\])?", r"\\cr ", text)  # or the second backslash would begin a command
+    text = _without_fonts(text)
+    text = re.sub(r"^(USD|EUR|GBP)\s*(\d[\d,.]*)$", r"\2\\text{ \1}", text)
+    for sign, name in (("\\\\\\$", "dollars"), ("€", "EUR"), ("£", "GBP")):
+        text = re.sub(rf"{sign} ?(\d[\d,.]*\d|\d)(?![\d.,{{\\]| ?[a-z]|{_SCALED})", rf"\1\\text{{ {name}}}", text)
+    text = re.sub(r"(?<=\d) ?€", r"\\text{ EUR}", text)
+    text = text.replace("\\$", "").replace("$", "").strip()
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     text = _brace_arguments(text)
-    text = re.sub(r" ?([-+*/^_=<>(),;|{}\[\]&]) ?", r"\1", text)
-    text = re.sub(r"(\\[A-Za-z]+) (?![A-Za-z])", r"\1", text).replace(" \\", "\\").strip()
+    text = re.sub(r" ?([-+*/^_=<>():;|{}\[\]&]) ?", r"\1", text)
+    text = re.sub(r" ?, ?(?=[,)}\]]|$)| (?=,)", lambda m: m[0].strip(), text)
+    text = re.sub(r"(\\[A-Za-z]+) (?![A-Za-z])", r"\1", text).replace(" \\", "\\").replace(",\\", ", \\").strip()
     text = re.sub(r"^(?:[=:]|\\approx)\s*|[.,;:\\\s]+$", "", text)
-    # `\text{204 minutes}`, `\text{(B)}`: text around a value, not words
+    # `\text{204 minutes}`, `\text{(B)}`, `\text{B}`: text around a value, not words
     if wrapped := re.fullmatch(r"\\text\{([^{}]*)\}", text):
-        inner = wrapped[1].strip()
-        return inner if re.search(r"[^A-Za-z ]", inner) or inner.casefold() in NUMBER_WORDS else text
+        inner = wrapped[1].strip().rstrip(".")
+        bare = re.search(r"[^A-Za-z ]", inner) or len(inner) == 1 or inner.casefold() in NUMBER_WORDS
+        return inner if bare else f"\\text{{{inner}}}"
     return text
+
+
+def _without_fonts(text: str) -> str:
+    r"""`\text{…}` for words in any font; around a formula, `i` and `e` the command goes; unit vectors become `\hat{i}`."""
+    out, position = [], 0
+    while match := _FONT.search(text, position):
+        out.append(text[position : match.start()])
+        position = match.end()
+        if text[position : position + 1] != "{":
+            continue
+        end = _argument_end(text, position)
+        content, position = text[position + 1 : end - 1], end
+        name = match[0].strip("\\ {")
+        if re.fullmatch(rf"\s*(?:{_FUNCTIONS})\s*", content):
+            out.append(f"\\{content.strip()} ")
+        elif re.fullmatch(r"\s*[ie]\s*", content) and name in ("mathrm", "rm", "text"):
+            out.append(content)
+        elif re.fullmatch(r"\s*[ijk]\s*", content) and name in ("mathbf", "boldsymbol", "bm", "bf"):
+            out.append(f"\\hat{{{content.strip()}}}")
+        elif not any(map(str.isalpha, content)) or "color" in name or re.search(r"[\\^_{]", content):
+            out.append(_without_fonts(content))
+        else:
+            out.append(f"\\text{{{content}}}")
+    return "".join(out) + text[position:]
 
 
 def _ascii(char: str) -> str:
@@ -107,20 +152,24 @@ def _ascii(char: str) -> str:
     return "" if unicodedata.category(char) in ("Cf", "Mn") else unicodedata.normalize("NFKC", char)
 
 
+_BARS = {"abs": ("|", "|"), "floor": ("\\lfloor ", "\\rfloor "), "ceil": ("\\lceil ", "\\rceil ")}
+
+
 def _brace_arguments(text: str) -> str:
-    r"""`\frac12`, `\frac\pi 2`, `\sqrt2`, `\sqrt(x+1)` and `2^(x+1)` with braces around each argument."""
+    r"""`\frac12`, `\frac\pi 2`, `\sqrt2`, `\sqrt(x+1)` and `2^(x+1)` with braces around each argument; `\abs(x)` as `|x|`."""
     out, position = [], 0
-    for match in re.finditer(r"\\(frac|sqrt|binom)(\[[^\]]*\])?\s*|\^\s*(?=\()", text):
+    for match in re.finditer(r"\\(frac|sqrt|binom|abs|floor|ceil)(?![A-Za-z])(\[[^\]]*\])?\s*|\^\s*(?=\()", text):
         if match.start() < position:
             continue  # inside an argument that was copied as a whole: it is done by the call below
-        out.append(text[position : match.start()] + match[0].rstrip())
+        left, right = _BARS.get(match[1], (match[0].rstrip() + "{", "}"))
+        out.append(text[position : match.start()])
         position = match.end()
-        for _ in range(2 if match[1] in ("frac", "binom") else 1):
+        for index in range(2 if match[1] in ("frac", "binom") else 1):
             end = _argument_end(text, position)
             argument = text[position:end].strip()
             if argument[:1] == "{" or (argument[:1] == "(" and match[1] not in ("frac", "binom")):
                 argument = argument[1:-1]
-            out.append(f"{{{_brace_arguments(argument)}}}")
+            out.append(f"{'{' if index else left}{_brace_arguments(argument)}{right}")
             position = end
     return "".join(out) + text[position:]
 
@@ -129,8 +178,8 @@ def _argument_end(text: str, start: int) -> int:
     """Where one LaTeX argument ends: a group in balanced brackets, a command or a single character."""
     if match := re.compile(r"\s*(\\[A-Za-z]+|\d(?=\d?(?!\d))|[^\s{(\\])").match(text, start):
         return match.end()
-    depth = 0
-    for match in re.compile(r"\\.|[{}()]", re.S).finditer(text, start):
+    depth, opened = 0, text[start:].lstrip()[:1]
+    for match in re.compile(r"\\.|[{}]" if opened == "{" else r"\\.|[{}()]", re.S).finditer(text, start):
         depth += {"{": 1, "(": 1, "}": -1, ")": -1}.get(match[0], 0)
         if depth <= 0:
             return match.end()
@@ -139,7 +188,7 @@ def _argument_end(text: str, start: int) -> int:
 
 # ---- numbers, words, units ----
 
-_INTEGER = r"\d{1,3}(?:,\d{3})+|\d+"
+_INTEGER = r"[1-9]\d{0,2}(?:,\d{3})+|\d+"
 _NUMBER = re.compile(
     rf"(?P<sign>[+-]?)\(?(?:(?:(?P<whole>{_INTEGER}) ?)?(?:\\frac\{{(?P<top>-?(?:{_INTEGER}))\}}\{{(?P<bottom>-?(?:{_INTEGER}))\}}|(?<![\d,])(?P<up>{_INTEGER})\.?/(?P<down>{_INTEGER}))"
     rf"|(?P<int>{_INTEGER})?(?P<dec>\.\d*)?(?:\\overline\{{(?P<rep>\d+)\}})?(?:\\times ?10\^(?:\{{(?P<exp>[+-]?\d{{1,3}})\}}|(?P<exp1>\d)))?"
@@ -148,6 +197,7 @@ _NUMBER = re.compile(
 _WORDS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty"
 NUMBER_WORDS = {word: value for value, word in enumerate(_WORDS.split())}
 MAGNITUDES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+MAGNITUDE = rf"({'|'.join(MAGNITUDES)})s?\b"
 _SCALED = rf" ?\\text\s*\{{\s*(?:{'|'.join(MAGNITUDES)})\b"  # `\$5 \text{ million}`: no five dollars
 
 
@@ -158,6 +208,8 @@ def number(text: str) -> tuple[Fraction, bool] | None:
         return Fraction(NUMBER_WORDS[text.casefold()]), False
     if len(text) > 400 or not (match := _NUMBER.fullmatch(text)) or text.count("(") != text.count(")"):
         return None
+    if "(" in text and "," in text:
+        return None  # `(2,345)` is a pair
     part = match.groupdict()
     top, bottom = part["top"] or part["up"], part["bottom"] or part["down"]
     if bottom:
@@ -197,58 +249,156 @@ def canonical(answer: str) -> str:
         return answer
     if value is None:
         return words(text) or text
-    return f"{value[0] * unit[1]} {unit[0]}" if unit else str(value[0])
+    return f"{value[0] * unit[0]} {unit[1]}" if isinstance(unit, tuple) else str(value[0])
+
+
+DATE = re.compile(
+    r"(?:(?P<before>\d{1,2})(?:st|nd|rd|th)? (?:of )?)?(?P<month>Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]*\.?"
+    r"(?(before)| ?(?P<day>\d{1,2})(?:st|nd|rd|th)?)(?:,? (?P<year>\d{4}))?"
+)
+_SYNONYMS = {"dne": "doesnotexist", "doesntexist": "doesnotexist", "doesnotexist": "doesnotexist"}
 
 
 def words(text: str) -> str | None:
-    """The words of a text answer, for comparison; `None` for mathematics. Up to three bare letters are a product."""
-    bare = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text)
-    if not re.fullmatch(r"[A-Za-z][A-Za-z'’.,!?\- ]*(?: ?\d{1,4}(?:st|nd|rd|th)?)?", bare.strip()):
+    """The words of a text answer, for comparison; `None` for mathematics. Up to three bare small letters are a product."""
+    bare = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text).strip()
+    if any(ord(c) > 127 for c in bare) and not re.search(r"[\d\\^_=<>+*/]", bare):
+        return re.sub(r"\W", "", bare.casefold()) or None  # no letter of another script is a variable
+    if not re.fullmatch(r"[A-Za-z][A-Za-z'’.,!?\- ]*(?: ?\d{1,4}(?:st|nd|rd|th)?)?", bare) and not DATE.fullmatch(
+        bare
+    ):
         return None
-    if bare == text and not re.search(r"[A-Za-z]{4}|[A-Za-z] [A-Za-z]+ |^[A-Z][a-z]{2,} \d|^(?i:yes|no|odd)$", text):
+    if (
+        bare == text
+        and not DATE.fullmatch(bare)
+        and not re.search(
+            r"[A-Za-z]{4}|[A-Za-z] [A-Za-z]+ |^[A-Z]{2,}$|^[A-Z][a-z]{2,}(?: \d|$)|^(?i:yes|no|odd)$", text
+        )
+    ):
         return None
-    return re.sub(r"^(?:the|an?)\b|[^a-z0-9]|s\b|(?<=\d)(?:st|nd|rd|th)\b", "", bare.casefold().strip()) or None
+    if same := _SYNONYMS.get(re.sub(r"[^a-z]", "", bare.casefold())):
+        return same
+    if date := DATE.fullmatch(bare):
+        return date["month"].casefold() + (date["day"] or date["before"]) + (date["year"] or "")
+    reduced = re.sub(r"^(?:the|an?)\b|[^a-z0-9]|(?<=[a-z]{3})s\b|(?<=\d)(?:st|nd|rd|th)\b", "", bare.casefold())
+    return reduced or None
 
 
-# What is converted: (dimension, factor). Any other unit is a word that says what was counted, and is dropped.
-_UNITS = {
-    name: (dimension, Fraction(factor))
-    for dimension, units in {
-        "length": "mm .001 millimeter .001 cm .01 centimeter .01 m 1 meter 1 metre 1 km 1000 kilometer 1000 in .0254 inch .0254 inche .0254 "
-        "ft .3048 foot .3048 feet .3048 yd .9144 yard .9144 mi 1609.344 mile 1609.344",
-        "time": "s 1 sec 1 second 1 min 60 minute 60 h 3600 hr 3600 hour 3600 day 86400 week 604800",
-        "mass": "mg .000001 g .001 gm .001 gram .001 kg 1 kilogram 1",
-        "volume": "ml .001 milliliter .001 l 1 liter 1 litre 1",
-        "money": "cent .01 dollar 1 usd 1",
-    }.items()
-    for name, factor in zip(units.split()[::2], units.split()[1::2], strict=True)
-}  # fmt: skip
-_UNIT = re.compile(
-    r"(?P<value>.*?[\d)}a-z%])\s*(?:\\text\s*\{\s*(?P<text>[A-Za-z][^{}]*)\}|(?<=[\d})])\s*(?P<bare>[A-Za-z]+/[A-Za-z]+|[A-Za-z]{2,}(?:[ -][A-Za-z]+)*))"
-    r"(?:\^\{?(?P<power>-?\d)\}?)?\.?(?:/\\text\s*\{[^{}]*\})?"
+# ---- units ----
+
+# Names of a unit and what it is, in units further up; the first line of each dimension has none.
+_DEFINITIONS = """
+m meter metre; s sec second; g gm gram; A amp ampere; K kelvin; mol mole; dollar usd; eur euro; gbp; celsius; fahrenheit; bit
+radian rad; cd candela; in inch inche = .0254 m; ft foot feet = 12 in; yd yard = 3 ft; mi mile = 1609.344 m; min minute = 60 s
+h hr hour = 60 min; day = 24 h; week wk = 7 day; year yr = 365.25 day; month mo = 1/12 year; l L liter litre = .001 m^3; cc = .001 l
+t tonne = 1000000 g; lb lbs pound = 453.59237 g; oz ounce = 1/16 lb; cent = .01 dollar; Hz hertz = 1 s^-1; N newton = 1000 g m/s^2
+J joule = 1 N m; W watt = 1 J/s; Pa pascal = 1 N/m^2; C coulomb = 1 A s; V volt = 1 W/A; ohm Ohm = 1 V/A; F farad = 1 C/V
+T tesla = 1 N/A m; H henry = 1 V s/A; eV = .0000000000000000001602176634 J; cal calorie = 4.184 J; bar = 100000 Pa; atm = 101325 Pa
+mph = 1 mi/h; kph kmh = 1000 m/h; knot = 1852 m/h; angstrom = .0000000001 m; acre = 4840 yd^2; ha hectare = 10000 m^2
+gallon gal = 231 in^3; quart = 1/4 gallon; pint = 1/8 gallon; byte = 8 bit
+"""
+_LONG = ["kilo", "centi", "milli", "micro", "nano", "pico", "mega", "giga", "deci"]
+_PREFIXES = dict(
+    zip(
+        [*"kcmunpMGd", *_LONG],
+        (3, -2, -3, -6, -9, -12, 6, 9, -1) * 2,
+        strict=True,
+    )
 )
+_POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
+_FACTOR = re.compile(
+    r"\s*(?P<below>/|per )?\s*(?:(?P<before>square|sq|cubic|cu) )?(?P<name>[A-Za-z]+)(?:\^?(?P<power>-?\d+)| (?P<behind>squared|cubed))?"
+)
+_units: dict[str, tuple[Fraction, dict[str, int]]] = {}
 
 
-def split_unit(text: str) -> tuple[str, tuple[str, Fraction] | None]:
-    """A value (times the "million" behind it) without its unit, and the unit's (dimension, factor) if it can be converted."""
-    if not re.search(r"[A-Za-z]{2}|\\text|[A-Za-z]/[A-Za-z]", text) or not (match := _UNIT.fullmatch(text)):
+def _unit(name: str) -> tuple[Fraction, dict[str, int]] | None:
+    """(factor, exponents of the base units) of one name: as it is, as a plural, in small letters, with a prefix."""
+    for known in dict.fromkeys((name, name.removesuffix("s"), name.casefold(), name.casefold().removesuffix("s"))):
+        if known in _units:
+            return _units[known]
+        for prefix, power in _PREFIXES.items():
+            stem = known.removeprefix(prefix)
+            # `km` and `kilometer`; neither `kmeter` nor `mmin`
+            if (
+                stem != known
+                and stem in _units
+                and (len(prefix) > 2) == (len(stem) > 3)
+                and stem not in ("min", "in", "day", "ft")
+            ):
+                factor, dimension = _units[stem]
+                return factor * Fraction(10) ** power, dimension
+    return None
+
+
+def unit(text: str) -> tuple[Fraction, dict[str, int]] | None:
+    """(factor, exponents of the base units) of `km/h`, `kg m^2`, `square feet` or `meters per second squared`; `None` if not known."""
+    text = (
+        re.sub(r"\\cdot|[*.(){} ]+|\\times|-(?!\d)", " ", text.replace("\\mu", "u"))
+        .replace(" ^", "^")
+        .replace("^ ", "^")
+        .strip()
+    )
+    factor, total, position, sign = Fraction(1), {}, 0, 1
+    while position < len(text):
+        match = _FACTOR.match(text, position)
+        if not match or not (known := _unit(match["name"])):
+            return None
+        position, sign = match.end(), -1 if match["below"] else sign
+        power = sign * _POWERS.get(match["before"] or match["behind"], int(match["power"] or 1))
+        factor *= known[0] ** power
+        for base, times in known[1].items():
+            total[base] = total.get(base, 0) + times * power
+    return (factor, {base: times for base, times in sorted(total.items()) if times}) if total else None
+
+
+for _definition in re.split(r"[;\n]+", _DEFINITIONS.strip()):
+    _names, _, _meaning = _definition.partition(" = ")
+    _number, _, _of = _meaning.partition(" ")
+    _known = unit(_of) if _of else None
+    _first = _names.split()[0]
+    for _name in _names.split():
+        _units[_name] = (Fraction(_number) * _known[0], _known[1]) if _known else (Fraction(1), {_first: 1})
+
+# Words that make another value of the number before them: fractions, powers, comparisons, conditions, multiples.
+_CHANGES = re.compile(
+    r"\b(?:half|halve|halves|thirds?|quarters?|\w{3,}ths?|squared|cubed|factorial|or|and|if|for|when|where|unless|not|except|less|more|than|fewer|over|under"
+    r"|above|below|at|least|most|to|from|times?|plus|minus|divided|base|modulo|mod|log|ln|sin|cos|tan|exp|sqrt|pi|cis|root|hundreds?|tens|is|are|pairwise|each other"
+    r"|dozens?|thousands?|millions?|billions?|trillions?)\b|[^A-Za-z '’-]",
+    re.I,
+)
+_SUFFIX = re.compile(r"(?:\\text\s*\{[^{}]*\}|\^\{-?\d\}|\^-?\d|/|\\cdot ?| )+$")
+_BARE = re.compile(r"(.*?[\d)}])( ?)((?:[A-Za-z]+)(?:[ /*^-]*(?:[A-Za-z]+|\^?\{?-?\d\}?))*)\.?")
+
+
+def split_unit(text: str) -> tuple[str, tuple[Fraction, dict[str, int]] | str | None]:
+    """A value (times the "million" behind it) and its unit: (factor, base units), or the word for what was counted, or `None`.
+
+    Nothing is dropped that could change the value: `7\\text{ tenths}` and `5\\text{x}` come back as they are.
+    """
+    if not re.search(r"[A-Za-z]", text):
         return text, None
-    value, name = match["value"].strip(), (match["text"] or match["bare"]).strip().casefold().rstrip(".")
-    if scaled := re.fullmatch(rf"({'|'.join(MAGNITUDES)})s?(?: (.*))?", name):
+    found = re.search(r"\\text\s*\{", text)
+    if found and (value := text[: found.start()].strip()) and _SUFFIX.match(text, found.start()):
+        name = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text[found.start() :]).strip()
+    elif (bare := _BARE.fullmatch(text)) and number(bare[1]):
+        value, name = bare[1], bare[3]
+        known = unit(name)
+        # `12 m` may be a product, `12m` is one: one letter needs a space and a gold answer that says so
+        if not re.match(MAGNITUDE, name) and (
+            len(name) == 1 or (not known and not re.fullmatch(r"[a-z]{4,}(?:[ -][a-z]+)*", name))
+        ):
+            return text, None
+    else:
+        return text, None
+    if scaled := re.fullmatch(rf"{MAGNITUDE}(?:[ ](.*))?", name):
         factor, known = MAGNITUDES[scaled[1]], number(value)
         value = str(known[0] * factor) if known else f"{factor}\\cdot({value})"
         return split_unit(f"{value}\\text{{ {scaled[2]}}}") if scaled[2] else (value, None)
-    power = int(match["power"] or 1)
-    for word, its_power in (("square", 2), ("sq", 2), ("cubic", 3), ("cu", 3)):
-        if found := re.fullmatch(rf"{word}\.? (.*)", name):
-            name, power = found[1], its_power
-    known = [_UNITS.get(part) or _UNITS.get(part.removesuffix("s")) for part in name.split("/")]
-    if re.search(r"\b(?:or|and|base|if|for|when)\b", name) or (
-        match["bare"] and not (number(value) and (None not in known or re.search(r"^[^/]*[a-z]{4}[^/]*$|^mph$", name)))
-    ):
-        return text, None  # `2ab` is no number of `ab`
-    if None in known or len(known) > 2:
-        return value, None
-    if len(known) == 2:  # `m/s^2`: the power is that of what it stands behind
-        return value, (f"{known[0][0]}/{known[1][0]}^{power}", known[0][1] / known[1][1] ** power)
-    return value, (f"{known[0][0]}^{power}", known[0][1] ** power)
+    if known := unit(name):
+        return value, known
+    noun = name.strip().rstrip(".")
+    if len(noun) < 3 or _CHANGES.search(noun):
+        # letters of other scripts count things, too, but 万 and 亿 multiply
+        return (value, noun) if re.fullmatch(r"[^\x00-\x7f万亿千百十分之倍]+", noun) else (text, None)
+    return value, noun
