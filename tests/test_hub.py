@@ -38,7 +38,7 @@ from trl_offpolicy import (
     measure_policy_gap,
 )
 from trl_offpolicy.cli.rewrite import RewriteArguments
-from trl_offpolicy.hub import END, open_repo, push_run, read_run
+from trl_offpolicy.hub import END, open_repo, push_run, read_card, read_run
 from trl_offpolicy.rows import output_features
 from trl_offpolicy.run_log import PeriodicPush, wandb_run
 from trl_offpolicy.sampling import SamplerError
@@ -257,6 +257,24 @@ def test_card_is_what_the_journal_says(tmp_path, hub):
     assert (given.dataset_name, given.dataset_revision, given.dataset_split) == ("me/source", commit, "train")
 
 
+def test_metadata_of_others_is_read_as_they_wrote_it():
+    """By YAML's version 1.2, as on the Hub: Norwegian is no `false`, a version no number, a time of day no number of minutes."""
+    front = {
+        "language": "no", "languages": ["en", "no", "on"], "version": "1.10", "at": "12:30", "day": "2024-01-01", "octal": "007",
+        "long": "1_000", "n": 3, "x": 0.5, "truth": True, "none": None, "deep": [{"config_name": "y"}],
+    }  # fmt: skip
+    written = "".join(
+        f"{key}: {value}\n" for key, value in front.items() if key not in ("truth", "none", "deep", "languages")
+    )
+    written += "languages: [en, no, on]\ntruth: true\nnone:\ndeep:\n- config_name: y\n"
+    card = read_card(f"---\n{written}---\n# Theirs\n")
+    found = card.data.to_dict()
+    assert found == {key: value for key, value in front.items() if value is not None} and card.text == "# Theirs\n"
+    again = read_card(str(card))
+    assert again.data.to_dict() == found and "language: 'no'" in str(card)
+    assert read_card("# No metadata\n").data.to_dict() == {} and read_card("---\n\n---\ntext").text == "text"
+
+
 def test_what_others_wrote_stays(tmp_path, hub):
     """Another's rows, text and metadata; a schema that changes; configs pushed by `datasets` before and after ours."""
     theirs = Dataset.from_list([{"x": i} for i in range(4)])
@@ -265,6 +283,7 @@ def test_what_others_wrote_stays(tmp_path, hub):
     Dataset.from_list([{"old": "row"}]).push_to_hub("me/out")
     card = DatasetCard.load("me/out")
     card.data.license, card.data.tags, card.data.pretty_name = "mit", ["theirs"], "Their name"
+    card.data.language = "no"
     card.text = "# By hand\n\nabove\n"
     card.push_to_hub("me/out")
     run = rewriter(tmp_path)
@@ -275,6 +294,7 @@ def test_what_others_wrote_stays(tmp_path, hub):
     )
     card = DatasetCard.load("me/out", repo_type="dataset")
     assert card.data.license == "mit" and card.data.pretty_name == "Their name" and "theirs" in card.data.tags
+    assert card.data.language == "no"
     assert "# By hand\n\nabove\n" in card.text and "sft" in card.data.tags
     card.text = card.text.replace(END, f"{END}\n\nbelow")
     card.push_to_hub("me/out")

@@ -18,7 +18,8 @@ from datasets import Dataset, load_dataset
 from scripted import ScriptedSampler, rows, verify
 
 from trl_offpolicy import DataRewriter, RewriteConfig, TransformersSampler, prompts
-from trl_offpolicy.rows import Verdict, demonstration
+from trl_offpolicy.hub import _attempt_files
+from trl_offpolicy.rows import Verdict, demonstration, stored
 from trl_offpolicy.sampling import Completion, Request, SamplingParams, attempt_seed
 from trl_offpolicy.verifiers import NumericVerifier
 from trl_offpolicy.whole_file import partial_file, write_whole
@@ -263,6 +264,12 @@ def test_a_text_without_utf8_is_written_all_the_same(tmp_path):
 
     rewritten, _ = rewrite(tmp_path, rows(5), Broken(p_self=1.0))
     assert all(row["completion"][0]["content"].startswith("?try") for row in rewritten)
+    journal = tmp_path / "run" / "journal.jsonl"
+    (attempts,) = _attempt_files({journal: None}, str(tmp_path))
+    texts = Dataset.from_parquet(str(attempts), cache_dir=str(tmp_path / "cache"))["text"]
+    assert texts and all(text.startswith("?try") for text in texts)
+    old = stored({"text": "\ud83d ok \U0001f600", "reason": "\udc00", "attempt": 1, "log_prob": None})
+    assert old == {"text": "? ok \U0001f600", "reason": "?", "attempt": 1, "log_prob": None}
 
 
 def test_gold_answers_that_could_not_be_checked_are_counted_apart(tmp_path):

@@ -27,7 +27,7 @@ from .hub import versions
 from .journal import Journal, read_entries
 from .judging import VerdictQueue, abandoning
 from .rewriter import batched
-from .rows import Verdict
+from .rows import Verdict, stored
 from .run_log import check_wandb, wandb_run
 from .sampling import FAILED, Completion, Request, Sampler, SamplerError, SamplingParams, attempt_seed, template_digest
 from .shards import Shard, check_siblings
@@ -357,10 +357,9 @@ class _Run:
                     rows = []
                     for key, question in chunk:
                         entry = journal.read(offsets[key], key._asdict(), ["text"])
-                        entry["text"] = (
-                            entry["text"].encode(errors="replace").decode()
-                        )  # a lone surrogate has no UTF-8
-                        rows.append({**entry, "gold": question.answer, "prompt": question.prompt[-1]["content"]})
+                        rows.append(
+                            {**stored(entry), "gold": question.answer, "prompt": question.prompt[-1]["content"]}
+                        )
                     writer.write_table(pa.Table.from_pylist(rows, schema))
             partial.replace(file)
 

@@ -21,7 +21,7 @@ import yaml
 
 from .journal import read_entries, read_header
 from .redaction import redacted
-from .rows import Source, Verdict, attempt_features, copy_id
+from .rows import Source, Verdict, attempt_features, copy_id, stored
 from .shards import Shard, journals_in
 
 
@@ -445,9 +445,35 @@ def _tried_again(request: Callable, token: str | None = None):
 
 
 def _card(api, repo_id: str, revision: str | None = None):
-    from huggingface_hub import DatasetCard
+    return read_card(
+        Path(api.hf_hub_download(repo_id, "README.md", repo_type="dataset", revision=revision)).read_bytes().decode()
+    )
 
-    return DatasetCard.load(Path(api.hf_hub_download(repo_id, "README.md", repo_type="dataset", revision=revision)))
+
+class _AsWritten(yaml.SafeLoader):
+    """YAML as its version 1.2 and the Hub read it: `no` (Norwegian), `12:30` and `1.10` are texts, and so written back, quoted."""
+
+
+_AsWritten.yaml_implicit_resolvers = {}
+for _kind, _pattern, _first in (
+    ("null", "~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", "true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", "0|-?[1-9][0-9]*", list("-0123456789")),
+    ("float", "-?(?:0|[1-9][0-9]*)\\.(?:0|[0-9]*[1-9])", list("-0123456789")),
+    ("merge", "<<", ["<"]),
+):
+    _AsWritten.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), _first)
+
+
+def read_card(content: str):
+    """A dataset's card, in which the metadata that others wrote is what they wrote."""
+    from huggingface_hub import DatasetCard, DatasetCardData
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+    card = DatasetCard(content)
+    if block := REGEX_YAML_BLOCK.search(content):
+        card.data = DatasetCardData(**(yaml.load(block[2], _AsWritten) or {}))
+    return card
 
 
 def _source_card(api, name: str | None) -> dict:
@@ -469,7 +495,7 @@ def _attempt_files(ids: dict[Path, set[str] | None], folder: str) -> list[Path]:
 
     paths, schema = [], attempt_features().arrow_schema
     for journal, own in ids.items():
-        entries = (entry for _, entry in _attempts_of(journal, own))
+        entries = (stored(entry) for _, entry in _attempts_of(journal, own))
         if not (chunk := list(islice(entries, 1000))):
             continue
         paths.append(Path(folder) / f"{journal.stem}.parquet")

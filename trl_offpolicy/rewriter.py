@@ -44,6 +44,7 @@ from .rows import (
     output_features,
     read_rows,
     reference_digest,
+    storable,
     tell_missing_answers,
     text_columns,
     unformatted,
@@ -614,8 +615,7 @@ class DataRewriter:
             kept = journal.read(outcome.offset, attempt, kept)
         return {
             "prompt": self._prompt(problem, Source.SELF),
-            # An engine's text may hold a lone surrogate, which has no UTF-8.
-            "completion": [{"role": "assistant", "content": kept["text"].encode(errors="replace").decode()}],
+            "completion": [{"role": "assistant", "content": storable(kept["text"])}],  # an old journal's
             "id": problem.id,
             "source": str(outcome.source),
             "answer": problem.answer,

@@ -403,6 +403,16 @@ def attempt_features():
     )
 
 
+def storable(text: str) -> str:
+    """The text with `?` for each half of a surrogate pair, which has no UTF-8: no Parquet file and no page could hold it."""
+    return text.encode(errors="replace").decode()
+
+
+def stored(entry: dict) -> dict:
+    """A journal's entry with [`storable`] texts, whenever it was written."""
+    return {name: storable(value) if isinstance(value, str) else value for name, value in entry.items()}
+
+
 def hub_origin(dataset) -> dict[str, str]:
     """
     `dataset_name`, `dataset_config` and `dataset_revision` (the commit) of a `datasets.Dataset` that was loaded from the Hub, however

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from jinja2 import TemplateError
 
-from ..rows import encode_prompt
+from ..rows import encode_prompt, storable
 
 
 class SamplerError(RuntimeError):
@@ -40,7 +40,8 @@ class Completion:
     """What came back for the request of that `id`.
 
     `completion_ids` end with the end-of-turn token when `finish_reason` is `"stop"`, and `log_probs` holds the model's
-    own log-probability (temperature 1, whole vocabulary) of each of them; `text` is their decoding without special tokens.
+    own log-probability (temperature 1, whole vocabulary) of each of them; `text` is their decoding without special tokens
+    (half a surrogate pair, which some servers write, is a `?`: nothing could store it).
     `finish_reason` is `"length"` when the limit cut the completion. When there is none, `error` says why: `"refused"` if the prompt
     cannot be asked (longer than the context, say), whatever the seed; `"error"` if the engine failed this once.
     """
@@ -51,6 +52,9 @@ class Completion:
     log_probs: list[float]
     finish_reason: str
     error: str | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "text", storable(self.text))
 
 
 # Nothing was drawn: it counts as no attempt of the model's, and a resume tries again.
