@@ -461,10 +461,12 @@ def test_a_source_column_of_the_users_own_means_nothing(tmp_path, tiny_model, to
 @pytest.mark.parametrize("own", ["heavy", [1, 2, 3], 7.5])
 @pytest.mark.parametrize("kind", ["rows", "stream", "packed", "tokenized", "skip_prepare_dataset"])
 def test_a_weight_column_of_the_users_own_means_nothing(tmp_path, tiny_model, tokenizer, own, kind):
-    """Nor do `source` and `source_ids`: a script in which only the import changed trains as before."""
+    """Nor do `source`, `source_ids` and `seq_lengths`: a script in which only the import changed trains as before."""
     data = demonstrations().map(lambda _: {"weight": own, "source": "expert", "source_ids": own})
     settings = {"packing": True, "max_length": 64} if kind == "packed" else {}
-    if kind in ("tokenized", "skip_prepare_dataset"):
+    if kind in ("rows", "stream", "packed"):
+        data = data.map(lambda _: {"seq_lengths": 7})
+    else:
         trainer = SFTTrainer(copy.deepcopy(tiny_model), config(SFTConfig, tmp_path), train_dataset=data, processing_class=tokenizer)  # fmt: skip
         data = trainer.train_dataset
     if kind == "skip_prepare_dataset":

@@ -232,7 +232,9 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         columns = set(get_dataset_column_names(dataset))
         # Packed already (TRL would pack it a second time and merge its documents), or prepared here.
-        prepared = "seq_lengths" in columns or {"input_ids", "behavior_log_probs", "source_ids"} <= columns
+        prepared = "input_ids" in columns and (
+            "seq_lengths" in columns or {"behavior_log_probs", "source_ids"} <= columns
+        )
         if not prepared:
             if not any(self._our_columns(columns)) and not ROW_COLUMNS & columns and not self._scored_columns:
                 return super()._prepare_dataset(
@@ -454,7 +456,8 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
             objective = next((_name(o) for o in self.objectives if callable(o)), self.objective)
             raise ValueError(
                 f"The weight of a token is {weights[row, position].item()} under objective={objective!r}: a function of your own must return "
-                "finite weights, and a ratio π/μ needs finite `behavior_log_probs` and a clip_max. The token is the last of "
+                "finite weights, a row's own weight must be finite, and a ratio π/μ needs finite `behavior_log_probs` and a clip_max. The token is "
+                "the last of "
                 f"{text!r}"
             )
 
