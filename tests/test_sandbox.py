@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import resource
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import psutil
 import pytest
 
 from trl_offpolicy.code_verifier import CodeVerifier, code_blocks, free_names, lines_of, read_pairs
+from trl_offpolicy.code_wire import decode, encode
 from trl_offpolicy.sandbox import Sandbox
 
 
@@ -28,13 +30,13 @@ def made(**kwargs) -> CodeVerifier:
 
 @pytest.fixture(scope="module", params=["unshare", "bubblewrap"])
 def verifier(request):
-    return made(timeout=4.0, num_workers=4, sandbox=request.param)
+    return made(timeout=20.0, num_workers=4, sandbox=request.param)
 
 
 @pytest.fixture(scope="module")
 def any_verifier():
     """In a sandbox where there is one, else without: what is judged does not depend on it."""
-    return CodeVerifier(timeout=4.0, num_workers=4, allow_unsandboxed=True)
+    return CodeVerifier(timeout=20.0, num_workers=4, allow_unsandboxed=True)
 
 
 TWICE = "def double(x):\n    return 2 * x"
@@ -57,6 +59,7 @@ STYLES = {
 
 def test_every_style_of_tests(any_verifier):
     for code, verdict in ((TWICE, "correct"), (SQUARE, "wrong")):
+        any_verifier = pickle.loads(pickle.dumps(any_verifier))  # as `datasets.map(num_proc=...)` does
         told = any_verifier.explain([python(code)] * len(STYLES), list(STYLES.values()))
         assert {name: str(v) for name, (v, _) in zip(STYLES, told, strict=True)} == dict.fromkeys(STYLES, verdict), (
             told
@@ -152,11 +155,11 @@ def test_scripts_with_input_and_output(any_verifier):
         ("print(2 * int(input()) if int(input()) else 0)", pairs, "wrong"),
         ("import atexit\natexit.register(print, 4)\nint(input())", {"inputs": ["2"], "outputs": ["4"]}, "correct"),
         ("while True: print('x' * 1000000)", pairs, "wrong"),  # more than a file may have
-        ("x = input()\nwhile True: pass", pairs, "timeout"),
     ]  # fmt: skip
-    with CodeVerifier(timeout=1.0, num_workers=4, allow_unsandboxed=True) as verifier:
-        told = verifier.explain([python(code) for code, *_ in cases], [answer for _, answer, _ in cases])
+    told = any_verifier.explain([python(code) for code, *_ in cases], [answer for _, answer, _ in cases])
     assert [str(v) for v, _ in told] == [expected for *_, expected in cases], told
+    with CodeVerifier(timeout=0.5, allow_unsandboxed=True) as quick:
+        assert quick.verify([python("x = input()\nwhile True: pass")], [pairs]) == ["timeout"]
     example = python(main) + "\n" + python("print(double(2))")  # the block that reads is the solution
     assert any_verifier.verify([example], [pairs]) == ["correct"]
 
@@ -270,7 +273,7 @@ JUDGES = {
 
 @pytest.fixture(scope="module")
 def sandboxed():
-    return made(timeout=4.0, num_workers=4)
+    return made(timeout=20.0, num_workers=4)
 
 
 def test_no_escape_passes(sandboxed):
@@ -280,6 +283,15 @@ def test_no_escape_passes(sandboxed):
     told = sandboxed.explain([python(ESCAPES[name]) for name, _ in cases], [JUDGES[judge] for _, judge in cases])
     for case, (verdict, reason) in zip(cases, told, strict=True):
         assert verdict == "wrong", (case, verdict, reason)
+    writes = """
+        import sys
+        peer = sys._getframe(1).f_locals["peer"]
+        answer = peer.answer
+        peer.answer = lambda question: {**answer(question), "after": [[]]}
+        def double(x): return []
+    """
+    told = sandboxed.verify([python(writes)], ["x = [3, 1]\nassert double(x) == sorted(x)"])
+    assert told == ["wrong"]  # it did send an empty list for the tests' own one
     honest = sandboxed.verify(
         [python("def double(x):\n    return 'canary-4711'")] * 3,
         [JUDGES[j] for j in ("assertion", "unittest", "check")],
@@ -473,6 +485,15 @@ def test_docker_is_told_to_keep_everything_out():
         assert CodeVerifier(sandbox="docker", timeout=60).verify([python(TWICE)], ["assert double(2) == 4"]) == [
             "correct"
         ]
+
+
+def test_only_plain_data_comes_back():
+    with pytest.raises(KeyError):
+        decode({"text": ["antigravity", "fly", ""]}, None)
+    assert "antigravity" not in sys.modules
+    for value in (1 << 60, -1.5, "\ud800", {(1, "a"): [{2}]}, frozenset({None}), b"\0", 2j, range(3), [True]):
+        back = decode(json.loads(json.dumps(encode(value, None))), None)
+        assert back == value and type(back) is type(value)
 
 
 def test_what_tests_ask_for():

@@ -91,7 +91,7 @@ class CodeVerifier(Verifier):
             raise ValueError(
                 f"You passed timeout={timeout}, memory_mb={memory_mb}; it needs time, and 64 MiB to start in."
             )
-        self.timeout, self.memory_mb = timeout, memory_mb
+        self.timeout, self._memory_mb = timeout, memory_mb
         self.num_workers = num_workers or len(
             os.sched_getaffinity(0) if sys.platform == "linux" else range(os.cpu_count() or 1)
         )
@@ -154,7 +154,7 @@ class CodeVerifier(Verifier):
             if kind == "ended":
                 return self._ended(solution, b"", Verdict.WRONG, "the solution ended before its tests did")
         if kind == "memory":
-            return Verdict.ERROR, f"out of memory ({self.memory_mb} MiB)"
+            return Verdict.ERROR, f"out of memory ({self._memory_mb} MiB)"
         return {"passed": Verdict.CORRECT, "failed": Verdict.WRONG, "unparsable": Verdict.UNPARSABLE}[kind], reason
 
     def _run_script(self, code: str, pairs: list[tuple[str, str]]) -> tuple[Verdict, str]:
@@ -183,7 +183,7 @@ class CodeVerifier(Verifier):
         if code in (-signal.SIGXCPU, -signal.SIGKILL):
             return self._timeout()
         if error.startswith("MemoryError"):
-            return Verdict.ERROR, f"out of memory ({self.memory_mb} MiB)"
+            return Verdict.ERROR, f"out of memory ({self._memory_mb} MiB)"
         if code:
             return Verdict.WRONG, f"exit code {code} on input {number}: {error}"
         if lines_of(output) != lines_of(expected):
@@ -199,7 +199,7 @@ class CodeVerifier(Verifier):
         code = process.poll()
         code = 128 - code if code is not None and code < 0 else code
         if code == OUT_OF_MEMORY:
-            return Verdict.ERROR, f"out of memory ({self.memory_mb} MiB)"
+            return Verdict.ERROR, f"out of memory ({self._memory_mb} MiB)"
         if code in (128 + signal.SIGXCPU, 128 + signal.SIGKILL):
             return self._timeout()
         if code == REFUSED or said:

@@ -66,8 +66,11 @@ def decode(data, meet):
         return int(content, 16)
     if key == "text":
         module, name, text = content
+        constructor = TEXTS[
+            module, name
+        ]  # before anything is imported: what is asked for here is the other end's choice
         kind = getattr(importlib.import_module(module), name)
-        return kind(text) if TEXTS[module, name] == "__call__" else getattr(kind, TEXTS[module, name])(text)
+        return kind(text) if constructor == "__call__" else getattr(kind, constructor)(text)
     if key in KINDS:
         return KINDS[key][2]([decode(d, meet) for d in content])
     return meet(key, content)

@@ -43,15 +43,16 @@ class Sandbox:
         sandbox (`str` or `Callable`, *optional*): `"bubblewrap"`, `"unshare"`; by default the first of the two that works here. `"docker"`:
             `docker run` of `python:3.X-slim` without network, rights and writable files. A function, for every other kind of container: it
             gets the command (a list of strings, `["python3", "-I", "-c", ...]`) and returns the command that runs it isolated, with standard input and
-            output connected; limits beyond CPU time and memory of one process are then its own affair.
+            output connected. The command starts with this process's environment, which it must not hand on, and limits beyond CPU time and
+            memory of one process are its own affair.
         memory_mb (`int`): MiB.
         cpu_seconds (`int`): Whole seconds for each process.
         wall_seconds (`float`): When a container, which a killed client may leave behind, ends by itself.
         allow_network (`bool`): Whether there is a network.
-        allow_unsandboxed (`bool`): Where neither of the two works, run all the same, as *you*: the program can read your files and the
-            environment of your processes (tokens are in there), write where you can, and kill what you run. Only
-            limits on CPU time, memory of one process, size of a file, and the network remain. Meant for a machine that holds nothing of worth, such as a
-            container of its own.
+        allow_unsandboxed (`bool`): Where neither of the two works, run all the same, as *you*: a program can read your files and the environment
+            of your processes (tokens are in there), write where you can, kill what you run, reach the process that has its tests, and outlive
+            this one. Only limits on CPU time, memory of one process, size of a file, and the network remain. Meant for a machine that
+            holds nothing of worth, such as a container of its own.
 
     Raises:
         ValueError: If what was asked for does not work here, with the reason.

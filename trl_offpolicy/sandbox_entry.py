@@ -55,7 +55,7 @@ def call(name, *arguments):
     ]
     if getattr(libc, name)(*converted) < 0:
         code = ctypes.get_errno()
-        raise OSError(code, f"{name}{arguments[:3]}: {os.strerror(code)}")
+        raise OSError(f"{' '.join([name, *(a for a in arguments if isinstance(a, str))])}: {os.strerror(code)}")
 
 
 def exit_code(status):
@@ -173,7 +173,10 @@ def set_limits(task, enclosed):
     if enclosed:  # elsewhere it would count all processes of the user
         limits["NPROC"] = PROCESSES
     for name, limit in limits.items():
-        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
+        kind = getattr(resource, f"RLIMIT_{name}")
+        hard = resource.getrlimit(kind)[1]  # may be lower already, and can then not be raised
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(kind, (limit, limit))
 
 
 def drop_rights(task, enclosed):
