@@ -109,27 +109,21 @@ def evaluate(
     """
     part = Shard.parse(shard)
     check_wandb(report_to)
-    _check_settings(num_generations, temperature, part, output_dir, solve_prompt)
     check_mode(control_tokens)
+    _check_settings(num_generations, temperature, part, output_dir, solve_prompt)
     rows = benchmarks if isinstance(benchmarks, dict) else load_benchmarks(benchmarks)
     questions = {name: read_questions(name, each, solve_prompt, system_prompt) for name, each in rows.items()}
     earlier = _read_baseline(Path(os.path.expanduser(baseline)), questions) if baseline else {}
     output_dir = output_dir and os.path.expanduser(output_dir)
-    if sampler is None:
-        from .sampling.transformers_sampler import TransformersSampler
-
-        sampler = TransformersSampler(model, processing_class)
+    sampler = sampler or _default_sampler(model, processing_class)
     processing_class = getattr(sampler, "processing_class", processing_class)
     if processing_class is not None:
         check_format(processing_class, questions, train_tokenizer, train_dataset)
         questions = without_control_tokens(processing_class, questions, control_tokens)
-    own_verifier = verifier is None
-    if own_verifier:
-        verifier = MathVerifier()
+    own_verifier, verifier = verifier is None, MathVerifier() if verifier is None else verifier
     params = SamplingParams(temperature, top_p, top_k, max_completion_length)
     asked = {"seed": seed, "solve_prompt": solve_prompt, "system_prompt": system_prompt}
-    if control_tokens == "escape":
-        asked["control_tokens"] = control_tokens
+    asked |= {"control_tokens": "escape"} if control_tokens == "escape" else {}
     run = _Run(questions, num_generations, greedy, params, seed, part)
     try:
         config = {**asdict(params), **asked, **_engine(sampler, verifier, processing_class)}
@@ -143,6 +137,12 @@ def evaluate(
     if output_dir is not None and run.complete:
         write_results(Path(output_dir), {**config, "num_generations": num_generations}, results, report_to)
     return results
+
+
+def _default_sampler(model, processing_class) -> Sampler:
+    from .sampling.transformers_sampler import TransformersSampler
+
+    return TransformersSampler(model, processing_class)
 
 
 def _check_settings(num_generations: int, temperature: float, shard: Shard, output_dir, solve_prompt: str) -> None:
