@@ -168,3 +168,9 @@ def test_a_full_disk_stops_a_run_that_resumes(demonstrations, tmp_path, capsys, 
     last = shlex.split(capsys.readouterr().out.splitlines()[-1])
     assert last[last.index("--dataset_name") + 1] == f"{run}/dataset"
     assert yaml.safe_load((run / "run_config.yaml").read_text())["dataset_name"] == str(demonstrations)
+
+
+def test_an_adapter_without_peft_names_the_command(demonstrations, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert main(rewrite_argv(demonstrations, tmp_path / "run", "--rewriter_adapter", str(tmp_path))) == 2
+    assert "pip install 'trl-offpolicy[peft]'" in capsys.readouterr().err

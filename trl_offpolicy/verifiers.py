@@ -18,17 +18,8 @@ from . import prompts
 from .answers import MAGNITUDES, normalize, number
 from .extraction import NO_ANSWER, Unparsable, stated_text
 from .rows import Verdict
-from .sampling import FAILED, Request, SamplingParams, attempt_seed
+from .sampling import FAILED, Request, SamplingParams, attempt_seed, needs
 from .verification import Verifier, explain_with
-
-
-def _needs(package: str, extra: str, what: str):
-    try:
-        return __import__(package)
-    except ImportError as error:
-        raise ImportError(
-            f"{what} needs {package}, which is not installed: pip install 'trl-offpolicy[{extra}]'"
-        ) from error
 
 
 class _StatedVerifier(Verifier):
@@ -217,7 +208,7 @@ class NumericVerifier(_StatedVerifier):
         if rel_tol < 0 or abs_tol < 0:
             raise ValueError(f"You passed rel_tol={rel_tol}, abs_tol={abs_tol}; a tolerance cannot be negative.")
         self.rel_tol, self.abs_tol, self.require_unit = rel_tol, abs_tol, require_unit
-        _needs("pint", "units", "NumericVerifier")  # said now, not at the first answer
+        needs("pint", "units", "NumericVerifier")  # said now, not at the first answer
 
     def quantity(self, text: str):
         """A pint quantity, or `None` where there is no number. The unit alone is given to pint: it evaluates arithmetic."""
@@ -271,7 +262,7 @@ class JsonSchemaVerifier(Verifier):
     stated = False
 
     def __init__(self, schema: dict | None = None):
-        jsonschema = _needs("jsonschema", "json", "JsonSchemaVerifier")
+        jsonschema = needs("jsonschema", "json", "JsonSchemaVerifier")
         self.schema, self.validator, self._same = schema, None, jsonschema.Draft202012Validator
         if schema is not None:
             validator = jsonschema.validators.validator_for(schema)

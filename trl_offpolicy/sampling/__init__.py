@@ -3,6 +3,7 @@
 import hashlib
 import os
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Protocol
 
@@ -89,6 +90,16 @@ class Sampler(Protocol):
 def slots_of(sampler: Sampler) -> int:
     """How many requests an engine draws at a time."""
     return getattr(sampler, "slots", sampler.capacity)
+
+
+def needs(package: str, extra: str, what: str):
+    """The optional `package`; `ModuleNotFoundError` with the command that installs it where it is missing."""
+    try:
+        return import_module(package)
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"{what} needs {package}, which is not installed: pip install 'trl-offpolicy[{extra}]'."
+        ) from error
 
 
 def template_digest(processing_class) -> str | None:

@@ -30,6 +30,7 @@ from . import (
     load_model,
     load_processing_class,
     local_directory,
+    needs,
     prompt_ids,
     weights_digest,
 )
@@ -123,6 +124,7 @@ class TransformersSampler:
         Raises:
             ValueError: The adapter is no LoRA, or this sampler's model has one already.
         """
+        needs("peft", "peft", f"The LoRA adapter {adapter!r}")
         from peft import PeftConfig, PeftModel, PeftType
 
         if self._without_adapter is not contextlib.nullcontext:
