@@ -232,14 +232,19 @@ def number(text: str) -> tuple[Fraction, bool] | None:
     return (-value if part["sign"] == "-" else value), bool(part["dec"]) and not part["rep"]
 
 
+MAX_VOTE = 300  # characters; what is behind grows with their square, and faster
 _MARKED = re.compile(r"\s*(?:\\text\w*\s*\{)?\s*\(?([A-J])(?:[.):]+(?=[\s}\\]|$)|\s*\}?\s*$)")
 
 
 def canonical(answer: str) -> str:
     r"""One spelling of what letter, number, unit or words alone show to be equal: `42` for `42.0`, `x=42` and `$42$`, `B` for `(B) 12`.
 
-    For counting votes, in this process and of any text: it neither parses mathematics nor raises.
+    For counting votes, in this process and of any text: it neither parses mathematics nor raises, and what is too long to be read in no time
+    stays as it is, but for its white space.
     """
+    answer = re.sub(r"\s+|~~+", " ", answer).strip()
+    if len(answer) > MAX_VOTE:
+        return answer
     if marked := _MARKED.match(answer):
         return marked[1]
     try:
@@ -368,7 +373,8 @@ _CHANGES = re.compile(
     re.I,
 )
 _SUFFIX = re.compile(r"(?:\\text\s*\{[^{}]*\}|\^\{-?\d\}|\^-?\d|/|\\cdot ?| )+$")
-_BARE = re.compile(r"(.*?[\d)}])( ?)((?:[A-Za-z]+)(?:[ /*^-]*(?:[A-Za-z]+|\^?\{?-?\d\}?))*)\.?")
+# Nothing is given back once it is matched: else each of many words could be cut in every way.
+_BARE = re.compile(r"(.*?[\d)}])( ?)([A-Za-z]++(?:[ /*^-]*+(?:[A-Za-z]++|\^?\{?-?\d\}?))*+)\.?")
 
 
 def split_unit(text: str) -> tuple[str, tuple[Fraction, dict[str, int]] | str | None]:
