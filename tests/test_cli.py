@@ -174,3 +174,14 @@ def test_an_adapter_without_peft_names_the_command(demonstrations, tmp_path, cap
     monkeypatch.setitem(sys.modules, "peft", None)
     assert main(rewrite_argv(demonstrations, tmp_path / "run", "--rewriter_adapter", str(tmp_path))) == 2
     assert "pip install 'trl-offpolicy[peft]'" in capsys.readouterr().err
+
+
+def test_every_public_name_is_there_without_any_extra(monkeypatch):
+    extras = ("openai", "peft", "wandb", "vllm", "ray", "matplotlib", "pint", "jsonschema", "sentence_transformers")
+    code = (
+        f"import sys\nsys.modules |= dict.fromkeys({extras!r})\nfrom trl_offpolicy import *\nimport trl_offpolicy\n"
+        "assert set(trl_offpolicy.__all__) <= set(globals())\n"
+        "try:\n    OpenAISampler('m', 'http://127.0.0.1:1/v1')\nexcept ModuleNotFoundError as error:\n    print(error)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "pip install 'trl-offpolicy[openai]'" in result.stdout, result.stderr

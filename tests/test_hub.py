@@ -143,6 +143,14 @@ def test_pushed_rows_and_attempts_load_back_equal(tmp_path, hub):
         run.push_to_hub("me/source", private=True)
 
 
+def test_a_repository_without_an_owner_is_the_users_own(tmp_path, hub, capsys):
+    rewriter(tmp_path).rewrite(source_dataset(hub))
+    assert cli.main(["push", str(tmp_path / "run"), "--hub_dataset_id", "out"]) == 0
+    assert "load_dataset('me/out', split='train')" in capsys.readouterr().out.splitlines()[-1]
+    assert fresh("me/out").num_rows == 30
+    assert cli.main(["push", str(tmp_path / "run"), "--hub_dataset_id", "out"]) == 0  # when it is there already, too
+
+
 def test_shards_are_pushed_as_one(tmp_path, hub):
     """Two shards' files, then the unsharded run in their place."""
     data = source_dataset(hub)

@@ -144,7 +144,7 @@ def push_run(
             f"The engine failed at {undrawn:,} attempts of {str(output_dir)!r}, so rows may have fallen back to their demonstration that need "
             "not have. Run the rewrite again, which tries them again, or push the rows as they are with --accept_failed True."
         )
-    api = open_repo(repo_id, private, token, revision)
+    api, repo_id = open_repo(repo_id, private, token, revision)
     source = _source_card(api, run["source_id"])
     with tempfile.TemporaryDirectory() as folder:
         content = {
@@ -210,18 +210,22 @@ def _undrawn(output_dir: Path) -> int:
 
 
 def open_repo(repo_id: str, private: bool | None = None, token: str | None = None, revision: str | None = None):
-    """Makes the repository and the branch if there are none; raises what a push would raise. Returns the `HfApi` to go on with."""
+    """
+    Makes the repository and the branch if there are none; raises what a push would raise. Returns the `HfApi` to go on with, and the
+    repository's full name: a `repo_id` without an owner is one of the token's user.
+    """
     from huggingface_hub import HfApi
 
     api = HfApi(token=token, library_name="trl-offpolicy")
-    _tried_again(lambda: api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True), token)
+    made = _tried_again(lambda: api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True), token)
+    repo_id = made.repo_id
     if private and not api.dataset_info(repo_id).private:
         raise ValueError(
             f"You asked for a private repository, but {repo_id} exists and is public. Make it private in its settings, or push to another."
         )
     if revision is not None:
         _tried_again(lambda: api.create_branch(repo_id, branch=revision, repo_type="dataset", exist_ok=True), token)
-    return api
+    return api, repo_id
 
 
 def read_run(output_dir: Path, finished: bool = True) -> dict:

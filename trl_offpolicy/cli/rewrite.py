@@ -151,9 +151,9 @@ def rewrite(argv: list[str]) -> int:
         return 0
     trained_on = f"{config.output_dir}/dataset"
     if config.push_to_hub:
-        if not _pushed(rewriter.push_to_hub, config.output_dir, config.hub_dataset_id, config.hub_token):
+        trained_on = _pushed(rewriter.push_to_hub, config.output_dir, config.hub_dataset_id, config.hub_token)
+        if trained_on is None:
             return 3
-        trained_on = config.hub_dataset_id
     command = ["accelerate", "launch", "examples/train.py", "--model_name_or_path", arguments.model_name_or_path]
     command += ["--dataset_name", trained_on, "--objective", "iw", "--output_dir", f"{config.output_dir}-sft"]
     command += ["--report_to", "wandb"] if config.report_to == "wandb" else []
@@ -181,18 +181,17 @@ def push(argv: list[str]) -> int:
             accept_failed=given.accept_failed,
         )
 
-    if not _pushed(commit, given.run_dir, given.hub_dataset_id, given.hub_token):
+    repo_id = _pushed(commit, given.run_dir, given.hub_dataset_id, given.hub_token)
+    if repo_id is None:
         return 3
-    print(
-        f"""python -c "from datasets import load_dataset; print(load_dataset('{given.hub_dataset_id}', split='train'))\""""
-    )
+    print(f"""python -c "from datasets import load_dataset; print(load_dataset('{repo_id}', split='train'))\"""")
     return 0
 
 
-def _pushed(push, run_dir: str, repo_id: str, token: str | None) -> bool:
-    """Whether a push went through; if not, says why, what has become of it, and how to go on."""
+def _pushed(push, run_dir: str, repo_id: str, token: str | None) -> str | None:
+    """The full name of the repository that was pushed to; `None` if the push failed, after saying why, what has become of it, and how to go on."""
     try:
-        print(f"pushed: {push().commit_url}")
+        commit = push()
     except ValueError:
         raise
     except (Exception, KeyboardInterrupt) as error:  # whatever a network can do to it: the rows are on the disk
@@ -200,8 +199,9 @@ def _pushed(push, run_dir: str, repo_id: str, token: str | None) -> bool:
         notes = getattr(error, "__notes__", None) or ["Nothing has changed on the Hub."]
         print(redacted("\n".join([told, *notes, "To push again:"]), token), file=sys.stderr)
         print(shlex.join(["trl-offpolicy", "push", run_dir, "--hub_dataset_id", repo_id]))
-        return False
-    return True
+        return None
+    print(f"pushed: {commit.commit_url}")
+    return commit.repo_url.repo_id
 
 
 def _wandb_environment(config) -> str:

@@ -19,14 +19,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-
-try:
-    import openai
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        "OpenAISampler needs the `openai` SDK, which is not installed: `pip install 'trl-offpolicy[openai]'`."
-    ) from error
-
 from ..redaction import redacted
 from . import (
     Completion,
@@ -35,10 +27,16 @@ from . import (
     SamplingParams,
     adapted_revision,
     load_processing_class,
+    needs,
     prompt_ids,
 )
 from .server_answers import ENDED_BY_SERVER, cause, read_answer, retry_after, shown
 
+
+try:
+    import openai
+except ModuleNotFoundError:
+    openai = None  # `OpenAISampler` says how to install it
 
 # What is tried on a server, best first: prompts as token ids and ids back; messages with the fields that undo the defaults of
 # a model's generation config (vLLM and SGLang know them); messages with nothing but OpenAI's own fields.
@@ -50,7 +48,7 @@ TELL_EVERY = 60.0  # seconds from one sentence on a busy server to the next
 CONNECT = 10.0  # seconds for a connection
 
 # What a server at fault looks like from here; `NotImplementedError` is ours, for one that keeps the token ids to itself.
-_FAILURES = (openai.OpenAIError, TimeoutError, ValueError, NotImplementedError)
+_FAILURES = (*([openai.OpenAIError] if openai else []), TimeoutError, ValueError, NotImplementedError)
 
 
 @dataclass(eq=False, slots=True)
@@ -112,6 +110,7 @@ class OpenAISampler:
         request_timeout: float = 600.0,
         give_up_after: float = 300.0,
     ):
+        needs("openai", "openai", "OpenAISampler")
         self.name, self.revision, self.served_model_name = model, revision or "unknown", served_model_name or model
         self.batch_size, self.request_timeout, self.give_up_after = batch_size, request_timeout, give_up_after
         self.processing_class = processing_class
