@@ -69,12 +69,18 @@ needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not i
 
 @pytest.fixture(scope="session")
 def policy(tmp_path_factory):
-    """The quickstart's policy with a generation config that would spoil every draw: engines must not follow it."""
+    """
+    The quickstart's policy with settings that would spoil every draw, which engines must not follow: in its generation config, and, as in
+    base checkpoints with a chat template, an end of sequence that is not the token with which the model ends a turn (`<|im_end|>`).
+    """
     directory = tmp_path_factory.mktemp("policy") / "policy"
     shutil.copytree(POLICY, directory)
-    file = directory / "generation_config.json"
     spoilt = {"do_sample": True, "repetition_penalty": 5.0, "top_k": 1, "top_p": 0.1, "temperature": 0.1}
-    file.write_text(json.dumps(json.loads(file.read_text()) | spoilt))
+    end = {"eos_token_id": 0}
+    changes = {"generation_config": spoilt | end, "config": end, "tokenizer_config": {"eos_token": "<|endoftext|>"}}
+    for name, change in changes.items():
+        file = directory / f"{name}.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
     return str(directory)
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from quickstart_task import GUIDED_PROMPT, demonstrations, problems
 from test_hub import hub  # noqa: F401
 from test_sampling import drain, drawn_ids, engine, forward_log_probs, requests  # noqa: F401
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig
 
 from trl_offpolicy import (
@@ -397,6 +398,28 @@ def test_grpo_trains_the_adapter_and_resumes(tmp_path, tiny_model, tokenizer):
     with trainer.model.disable_adapter():
         ids = torch.tensor([tokenizer("2+2?")["input_ids"]])
         torch.testing.assert_close(trainer.model(ids).logits, base(ids).logits)
+
+
+def test_a_candidate_ends_where_the_chat_template_ends_a_turn(tmp_path, policy):
+    """As in a rewrite with the agent; tokenizer and generation config name another token, which this model never writes."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(policy), AutoTokenizer.from_pretrained(policy)
+    end, recorder = tokenizer.convert_tokens_to_ids("<|im_end|>"), Recorder()
+    settings = {"max_steps": 1, "max_completion_length": 64, "reward_weights": [1.0, 0.0]}
+    reward = GroupReward(verify)
+    returned = kept(reward)
+    trainer = make_trainer(model, tokenizer, tmp_path, reward, other_rewards=[recorder], **settings)
+    trainer.train()
+    (batch,), (rewards,) = recorder.batches, returned
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id != end
+    for ids, (turn,) in zip(batch["completion_ids"], batch["completions"], strict=True):
+        assert ids[-1] == end and end not in ids[:-1] and turn["content"] == tokenizer.decode(ids[:-1])
+    assert trainer.state.log_history[0]["completions/clipped_ratio"] == 0
+    told = verify([turn["content"] for (turn,) in batch["completions"]], None)
+    assert [r is None or r > 0 for r in rewards] == [verdict != "wrong" for verdict in told]
+    # vLLM is told in its own words, beside what the user told it.
+    trainer.use_vllm, trainer.vllm_generation = True, SimpleNamespace(generation_kwargs={"stop_token_ids": [9]})
+    trainer._stop_at_the_end_of_a_turn()
+    assert trainer.vllm_generation.generation_kwargs == {"stop_token_ids": [tokenizer.eos_token_id, end, 9]}
 
 
 TWO_PROCESSES = """

@@ -567,12 +567,31 @@ def test_rows_of_which_attempts_failed_are_neither_done_nor_pushed_unless_told(s
     assert rewrite_cli(tmp_path, "refused", refusing.url, *more) == 0
 
 
+def test_a_server_that_goes_on_behind_the_end_of_a_turn_is_cut_there(serve, sample, expected, monkeypatch):
+    plain = Handler.choice
+
+    def runs_on(self, body, chat):
+        choice = plain(self, body, chat)
+        junk = self.server.tokenizer("\nuser: and then?")["input_ids"]
+        choice["token_ids"] += junk
+        choice["logprobs"]["token_logprobs"] += [-9.0] * len(junk)
+        return {**choice, "finish_reason": "length"}
+
+    server = serve()
+    sampler = sample(server)
+    monkeypatch.setattr(Handler, "choice", runs_on)
+    with pytest.warns(UserWarning, match="does not heed `stop_token_ids`"):
+        assert drain(sampler, requests(40)) == expected
+    assert all(body["stop_token_ids"] == [2] for body in server.seen if body["max_tokens"] > 1)
+
+
 @pytest.mark.parametrize("extended", [True, False])
 def test_a_server_without_token_ids_gives_rows_without_them(serve, tmp_path, extended):
     """Chat only, with or without the fields that OpenAI's API does not have; said once, and not a fault."""
     with pytest.warns(UserWarning, match="returns no token ids") as said:
         server = serve(token_ids=False, extended=extended)
         sampler = OpenAISampler(POLICY, server.url)
+        asked_before = len(server.seen)
         args = RewriteConfig(str(tmp_path / "run"), num_generations=4, max_completion_length=64)
         rewritten = DataRewriter(POLICY, args, sampler=sampler).rewrite(ROWS)
     sampler.close()
@@ -582,6 +601,8 @@ def test_a_server_without_token_ids_gives_rows_without_them(serve, tmp_path, ext
     drawn = [row for row in rewritten if row["source"] != "expert"]
     assert drawn and all("\\boxed" in row["completion"][0]["content"] for row in drawn)
     assert all(("repetition_penalty" in body) == extended and body["messages"] for body in server.seen)
+    stops = {"stop_token_ids": [2]} if extended else {"stop": "<|im_end|>"}  # where the chat template ends a turn
+    assert all(stops.items() <= body.items() for body in server.seen[asked_before:])
     if not extended:
         with pytest.raises(ValueError, match="top_k=5"):
             sampler.submit(Request("r", [], 1, SamplingParams(top_k=5)))

@@ -114,21 +114,26 @@ def test_a_served_engine_draws_what_the_engine_in_process_draws(engine):
 
 
 def test_stop_length_and_text(sampler):
-    for completion in drain(sampler, requests(12, SamplingParams(max_completion_length=9))).values():
-        assert (completion.completion_ids[-1] == sampler.processing_class.eos_token_id) == (
-            completion.finish_reason == "stop"
-        )
+    """The model ends its turns with <|im_end|>, which neither its tokenizer nor its generation config says."""
+    processing_class = sampler.processing_class
+    end = processing_class.convert_tokens_to_ids("<|im_end|>")
+    assert processing_class.eos_token_id != end
+    completions = drain(sampler, requests(12, SamplingParams(max_completion_length=9))).values()
+    assert {completion.finish_reason for completion in completions} == {"stop", "length"}
+    for completion in completions:
+        assert (completion.completion_ids[-1] == end) == (completion.finish_reason == "stop")
         assert completion.finish_reason == "stop" or len(completion.completion_ids) == 9
-        assert sampler.processing_class.eos_token_id not in completion.completion_ids[:-1]
+        assert end not in completion.completion_ids[:-1]
         assert len(completion.log_probs) == len(completion.completion_ids)
-        assert completion.text == sampler.processing_class.decode(completion.completion_ids, skip_special_tokens=True)
+        assert completion.text == processing_class.decode(completion.completion_ids, skip_special_tokens=True)
 
 
 def test_greedy_equals_generate(sampler, model):
     (completion,) = drain(sampler, requests(1, SamplingParams(temperature=0.0, max_completion_length=16))).values()
     ids = torch.tensor([encode_prompt(sampler.processing_class, requests(1)[0].prompt)])
     plain = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "repetition_penalty": 1.0}
-    expected = model.generate(ids, max_new_tokens=16, **plain)[0, ids.shape[1] :].tolist()
+    end = sampler.processing_class.convert_tokens_to_ids("<|im_end|>")
+    expected = model.generate(ids, max_new_tokens=16, eos_token_id=end, **plain)[0, ids.shape[1] :].tolist()
     assert completion.completion_ids == expected
 
 

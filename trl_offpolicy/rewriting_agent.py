@@ -35,6 +35,7 @@ from .model_card import agent_card
 from .prompts import GUIDED_PROMPT, REASONING_PROMPT, SOLVE_PROMPT, check, fill
 from .rows import Verdict, encode_prompt, guided_prompt, read_rows, text_columns, unformatted
 from .scoring import causal_lm, head_logits, lm_head, target_log_probs
+from .turns import cut_turn, stop_token_ids, turn_text
 from .verification import explain_with, rewards
 from .whole_file import write_whole
 
@@ -128,7 +129,7 @@ class GroupReward:
                 "others where parameters are sharded (FSDP, ZeRO-3). Use DDP, ZeRO-1 or ZeRO-2; the base is frozen, only an adapter is trained."
             )
         self._base, self._tokenizer = InitialPolicy(trainer.model, trainer.accelerator), trainer._tokenizer
-        self._eos_token_ids = set(trainer.eos_token_ids)
+        self._stop_ids = trainer.eos_token_ids
         if self.judge:
             encode = self._tokenizer.encode
             self._yes_no = [encode(word, add_special_tokens=False)[0] for word in ("YES", "NO")]
@@ -136,14 +137,16 @@ class GroupReward:
                 raise ValueError("YES and NO begin with the same token, so this model cannot judge: pass judge=False.")
 
     def __call__(
-        self, prompts, completions, completion_ids, answer, qa_prompt, problem, log_metric=None, log_extra=None, **_
+        self, prompts, completion_ids, answer, qa_prompt, problem, log_metric=None, log_extra=None, **_
     ) -> list[float | None]:
         """TRL's reward signature; `answer`, `qa_prompt` and `problem` are columns of the dataset."""
         if self._base is None:
             raise ValueError(
                 "The reward has no model yet: call `reward.bind(trainer)`, or use `RewritingAgentTrainer`."
             )
-        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+        texts = [
+            turn_text(self._tokenizer, ids) for ids in completion_ids
+        ]  # as a rewrite with the agent will judge them
         right = self._right(texts, completion_ids, answer)
         with self._base.asked() as model, self._base.accelerator.autocast():
             gate = task_gate(right, self._reasoned(model, np.flatnonzero(right == 1), problem, texts))
@@ -180,7 +183,8 @@ class GroupReward:
 
     def _right(self, texts: list[str], completion_ids: list[list[int]], answers: list) -> np.ndarray:
         right = np.zeros(len(texts))
-        whole = [i for i, ids in enumerate(completion_ids) if len(ids) and ids[-1] in self._eos_token_ids]
+        lengths = [cut_turn(self._tokenizer, self._stop_ids, ids, at_limit=True) for ids in completion_ids]
+        whole = [i for i, ids in enumerate(completion_ids) if lengths[i] == len(ids)]
         told = explain_with(self.verifier, [texts[i] for i in whole], [answers[i] for i in whole])
         right[whole] = np.array(rewards(told), float)  # `None` becomes NaN
         return right
@@ -321,9 +325,20 @@ class RewritingAgentTrainer(GRPOTrainer):
     ):
         super().__init__(model, reward_funcs, *args, **kwargs)
         self.guided_template, self.dataset_name = guided_template, dataset_name
+        self._stop_at_the_end_of_a_turn()
         for reward in self.reward_funcs:
             if isinstance(reward, GroupReward):
                 reward.bind(self)
+
+    def _stop_at_the_end_of_a_turn(self) -> None:
+        """TRL stops where tokenizer and generation config say; a rewrite with the agent also where the chat template ends a turn."""
+        self.eos_token_ids = stop_token_ids(self._tokenizer, self.eos_token_ids)
+        if self.use_vllm:
+            given = self.vllm_generation.generation_kwargs
+            stops = sorted({*self.eos_token_ids, *given.get("stop_token_ids", [])})
+            self.vllm_generation.generation_kwargs = {**given, "stop_token_ids": stops}
+        else:
+            self.generation_kwargs["eos_token_id"] = self.generation_config.eos_token_id = self.eos_token_ids
 
     def _calculate_rewards(self, *args, **kwargs):
         rewards = super()._calculate_rewards(*args, **kwargs)  # (N, functions), NaN where one said None

@@ -10,6 +10,7 @@ from typing import Protocol
 from jinja2 import TemplateError
 
 from ..rows import encode_prompt, storable
+from ..turns import cut_turn, turn_text
 
 
 class SamplerError(RuntimeError):
@@ -41,7 +42,7 @@ class Completion:
     """What came back for the request of that `id`.
 
     `completion_ids` end with the end-of-turn token when `finish_reason` is `"stop"`, and `log_probs` holds the model's
-    own log-probability (temperature 1, whole vocabulary) of each of them; `text` is their decoding without special tokens
+    own log-probability (temperature 1, whole vocabulary) of each of them; `text` is their decoding ([`~turns.turn_text`])
     (half a surrogate pair, which some servers write, is a `?`: nothing could store it).
     `finish_reason` is `"length"` when the limit cut the completion. When there is none, `error` says why: `"refused"` if the prompt
     cannot be asked (longer than the context, say), whatever the seed; `"error"` if the engine failed this once.
@@ -174,6 +175,15 @@ def prompt_ids(processing_class, request: Request, context: int) -> list[int] | 
             return ids
         reason = f"the prompt has {len(ids)} tokens, but the model's context is {context}"
     return Completion(request.id, "", [], [], "refused", reason)
+
+
+def drawn_completion(
+    request_id: str, ids: list[int], log_probs: list[float], finish_reason: str, processing_class, stop_ids: list[int]
+) -> Completion:
+    """What an engine has drawn as a completion: over at the first of `stop_ids`, whether or not the engine stopped there."""
+    if length := cut_turn(processing_class, stop_ids, ids, finish_reason == "length"):
+        ids, log_probs, finish_reason = ids[:length], log_probs[:length], "stop"
+    return Completion(request_id, turn_text(processing_class, ids), ids, log_probs, finish_reason)
 
 
 def weights_digest(named_tensors) -> str:

@@ -20,12 +20,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ..redaction import redacted
+from ..turns import end_of_turn_id, stop_token_ids
 from . import (
     Completion,
     Request,
     SamplerError,
     SamplingParams,
     adapted_revision,
+    drawn_completion,
     load_processing_class,
     needs,
     prompt_ids,
@@ -114,6 +116,8 @@ class OpenAISampler:
         self.name, self.revision, self.served_model_name = model, revision or "unknown", served_model_name or model
         self.batch_size, self.request_timeout, self.give_up_after = batch_size, request_timeout, give_up_after
         self.processing_class = processing_class
+        self.stop_token_ids: list[int] = []
+        self._stop: str | None = None  # the same as text, for servers that know no token ids
         self._key = os.environ.get("OPENAI_API_KEY", "").strip() or "EMPTY"
         if not (self._key.isascii() and self._key.isprintable()):
             raise ValueError(
@@ -139,8 +143,17 @@ class OpenAISampler:
             if self._dialect == "token_ids":
                 self.processing_class = load_processing_class(model, processing_class, revision=revision)
                 self._vocabulary = _vocabulary(model, revision, self.processing_class)
+                self.stop_token_ids = stop_token_ids(self.processing_class)
             else:
                 told = "returns no token ids: rows will carry no `completion_ids` and no `behavior_log_probs`"
+                try:
+                    tokenizer = load_processing_class(model, processing_class, revision=revision)
+                except (OSError, ValueError):  # a name that only the servers know, or no chat template
+                    told += "; it is not told where a turn ends, for want of a chat template here"
+                else:
+                    self.stop_token_ids = stop_token_ids(tokenizer)
+                    end = end_of_turn_id(tokenizer)
+                    self._stop = None if end is None else tokenizer.convert_ids_to_tokens(end)
                 if self._dialect == "chat":
                     told += (
                         "; nor does it take `top_k`, `min_p` and `repetition_penalty`: if its defaults or the model's generation "
@@ -444,7 +457,12 @@ class OpenAISampler:
             "max_tokens": params.max_completion_length,
         }  # fmt: skip
         # Said in so many words, or the model's generation config would decide. SGLang refuses 0 for the whole vocabulary.
-        extra = {} if dialect == "chat" else {"top_k": params.top_k or -1, "min_p": 0.0, "repetition_penalty": 1.0}
+        extra: dict[str, Any] = {}
+        if dialect != "chat":
+            extra = {"top_k": params.top_k or -1, "min_p": 0.0, "repetition_penalty": 1.0}
+            extra["stop_token_ids"] = self.stop_token_ids
+        elif self._stop:
+            extra["stop"] = self._stop
         async with asyncio.timeout(self.request_timeout):
             if dialect == "token_ids":
                 fields["max_tokens"] = min(fields["max_tokens"], server.context - len(ids))
@@ -458,9 +476,16 @@ class OpenAISampler:
         )
         if reason in ENDED_BY_SERVER:
             return Completion(request.id, "", [], [], "error", f"the server ended it: {reason}")
-        if ids and self.processing_class:
-            text = self.processing_class.decode(ids, skip_special_tokens=True)
-        return Completion(request.id, text, ids, log_probs, reason)
+        if not ids or self.processing_class is None:  # text alone, or the first question to a server
+            return Completion(request.id, text, ids, log_probs, reason)
+        completion = drawn_completion(request.id, ids, log_probs, reason, self.processing_class, self.stop_token_ids)
+        if len(completion.completion_ids) < len(ids):
+            warnings.warn(
+                f"{server.url} went on behind the end of a turn: it does not heed `stop_token_ids`. Completions are cut there, but what it wrote "
+                "behind was paid for. Start it with a generation config whose `eos_token_id` holds that token.",
+                stacklevel=2,
+            )
+        return completion
 
     def _told(self, error: BaseException) -> str:
         """An error in one line, without the key (a server may quote it)."""

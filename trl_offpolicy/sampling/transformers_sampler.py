@@ -21,11 +21,13 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from ..turns import stop_token_ids
 from . import (
     Completion,
     Request,
     SamplingParams,
     adapted_revision,
+    drawn_completion,
     hub_commit,
     load_model,
     load_processing_class,
@@ -108,9 +110,7 @@ class TransformersSampler:
         self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
         # A row that is at its end goes on with its batch, and then there may be no position left to look up.
         self._learned_positions = not any("rotary" in name for name, _ in self.model.named_modules())
-        eos = self.model.generation_config.eos_token_id
-        eos = eos if isinstance(eos, list) else [eos] if eos is not None else []
-        self.eos_token_ids = sorted({*eos, self.processing_class.eos_token_id} - {None})
+        self.stop_token_ids = stop_token_ids(self.processing_class, self.model.generation_config.eos_token_id)
         self._pending: list[tuple[Request, list[int]]] = []
         self._failed: list[Completion] = []
         # Entered while this one draws: switches an adapter off that another sampler on the same model draws with.
@@ -185,7 +185,7 @@ class TransformersSampler:
     def _generate(self, batch: list[tuple[Request, list[int]]], params: SamplingParams) -> list[Completion]:
         width = max(len(ids) for _, ids in batch)
         pad = self.processing_class.pad_token_id
-        pad = self.eos_token_ids[0] if pad is None else pad
+        pad = (self.stop_token_ids or [0])[0] if pad is None else pad
         device = self.model.device
         input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for _, ids in batch], device=device)
         attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for _, ids in batch], device=device)
@@ -193,7 +193,7 @@ class TransformersSampler:
         draw = _SeededDraw([request.seed for request, _ in batch], params, width, device)
         own_config, was_training = self.model.generation_config, self.model.training
         # The model's own generation config may carry a repetition penalty or a top_k: neither is the policy itself.
-        self.model.generation_config = GenerationConfig(eos_token_id=self.eos_token_ids, pad_token_id=pad)
+        self.model.generation_config = GenerationConfig(eos_token_id=self.stop_token_ids or None, pad_token_id=pad)
         self.model.eval()
         try:
             with self._without_adapter():
@@ -206,10 +206,7 @@ class TransformersSampler:
             self.model.train(was_training)
         drawn = output[:, width:].tolist()
         log_probs = torch.stack(draw.log_probs, dim=1).tolist()
-        return [self._completion(*row) for row in zip((r for r, _ in batch), drawn, log_probs, room, strict=True)]
-
-    def _completion(self, request: Request, ids: list[int], log_probs: list[float], room: int) -> Completion:
-        stop = next((i for i, token in enumerate(ids[:room]) if token in self.eos_token_ids), None)
-        length = room if stop is None else stop + 1
-        text = self.processing_class.decode(ids[:length], skip_special_tokens=True)
-        return Completion(request.id, text, ids[:length], log_probs[:length], "length" if stop is None else "stop")
+        return [
+            drawn_completion(r.id, ids[:n], lp[:n], "length", self.processing_class, self.stop_token_ids)
+            for (r, _), ids, lp, n in zip(batch, drawn, log_probs, room, strict=True)
+        ]

@@ -10,12 +10,14 @@ from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
+from ..turns import stop_token_ids
 from . import (
     Completion,
     Request,
     SamplerError,
     adapted_revision,
     checkpoint_digest,
+    drawn_completion,
     hub_commit,
     load_processing_class,
     local_directory,
@@ -69,6 +71,8 @@ class VLLMSampler:
         commit = hub_commit(model, engine_kwargs.get("revision"))
         self.name, self.revision, self._lora = model, commit or checkpoint_digest(local_directory(model)), None
         self.context = config.model_config.max_model_len
+        declared = config.model_config.try_get_generation_config().get("eos_token_id")
+        self.stop_token_ids = stop_token_ids(self.processing_class, declared)
         # As many again wait, so that no slot is idle while finished ones are verified ...
         self.slots = config.scheduler_config.max_num_seqs
         self.capacity = 2 * self.slots
@@ -149,10 +153,10 @@ class VLLMSampler:
             if isinstance(ids, Completion)
             else {"type": "token", "prompt_token_ids": [*ids]}
         )
-        params, eos = request.params, self.processing_class.eos_token_id
+        params = request.params
         return prompt, SamplingParams(
             temperature=params.temperature, top_p=params.top_p, top_k=params.top_k, max_tokens=params.max_completion_length, seed=request.seed,
-            stop_token_ids=[] if eos is None else [eos], logprobs=0, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+            stop_token_ids=[*self.stop_token_ids], logprobs=0, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
         )  # fmt: skip
 
     def poll(self) -> list[Completion]:
@@ -189,8 +193,9 @@ class VLLMSampler:
         ids, log_probs = list(drawn.token_ids), list(drawn.logprobs.logprobs)
         if drawn.finish_reason not in ("stop", "length"):
             return Completion(output.request_id, "", [], [], "error", f"vLLM ended it: {drawn.finish_reason}")
-        text = self.processing_class.decode(ids, skip_special_tokens=True)
-        return Completion(output.request_id, text, ids, log_probs, drawn.finish_reason)
+        return drawn_completion(
+            output.request_id, ids, log_probs, drawn.finish_reason, self.processing_class, self.stop_token_ids
+        )
 
 
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 512)  # vLLM takes a `max_lora_rank` of these only
