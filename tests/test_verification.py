@@ -15,7 +15,9 @@ from conftest import ROOT
 from datasets import Dataset, Features, Image, Value
 
 from trl_offpolicy import MathVerifier, Verdict, verification
+from trl_offpolicy.answers import unit
 from trl_offpolicy.cli import main
+from trl_offpolicy.math_grading import grade
 from trl_offpolicy.rows import final_answer
 from trl_offpolicy.verification import MEMORY_LIMIT
 
@@ -212,7 +214,12 @@ def test_arguments_are_checked():
 
 @pytest.mark.parametrize(
     ("name", "accuracy"),
-    [("verifier_cases_public.jsonl", 0.98), ("verifier_cases_own.jsonl", 0.99), ("real_outputs.jsonl", 1.0)],
+    [
+        ("verifier_cases_public.jsonl", 0.99),
+        ("verifier_cases_own.jsonl", 0.99),
+        ("verifier_cases_2026_11.jsonl", 0.99),
+        ("real_outputs.jsonl", 1.0),
+    ],
 )
 def test_labelled_rows(verifier, name, accuracy):
     """No false positive on any; `verifier_cases_public` is where math-verify has 2 and an accuracy of 0.926."""
@@ -270,6 +277,41 @@ def test_settings_of_math_verify():
         assert verifier.verify(*third) == ["wrong"] and verifier.verify(*interval) == ["correct"]
     with MathVerifier(num_workers=1, float_rounding=1, allow_set_relation_comp=False) as verifier:
         assert verifier.verify(*third) == ["correct"] and verifier.verify(*interval) == ["wrong"]
+
+
+def test_not_strict_means_other_names_and_brackets():
+    pairs = [
+        ("y+1", "x+1"),
+        ("y=5", "x=5"),
+        ("\\{1,2\\}", "(1,2)"),
+        ("[1,2]", "(1,2)"),
+        ("y+2", "x+1"),
+        ("(2,1)", "(1,2)"),
+    ]
+    predictions, golds = [f"\\boxed{{{p}}}" for p, _ in pairs], [g for _, g in pairs]
+    assert {grade(p, g)[0] for p, g in zip(predictions, golds, strict=True)} == {"wrong"}
+    loose = [grade(p, g, strict=False)[0] for p, g in zip(predictions, golds, strict=True)]
+    assert loose == ["correct"] * 4 + ["wrong"] * 2
+
+
+UNITS = {
+    "km/h": "kilometer/hour", "mph": "mile/hour", "cm^2": "centimeter**2", "square feet": "foot**2", "meters per second squared": "meter/second**2",
+    "kg m^2": "kilogram*meter**2", "lbs": "pound", "N": "newton", "kJ": "kilojoule", "eV": "electron_volt", "mL": "milliliter", "kPa": "kilopascal",
+    "atm": "standard_atmosphere", "acres": "acre", "J/(mol K)": "joule/(mole*kelvin)", "V": "volt", "cubic inches": "inch**3", "gallons": "gallon",
+    "\\mu m": "micrometer", "weeks": "week", "m/s/s": "meter/second**2", "T": "tesla", "ounces": "ounce", "knots": "knot",
+}  # fmt: skip
+
+
+def test_units_are_those_of_pint():
+    pint = pytest.importorskip("pint").UnitRegistry()
+    base = {"meter": "m", "second": "s", "gram": "g", "kilogram": "g", "ampere": "A", "kelvin": "K", "mole": "mol"}
+    for name, theirs in UNITS.items():
+        quantity = pint.Quantity(1, theirs).to_base_units()
+        dimension = {base[unit]: power for unit, power in quantity.unit_items()}
+        factor, ours = unit(name)
+        grams = 1000 ** dimension.get("g", 0)
+        assert ours == dimension and float(factor) == pytest.approx(quantity.magnitude * grams, rel=1e-4), name
+    assert not any(map(unit, ["", "x", "tenths", "squared", "km/x", "apples", "m or s", "meters of"]))
 
 
 def test_hostile_inputs_among_normal_ones():

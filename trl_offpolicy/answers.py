@@ -35,17 +35,13 @@ _REWRITES = [
         (r"(?<=\d)\{,\}(?=\d)", ","),
         (r"\\(?:qquad|quad|hspace\{[^{}]*\}|[hv]?phantom\s*(?:\{[^{}]*\}|.)|[,;: !>])|~", " "),
         (r"^([+-]?\d{1,3}(?: \d{3})+)(?![\d/])", lambda m: m[1].replace(" ", ",")),
-        (r"(?<=\\text\{)\s*-? ?\d(?: [\d.])+\s*(?=\})", lambda m: m[0].replace(" ", "")),  # bold digits, read by OCR
         (r"\\[dtc]frac", r"\\frac"),
-        (r"\\[dt]binom", r"\\binom"),
         (r"\\(?:lt|gt)(?![A-Za-z])", lambda m: "<" if m[0] == "\\lt" else ">"),
         (r"\\(?:leqslant|leqq|leq)(?![A-Za-z])|<=|=<", r"\\le "),
         (r"\\(?:geqslant|geqq|geq)(?![A-Za-z])|>=|=>", r"\\ge "),
         (r"\\ne(?![A-Za-z])|!=", r"\\neq "),
         (r"\*\*(?=[\w({-])", "^"),
-        (r"\*\*|__", ""),
         (r"\\?(?<![A-Za-z])(?:infinity|infty|inf)(?![A-Za-z])", r"\\infty "),
-        (r"\\text\s*\{\s*\\infty\s*\}", r"\\infty "),
         (r"\\(?:degree|deg)(?![A-Za-z])|\^\{?\\circ\}?|\\text\{\s*degrees?\s*\}|(?<=[\d}]) ?degrees?(?![A-Za-z])", r"^\\circ "),
         (r"\^\\circ\s*(?:\\text\s*\{\s*)?([CF])\b\s*\}?$", lambda m: r"\text{ " + {"C": "celsius", "F": "fahrenheit"}[m[1]] + "}"),
         (r"\\text\s*\{\s*(?:percent|pct|percentage)\s*\}|\s(?:percent(?:age)?|pct)\b|\\%", "%"),
@@ -339,7 +335,7 @@ def _unit(name: str) -> tuple[Fraction, dict[str, int]] | None:
 def unit(text: str) -> tuple[Fraction, dict[str, int]] | None:
     """(factor, exponents of the base units) of `km/h`, `kg m^2`, `square feet` or `meters per second squared`; `None` if not known."""
     text = (
-        re.sub(r"\\cdot|[*.(){} ]+|\\times|-(?!\d)", " ", text.replace("\\mu", "u"))
+        re.sub(r"\\cdot|[*.(){} ]+|\\times|-(?!\d)", " ", re.sub(r"\\mu ?", "u", text))
         .replace(" ^", "^")
         .replace("^ ", "^")
         .strip()
@@ -386,7 +382,7 @@ def split_unit(text: str) -> tuple[str, tuple[Fraction, dict[str, int]] | str | 
         return text, None
     found = re.search(r"\\text\s*\{", text)
     if found and (value := text[: found.start()].strip()) and _SUFFIX.match(text, found.start()):
-        name = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text[found.start() :]).strip()
+        name = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text[found.start() :]).strip()
     elif (bare := _BARE.fullmatch(text)) and number(bare[1]):
         value, name = bare[1], bare[3]
         known = unit(name)
@@ -403,7 +399,7 @@ def split_unit(text: str) -> tuple[str, tuple[Fraction, dict[str, int]] | str | 
         return split_unit(f"{value}\\text{{ {scaled[2]}}}") if scaled[2] else (value, None)
     if known := unit(name):
         return value, known
-    noun = name.strip().rstrip(".")
+    noun = re.sub(r"(?<=units) *\^\{?\d\}?$", "", name).strip(" .")
     if len(noun) < 3 or _CHANGES.search(noun):
         # letters of other scripts count things, too, but 万 and 亿 multiply
         return (value, noun) if re.fullmatch(r"[^\x00-\x7f万亿千百十分之倍]+", noun) else (text, None)
