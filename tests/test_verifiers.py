@@ -176,6 +176,9 @@ def test_json_schema():
         "unparsable",
         "wrong",
     ]
+    thinking = '<think>\n{"a": 0}\n</think>\n{"a": 2}'
+    assert verifier.verify([thinking, "<think>" + thinking], [None] * 2) == ["correct", "correct"]
+    assert verifier(['<think>{"a": 2}', "none", '{"a": 2}'], answer=[None, None, "{"]) == [0.0, 0.0, None]
     assert verifier.verify(['{"a": 2}'] * 3, ['{"a": 2}', {"a": 3}, "{"]) == ["correct", "wrong", "unparsable"]
     assert verifier.explain(['{"a": 0}'], [None]) == [(Verdict.WRONG, "$.a: 0 is less than the minimum of 1")]
     assert JsonSchemaVerifier().verify(["[1, 2.0]", "true", "{}"], ["[1,2]", "1", None]) == [

@@ -24,7 +24,7 @@ from .extraction import NO_ANSWER, Unparsable, without_thinking
 from .rows import Verdict
 from .sandbox import Sandbox, complaint, read_line, write
 from .sandbox_entry import OUT_OF_MEMORY, REFUSED
-from .verification import Verifier
+from .verification import Verifier, default_workers
 
 
 REPORT = 16384  # bytes
@@ -92,9 +92,7 @@ class CodeVerifier(Verifier):
                 f"You passed timeout={timeout}, memory_mb={memory_mb}; it needs time, and 64 MiB to start in."
             )
         self.timeout, self._memory_mb = timeout, memory_mb
-        self.num_workers = num_workers or len(
-            os.sched_getaffinity(0) if sys.platform == "linux" else range(os.cpu_count() or 1)
-        )
+        self.num_workers = num_workers or default_workers()
         self._sandbox = Sandbox(sandbox, memory_mb, math.ceil(timeout), 3 * timeout, allow_network, allow_unsandboxed)
 
     def _explain(

@@ -16,7 +16,7 @@ import unicodedata
 
 from . import prompts
 from .answers import MAGNITUDES, normalize, number
-from .extraction import NO_ANSWER, Unparsable, stated_text
+from .extraction import NO_ANSWER, Unparsable, stated_text, without_thinking
 from .rows import Verdict
 from .sampling import FAILED, Request, SamplingParams, attempt_seed, needs
 from .verification import Verifier, explain_with
@@ -253,7 +253,7 @@ class NumericVerifier(_StatedVerifier):
 
 class JsonSchemaVerifier(Verifier):
     """
-    The JSON of a completion (its last fenced block, else all of it): valid under a schema, and equal to the answer.
+    The JSON of a completion without its thinking (the last fenced block, else all of it): valid under a schema, and equal to the answer.
 
     Args:
         schema (`dict`, *optional*): JSON Schema. Without one, only equality counts; an answer of `None` asks for validity only.
@@ -276,11 +276,14 @@ class JsonSchemaVerifier(Verifier):
         return [self._judge(c, a) for c, a in zip(completions, answers, strict=True)]
 
     def _judge(self, completion: str, answer) -> tuple[Verdict, str]:
-        blocks = re.findall(r"```(?:json)?[ \t]*\n(.*?)```", completion, re.S | re.I)
         try:
-            value = json.loads(blocks[-1] if blocks else completion)
+            text = without_thinking(completion)
+            blocks = re.findall(r"```(?:json)?[ \t]*\n(.*?)```", text, re.S | re.I)
+            value = json.loads(blocks[-1] if blocks else text)
+        except Unparsable as error:
+            return Verdict.UNPARSABLE, str(error)
         except (ValueError, RecursionError) as error:
-            return Verdict.UNPARSABLE, f"the completion is not JSON: {error}"[:300]
+            return Verdict.UNPARSABLE, f"{NO_ANSWER}: it is not JSON: {error}"
         if answer is None and self.validator is None:
             return Verdict.UNPARSABLE, "there is neither a schema nor an answer to compare with"
         error = next(iter(self.validator.iter_errors(value)), None) if self.validator else None
