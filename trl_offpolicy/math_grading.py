@@ -1,7 +1,7 @@
 r"""One completion against one gold answer: what it states, what that means, whether the two are the same.
 
-math-verify (on latex2sympy2_extended) reads and compares the mathematics. Around it, because each was measured to go wrong
-there: our own extraction (last boxes, braces balanced; a phrase, never any number), text that is taken apart before it is
+math-verify (on latex2sympy2_extended) reads and compares expressions and sets. Around it, because each was measured to go wrong
+there: our own extraction (`extraction.py`), answers read whole as one of a few types before anything in them is
 parsed (lists, tuples, matrices, units, percent, bases), LaTeX parsed whole or not at all (its fall back to the first number it
 finds reads the gold `2007+\frac\pi 2` as 2), and numbers compared by relative size (an absolute 1e-15 makes 10^-20 = 10^-21).
 
