@@ -10,6 +10,7 @@ A statement is read whole: nothing here picks a number out of a formula, and wha
 [`Unparsable`] with the reason. All of it takes time in proportion to the text: no pattern has a repetition within a repetition over the same characters.
 """
 
+import functools
 import re
 from bisect import bisect_left
 from collections import deque
@@ -69,6 +70,8 @@ _PROGRAM = re.compile(
 
 def without_thinking(completion: str) -> str:
     """What comes behind the last thinking; `Unparsable` where it never ends."""
+    if not any(mark in completion for mark in ("<", "THINK]", "◁", "assistantfinal")):
+        return completion  # many times as fast
     thinking = next(iter(deque(_THINKING.finditer(completion), maxlen=1)), None)
     if thinking and thinking["open"]:
         raise Unparsable(f"{NO_ANSWER}: it ends while it thinks")
@@ -78,7 +81,7 @@ def without_thinking(completion: str) -> str:
 def visible(completion: str) -> str:
     """What a reader of the answer sees: no thinking, one turn, no special tokens, no program code."""
     text = without_thinking(completion)
-    for turn in _TOKEN.split(text):
+    for turn in _TOKEN.split(text) if "<" in text or "INST]" in text else [text]:
         turn = re.sub(r"\A\s*(?:assistant|model)\s*\n", "", turn)
         if turn.strip():
             return _PROGRAM.sub("\n", turn) if "```" in turn else turn
@@ -166,34 +169,43 @@ def _cover(text: str, spans: list[tuple[int, int, str]]) -> str:
 
 # ---- 3. statements ----
 
-# What is called an answer, in the languages that models answer in; and words that say "is".
+# What is called an answer, and what a result, in the languages that models answer in; words that say "final", and "is".
 _ANSWER = (
-    r"\b(?:answers?|ans|réponses?|antwort|antworten|respuestas?|risposta|resposta|antwoord|odpowiedź|odpověď|svar|svaret|vastaus|válasz|răspuns|răspunsul"
-    r"|cevap|yanıt|đáp án|đáp số|câu trả lời|jawaban|jawabannya|ответ|відповідь|отговор|απάντηση|الجواب|الإجابة|پاسخ|جواب|תשובה|उत्तर|উত্তর)\b"
-    r"|答案|答え|解答|正解|答|정답|답|คำตอบ"
+    "answer answers ans réponse réponses antwort antworten respuesta respuestas risposta resposta antwoord odpowiedź odpověď svar svaret vastaus válasz răspuns răspunsul"
+    " cevap yanıt đáp_án đáp_số câu_trả_lời jawaban jawabannya ответ відповідь отговор απάντηση الجواب الإجابة پاسخ جواب תשובה उत्तर উত্তর 答案 答え 解答 正解 答 정답 답 คำตอบ"
 )
 _RESULT = (
-    r"\b(?:solutions?|results?|(?:correct )?option|(?:correct )?choice|résultat|solution|ergebnis|lösung|lösungen|resultado|solución|risultato|soluzione|solução"
-    r"|wynik|sonuç|kết quả|hasil|результат)\b|结果|結果|결과|选|選"
+    "solution solutions result results option choice résultat ergebnis lösung lösungen resultado solución risultato soluzione solução wynik sonuç kết_quả hasil результат"
+    " 结果 結果 결과 选 選"
 )
-_FINAL = r"\b(?:final|finale|endgültige|окончательный|итоговый|ostateczna|nihai|slutligt?)\b|最终|最終|最后|최종"
-_AFTER_IT = r"(?:finale?|cuối cùng|akhir|النهائية|נهائي)"
+_FINAL = r"(?:\b(?:final|finale|endgültige|окончательный|итоговый|ostateczna|nihai|slutligt?)\b|最终|最終|最后|최종)"
+_AFTER_IT = r"(?:finale?|cuối cùng|akhir|النهائية|نهائي)"
 _IS = (
     r"\b(?:is|are|was|(?:would|will|must|should) be|equals|becomes|comes (?:out )?to|est|sont|lautet|lauten|ist|sind|es|son|è|é|são|luidt|wynosi|to|là|adalah|är|er"
     r"|on|je|este|равен|равна|равно)\b|是|为|為|等于|は|은|는|هو|هي|है"
 )
 _SPACE = rf"[ \t{_MARK}]"
-_PHRASE = re.compile(
-    rf"(?P<final>(?:{_FINAL}){_SPACE}*(?:correct{_SPACE})?)?(?:(?P<answer>{_ANSWER})|(?P<result>{_RESULT})|(?P<a>^A(?=:)))(?:{_SPACE}(?P<after>{_AFTER_IT}))?"
-    rf"(?:{_SPACE}*\([^()\n]{{0,40}}\)| (?:to|for|of|in|from|we)\b[^.!?:;,\n{_MATH}]{{0,60}}?)?\}}?"
-    rf"{_SPACE}*(?:[:：=＝→⇒—–]+|=>|->|-(?= )|{_IS})",
-    re.I | re.M,
-)
-_HEADING = re.compile(
-    rf"^[ \t\\#*{_MARK}]*(?:\\(?:sub)*section\*?\{{)?(?:\d+[.)] *)?(?:the )?"
-    rf"(?:(?P<final>(?:{_FINAL}){_SPACE}*(?:{_ANSWER}|{_RESULT})|(?:{_ANSWER}) {_AFTER_IT})|(?P<answer>{_ANSWER})|conclusion|结论|結論|결론)[ \t:：}}*{_MARK}]*(?:$|(?={_MATH}))",
-    re.I | re.M,
-)
+
+
+@functools.lru_cache(256)
+def _patterns(answers: tuple[str, ...], results: tuple[str, ...]) -> tuple[re.Pattern, re.Pattern]:
+    """A heading that announces an answer, and a phrase that states one, of these words: those in the text, since all would be slow."""
+    answer, result = (
+        "|".join(w if w[0] >= "\u0e00" else rf"\b{w}\b" for w in words) or "(?!)" for words in (answers, results)
+    )
+    heading = (
+        rf"^[ \t\\#*{_MARK}]*(?:\\(?:sub)*section\*?\{{)?(?:\d+[.)] *)?(?:the )?(?:(?P<final>{_FINAL}{_SPACE}*(?:{answer}|{result})|(?:{answer}) {_AFTER_IT})"
+        rf"|(?P<answer>{answer})|conclusion|结论|結論|결론)[ \t:：}}*{_MARK}]*(?:$|(?={_MATH}))"
+    )
+    phrase = (
+        rf"(?:(?P<answer>{answer})|{result}|^A(?=:))(?:{_SPACE}(?P<after>{_AFTER_IT}))?"
+        rf"(?:{_SPACE}*\([^()\n]{{0,40}}\)| (?:to|for|of|in|from|we)\b[^.!?:;,\n{_MATH}]{{0,60}}?)?\}}?"
+        rf"{_SPACE}*(?:[:：=＝→⇒—–]+|=>|->|-(?= )|{_IS}){_SPACE}*\}}?"
+    )
+    return re.compile(heading, re.I | re.M), re.compile(phrase, re.I | re.M)
+
+
+_CALLED_FINAL = re.compile(rf"{_FINAL}{_SPACE}*(?:correct{_SPACE})?\Z", re.I)
 _LINE_MARK = re.compile(r"^[ \t]*####[ \t]*(?P<value>\S[^\n]*)$", re.M)
 
 # What may stand between "is" and the value, and says nothing.
@@ -474,16 +486,23 @@ def statements(found: Segments, start: int = 0) -> list[tuple[int, Statement]]:
     for match in _LINE_MARK.finditer(found.covered, start):
         if _is_mark(found.covered, match) and (statement := _value(found, match.start("value"), "mark")):
             stated[statement.start] = match.start(), statement
-    for pattern in (_HEADING, _PHRASE):
+    low = found.covered.lower()
+    present = [
+        tuple(w for w in (word.replace("_", " ") for word in words.split()) if w in low)
+        for words in (_ANSWER, _RESULT)
+    ]
+    for heading, pattern in zip((True, False), _patterns(*present), strict=True):
         for match in pattern.finditer(found.covered, start):
-            groups = match.groupdict()
-            kind = "final" if groups["final"] or groups.get("after") else "answer" if groups["answer"] else "result"
-            statement = _value(found, match.end(), kind)
-            paragraph = match.end()
-            while pattern is _HEADING and not statement and (paragraph := _next_paragraph(found, paragraph)):
+            at, groups = match.start(), match.groupdict()
+            final = (
+                groups.get("final") or groups.get("after") or _CALLED_FINAL.search(found.covered, max(0, at - 30), at)
+            )
+            kind = "final" if final else "answer" if groups["answer"] else "result"
+            statement, paragraph = _value(found, match.end(), kind), match.end()
+            while heading and not statement and (paragraph := _next_paragraph(found, paragraph)):
                 statement = _value(found, paragraph, kind)
-            if statement and not _DOUBTED.search(found.covered, max(start, match.start() - 200), match.start()):
-                stated.setdefault(statement.start, (match.start(), statement))
+            if statement and not _DOUBTED.search(found.covered, max(start, at - 200), at):
+                stated.setdefault(statement.start, (at, statement))
     return [stated[at] for at in sorted(stated)]
 
 
