@@ -19,6 +19,8 @@ from dataclasses import dataclass, replace
 
 NO_ANSWER = "the completion states no answer that can be parsed"
 MAX_ANSWER = 5000  # characters; what is longer is no final answer
+MAX_SENTENCE = 1000  # characters in which the end of a value is looked for
+MAX_STATEMENTS = 100  # of one completion: what says more often what its answer is states none
 
 # The kinds of statements; an earlier one outranks a later one.
 ORDER = (
@@ -248,14 +250,14 @@ _END = re.compile(
     re.I,
 )
 _REASON = re.compile(
-    r"[,;]\s+not\b|[,;]?\s+(?:because|since|as|instead|rather|where|so|when|whereas|if)\b|[,;]\s+(?:but|with|while|after|hence|therefore|thus|given|assuming|for)\b"
-    r"|;\s+(?!and\b|or\b)[A-Za-z]{3}|\s+\((?:since|because|as|see|note|rounded|which|where|not|the|after|from|to|using|we|by|that|this|assuming|hence|so|approx|about)\b"
+    r"[,;]\s+not\b|(?:[,;]|(?<!\s))\s+(?:because|since|as|instead|rather|where|so|when|whereas|if)\b|[,;]\s+(?:but|with|while|after|hence|therefore|thus|given|assuming|for)\b"
+    r"|;\s+(?!and\b|or\b)[A-Za-z]{3}|(?<!\s)\s+\((?:since|because|as|see|note|rounded|which|where|not|the|after|from|to|using|we|by|that|this|assuming|hence|so|approx|about)\b"
     r"|，(?=[因其即])|（(?=[注因其即舍])",
     re.I,
 )
 _TAIL = re.compile(
-    r"[,;.]?\s+\(?(?:i\.\s?e\.|e\.g\.)|[,;]\s+(?:that|meaning|the|this|it|we|there|all|rounded|found|obtained|giving|making|namely)\b|,?\s+(?:which|not)\b"
-    r"|\s[—–]\s+(?=[A-Za-z]{2})|，(?=[\u4e00-\u9fff])|\s+(?:to|in|for|from|on|at|that|who|left|remaining|total|altogether|such that)\s+(?=[A-Za-z]{2})",
+    r"(?:[,;.]|(?<!\s))\s+\(?(?:i\.\s?e\.|e\.g\.)|[,;]\s+(?:that|meaning|the|this|it|we|there|all|rounded|found|obtained|giving|making|namely)\b|(?:,|(?<!\s))\s+(?:which|not)\b"
+    r"|\s[—–]\s+(?=[A-Za-z]{2})|，(?=[\u4e00-\u9fff])|(?<!\s)\s+(?:to|in|for|from|on|at|that|who|left|remaining|total|altogether|such that)\s+(?=[A-Za-z]{2})",
     re.I,
 )
 _LEADING = re.compile(r"(?:since|because|as|if|when|given|with|by|for|after)\b[^,\n]*,", re.I)
@@ -297,7 +299,7 @@ def _compose(found: Segments, start: int, end: int) -> tuple[str, bool]:
 
 def _first(pattern: re.Pattern, found: Segments, start: int, end: int | None = None) -> int:
     """Where the pattern begins behind `start`, or where the text ends in which it is looked for."""
-    end = min(len(found.text), start + MAX_ANSWER) if end is None else end
+    end = min(len(found.text), start + MAX_SENTENCE) if end is None else end
     match = pattern.search(found.covered, start, end)
     return match.start() if match else end
 
@@ -313,7 +315,7 @@ def _sentence(found: Segments, start: int, last: bool) -> tuple[int, int] | None
     pieces, at = [], start
     for verb in [*_VERB.finditer(covered, start, clause), None]:
         stop = verb.start() if verb else clause
-        pieces.append((min(_FILLER.match(covered, at).end(), stop), stop))
+        pieces.append((_FILLER.match(covered, at, stop).end(), stop))
         at = verb.end() if verb else clause
     values = [p for p in pieces if p[0] < p[1] and _STARTS.match(covered, *p)]
     if values:
@@ -462,7 +464,7 @@ _REMARKS = re.compile(
     r"|proof|other(?:wise)?|compare|common mistakes?|question|problem)\b|(?:验证|检验|注|说明|例如|解释|另))",
     re.I | re.M,
 )
-_PARAGRAPH = re.compile(r"\S[^\n]*\n\s*\n\s*(?=[^\s#])")
+_PARAGRAPH = re.compile(r"\s*(?:\S[^\n]{0,999}\n){1,9}[ \t]*\n\s*(?=[^\s#])")
 _CONDITIONAL = re.compile(
     r"\b(?:if|suppose|had|when|without|example|alternatively|similarly|otherwise)\b[^.!?\n]*$", re.I
 )
@@ -483,33 +485,32 @@ _CONCLUDES = re.compile(
 def statements(found: Segments, start: int = 0) -> list[tuple[int, Statement]]:
     """Whatever states an answer in words behind `start`, in order, with where its phrase begins."""
     stated: dict[int, tuple[int, Statement]] = {}
-    for match in _LINE_MARK.finditer(found.covered, start):
-        if _is_mark(found.covered, match) and (statement := _value(found, match.start("value"), "mark")):
-            stated[statement.start] = match.start(), statement
     low = found.covered.lower()
     present = [
         tuple(w for w in (word.replace("_", " ") for word in words.split()) if w in low)
         for words in (_ANSWER, _RESULT)
     ]
-    for heading, pattern in zip((True, False), _patterns(*present), strict=True):
-        for match in pattern.finditer(found.covered, start):
-            at, groups = match.start(), match.groupdict()
-            final = (
+    for pattern in (_LINE_MARK, *_patterns(*present)):
+        for number, match in enumerate(pattern.finditer(found.covered, start)):
+            if number == MAX_STATEMENTS:
+                raise Unparsable(f"{NO_ANSWER}: it says more than {MAX_STATEMENTS} times what its answer is")
+            at, end, groups = match.start(), match.end(), match.groupdict()
+            if pattern is _LINE_MARK:
+                kind, end = "mark", match.start("value") if _is_mark(found.covered, match) else len(found.text)
+            elif (
                 groups.get("final") or groups.get("after") or _CALLED_FINAL.search(found.covered, max(0, at - 30), at)
-            )
-            kind = "final" if final else "answer" if groups["answer"] else "result"
-            statement, paragraph = _value(found, match.end(), kind), match.end()
-            while heading and not statement and (paragraph := _next_paragraph(found, paragraph)):
-                statement = _value(found, paragraph, kind)
+            ):
+                kind = "final"
+            else:
+                kind = "answer" if groups["answer"] else "result"
+            statement = _value(found, end, kind)
+            for _ in range(3 * ("final" in groups)):  # under a heading the value may be in a later paragraph
+                if not statement and (paragraph := _PARAGRAPH.match(found.covered, end)):
+                    end = paragraph.end()
+                    statement = _value(found, end, kind)
             if statement and not _DOUBTED.search(found.covered, max(start, at - 200), at):
                 stated.setdefault(statement.start, (at, statement))
     return [stated[at] for at in sorted(stated)]
-
-
-def _next_paragraph(found: Segments, start: int) -> int:
-    """Where the next paragraph under a heading begins, 0 if there is none."""
-    match = _PARAGRAPH.search(found.covered, start, start + 1000)
-    return match.end() if match else 0
 
 
 def _choose(found: Segments, stated: list[tuple[int, Statement]]) -> Statement | None:
