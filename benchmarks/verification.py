@@ -2,11 +2,13 @@
 
     python benchmarks/verification.py speed        --rows outputs.jsonl      # verifications per second and core, interleaved
     python benchmarks/verification.py accuracy     --rows cases.jsonl outputs.jsonl
+    python benchmarks/verification.py formats      --rows math500.jsonl      # the same golds in formats of every day, and other golds
+    python benchmarks/verification.py kinds        --rows cases.jsonl        # false positives and negatives by kind
     python benchmarks/verification.py golds        --rows math_train.jsonl gsm8k_test.jsonl
     python benchmarks/verification.py pathological --rows outputs.jsonl --timeout 1
 
-`speed`, `accuracy` and `pathological` read JSON lines with `gold`, `prediction` and (for accuracy) `label`; `golds` reads `answer` and, if
-there is one, `solution`. Without `--rows` they take the small files of `tests/data`.
+`speed`, `accuracy`, `kinds` and `pathological` read JSON lines with `gold`, `prediction`, `label` (accuracy, kinds) and `kind` (kinds);
+`golds` and `formats` read `answer` and, if there is one, `solution`. Without `--rows` they take the small files of `tests/data`.
 """
 
 import argparse
@@ -103,6 +105,75 @@ def speed(arguments) -> None:
         print(f"{name:26}" + "".join(f"{rate:9.0f}" for rate in rates))
     ratios = [b / a for a, b in zip(*times.values(), strict=True)]
     print(f"{'ratio':26}" + "".join(f"{ratio:9.1f}" for ratio in ratios))
+
+
+# An answer as models write it, in what surrounds it.
+FORMATS = {
+    "`\\boxed{g}`": "We add.\n\nThus it is $\\boxed{{{g}}}$.",
+    "a box, then \"(The final answer is rounded …)\"": "So $\\boxed{{{g}}}$.\n\n(The final answer is rounded to 2 decimal places.)",
+    "a box, then an echo of the instruction": "So $\\boxed{{{g}}}$. As requested, the final answer is in \\boxed{{}}.",
+    "`**Answer:**`, newline, `\\[ g \\]`": "We add.\n\n**Answer:**\n\\[ {g} \\]",
+    "under `### Final Answer`": "We add.\n\n### Final Answer\n\n\\[\n{g}\n\\]\n\nLet me know if you have questions!",
+    "a heading `#### Step 1`, then `Answer: $g$`": "#### Step 1\n\nWe add.\n\n#### Step 2: conclude\n\nAnswer: ${g}$",
+    "`<answer>` g `</answer>`": "<think>\nMaybe \\boxed{{17}}?\n</think>\n<answer>\n{g}\n</answer>",
+    "`<answer>$g$</answer>`": "<think>\nWe add.\n</think>\n<answer>${g}$</answer>",
+    "`Answer: $g$`, then \"… the result is consistent …\"": "Answer: ${g}$\n\nSubstituting shows that the result is consistent with the condition.",
+    "`Answer: $g$`, then a verification with 20": "Answer: ${g}$\n\nVerification: for n = 3 there are 17 pairs, so the result is 20.",
+    "`Answer: $g$`, then an alternative": "**Answer:** ${g}$\n\nAlternatively, if order mattered, the answer would be $1234567$.",
+    "答案：`$g$`": "所以，答案：`${g}$`",
+    "`最终答案是：` and display": "最终答案是：\n\n$${g}$$",
+    "`Réponse : $g$`": "Donc.\n\nRéponse : ${g}$",
+    "`Die Antwort lautet $g$.`": "Die Antwort lautet ${g}$.",
+    "`**Respuesta final:** $g$`": "**Respuesta final:** ${g}$",
+    "`Ответ: $g$`": "Складываем.\n\nОтвет: ${g}$",
+    "`答えは $g$ です。`": "答えは ${g}$ です。",
+    "`정답: $g$`": "정답: ${g}$",
+    "`Answer: g` without `$`": "We add.\n\nAnswer: {g}",
+    "`the final answer is g.` without `$`": "Therefore, the final answer is {g}.",
+    "`**Final Answer:** **$g$**`": "**Final Answer:** **${g}$**",
+    "a sentence under the phrase": "**Final Answer:** The requested quantity is ${g}$.",
+    "a last line `#### g`": "We add.\n#### {g}",
+    "a code fence behind the phrase": "Answer:\n```\n{g}\n```",
+    "`Therefore, the value is $g$.`": "We add.\n\nTherefore, the value is ${g}$.",
+    "gpt-oss's channels": "<|channel|>analysis<|message|>\\boxed{{3}}?<|end|><|start|>assistant<|channel|>final<|message|>The answer is ${g}$.<|return|>",
+    "`[THINK]` … `[/THINK]`": "[THINK]Perhaps the answer is 3.[/THINK]Answer: ${g}$</s>",
+}  # fmt: skip
+
+
+def formats(arguments) -> None:
+    """Per format, the share of gold answers that are called correct, and how many other rows' answers are."""
+    answers = [r["answer"] for path in arguments.rows or [DATA / "math_50.jsonl"] for r in read([path])]
+    others = [(a, b) for a, b in zip(answers, random.Random(0).sample(answers, len(answers)), strict=True) if a != b]
+    print("| format | MathVerifier | other answers | math-verify |\n|---|--:|--:|--:|")
+    with MathVerifier(timeout=arguments.timeout) as verifier:
+        same = [
+            v == "correct" for v in verifier.verify([f"\\boxed{{{a}}}" for _, a in others], [b for b, _ in others])
+        ]
+        others = [pair for pair, equal in zip(others, same, strict=True) if not equal]  # 0.5 beside \\frac12
+        for name, form in FORMATS.items():
+            right = verifier.verify([form.format(g=a) for a in answers], answers).count("correct")
+            wrong = verifier.verify([form.format(g=b) for _, b in others], [a for a, _ in others]).count("correct")
+            peer = [plain(a, form.format(g=a)) for a in answers] if arguments.peer else []
+            peer = f"{100 * sum(peer) / len(peer):.1f}" if peer else "–"
+            print(f"| {name} | {100 * right / len(answers):.1f} | {wrong} | {peer} |", flush=True)
+
+
+def kinds(arguments) -> None:
+    """Per kind of case: how many, and the false positives and negatives of both."""
+    rows = [r for path in arguments.rows or [DATA / "verifier_cases_2026_11.jsonl"] for r in read([path])]
+    with MathVerifier(timeout=arguments.timeout) as verifier:
+        ours = [v == "correct" for v in verifier.verify([r["prediction"] for r in rows], [r["gold"] for r in rows])]
+    peer = [plain(r["gold"], r["prediction"]) for r in rows] if arguments.peer else ours
+    counts = {}
+    for row, *said in zip(rows, ours, peer, strict=True):
+        for kind in (row["kind"], "all"):
+            count = counts.setdefault(kind, Counter())
+            count["n"] += 1
+            for who, verdict in enumerate(said):
+                count[f"{who}{'FP' if verdict else 'FN'}"] += verdict != row["label"]
+    print("| kind | n | MathVerifier FP/FN | math-verify FP/FN |\n|---|--:|--:|--:|")
+    for kind, count in sorted(counts.items(), key=lambda item: (item[0] != "all", -item[1]["n"], item[0])):
+        print(f"| {kind} | {count['n']} | {count['0FP']}/{count['0FN']} | {count['1FP']}/{count['1FN']} |")
 
 
 def accuracy(arguments) -> None:
@@ -223,7 +294,14 @@ def hostile(arguments) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = {"speed": speed, "accuracy": accuracy, "golds": golds, "pathological": hostile}
+    commands = {
+        "speed": speed,
+        "accuracy": accuracy,
+        "formats": formats,
+        "kinds": kinds,
+        "golds": golds,
+        "pathological": hostile,
+    }
     parser.add_argument("command", choices=list(commands))
     parser.add_argument("--rows", nargs="+", help="JSONL files")
     parser.add_argument("--max_rows", type=int, default=500, help="of speed and pathological")
