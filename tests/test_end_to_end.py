@@ -3,11 +3,15 @@
 import json
 import subprocess
 import sys
+import tomllib
+from itertools import chain
 from pathlib import Path
 
 import pytest
 from conftest import POLICY, ROOT
 from datasets import load_dataset
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 
 DATA = Path(__file__).parent / "data"
@@ -163,3 +167,16 @@ def test_documented_commands_parse(tmp_path):
                 TrlParser(types, allow_abbrev=False).parse_args_and_config([*argv, *cpu])
                 found += 1
     assert found >= 20
+
+
+def test_the_lowest_versions_that_are_declared_are_those_that_are_tested():
+    """`.ci/lowest.txt`, which the workflow installs, against the bounds in pyproject.toml."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = {k: v for k, v in project["optional-dependencies"].items() if k not in ("dev", "vllm", "embeddings")}
+    declared = [Requirement(line) for line in chain(project["dependencies"], *extras.values())]
+    lines = [line.partition("#")[0].strip() for line in (ROOT / ".ci" / "lowest.txt").read_text().splitlines()]
+    tested = {r.name.replace("_", "-"): next(iter(r.specifier)).version for r in map(Requirement, filter(None, lines))}
+    for requirement in declared:
+        floors = [s.version for s in requirement.specifier if s.operator in (">=", "==")]
+        if floors:
+            assert Version(tested[requirement.name.replace("_", "-")]) == Version(floors[0]), requirement
