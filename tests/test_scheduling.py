@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from test_rewriter import config, naive, rewrite
 from trl_offpolicy import DataRewriter
 from trl_offpolicy.journal import Journal
 from trl_offpolicy.rows import KEY, Verdict, copy_id, read_rows
-from trl_offpolicy.run_log import status
+from trl_offpolicy.run_log import cut_advice, status
 from trl_offpolicy.sampling import Completion, SamplerError, attempt_seed
 from trl_offpolicy.scheduling import KnownAttempts
 
@@ -446,7 +447,12 @@ def test_status_line_counts_what_happened(tmp_path):
         mine = [e for (_, s), es in needed.items() if s == stage for e in es]
         accepted = sum(e["verdict"] == "correct" for e in mine)
         assert line[f"acceptance/{stage}"] == pytest.approx(accepted / len(mine), abs=1e-4)
-    assert {k for k in line if "/" in k} == {"acceptance/self", "acceptance/guided"}
+        cut = sum(e["finish_reason"] == "length" for e in mine)
+        assert line[f"truncated/{stage}"] == pytest.approx(cut / len(mine), abs=1e-4)
+        assert metrics["stages"][stage] == {"sampled": len(mine), "correct": accepted, "truncated": cut}
+    assert {k for k in line if "/" in k} == {
+        f"{x}/{s}" for x in ("acceptance", "truncated") for s in ("self", "guided")
+    }
     mine = [e for es in needed.values() for e in es]
     assert line["truncated"] == sum(e["finish_reason"] == "length" for e in mine)
     fixed_k = 4 * len(needed) * sum(e["num_tokens"] for e in mine) / len(mine)
@@ -460,6 +466,37 @@ def test_eta_and_rate_leave_out_what_the_journal_knew():
     assert line["eta_seconds"] == 30.0 and line["tokens_per_second"] == 50.0  # 40 rows in 10 s, 120 to go
     assert line["tokens_saved"] == 320 * 30 - 3000 and (line["sampling"], line["verifying"]) == (3, 2)
     assert status(Counter(), 10, 1.0)["eta_seconds"] is None
+
+
+class Long(ScriptedSampler):
+    """Attempts have exponential lengths of mean 100 and are cut at 50 tokens, as the configuration of the tests says."""
+
+    limit, mean = 50, 100
+
+    def completion(self, request):
+        c = super().completion(request)
+        length = max(1, round(random.Random(request.seed).expovariate(1 / self.mean)))
+        ids = [1] * min(length, self.limit)
+        return Completion(c.id, c.text, ids, [-0.5] * len(ids), "length" if length > self.limit else "stop")
+
+
+def test_a_run_that_cuts_much_says_what_to_raise_and_to_what(tmp_path, capsys):
+    """Of exponential lengths with mean 100, one in twenty is longer than -100 ln 0.05 = 300."""
+    _, metrics = rewrite(tmp_path / "long", rows(300), Long())
+    assert metrics["stages"]["self"]["truncated"] > 300
+    advice = cut_advice(metrics["sampling"], 50)
+    told = re.fullmatch(
+        r"([\d,]+) of ([\d,]+) attempts \(6\d%\) were cut at max_completion_length = 50, .* 5% would be cut at (\d+): .*",
+        advice,
+    )
+    assert told[2] == f"{metrics['sampling']['sampled']:,}" and 256 <= int(told[3]) <= 384
+    assert re.findall(r"--max_completion_length (\d+)", advice) == [told[3]]
+    shown = capsys.readouterr().err
+    assert shown.count("were cut at max_completion_length = 50") == 1 and "% cut" in shown
+    _, metrics = rewrite(tmp_path / "short", rows(50))
+    assert cut_advice(metrics["sampling"], 50) is None  # one in twenty
+    blind = cut_advice({"sampled": 48, "truncated": 47, "late_ends": 0, "late_tokens": 47 * 25}, 50)
+    assert "--max_completion_length 200 " in blind and "cannot be told" in blind
 
 
 def test_wandb_offline_run_holds_the_lines(tmp_path, monkeypatch):

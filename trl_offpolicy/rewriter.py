@@ -344,7 +344,7 @@ class DataRewriter:
         sampling: dict[str, Draw] = {}
         aborted: set[str] = set()
         path = self.shard.file(self.output_dir, "metrics.jsonl")
-        log = RunLog(path, len(keys), len(known), logged)
+        log = RunLog(path, len(keys), len(known), self.args.max_completion_length, logged)
         push = PeriodicPush(lambda: self._push(finished=False), self.args.push_every, self.args.hub_token)
         capacity = self.sampler.capacity
         slots = slots_of(self.sampler)
@@ -524,10 +524,10 @@ class DataRewriter:
                 "sampled": counts["sampled"],
                 "fixed_k_equivalent": counts["fixed_k"],
                 "tokens": counts["tokens"],
-                "truncated": counts["truncated"],
+                **{name: counts[name] for name in ("truncated", "late_ends", "late_tokens")},
             },
             "stages": {
-                stage: {"sampled": counts[f"{stage}_sampled"], "correct": counts[f"{stage}_correct"]}
+                stage: {name: counts[f"{stage}_{name}"] for name in ("sampled", "correct", "truncated")}
                 for stage in self.args.stages
             },
             # Beyond the attempts that settled something; this depends on the engine's speed, the numbers above do not.

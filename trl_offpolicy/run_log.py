@@ -1,6 +1,7 @@
 """What is seen of a run under way: the status line, `metrics.jsonl`, W&B, and a push every so many rows."""
 
 import json
+import math
 import os
 import re
 import secrets
@@ -8,7 +9,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,8 +32,8 @@ def status(counts: Counter, total: int, seconds: float, sampling: int = 0, verif
         verifying (`int`, *optional*, defaults to `0`): Attempts waiting for their verdict.
 
     Returns:
-        `dict`: `rows` and their number by source; `sampled`, `tokens` and `acceptance/<stage>` over the attempts that settled something
-            (they do not depend on the window); `unused` and `unused_tokens` of those drawn beyond them, `aborted` ones that were
+        `dict`: `rows` and their number by source; `sampled`, `tokens`, `acceptance/<stage>` and `truncated/<stage>` over the attempts that
+            settled something (they do not depend on the window); `unused` and `unused_tokens` of those drawn beyond them, `aborted` ones that were
             stopped in time; `tokens_per_second` and `eta_seconds` (`None` until it can be told) of this process alone, without what a
             journal knew; `tokens_saved` of what K attempts for each problem and stage would have cost at the same mean length.
     """
@@ -52,6 +53,7 @@ def status(counts: Counter, total: int, seconds: float, sampling: int = 0, verif
         "tokens_per_second": round(counts["drawn_tokens"] / max(seconds, 1e-9), 1),
         **{f"acceptance/{s}": round(counts[f"{s}_correct"] / max(1, counts[f"{s}_sampled"]), 4) for s in stages},
         "truncated": counts["truncated"],
+        **{f"truncated/{s}": round(counts[f"{s}_truncated"] / max(1, counts[f"{s}_sampled"]), 4) for s in stages},
         "timeouts": counts["verdict_timeout"],
         "errors": counts["verdict_error"],
         "sampling": sampling,
@@ -65,6 +67,40 @@ def status(counts: Counter, total: int, seconds: float, sampling: int = 0, verif
     }
 
 
+# Above this share of attempts that were cut, a run says so in a sentence; not before so many attempts are settled.
+MOST_CUT, ENOUGH_ATTEMPTS = 0.25, 32
+
+
+def cut_advice(counts: Mapping[str, int], limit: int) -> str | None:
+    """
+    What to raise, and to what, where more than a quarter of the attempts were cut; `None` where they were not.
+
+    Beyond half the limit, attempts ended at some rate a token: `late_ends` of them in `late_tokens`. If that rate goes on beyond the
+    limit, of those that were cut so many are still running after so many more tokens, and one in twenty of all would be cut at the
+    limit that is named (the maximum-likelihood estimate for an exponential tail with censoring). Where none ended so late, it is four
+    times the limit.
+
+    Args:
+        counts (`Mapping`): `sampled`, `truncated`, `late_ends` and `late_tokens` of a run.
+        limit (`int`): Its `max_completion_length`.
+    """
+    sampled, cut = counts["sampled"], counts["truncated"]
+    if cut <= MOST_CUT * sampled:
+        return None
+    told = f"{cut:,} of {sampled:,} attempts ({cut / sampled:.0%}) were cut at max_completion_length = {limit:,}, and what is cut is never kept"
+    if counts["late_ends"]:
+        enough = limit + math.log(cut / sampled / 0.05) * counts["late_tokens"] / counts["late_ends"]
+        enough = 64 * math.ceil(enough / 64)
+        told += f". Judging by the lengths of the others, about 5% would be cut at {enough:,}"
+    else:
+        enough = 4 * limit
+        told += ". None of the others came near it, so how long these would have become cannot be told"
+    return (
+        f"{told}: run again with --max_completion_length {enough} and another --output_dir (or --overwrite True, which deletes these "
+        "attempts), if the model's context is that long."
+    )
+
+
 class RunLog:
     """
     Writes [`status`] where someone looks.
@@ -73,6 +109,7 @@ class RunLog:
         path (`Path`): `metrics.jsonl`; lines are appended.
         total (`int`): Rows of the run.
         resumed (`int`): Attempts that the journal holds already.
+        limit (`int`): `max_completion_length`, for [`cut_advice`].
         wandb_run (`wandb.Run`, *optional*): Gets the same lines, and the attempts as the table `attempts`.
         every (`float`, *optional*, defaults to `5.0`): Seconds between two lines of the file.
     """
@@ -81,8 +118,9 @@ class RunLog:
     # A W&B table shows no more rows than this; the journal has them all.
     MAX_ATTEMPTS = 10_000
 
-    def __init__(self, path: Path, total: int, resumed: int, wandb_run=None, every: float = 5.0):
-        self.path, self.total, self.every, self.wandb_run = path, total, every, wandb_run
+    def __init__(self, path: Path, total: int, resumed: int, limit: int, wandb_run=None, every: float = 5.0):
+        self.path, self.total, self.limit, self.every, self.wandb_run = path, total, limit, every, wandb_run
+        self.advised = False
         self.began = self.written = time.monotonic()
         self.shown = 0.0
         self.bar = tqdm(total=total, desc="rewriting", unit="row")
@@ -107,11 +145,16 @@ class RunLog:
         rows = line["rows"]
         parts = [f"{source} {line[source] / max(1, rows):.1%}" for source in map(str, Source)]
         parts += [f"{line['tokens_per_second']:,.0f} tok/s", f"{line['sampled']:,} attempts"]
-        parts += [f"{name.removeprefix('acceptance/')} accepts {line[name]:.0%}" for name in line if "/" in name]
+        for stage in (name.removeprefix("acceptance/") for name in line if name.startswith("acceptance/")):
+            cut = f", {line[f'truncated/{stage}']:.0%} cut" if line[f"truncated/{stage}"] else ""
+            parts.append(f"{stage} accepts {line[f'acceptance/{stage}']:.0%}{cut}")
         parts += [f"{sampling}+{verifying} in flight", f"saved {line['tokens_saved_share']:.0%} of fixed K"]
-        parts += [f"{line[name]:,} {name}" for name in ("truncated", "timeouts", "errors") if line[name]]
+        parts += [f"{line[name]:,} {name}" for name in ("timeouts", "errors") if line[name]]
         self.bar.set_postfix_str(" · ".join(parts), refresh=False)
         self.bar.update(rows - self.bar.n)
+        if not self.advised and counts["sampled"] >= ENOUGH_ATTEMPTS and (advice := cut_advice(counts, self.limit)):
+            self.advised = True
+            self.bar.write(advice, file=sys.stderr)
         if now - self.written < self.every and not last:
             return
         self.written = now

@@ -192,10 +192,18 @@ class Scheduler:
         correct = [fate for fate in counted if fate.verdict == Verdict.CORRECT]
         num_sampled = sum(fate.finish_reason not in FAILED for fate in counted)
         counts = self.counts  # one by one: `update` costs a resume a second in ten
+        half = self.args.max_completion_length // 2
         for fate in counted:
             counts["verdict_" + fate.verdict] += 1
             counts["tokens"] += fate.num_tokens
-            counts["truncated"] += fate.finish_reason == "length"
+            if fate.finish_reason == "length":
+                counts["truncated"] += 1
+                counts[f"{stage}_truncated"] += 1
+            if (
+                fate.num_tokens > half
+            ):  # by which `run_log.cut_advice` tells how long the ones that were cut would have become
+                counts["late_tokens"] += fate.num_tokens - half
+                counts["late_ends"] += fate.finish_reason == "stop"
         counts["sampled"] += num_sampled
         counts["undrawn"] += sum(fate.finish_reason == "error" for fate in counted)
         counts[f"{stage}_sampled"] += num_sampled

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..redaction import redacted
 from ..rewrite_config import RewriteConfig
 from ..rows import carried_columns
+from ..run_log import cut_advice
 from ..sampling import SamplerError
 from .arguments import (
     DatasetArguments,
@@ -135,7 +136,7 @@ def rewrite(argv: list[str]) -> int:
     if rewritten is None:
         print("nothing was sampled; drop --dry_run to start")
         return 0
-    _print_summary(rewriter.metrics)
+    _print_summary(rewriter.metrics, config.max_completion_length)
     if (undrawn := rewriter.metrics["undrawn"]) and not config.accept_failed:
         print(
             f"The engine failed at {undrawn:,} attempts, so rows may have fallen back to their demonstration that need not have. "
@@ -155,7 +156,10 @@ def rewrite(argv: list[str]) -> int:
         if trained_on is None:
             return 3
     command = ["accelerate", "launch", "examples/train.py", "--model_name_or_path", arguments.model_name_or_path]
-    command += ["--dataset_name", trained_on, "--objective", "iw", "--output_dir", f"{config.output_dir}-sft"]
+    counts = rewriter.metrics["yield"]
+    # Without a row of the model's own there are no log-probs for importance weights to rest on.
+    objective = "nll" if counts["expert"] == counts["total"] else "iw"
+    command += ["--dataset_name", trained_on, "--objective", objective, "--output_dir", f"{config.output_dir}-sft"]
     command += ["--report_to", "wandb"] if config.report_to == "wandb" else []
     print(_wandb_environment(config) + shlex.join(command))
     return 0
@@ -220,7 +224,7 @@ def _command_for(argv: list[str], shard) -> str:
     return f"trl-offpolicy rewrite {same} --shard {shard}"
 
 
-def _print_summary(metrics: dict) -> None:
+def _print_summary(metrics: dict, limit: int) -> None:
     counts = dict(metrics["yield"])
     total = counts.pop("total")
     print(f"{total:,} rows: " + ", ".join(f"{n:,} {source} ({n / max(1, total):.1%})" for source, n in counts.items()))
@@ -233,6 +237,13 @@ def _print_summary(metrics: dict) -> None:
             else ""
         )
     )
+    for stage, told in metrics["stages"].items():
+        drawn = max(1, told["sampled"])
+        print(
+            f"  {stage}: {told['sampled']:,} attempts, {told['correct'] / drawn:.1%} accepted, {told['truncated'] / drawn:.1%} cut"
+        )
+    if advice := cut_advice(sampling, limit):
+        print(advice)
     if metrics["gold_unparsable"]:
         print(
             f"{metrics['gold_unparsable']:,} rows have no gold answer that can be compared with: kept as expert, not sampled"
