@@ -242,7 +242,7 @@ NEXT = """\
 Next, with a GPU:
   trl-offpolicy rewrite --model_name_or_path Qwen/Qwen2.5-Math-1.5B --dataset_name openai/gsm8k --dataset_config main \\
       --output_dir runs/gsm8k --num_generations 8 --dtype bfloat16
-  accelerate launch examples/train.py --model_name_or_path Qwen/Qwen2.5-Math-1.5B --dataset_name runs/gsm8k/dataset \\
+  accelerate launch -m trl_offpolicy.cli sft --model_name_or_path Qwen/Qwen2.5-Math-1.5B --dataset_name runs/gsm8k/dataset \\
       --objective dft --learning_rate 5e-5 --output_dir runs/gsm8k-dft"""
 
 

@@ -68,7 +68,7 @@ def main():
     for row in done.iter_rows():
         print(row, flush=True)
     print(
-        f"accelerate launch examples/train.py --model_name_or_path {arguments.model_name_or_path} "
+        f"accelerate launch -m trl_offpolicy.cli sft --model_name_or_path {arguments.model_name_or_path} "
         f"--dataset_name {config.output_dir}/dataset --objective iw --output_dir {config.output_dir}-sft"
     )
 

@@ -2,7 +2,8 @@
 # dependencies = ["trl-offpolicy[peft,wandb]"]
 # ///
 r"""
-Fine-tune on a rewritten dataset (or on any dataset SFTTrainer takes). TRL's `sft.py` with the trainer changed.
+Fine-tune on a rewritten dataset (or on any dataset SFTTrainer takes). TRL's `sft.py` with the trainer changed; after `pip install` the
+same command is `accelerate launch -m trl_offpolicy.cli sft`, or `trl-offpolicy sft` on one GPU.
 
 Full training with importance weights:
 
@@ -27,48 +28,10 @@ QLoRA (`pip install trl-offpolicy[qlora]`), anchored to the model without its ad
 On a machine without a GPU, add `--use_cpu --bf16 False`. `--config file.yaml` takes the same keys.
 """
 
+import sys
 
-def main(script_args, training_args, model_args):
-    from trl import get_peft_config, get_quantization_config
-
-    from trl_offpolicy import ImportanceWeightedSFTTrainer
-    from trl_offpolicy.rows import load_rows
-
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "trust_remote_code": training_args.trust_remote_code,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
-    }
-    splits = [script_args.dataset_train_split]
-    if training_args.eval_strategy != "no":
-        splits.append(script_args.dataset_test_split)
-    train_dataset, *eval_dataset = (
-        load_rows(script_args.dataset_name, script_args.dataset_config, split, streaming=script_args.dataset_streaming)
-        for split in splits
-    )
-    trainer = ImportanceWeightedSFTTrainer(
-        model=model_args.model_name_or_path,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset[0] if eval_dataset else None,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    trainer.save_model(training_args.output_dir)
-    trainer.save_state()  # trainer_state.json: the curves of `trl-offpolicy report`
-    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    trainer.end()
+from trl_offpolicy.cli.sft import sft
 
 
 if __name__ == "__main__":
-    from trl import ModelConfig, ScriptArguments, TrlParser
-
-    from trl_offpolicy import ImportanceWeightedSFTConfig
-
-    parser = TrlParser((ScriptArguments, ImportanceWeightedSFTConfig, ModelConfig))
-    main(*parser.parse_args_and_config())
+    sys.exit(sft(sys.argv[1:]))

@@ -97,13 +97,38 @@ def test_required_options_are_named_once(capsys):
 def test_help_needs_no_torch_and_shows_defaults_and_config():
     code = (
         "import sys\nfrom trl_offpolicy.cli import COMMANDS, main\n"
-        "for command in COMMANDS:\n    try:\n        main([command, '--help'])\n    except SystemExit as end:\n        assert end.code == 0\n"
+        "for command in sorted({*COMMANDS} - {'sft'}):\n    try:\n        main([command, '--help'])\n    except SystemExit as end:\n        assert end.code == 0\n"
         "assert 'torch' not in sys.modules"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("\n  --config FILE") == len(COMMANDS)
+    assert result.stdout.count("\n  --config FILE") == len(COMMANDS) - 1
     assert "(default: 8)" in result.stdout and "(default: None)" not in result.stdout
+
+
+def test_help_of_sft_shows_its_options_and_those_of_trl(capsys):
+    assert main(["sft", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(
+        f"  --{name} " in out for name in ("config", "objective", "dataset_train_split", "lora_r", "learning_rate")
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--objectiv", "iw"], "there is no option --objectiv (did you mean --objective?)"),
+        (["--objective", "iv"], "objective='iv'"),
+        ([], "Pass --model_name_or_path, --dataset_name and --output_dir"),
+        (
+            ["--model_name_or_path", "M", "--dataset_name", "D", "--resume_from_checkpoint", "last"],
+            "there is no checkpoint in ",
+        ),
+    ],
+)
+def test_sft_says_what_is_wrong_before_a_model_is_loaded(tmp_path, capsys, argv, message):
+    assert main(["sft", "--use_cpu", "--bf16", "False", "--output_dir", str(tmp_path), *argv]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -119,6 +144,49 @@ def rewrite_argv(demonstrations, output_dir, *more):
         "rewrite", "--model_name_or_path", POLICY, "--dataset_name", str(demonstrations), "--output_dir", str(output_dir),
         "--num_generations", "1", "--max_completion_length", "16", "--verifier", "exact", *more,
     ]  # fmt: skip
+
+
+def test_columns_are_mapped(tmp_path):
+    from trl_offpolicy.cli.arguments import DatasetArguments, load_dataset
+
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"instruction": "1+1?", "output": "2", "problem": "other"}\n')
+    given = {"problem": "instruction", "answer": "output", "note": "problem"}
+    for mapping in ("problem=instruction, answer=output,note=problem", given):
+        dataset = load_dataset(DatasetArguments(dataset_name=str(file), column_mapping=mapping))
+        assert dataset[0] == {"problem": "1+1?", "answer": "2", "note": "other"}
+    for mapping, message in (
+        ("problem", "write our columns by yours"),
+        ("problem=output,answer=output", "each once"),
+        ("problem=question", "no question"),
+        ("problem=instruction", "two columns problem.*problem_before=problem"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_dataset(DatasetArguments(dataset_name=str(file), column_mapping=mapping))
+
+
+def test_data_files_of_a_directory(tmp_path):
+    from trl_offpolicy.cli.arguments import DatasetArguments, load_dataset
+
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"name": name}) + "\n")
+    for where in (
+        {"dataset_name": str(tmp_path), "data_files": ["b.jsonl"]},
+        {"dataset_name": "json", "data_files": [str(tmp_path / "b.jsonl")]},
+    ):
+        assert load_dataset(DatasetArguments(**where))["name"][:] == ["b"]
+    with pytest.raises(ValueError, match="data_files.*no files to choose from"):
+        load_dataset(DatasetArguments(dataset_name=str(tmp_path / "a.jsonl"), data_files=["b.jsonl"]))
+
+
+def test_what_is_no_demonstration_is_said_before_a_model_is_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("trl_offpolicy.cli.rewrite.make_sampler", None)
+    file = tmp_path / "problems.jsonl"
+    file.write_text('{"problem": "1+1?", "answer": "2"}\n')
+    assert main(rewrite_argv(file, tmp_path / "run")) == 2
+    assert "no demonstrations, which the stage `guided` retells. Write stages=['self']" in capsys.readouterr().err
+    assert main(["verify", "--dataset_name", str(file), "--output_file", str(tmp_path / "odd.jsonl")]) == 2
+    assert "--completion_column" in capsys.readouterr().err
 
 
 def test_where_nothing_can_be_written_no_model_is_loaded(demonstrations, capsys, monkeypatch):

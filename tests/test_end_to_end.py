@@ -49,8 +49,8 @@ def test_real_rows_come_out_once_each(tmp_path, name):
             assert new["completion"] == [{"role": "assistant", "content": row["solution"]}]
 
 
-def test_train_script_on_a_rewritten_dataset(tmp_path):
-    """`examples/train.py` takes the run directory's dataset, LoRA and the importance weights included."""
+def test_sft_on_a_rewritten_dataset(tmp_path, capsys):
+    """The command as it is printed takes the run directory's dataset, LoRA and the importance weights included; so does the example."""
     from quickstart_task import GUIDED_PROMPT, demonstrations, problems
 
     from trl_offpolicy import DataRewriter, RewriteConfig
@@ -61,7 +61,7 @@ def test_train_script_on_a_rewritten_dataset(tmp_path):
     rewritten = DataRewriter(POLICY, args).rewrite(demonstrations(problems(24, 9, (1, 2, 3))))
     assert "self" in rewritten["source"]
     result = run(
-        "-m", "accelerate.commands.launch", "--cpu", "--num_processes", 1, "examples/train.py", "--model_name_or_path", POLICY, "--dataset_name", tmp_path / "run" / "dataset", "--objective", "iw",
+        "-m", "accelerate.commands.launch", "--cpu", "--num_processes", 1, "-m", "trl_offpolicy.cli", "sft", "--model_name_or_path", POLICY, "--dataset_name", tmp_path / "run" / "dataset", "--objective", "iw",
         "--output_dir", tmp_path / "out", "--use_cpu", "--bf16", "False", "--dtype", "float32", "--max_steps", 2, "--logging_steps", 1,
         "--per_device_train_batch_size", 8, "--use_peft", "--lora_target_modules", "all-linear", "--disable_tqdm", "True",
     )  # fmt: skip
@@ -140,6 +140,8 @@ def test_documented_commands_parse(tmp_path):
     from trl_offpolicy.cli.verify import VerifyArguments
 
     parsers = {
+        "trl-offpolicy sft": (ScriptArguments, ImportanceWeightedSFTConfig, ModelConfig),
+        "accelerate launch -m trl_offpolicy.cli sft": (ScriptArguments, ImportanceWeightedSFTConfig, ModelConfig),
         "accelerate launch examples/train.py": (ScriptArguments, ImportanceWeightedSFTConfig, ModelConfig),
         "trl-offpolicy rewrite": (RewriteArguments, RewriteConfig),
         "python examples/rewrite_ray.py": (RayArguments, RewriteConfig),

@@ -517,7 +517,7 @@ def test_command_line_ctrl_c_kill_and_resume(tmp_path, demonstrations_file):
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     lines = out.splitlines()
-    assert lines[0] == str(tmp_path / "run") and lines[-1].startswith("accelerate launch examples/train.py")
+    assert lines[0] == str(tmp_path / "run") and lines[-1].startswith("accelerate launch -m trl_offpolicy.cli sft")
     assert journal.read_bytes().startswith(before) and "resuming" in err
     resumed = load_dataset(str(tmp_path / "run" / "dataset"), split="train")
     assert len(set(resumed["id"])) == 120 and list(resumed["num_ops"]) == [1, 2, 3, 4, 5, 6] * 20
@@ -543,3 +543,31 @@ def test_command_line_refuses_with_exit_code_2(tmp_path, demonstrations_file):
         process = cli(*args)
         _, err = process.communicate(timeout=120)
         assert process.returncode == 2 and message in err and "Traceback" not in err
+
+
+def test_problems_without_demonstrations_are_rejection_sampled(tmp_path):
+    """The same rows as with demonstrations, without those that fall back; each problem is a row or in the list, none is invented."""
+    data = rows(40)
+    whole, _ = rewrite(tmp_path / "whole", data, stages=["self"])
+    bare = [{"problem": row["problem"], "answer": str(n % 50), "row": n} for n, row in enumerate(data)]
+    for shards in (1, 3):
+        directory = tmp_path / str(shards)
+        for i in range(shards):
+            written, metrics = rewrite(directory, bare, stages=["self"], shard=f"{i}/{shards}")
+        written = load_dataset("parquet", data_files=str(directory / "run" / "dataset" / "*.parquet"), split="train")
+        expected = [row for row in whole if row["source"] == "self"]
+        for name in ("id", "prompt", "completion", "completion_ids", "num_sampled", "row", "source"):
+            assert list(written[name]) == [row[name] for row in expected]
+        unsolved = [json.loads(line) for file in (directory / "run").glob("unsolved*.jsonl") for line in file.open()]
+        assert {row["id"] for row in unsolved} == {row["id"] for row in whole if row["source"] == "expert"}
+        assert 0 < len(unsolved) < 40 and all(row["problem"] in {row["problem"] for row in data} for row in unsolved)
+        total = json.loads((directory / "run" / "metrics.json").read_text())
+        assert total["unsolved"] == len(unsolved) and total["yield"]["expert"] == 0 and total["yield"]["total"] == 40
+
+
+def test_no_problem_is_solved(tmp_path):
+    bare = [{"problem": f"problem {i} gold:{i} ?", "answer": "-1"} for i in range(5)]
+    written, metrics = rewrite(tmp_path, bare, stages=["self"], sampler=ScriptedSampler(p_self=0))
+    assert len(written) == 0 and metrics["unsolved"] == 5
+    with pytest.raises(ValueError, match="no demonstrations, which the stage `guided` retells"):
+        rewrite(tmp_path, bare)

@@ -59,12 +59,39 @@ def test_final_answer_of_gsm8k():
         {"messages": USER + ASSISTANT},
         {"problem": "1+1?", "solution": "so \\boxed{2}"},
         {"question": "1+1?", "answer": "so \\boxed{2}"},
+        {"conversations": [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "so \\boxed{2}"}]},
+        {"conversations": USER + ASSISTANT},
+        {"instruction": "1+1?", "input": "", "output": "so \\boxed{2}"},
     ],
 )
 def test_every_format_is_the_same_problem(row):
     (problem,) = read_rows([row])
     assert (problem.prompt, problem.demonstration, problem.answer) == (USER, "so \\boxed{2}", "2")
     assert problem.id == content_id(USER, "2")
+    (written,) = output_row_columns(row)
+    assert demonstration(written) == "so \\boxed{2}"
+
+
+def output_row_columns(row):
+    """The input's columns under the names that they have in an output row."""
+    return [{new: row[old] for old, new in carried_columns(list(row)).items()}]
+
+
+def test_alpaca_input_stands_below_the_instruction():
+    row = {"instruction": "Add.", "input": "1+1", "output": "so \\boxed{2}"}
+    (problem,) = read_rows([row], solve_prompt="Q: {problem}")
+    assert problem.prompt == [{"role": "user", "content": "Q: Add.\n\n1+1"}]
+
+
+def test_problems_with_gold_answers_alone():
+    (problem,) = read_rows([{"problem": "1+1?", "answer": " 2 "}])
+    assert (problem.prompt, problem.demonstration, problem.answer) == (USER, None, "2")
+    assert find_format(["prompt", "gold"], "gold") == ("prompt", None)
+    assert find_format(["problem", "answer", "solution"], "answer") == ("problem", "solution")
+    with pytest.raises(ValueError, match="Row 0 has neither a demonstration nor a gold answer: `answer` is None"):
+        list(read_rows([{"problem": "1+1?", "answer": None}]))
+    with pytest.raises(ValueError, match="a problem and its demonstration"):
+        find_format(["problem", "answer"])  # whoever needs demonstrations
 
 
 def test_prompt_template_and_system_turn():
@@ -81,8 +108,8 @@ def test_fill_leaves_braces_and_inserted_placeholders_alone():
 
 
 def test_missing_column_names_the_columns_found():
-    with pytest.raises(ValueError, match="\\['instruction', 'output'\\].*prompt \\+ completion"):
-        find_format(["instruction", "output"])
+    with pytest.raises(ValueError, match="\\['mine', 'output'\\].*prompt \\+ completion.*--column_mapping"):
+        find_format(["mine", "output"])
 
 
 @pytest.mark.parametrize("empty", [None, "", "  ", []])

@@ -244,11 +244,15 @@ def read_run(output_dir: Path, finished: bool = True) -> dict:
             f"{output_dir} has the rows of {len(rows)} shard(s), but {len(journals)} journal(s): {', '.join(path.name for path in journals)}. Bring "
             "those of all shards together, or push from where they are; the card and the attempts are made from them."
         )
-    sources, ids = Counter(), {journal: _asked(journal) for journal in journals}
+    sources, ids, files = Counter(), {journal: _asked(journal) for journal in journals}, {}
     for journal, path in zip(journals, rows, strict=False):
         table = pq.read_table(path, columns=["source", "id"])
         sources.update(table["source"].to_pylist())
         ids[journal] = set(table["id"].to_pylist())
+        unsolved = Shard.of_file(journal).file(output_dir, "unsolved.jsonl")
+        if unsolved.exists():  # problems without a demonstration that got no row, but attempts
+            files[unsolved.name] = unsolved.read_text()
+            ids[journal].update(json.loads(line)["id"] for line in files[unsolved.name].splitlines())
     counts, tokens, tried = Counter(), Counter(), {}
     for journal in journals:
         for _, entry in _attempts_of(journal, ids[journal], until="reason"):
@@ -268,7 +272,7 @@ def read_run(output_dir: Path, finished: bool = True) -> dict:
         "journals": journals,
         "rows": rows,
         "ids": ids,
-        "files": {"run_config.yaml": public_text} | ({"metrics.json": metrics.read_text()} if metrics else {}),
+        "files": files | {"run_config.yaml": public_text} | ({"metrics.json": metrics.read_text()} if metrics else {}),
         "left_out": left_out,
         "config": config,
         "settings": settings,

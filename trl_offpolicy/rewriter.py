@@ -30,6 +30,7 @@ from .journal import Journal
 from .judging import Judged, VerdictQueue, abandoning
 from .rewrite_config import RewriteConfig
 from .rows import (
+    FORMATS,
     KEY,
     Problem,
     Source,
@@ -108,7 +109,8 @@ class DataRewriter:
 
     def rewrite(self, dataset, run_config: dict | None = None):
         """
-        Rewrites every row of `dataset` and returns the result, which is also in `output_dir/dataset` as Parquet.
+        Rewrites every row of `dataset` and returns the result, which is also in `output_dir/dataset` as Parquet. Of problems without
+        demonstrations (`stages=["self"]` only), those without a correct attempt are listed in `output_dir/unsolved.jsonl` instead.
 
         Args:
             dataset (`datasets.Dataset`): Rows in any of the formats of `rows.FORMATS`; each comes out exactly once.
@@ -123,6 +125,7 @@ class DataRewriter:
                 `output_dir` holds the attempts of another configuration.
         """
         whole = _as_dataset(dataset)
+        check_stages(whole.column_names, self.args)
         dataset = text_columns(whole, self.args.answer_column)
         self._control = ControlTokens(self._tokenizer(), self.args.control_tokens)
         keys, digest = self._check_rows(dataset)
@@ -254,7 +257,7 @@ class DataRewriter:
             return int(problem.id, 16), 1, reference_digest(problem.demonstration)
 
         rows = _iterate(dataset, range(len(dataset)))
-        if find_format(dataset.column_names)[1] != self.args.answer_column:
+        if find_format(dataset.column_names, self.args.answer_column)[1] not in (self.args.answer_column, None):
             rows = tell_missing_answers(rows, self.args.answer_column, "what their demonstrations box")
         problems = read_rows(rows, self.args.answer_column, self.args.solve_prompt)
         keys = np.fromiter(map(key_of, problems), dtype=KEY)
@@ -546,6 +549,7 @@ class DataRewriter:
         from datasets import Dataset, Features
         from datasets.table import embed_table_storage
 
+        unsolved = []
         carried = carried_columns(whole.column_names, self.args.answer_column)
         features = output_features(whole.features, whole.column_names, self.args.answer_column)
         ours = Features({name: features[name] for name in features if name not in carried.values()})
@@ -556,12 +560,28 @@ class DataRewriter:
         names = {source: public_name(self._sampler_of(source).name) for source in Source}
         with pq.ParquetWriter(file, schema) as writer:
             for chunk in batched(enumerate(self._problems(dataset, keys)), 100 if media else 1000):
-                rows = [self._row(problem, scheduler.outcome(i), journal, names) for i, problem in chunk]
+                solved, rows = [], []
+                for i, problem in chunk:
+                    outcome = scheduler.outcome(i)
+                    if problem.demonstration is None and outcome.source == Source.EXPERT:
+                        unsolved.append({"id": problem.id, "problem": problem.problem, "answer": problem.answer})
+                    else:
+                        solved.append(i)
+                        rows.append(self._row(problem, outcome, journal, names))
+                if not rows:
+                    continue
                 table = Dataset.from_list(rows, features=ours).data.table
-                for name, column in zip(carried.values(), stored[chunk[0][0] : chunk[-1][0] + 1].columns, strict=True):
+                there = stored[chunk[0][0] : chunk[-1][0] + 1].take([i - chunk[0][0] for i in solved])
+                for name, column in zip(carried.values(), there.columns, strict=True):
                     table = table.append_column(name, column)
                 table = pa.Table.from_arrays(table.columns, schema=schema)
                 writer.write_table(embed_table_storage(table) if media else table)
+        path = self.shard.file(self.output_dir, "unsolved.jsonl")
+        path.unlink(missing_ok=True)  # of other rows
+        if find_format(whole.column_names, self.args.answer_column)[1] is None:
+            self.metrics["yield"][str(Source.EXPERT)] = 0
+            self.metrics["unsolved"] = len(unsolved)
+            write_whole(path, "".join(json.dumps(row) + "\n" for row in unsolved))
 
     def _publish(self, file: Path, run: str, logged) -> None:
         """Moves the rows to their place; the last shard sums up, and logs the artifact if asked to."""
@@ -644,6 +664,17 @@ def _frozen_heap():
     finally:
         if ours:
             gc.unfreeze()
+
+
+def check_stages(columns: list[str], args: RewriteConfig) -> None:
+    """`ValueError` if a dataset with these `columns` cannot be rewritten as `args` say, whatever its rows are."""
+    carried_columns(columns, args.answer_column)
+    if find_format(columns, args.answer_column)[1] is None and Source.GUIDED in args.stages:
+        raise ValueError(
+            f"You passed stages={args.stages}, but the dataset has the columns {columns} and no demonstrations, which the stage `guided` "
+            "retells. Write stages=['self'] (--stages self), and what the model does not solve is listed in unsolved.jsonl; or name the "
+            f"demonstrations' column as one of {', '.join(dict.fromkeys(pair[1] for pair in FORMATS))}."
+        )
 
 
 def _as_dataset(dataset):

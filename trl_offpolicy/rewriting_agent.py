@@ -271,6 +271,8 @@ def agent_dataset(
     if isinstance(dataset, Dataset):
         dataset = text_columns(unformatted(dataset), answer_column)
     problems = list(read_rows(dataset, answer_column, solve_prompt))
+    if problems and problems[0].demonstration is None:
+        raise ValueError("The dataset has problems and gold answers but no demonstrations, which the agent retells.")
     control = ControlTokens(processing_class, control_tokens)
     texts = ("\0".join([*(turn["content"] for turn in p.prompt), p.demonstration]) for p in problems)
     control.check(map(control.within, texts), "problem or reference")

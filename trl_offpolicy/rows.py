@@ -54,7 +54,7 @@ class Problem:
     id: str
     prompt: list[dict[str, str]]
     problem: str
-    demonstration: str
+    demonstration: str | None  # `None` where the dataset has none at all
     answer: str | None
     extra: dict[str, Any]
 
@@ -66,7 +66,11 @@ FORMATS = (
     ("problem", "solution"),
     ("question", "solution"),
     ("question", "answer"),
+    ("conversations", "conversations"),  # ShareGPT
+    ("instruction", "output"),  # Alpaca, whose `input` stands below the instruction
 )
+# Where there are gold answers alone: the columns that may hold the problem.
+PROBLEM_COLUMNS = ("prompt", "problem", "question")
 # Names that our output or TRL's data preparation gives a meaning: an input column of that name moves to `input_<name>`.
 _TAKEN = {
     "prompt", "completion", "id", "source", "answer", "num_sampled", "num_correct", "completion_ids", "behavior_log_probs", "model",
@@ -108,7 +112,7 @@ def plain_rows(dataset):
 def text_columns(dataset, answer_column: str = "answer"):
     """The columns of a `datasets.Dataset` that [`read_row`] reads; `ValueError` if there are none such."""
     carried_columns(dataset.column_names, answer_column)
-    read = {*find_format(dataset.column_names), answer_column, "tools", "chat_template_kwargs"}
+    read = {*find_format(dataset.column_names, answer_column), "input", answer_column, "tools", "chat_template_kwargs"}
     return dataset.select_columns([name for name in dataset.column_names if name in read])
 
 
@@ -119,15 +123,27 @@ def media_columns(dataset) -> list[str]:
     return [name for name, feature in dataset.features.items() if require_storage_embed(feature)]
 
 
-def find_format(columns: Iterable[str]) -> tuple[str, str]:
-    """(prompt column, demonstration column) of a dataset with these `columns`; `ValueError` names what was found."""
+def find_format(columns: Iterable[str], answer_column: str | None = None) -> tuple[str, str | None]:
+    """
+    (prompt column, demonstration column) of a dataset with these `columns`. With `answer_column`, gold answers in it are enough, and the
+    demonstration column is `None`.
+
+    Raises:
+        ValueError: There is neither; names what was found.
+    """
     columns = list(columns)
     for pair in FORMATS:
         if set(pair) <= set(columns):
             return pair
+    if answer_column in columns:
+        for column in PROBLEM_COLUMNS:
+            if column in columns:
+                return column, None
     raise ValueError(
-        f"The dataset has the columns {columns}, but a rewrite needs a problem and its demonstration: one of "
-        f"{', '.join(' + '.join(dict.fromkeys(pair)) for pair in FORMATS)}. Rename yours with `dataset.rename_columns`."
+        f"The dataset has the columns {columns}, but needed is a problem and its demonstration: one of "
+        f"{', '.join(' + '.join(dict.fromkeys(pair)) for pair in FORMATS)}"
+        + (f"; or {' or '.join(PROBLEM_COLUMNS)} with a gold `{answer_column}`" if answer_column else "")
+        + ". Rename yours with `dataset.rename_columns`, or on the command line with --column_mapping problem=mine,solution=mine_too."
     )
 
 
@@ -139,7 +155,7 @@ def carried_columns(columns: Iterable[str], answer_column: str = "answer") -> di
         ValueError: There is no `answer_column`, and it is not the default, without which answers are those of the demonstrations.
     """
     columns = list(columns)
-    prompt_column, demonstration_column = find_format(columns)
+    prompt_column, demonstration_column = find_format(columns, answer_column)
     if answer_column != "answer" and answer_column not in columns:
         raise ValueError(
             f"You passed answer_column={answer_column!r}, but the dataset has the columns {columns} and no {answer_column}."
@@ -164,8 +180,20 @@ def moved(columns: Iterable[str], taken: Iterable[str]) -> dict[str, str]:
 
 
 @lru_cache(16)  # the same for every row of a dataset
-def _layout(columns: tuple[str, ...], answer_column: str) -> tuple[str, str, dict[str, str]]:
-    return *find_format(columns), carried_columns(columns, answer_column)
+def _layout(columns: tuple[str, ...], answer_column: str) -> tuple[str, str | None, dict[str, str]]:
+    return *find_format(columns, answer_column), carried_columns(columns, answer_column)
+
+
+_SHAREGPT = {"human": "user", "gpt": "assistant"}
+
+
+def _turn(message) -> dict[str, str] | None:
+    """A message with `role` and `content`, or ShareGPT's with `from` and `value`; `None` if it is neither."""
+    if not isinstance(message, dict):
+        return None
+    role = message.get("role") or _SHAREGPT.get(message.get("from"), message.get("from"))
+    content = message["value"] if message.get("content") is None and "value" in message else message.get("content")
+    return {"role": role, "content": content} if role and isinstance(content, str) else None
 
 
 def _messages(value, role: str, what: str) -> list[dict[str, str]]:
@@ -173,10 +201,8 @@ def _messages(value, role: str, what: str) -> list[dict[str, str]]:
         return [{"role": role, "content": value}] if value.strip() else []
     if value is None:
         return []
-    if isinstance(value, list) and all(
-        isinstance(m, dict) and isinstance(m.get("content"), str) and m.get("role") for m in value
-    ):
-        return [{"role": m["role"], "content": m["content"]} for m in value]
+    if isinstance(value, list) and all(turns := [_turn(message) for message in value]):
+        return turns
     raise ValueError(
         f"{what} must be a text or a list of {{'role', 'content'}} with text contents, but is {value!r:.200}."
     )
@@ -185,21 +211,23 @@ def _messages(value, role: str, what: str) -> list[dict[str, str]]:
 def read_row(row: dict, index: int, answer_column: str, solve_prompt: str) -> Problem:
     """One row as a `Problem`.
 
-    Raises `ValueError` with the row's number when it has no problem or no demonstration: such a row has no fallback.
+    Raises `ValueError` with the row's number when it has no problem, no demonstration though its dataset has a column of them (such a row
+    has no fallback), or neither demonstration nor gold answer.
     """
     prompt_column, demonstration_column, carried = _layout(tuple(row), answer_column)
-    if prompt_column == "messages":
-        *prompt, last = _messages(row["messages"], "user", f"Row {index}: `messages`") or [{"role": "", "content": ""}]
+    if prompt_column == demonstration_column:
+        what = f"Row {index}: `{prompt_column}`"
+        *prompt, last = _messages(row[prompt_column], "user", what) or [{"role": "", "content": ""}]
         demonstration = last["content"] if last["role"] == "assistant" else ""
     else:
-        prompt = _messages(row[prompt_column], "user", f"Row {index}: `{prompt_column}`")
-        turns = _messages(row[demonstration_column], "assistant", f"Row {index}: `{demonstration_column}`")
-        if len(turns) > 1:
-            raise ValueError(
-                f"Row {index}: `{demonstration_column}` has {len(turns)} messages; a rewrite replaces exactly one assistant turn."
-            )
-        demonstration = turns[0]["content"] if turns else ""
-    if not demonstration.strip():
+        prompt = _messages(_asked(row, prompt_column), "user", f"Row {index}: `{prompt_column}`")
+        demonstration = _demonstrated(row, index, demonstration_column)
+    if demonstration is None and is_missing(row[answer_column]):
+        raise ValueError(
+            f"Row {index} has neither a demonstration nor a gold answer: `{answer_column}` is {row[answer_column]!r}. No attempt at it could "
+            "be kept. Fill it in, or drop such rows yourself with `dataset.filter`."
+        )
+    if demonstration is not None and not demonstration.strip():
         raise ValueError(
             f"Row {index} has no demonstration: `{demonstration_column}` is {row[demonstration_column]!r:.200}. Without one there is nothing to "
             "fall back to. Fill it in, or drop such rows yourself with `dataset.filter`."
@@ -213,12 +241,31 @@ def read_row(row: dict, index: int, answer_column: str, solve_prompt: str) -> Pr
             f"Row {index}: `{answer_column}` is {answer!r:.200}; a gold answer is one text. Write it so, name another column, or rename this "
             "one with `dataset.rename_column`, and the last box of each demonstration is its answer."
         )
-    answer = final_answer(demonstration) if is_missing(answer) else str(answer).strip()
+    answer = final_answer(demonstration or "") if is_missing(answer) else str(answer).strip()
     row_id = content_id(prompt, answer)
-    if prompt_column in ("problem", "question"):
+    if prompt_column in ("problem", "question", "instruction"):
         prompt = [{"role": "user", "content": fill(solve_prompt, problem=user_turns[-1])}]
     extra = {new: row[old] for old, new in carried.items()}
     return Problem(row_id, prompt, user_turns[-1], demonstration, answer, extra)
+
+
+def _asked(row: dict, prompt_column: str):
+    """What the prompt's column holds; Alpaca's `input` stands below its instruction."""
+    if prompt_column == "instruction" and not is_missing(row.get("input")):
+        return f"{row['instruction']}\n\n{row['input']}"
+    return row[prompt_column]
+
+
+def _demonstrated(row: dict, index: int, column: str | None) -> str | None:
+    """The demonstration's text, empty where the row has none; `None` where there is no `column` of them."""
+    if column is None:
+        return None
+    turns = _messages(row[column], "assistant", f"Row {index}: `{column}`")
+    if len(turns) > 1:
+        raise ValueError(
+            f"Row {index}: `{column}` has {len(turns)} messages; a rewrite replaces exactly one assistant turn."
+        )
+    return turns[0]["content"] if turns else ""
 
 
 def is_missing(value) -> bool:
@@ -269,9 +316,9 @@ def read_rows(
 KEY = [("id", "<u8"), ("copy", "<u4"), ("reference", "<u4")]
 
 
-def reference_digest(demonstration: str) -> int:
+def reference_digest(demonstration: str | None) -> int:
     """By which an attempt in the journal is known to have had this demonstration in its prompt; above 0."""
-    return zlib.crc32(demonstration.encode(errors="surrogatepass")) or 1
+    return zlib.crc32((demonstration or "").encode(errors="surrogatepass")) or 1
 
 
 def copy_id(content: int, copy: int) -> str:
@@ -344,10 +391,10 @@ def says_otherwise(processing_class, row: dict) -> str | None:
 
 def demonstration(row: dict) -> str | None:
     """The expert's text of an output row, from the column in which it was carried through; `None` if it was not."""
-    for column in ("input_messages", "input_completion", "solution", "input_answer"):
+    for column in ("input_messages", "input_completion", "solution", "input_answer", "input_conversations", "output"):
         value = row.get(column)
         if value:
-            return value if isinstance(value, str) else value[-1]["content"]
+            return value if isinstance(value, str) else _turn(value[-1])["content"]
     return None
 
 
@@ -436,11 +483,16 @@ def load_rows(
     dataset_split: str = "train",
     dataset_revision: str | None = None,
     streaming: bool = False,
+    data_files: str | list[str] | None = None,
 ):
     """
     A `datasets.Dataset` from a JSONL, JSON, CSV or Parquet file, a directory (Parquet or `save_to_disk`) or a Hub id; an
     `IterableDataset` with `streaming`. Texts are what the files hold: no string of a JSON file is taken for a date, and every column of a CSV
     is text, in which an empty cell is a missing value.
+
+    Args:
+        data_files (`str` or `list[str]`, *optional*): Files of a directory or repository, or URLs with `dataset_name="json"`, as for
+            `datasets.load_dataset`.
 
     Raises:
         ValueError: The file cannot be read, or there is no such split: a file and a single saved dataset are the split `train` only.
@@ -460,6 +512,11 @@ def load_rows(
             )
 
     path = Path(dataset_name)
+    if data_files and (path.is_file() or (path / "state.json").exists() or (path / "dataset_dict.json").exists()):
+        raise ValueError(
+            f"You passed data_files={data_files} with dataset_name={dataset_name!r}, which has no files to choose from; they are for a Hub "
+            "dataset, a directory of files, or the names json, csv and parquet."
+        )
     builders = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
     if path.is_file():
         if path.suffix not in builders:
@@ -485,4 +542,7 @@ def load_rows(
         return rows.to_iterable_dataset() if streaming else rows
     if not path.is_dir() and (path.suffix in builders or dataset_name.startswith((".", "/", "~"))):
         raise FileNotFoundError(f"You passed dataset_name={dataset_name!r}, but there is no such file or directory.")
-    return load_text_dataset(dataset_name, dataset_split, streaming, name=dataset_config, revision=dataset_revision)
+    where = {"data_files": data_files} if data_files else {}
+    return load_text_dataset(
+        dataset_name, dataset_split, streaming, name=dataset_config, revision=dataset_revision, **where
+    )

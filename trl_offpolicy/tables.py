@@ -104,6 +104,7 @@ def texts(gap: dict[str, dict]) -> Table:
 def rewriting(metrics: dict) -> Table:
     """The yield funnel of a rewrite's `metrics.json`."""
     counts, left, rows = metrics["yield"], metrics["yield"]["total"], []
+    columns = ["stage", "rows that reach it", "attempts", "correct attempts", "rows kept", "share of all rows"]
     for stage, attempts in metrics["stages"].items():
         share = number(attempts["correct"] / attempts["sampled"] if attempts["sampled"] else None, ".1%")
         kept = counts[stage]
@@ -119,5 +120,7 @@ def rewriting(metrics: dict) -> Table:
         )
         left -= kept
     kept = counts["expert"]
+    if "unsolved" in metrics:  # no demonstrations to fall back to
+        return columns, [*rows, ["unsolved", f"{left:,}", "", "", "", f"{left / max(1, counts['total']):.1%}"]]
     rows.append(["expert", f"{left:,}", "", "", f"{kept:,}", f"{kept / max(1, counts['total']):.1%}"])
-    return ["stage", "rows that reach it", "attempts", "correct attempts", "rows kept", "share of all rows"], rows
+    return columns, rows

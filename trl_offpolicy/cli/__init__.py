@@ -1,4 +1,4 @@
-"""The `trl-offpolicy` command. Training stays `accelerate launch examples/train.py`.
+"""The `trl-offpolicy` command; on several GPUs `accelerate launch -m trl_offpolicy.cli COMMAND`.
 
 Every flag is also a key of `--config file.yaml`. The first line printed is where the results go, the last one the next
 command to run. Exit codes: 0 done, 2 bad input, 3 stopped early and resumable.
@@ -18,6 +18,7 @@ usage: trl-offpolicy COMMAND [options]
 
 commands:
   rewrite    rewrite a dataset of demonstrations into what the model could have written itself
+  sft        fine-tune on what came out, with importance weights or DFT
   agent      train a rewriting agent: a LoRA adapter that retells demonstrations as the model would put them
   verify     check the answers of a dataset: a table of verdicts, and the rows that are not correct
   eval       accuracy of a model on benchmarks: avg@k, pass@k, maj@k, greedy, with intervals
@@ -28,6 +29,7 @@ commands:
   trl-offpolicy rewrite --model_name_or_path Qwen/Qwen2.5-Math-1.5B --dataset_name openai/gsm8k --dataset_config main \\
       --output_dir runs/gsm8k --num_generations 8 --dry_run          # first prompts and the estimate, nothing is sampled
   trl-offpolicy rewrite --config rewrite.yaml                        # the same keys in a file; run again to resume
+  trl-offpolicy sft --model_name_or_path M --dataset_name runs/gsm8k/dataset --objective iw --output_dir runs/gsm8k-iw
   trl-offpolicy agent --model_name_or_path M --dataset_name D --output_dir runs/agent --use_vllm
   trl-offpolicy verify --dataset_name runs/gsm8k/dataset             # what is not correct goes to not_correct.jsonl
   trl-offpolicy push runs/gsm8k --hub_dataset_id me/gsm8k-on-policy   # or --push_to_hub --hub_dataset_id … when rewriting
@@ -40,6 +42,7 @@ commands:
 # command → (module, function); loaded when it is called, so that --help needs neither torch nor trl
 COMMANDS = {
     "rewrite": ("rewrite", "rewrite"),
+    "sft": ("sft", "sft"),
     "agent": ("agent", "agent"),
     "verify": ("verify", "verify"),
     "push": ("rewrite", "push"),

@@ -14,6 +14,7 @@ from .arguments import (
     DatasetArguments,
     VerifierArguments,
     check_before_loading,
+    last_checkpoint,
     load_dataset,
     make_verifier,
     parser_for,
@@ -147,16 +148,11 @@ def _batches(num_processes: int, num_generations: int) -> dict[str, int]:
 
 def _train(arguments: AgentArguments, args, model_args):
     from transformers import AutoTokenizer
-    from transformers.trainer_utils import get_last_checkpoint
     from trl import get_peft_config, get_quantization_config
 
     from ..rewriting_agent import GroupReward, RewritingAgentTrainer, agent_dataset
 
-    resume = args.resume_from_checkpoint
-    if resume == "last" and (resume := get_last_checkpoint(args.output_dir)) is None:
-        raise ValueError(
-            f"You passed resume_from_checkpoint='last', but there is no checkpoint in {args.output_dir!r}."
-        )
+    resume = last_checkpoint(args.resume_from_checkpoint, args.output_dir)
     args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,

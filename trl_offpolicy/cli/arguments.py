@@ -68,6 +68,13 @@ class DatasetArguments:
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_split: str = field(default="train", metadata={"help": "Split."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."})
+    data_files: list[str] | None = field(
+        default=None,
+        metadata={"help": "Only these files of the Hub dataset or directory; with dataset_name json, also URLs."},
+    )
+    column_mapping: str | None = field(
+        default=None, metadata={"help": "Our columns by yours, for example problem=instruction,answer=output."}
+    )
     max_rows: int | None = field(
         default=None, metadata={"help": "Only the first rows; a later run may take more of them."}
     )
@@ -233,13 +240,38 @@ def load_dataset(arguments: DatasetArguments):
     from ..rows import load_rows
 
     dataset = load_rows(
-        arguments.dataset_name, arguments.dataset_config, arguments.dataset_split, arguments.dataset_revision
+        arguments.dataset_name,
+        arguments.dataset_config,
+        arguments.dataset_split,
+        arguments.dataset_revision,
+        data_files=arguments.data_files,
     )
+    if arguments.column_mapping:
+        dataset = dataset.rename_columns(_column_mapping(arguments.column_mapping, dataset.column_names))
     if arguments.max_rows is not None:
         if arguments.max_rows < 1:
             raise ValueError(f"You passed max_rows={arguments.max_rows}; it must be at least 1.")
         dataset = dataset.select(range(min(arguments.max_rows, len(dataset))))
     return dataset
+
+
+def _column_mapping(mapping: str | dict, columns: list[str]) -> dict[str, str]:
+    """Column of the dataset → the name that it gets, from `ours=theirs,…` (from a config file it may come as a mapping)."""
+    pairs = mapping.items() if isinstance(mapping, dict) else [part.partition("=")[::2] for part in mapping.split(",")]
+    pairs = [(str(ours).strip(), str(theirs).strip()) for ours, theirs in pairs]
+    told = f"You passed column_mapping={mapping!r}"
+    names = {theirs: ours for ours, theirs in pairs}
+    if not all(part for pair in pairs for part in pair) or len(names) < len(pairs):
+        raise ValueError(f"{told}; write our columns by yours, each once, such as problem=instruction,answer=output.")
+    if missing := [theirs for theirs in names if theirs not in columns]:
+        raise ValueError(f"{told}, but the dataset has the columns {columns} and no {' and no '.join(missing)}.")
+    renamed = [names.get(column, column) for column in columns]
+    if twice := {name for name in renamed if renamed.count(name) > 1}:
+        raise ValueError(
+            f"{told}, after which there would be two columns {' and '.join(sorted(twice))}: the dataset has one of that name. Map that one too, "
+            f"for example {min(twice)}_before={min(twice)}."
+        )
+    return names
 
 
 def check_before_loading(output_dir: str, report_to: str = "none") -> None:
@@ -253,6 +285,17 @@ def check_before_loading(output_dir: str, report_to: str = "none") -> None:
     except OSError as error:
         raise ValueError(f"You passed output_dir={output_dir!r}, where nothing can be written: {error}.") from error
     check_wandb(report_to)
+
+
+def last_checkpoint(resume: str | None, output_dir: str) -> str | None:
+    """`resume_from_checkpoint`, with `last` as the newest checkpoint in `output_dir`; `ValueError` if there is none."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    if resume != "last":
+        return resume
+    if not os.path.isdir(output_dir) or (checkpoint := get_last_checkpoint(output_dir)) is None:
+        raise ValueError(f"You passed resume_from_checkpoint='last', but there is no checkpoint in {output_dir!r}.")
+    return checkpoint
 
 
 def check_dtype(dtype: str) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from ..redaction import redacted
 from ..rewrite_config import RewriteConfig
-from ..rows import carried_columns
 from ..run_log import cut_advice
 from ..sampling import SamplerError
 from .arguments import (
@@ -86,7 +85,7 @@ class PushArguments:
 
 def rewrite(argv: list[str]) -> int:
     from ..hub import refusals
-    from ..rewriter import DataRewriter
+    from ..rewriter import DataRewriter, check_stages
 
     parser = parser_for(
         (RewriteArguments, RewriteConfig),
@@ -100,7 +99,7 @@ def rewrite(argv: list[str]) -> int:
         check_before_loading(config.output_dir, config.report_to)
     dataset = load_dataset(arguments)
     # What is wrong with them is better known before a model is loaded.
-    carried_columns(dataset.column_names, config.answer_column)
+    check_stages(dataset.column_names, config)
     adapter = arguments.rewriter_adapter
     if adapter is not None and "guided" not in config.stages:
         raise ValueError(
@@ -155,14 +154,21 @@ def rewrite(argv: list[str]) -> int:
         trained_on = _pushed(rewriter.push_to_hub, config.output_dir, config.hub_dataset_id, config.hub_token)
         if trained_on is None:
             return 3
-    command = ["accelerate", "launch", "examples/train.py", "--model_name_or_path", arguments.model_name_or_path]
-    counts = rewriter.metrics["yield"]
+    print(_train_command(arguments.model_name_or_path, config, rewriter.metrics, trained_on))
+    return 0
+
+
+def _train_command(model: str, config: RewriteConfig, metrics: dict, trained_on: str) -> str:
+    """What trains on the rows, on all GPUs of a machine."""
+    counts = metrics["yield"]
+    if metrics.get("unsolved") == counts["total"]:
+        return "There is no row to train on."
     # Without a row of the model's own there are no log-probs for importance weights to rest on.
     objective = "nll" if counts["expert"] == counts["total"] else "iw"
+    command = ["accelerate", "launch", "-m", "trl_offpolicy.cli", "sft", "--model_name_or_path", model]
     command += ["--dataset_name", trained_on, "--objective", objective, "--output_dir", f"{config.output_dir}-sft"]
     command += ["--report_to", "wandb"] if config.report_to == "wandb" else []
-    print(_wandb_environment(config) + shlex.join(command))
-    return 0
+    return _wandb_environment(config) + shlex.join(command)
 
 
 def push(argv: list[str]) -> int:
@@ -228,6 +234,10 @@ def _print_summary(metrics: dict, limit: int) -> None:
     counts = dict(metrics["yield"])
     total = counts.pop("total")
     print(f"{total:,} rows: " + ", ".join(f"{n:,} {source} ({n / max(1, total):.1%})" for source, n in counts.items()))
+    if metrics.get("unsolved"):
+        print(
+            f"{metrics['unsolved']:,} problems have no correct attempt and no demonstration, so no row: unsolved.jsonl lists them"
+        )
     sampling, unused = metrics["sampling"], metrics["speculation"]
     print(
         f"{sampling['sampled']:,} attempts, {sampling['tokens']:,} tokens; fixed K would have drawn {sampling['fixed_k_equivalent']:,}"

@@ -126,6 +126,12 @@ def _to_verify(dataset, arguments: VerifyArguments):
     if missing := [column for column in named if column not in dataset.column_names]:
         raise ValueError(f"The dataset has the columns {dataset.column_names}, but no {' and no '.join(missing)}.")
     if not named:
+        try:
+            find_format(dataset.column_names)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} To check other columns, name them: --completion_column with what is checked, --answer_column with the gold answers."
+            ) from error
         carried_columns(dataset.column_names, arguments.answer_column)
 
     def read(index: int, row: dict):

@@ -1,0 +1,92 @@
+"""`trl-offpolicy sft`, which `examples/train.py` runs too."""
+
+import contextlib
+import shlex
+import sys
+
+from .arguments import check_before_loading, last_checkpoint, parser_for
+
+
+SFT_EXAMPLES = """\
+examples:
+  trl-offpolicy sft --model_name_or_path M --dataset_name runs/gsm8k/dataset --objective iw --output_dir runs/gsm8k-iw
+  accelerate launch -m trl_offpolicy.cli sft --model_name_or_path M --dataset_name runs/gsm8k/dataset --objective iw \\
+      --output_dir runs/gsm8k-iw                                    # the same on all GPUs of a machine
+  trl-offpolicy sft --model_name_or_path M --dataset_name D --objective dft --use_peft --lora_r 32 --output_dir runs/dft-lora
+  trl-offpolicy sft --config sft.yaml --resume_from_checkpoint last
+
+It takes every option of TRL's `trl sft`, and those of the objective. On a machine without a GPU, add --use_cpu --bf16 False.
+"""
+
+
+def sft(argv: list[str]) -> int:
+    from trl import ModelConfig, ScriptArguments
+
+    from ..importance_weighted_sft_config import ImportanceWeightedSFTConfig
+
+    parser = parser_for(
+        (ScriptArguments, ImportanceWeightedSFTConfig, ModelConfig),
+        "sft",
+        "Fine-tune on a rewritten dataset, or on any dataset that SFTTrainer takes, with an objective that weights each token.",
+        SFT_EXAMPLES,
+    )
+    if {"-h", "--help"} & set(argv):
+        parser.print_help()
+        return 0
+    with contextlib.redirect_stdout(sys.stderr):  # transformers says which W&B mode it found; ours is the first line
+        script_args, args, model_args = parser.parse_args_and_config(argv)
+    if not (script_args.dataset_name and model_args.model_name_or_path and args.output_dir):
+        raise ValueError(
+            "Pass --model_name_or_path, --dataset_name and --output_dir: which model is trained on which rows, and where it goes."
+        )
+    main = args.process_index == 0
+    if main:
+        print(args.output_dir, flush=True)
+        check_before_loading(args.output_dir, "wandb" if "wandb" in args.report_to else "none")
+    resume = last_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    try:
+        _train(script_args, args, model_args, resume)
+    except KeyboardInterrupt:
+        print("\nstopped; run the same command with --resume_from_checkpoint last to go on from the last checkpoint.")
+        return 3
+    if main:
+        print(f"Model saved to {args.output_dir}.")
+        command = ["trl-offpolicy", "eval", "--model_name_or_path", args.output_dir, "--benchmarks", "math500"]
+        print(shlex.join([*command, "--output_dir", f"{args.output_dir.rstrip('/')}-eval"]))
+    return 0
+
+
+def _train(script_args, args, model_args, resume: str | None) -> None:
+    from trl import get_peft_config, get_quantization_config
+
+    from ..importance_weighted_sft_trainer import ImportanceWeightedSFTTrainer
+    from ..rows import load_rows
+
+    args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+    splits = [script_args.dataset_train_split]
+    if args.eval_strategy != "no":
+        splits.append(script_args.dataset_test_split)
+    train_dataset, *eval_dataset = (
+        load_rows(script_args.dataset_name, script_args.dataset_config, split, streaming=script_args.dataset_streaming)
+        for split in splits
+    )
+    trainer = ImportanceWeightedSFTTrainer(
+        model=model_args.model_name_or_path,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset[0] if eval_dataset else None,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model(args.output_dir)
+    trainer.save_state()  # trainer_state.json: the curves of `trl-offpolicy report`
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.end()
