@@ -327,7 +327,7 @@ def naive_weights(settings, row, log_pi, log_base, log_p):
         {"objective": "eaft", "alpha": 1.5},
         {"objective": {"self": "asft", "guided": "eaft", "expert": "psft"}, "steps_per_outer_batch": 0, "beta": 0.3, "alpha": 0.5, "epsilon_high": 0.2},
     ],
-    ids=str,
+    ids=lambda options: str({name: getattr(value, "__name__", value) for name, value in options.items()}),
 )  # fmt: skip
 def test_weights_equal_a_naive_reference(tmp_path, tiny_model, tokenizer, layout, settings):
     """Loss and gradients against full logits in float64, one example at a time, formula written out."""
