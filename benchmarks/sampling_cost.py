@@ -4,7 +4,7 @@
 
 Both sides are `DataRewriter` (`selection="first"` and `"random"`), so an attempt has the same seed on both and the yields are equal
 by construction; the script draws K at the first stage, and K more for what that leaves over. Kept rows are those of the model's
-own (self, guided). Tokens of speculative attempts are counted, aborted ones too as far as the engine got.
+own (self, guided). Every token that an engine drew is counted: of speculative attempts, and of aborted ones as far as it got.
 
 1. The quickstart's policy on the quickstart's problems.
 2. Simulated yields of "Mind the Gap" (arXiv 2509.15157, Table 1: 59.9/24.2/15.9 and 56.1/34.0/9.8 % self/guided/expert). How solve
@@ -43,7 +43,8 @@ def compare(data, sampler, verifier=None, **config) -> dict:
             rewriter = DataRewriter(None, args, sampler=sampler, verifier=verifier)
             rewriter.rewrite(data)
             metrics = rewriter.metrics
-            tokens = metrics["sampling"]["tokens"] + metrics["speculation"]["unused_tokens"]
+            in_vain = metrics["speculation"]["unused_tokens"] + metrics["speculation"]["aborted_tokens"]
+            tokens = metrics["sampling"]["tokens"] + in_vain
             kept = metrics["yield"]["self"] + metrics["yield"]["guided"]
             result[side] = {**metrics, "tokens_per_row": tokens / kept}
     assert result["first"]["yield"] == result["fixed K"]["yield"]

@@ -471,8 +471,9 @@ def test_abort_closes_the_connection(serve, sample):
     deadline = time.monotonic() + 30
     while len(server.seen) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
-    sampler.abort(request.id)
-    sampler.abort("never there")
+    sampler._answer_tokens, sampler._answer_seconds = 10**6, 1.0  # at which rate it has drawn all by now
+    assert sampler.abort(request.id) == request.params.max_completion_length
+    assert sampler.abort("never there") == 0
     assert server.hung_up.wait(30) and sampler.poll() == []
 
 
@@ -491,7 +492,7 @@ def test_an_abort_gives_the_slot_back_whenever_it_comes(serve, sample, expected)
     sampler.submit(first)
     while sampler._finished.empty() and time.monotonic() < deadline:
         time.sleep(0.01)
-    sampler.abort(first.id)  # finished, and not taken
+    assert sampler.abort(first.id) == len(expected[first.id].completion_ids) > 0  # finished, and not taken
     assert drain(sampler, [replace(other, id=first.id)])[first.id].text == expected[other.id].text
 
 

@@ -226,6 +226,26 @@ def test_learned_positions_end_where_the_context_does(tokenizer):
     assert all(n <= 100 for n in lengths) and min(lengths) < 100
 
 
+def test_tokens_are_counted_as_they_are_drawn(sampler, monkeypatch):
+    """All that completions hold, of each length; a server says them with its answers only."""
+    if isinstance(sampler, OpenAISampler):
+        assert not hasattr(sampler, "drawn_tokens")
+        return
+    seen, generate = [], type(sampler.model).forward if hasattr(sampler, "model") else None
+    before = sampler.drawn_tokens
+    if generate is not None:
+
+        def forward(self, *args, **kwargs):
+            seen.append(sampler.drawn_tokens - before)
+            return generate(self, *args, **kwargs)
+
+        monkeypatch.setattr(type(sampler.model), "forward", forward)
+    completions = drain(sampler, requests(10)).values()
+    drawn = [len(c.completion_ids) for c in completions]
+    assert len(set(drawn)) > 1 and sampler.drawn_tokens - before == sum(drawn)
+    assert seen == sorted(seen) and (generate is None or len(set(seen)) > 20)
+
+
 def test_abort(sampler):
     wanted = requests(3, SamplingParams(max_completion_length=200))
     for request in wanted:
@@ -241,6 +261,7 @@ def test_vllm_takes_requests_many_at_a_time(engine):
     sampler = engine("vllm", 4)
     wanted = requests(16)
     expected = drawn_ids(drain(sampler, wanted))
+    before = sampler.drawn_tokens
     for request in wanted[:8]:
         sampler.submit(request)
     finished = sampler.poll()
@@ -248,11 +269,13 @@ def test_vllm_takes_requests_many_at_a_time(engine):
     assert drawing | {c.id for c in finished} == {f"r{i}" for i in range(8)} and len(drawing) > sampler._low
     for request in wanted[8:]:
         sampler.submit(request)
-    aborted = {"r9", min(drawing)}
-    for request_id in aborted:
-        sampler.abort(request_id)
+    aborted = {"r9", max(drawing, key=sampler._under_way_tokens().get)}
+    under_way = sampler._under_way_tokens()
+    told = {request_id: sampler.abort(request_id) for request_id in aborted}
+    assert told == {"r9": 0, max(aborted - {"r9"}): under_way[max(aborted - {"r9"})]} and max(told.values()) > 0
     while more := sampler.poll():
         finished += more
+    assert sampler.drawn_tokens - before == sum(len(c.completion_ids) for c in finished) + sum(told.values())
     assert drawn_ids({c.id: c for c in finished}) == {i: ids for i, ids in expected.items() if i not in aborted}
     assert len(finished) == 14 and not sampler._owners and not sampler._waiting
 

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import tracemalloc
 from collections import Counter
 from pathlib import Path
@@ -19,9 +20,21 @@ from test_rewriter import config, naive, rewrite
 from trl_offpolicy import DataRewriter
 from trl_offpolicy.journal import Journal
 from trl_offpolicy.rows import KEY, Verdict, copy_id, read_rows
-from trl_offpolicy.run_log import cut_advice, status
+from trl_offpolicy.run_log import RunLog, cut_advice, status
 from trl_offpolicy.sampling import Completion, SamplerError, attempt_seed
-from trl_offpolicy.scheduling import KnownAttempts
+from trl_offpolicy.scheduling import KnownAttempts, Speculation
+
+
+@pytest.fixture(autouse=True)
+def speculate_wherever_a_slot_is_free(request, monkeypatch):
+    """Else it would depend on how fast this machine is at the moment; rows must be the same whatever is decided."""
+    if "measured" not in request.fixturenames:
+        monkeypatch.setattr(Speculation, "most", lambda self, needed: self.slots)
+
+
+@pytest.fixture
+def measured():
+    """For tests of `Speculation` itself."""
 
 
 class Submitted(ScriptedSampler):
@@ -196,6 +209,8 @@ import sys
 sys.path.insert(0, {tests!r})
 from scripted import ScriptedSampler, rows, verify
 from trl_offpolicy import DataRewriter, RewriteConfig
+from trl_offpolicy.scheduling import Speculation
+Speculation.most = lambda self, needed: self.slots
 args = RewriteConfig({run!r}, num_generations=8, max_completion_length=50)
 sampler = ScriptedSampler(p_self=0.15, capacity={capacity}, order_seed={order}, kill_after={kill})
 DataRewriter("scripted", args, sampler=sampler, verifier=verify).rewrite(rows(12))
@@ -461,11 +476,129 @@ def test_status_line_counts_what_happened(tmp_path):
 
 
 def test_eta_and_rate_leave_out_what_the_journal_knew():
-    counts = Counter(self=60, expert=20, undrawn_rows=40, drawn_tokens=500, sampled=100, tokens=3000, fixed_k=320)
-    line = status(counts, total=200, seconds=10.0, sampling=3, verifying=2)
+    counts = Counter(self=60, expert=20, undrawn_rows=40, sampled=100, tokens=3000, fixed_k=320)
+    line = status(counts, total=200, seconds=10.0, sampling=3, verifying=2, drawn=500)
     assert line["eta_seconds"] == 30.0 and line["tokens_per_second"] == 50.0  # 40 rows in 10 s, 120 to go
+    # With tokens: 50 attempts of 20 are left, of which 40 tokens are drawn; of late there were 60 a second.
+    counts.update(finished=23, finished_tokens=460)
+    later = status(counts, total=200, seconds=10.0, sampling=3, drawn=500, rate=60.0, left=50.0)
+    assert later["eta_seconds"] == (50 * 20 - 40) / 60
+    # Three that have drawn 400 tokens by now are no shorter than that on average.
+    later = status(counts, total=200, seconds=10.0, sampling=3, drawn=460 + 1200, rate=60.0, left=3.0)
+    assert later["eta_seconds"] == 0.0 and status(counts, total=200, seconds=10.0, drawn=500)["eta_seconds"] is None
     assert line["tokens_saved"] == 320 * 30 - 3000 and (line["sampling"], line["verifying"]) == (3, 2)
     assert status(Counter(), 10, 1.0)["eta_seconds"] is None
+
+
+def test_attempts_left_are_those_that_a_run_draws(tmp_path, monkeypatch):
+    """What is expected after a third of 600 rows against what was drawn from then on, one attempt at a time."""
+    expected, update = [], RunLog.update
+
+    def noted(self, sampling, verifying, left):
+        done = sum(self.counts[source] for source in ("self", "guided", "expert"))
+        if done >= 200 and not expected:
+            expected.append((left(), self.counts["finished"] - verifying))
+        update(self, sampling, verifying, left)
+
+    monkeypatch.setattr(RunLog, "update", noted)
+    _, metrics = rewrite(tmp_path, rows(600), ScriptedSampler(capacity=8), max_concurrent_attempts=1)
+    ((left, drawn),) = expected
+    assert left == pytest.approx(metrics["sampling"]["sampled"] - drawn, rel=0.1)
+
+
+class Slow(ScriptedSampler):
+    """Draws its tokens one by one, and hands nothing over before the status line has shown so."""
+
+    drawn_tokens = 0
+
+    def __init__(self, metrics, **kwargs):
+        super().__init__(**kwargs)
+        self.metrics, self.seen = metrics, []
+
+    def poll(self):
+        deadline = time.monotonic() + 30
+        while not self.seen and time.monotonic() < deadline:
+            self.drawn_tokens += 1
+            lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
+            self.seen = [line for line in map(json.loads, lines) if line["tokens_per_second"] > 0]
+        self.drawn_tokens += 100
+        return super().poll()
+
+
+def test_the_status_line_moves_while_nothing_is_finished(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(RunLog, "TICK", 0.01)
+    monkeypatch.setattr(RunLog.__init__, "__defaults__", (None, 0.01))  # a line of the file as often
+    sampler = Slow(tmp_path / "run" / "metrics.jsonl")
+    rewrite(tmp_path, rows(5), sampler)
+    assert sampler.seen and sampler.seen[0]["rows"] == 0 and sampler.seen[0]["sampling"] == 0
+    line = json.loads(sampler.metrics.read_text().splitlines()[-1])
+    assert line["tokens"] + line["unused_tokens"] + line["aborted_tokens"] == sampler.drawn_tokens  # no token is lost
+    assert "tok/s" in capsys.readouterr().err
+
+
+class Counting(Submitted):
+    """Draws half of an attempt before it is told to forget it, and says so."""
+
+    drawn = 0
+
+    def completion(self, request):
+        c = super().completion(request)
+        self.drawn += len(c.completion_ids)
+        return c
+
+    def abort(self, request_id):
+        (request,) = [r for r in self.pending if r.id == request_id]
+        self.drawn += request.seed % 7
+        super().abort(request_id)
+        return request.seed % 7
+
+
+def test_every_token_that_the_engine_drew_is_counted(tmp_path):
+    """Those of aborted attempts too, also after a resume by another process, which finds them in `metrics.jsonl`."""
+    sampler = Counting(capacity=200)
+    _, metrics = rewrite(tmp_path, rows(60), sampler)
+    told = metrics["speculation"]
+    assert told["aborted"] and told["aborted_tokens"] > 0
+    assert metrics["sampling"]["tokens"] + told["unused_tokens"] + told["aborted_tokens"] == sampler.drawn
+    _, again = rewrite(tmp_path, rows(60), Counting())
+    assert again["speculation"] == told
+    stopped = Counting(capacity=200)
+    stopped.poll = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        rewrite(tmp_path / "stopped", rows(60), stopped)
+
+
+# ---- how far to speculate ----
+
+
+def settled(rate, needed, slots=256, seconds=2000):
+    """How many are in flight at the end on an engine that draws `rate(n)` tokens a second with n of them, `needed` being needed."""
+    speculation, drawn = Speculation(slots), 0.0
+    for second in range(seconds):
+        in_flight = max(needed, min(speculation.most(needed), 4 * needed))  # no row has more than four
+        drawn += rate(min(in_flight, slots))
+        speculation.note(in_flight, round(drawn), float(second))
+    return max(needed, min(speculation.most(needed), 4 * needed)), speculation
+
+
+@pytest.mark.usefixtures("measured")
+@pytest.mark.parametrize("needed", [1, 5, 50, 1000])
+def test_speculation_goes_as_far_as_tokens_per_second_rise(needed):
+    assert settled(lambda n: 100.0, needed)[0] == needed  # cores that are full with one
+    assert settled(lambda n: 100.0 * n, needed)[0] == max(needed, min(256, 4 * needed))
+    knee = settled(lambda n: 100.0 * min(n, 8), needed)[0]  # rises up to 8, and no further
+    assert knee == {1: 4, 5: 10}.get(needed, needed)
+
+
+@pytest.mark.usefixtures("measured")
+def test_speculation_begins_when_a_rate_is_known():
+    speculation = Speculation(64)
+    assert [speculation.most(n) for n in (0, 1, 50, 1000)] == [1, 1, 50, 64]
+    speculation.note(10, 0, 0.0)
+    speculation.note(10, 100, 1.0)
+    assert speculation.most(10) == 10  # ten tokens of each
+    speculation.note(10, 1000, 10.0)
+    assert speculation.most(10) == 20 and speculation.most(40) == 40
 
 
 class Long(ScriptedSampler):

@@ -16,7 +16,7 @@ import re
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -50,7 +50,7 @@ from .rows import (
     text_columns,
     unformatted,
 )
-from .run_log import PeriodicPush, RunLog, check_wandb, log_artifact, wandb_run
+from .run_log import PeriodicPush, RunLog, aborted_before, check_wandb, log_artifact, wandb_run
 from .sampling import (
     FAILED,
     Completion,
@@ -63,7 +63,7 @@ from .sampling import (
     slots_of,
     template_digest,
 )
-from .scheduling import Draw, Fate, KnownAttempts, Outcome, Scheduler
+from .scheduling import Draw, Fate, KnownAttempts, Outcome, Scheduler, Speculation
 from .shards import RUN_KEY, Shard, check_siblings, publish, published, withdraw
 from .verification import describe
 from .whole_file import partial_file, write_whole
@@ -341,16 +341,18 @@ class DataRewriter:
 
     def _run(self, dataset, keys: np.ndarray, journal: Journal, logged) -> Scheduler:
         """Streams all problems through sampling and verification until each has its outcome."""
-        counts: Counter = Counter()
+        path = self.shard.file(self.output_dir, "metrics.jsonl")
         known = KnownAttempts(journal.entries(until="reason"), self.args.stages)
+        counts = aborted_before(path) if len(known) else Counter()
         scheduler = Scheduler(self._gated(dataset, keys, known, counts), len(keys), self.args, counts)
         sampling: dict[str, Draw] = {}
-        aborted: set[str] = set()
-        path = self.shard.file(self.output_dir, "metrics.jsonl")
-        log = RunLog(path, len(keys), len(known), self.args.max_completion_length, logged)
+        aborted: dict[str, int] = {}
+        drawn = self._drawn_tokens(counts)
+        log = RunLog(path, len(keys), len(known), self.args.max_completion_length, counts, drawn, logged)
         push = PeriodicPush(lambda: self._push(finished=False), self.args.push_every, self.args.hub_token)
         capacity = self.sampler.capacity
-        slots = slots_of(self.sampler)
+        # A server tells of tokens when an attempt is finished: it takes several of each slot to know its rate.
+        speculation = Speculation(slots_of(self.sampler), 32 if hasattr(self.sampler, "drawn_tokens") else 1024)
         try:
             with (
                 abandoning(lambda: [(self._sampler_of(draw.stage), draw.id) for draw in sampling.values()]),
@@ -358,7 +360,11 @@ class DataRewriter:
             ):
                 while True:
                     # An attempt that waits for its verdict leaves its slot to another one.
-                    while len(sampling) < capacity and (draw := scheduler.next(speculate=len(sampling) < slots)):
+                    while len(sampling) < capacity and (
+                        draw := scheduler.next(
+                            len(sampling) < speculation.most(min(len(sampling), scheduler.open_rows))
+                        )
+                    ):
                         sampling[draw.id] = draw
                         if draw.progress.problem is None:  # begun before a resume
                             (draw.progress.problem,) = self._problems(dataset, keys, draw.progress.row, 1)
@@ -366,6 +372,7 @@ class DataRewriter:
                     if not sampling and not verdicts:
                         break
                     hurry = len(sampling) < capacity
+                    under_way = len(sampling)
                     try:
                         if not verdicts.full:
                             for draw, completion in self._poll(sampling, aborted, counts):
@@ -380,17 +387,20 @@ class DataRewriter:
                         counts["failed" if fate.finish_reason in FAILED else "drawn"] += 1
                         for request_id in scheduler.record(judged.item, fate):
                             if sampling.pop(request_id, None):  # else it is paid for and being verified
-                                self._sampler_of(judged.item.stage).abort(request_id)
-                                aborted.add(request_id)
-                                counts["aborted"] += 1
-                    log.update(counts, len(sampling), len(verdicts))
+                                tokens = self._sampler_of(judged.item.stage).abort(request_id) or 0
+                                aborted[request_id] = tokens
+                                counts.update({"aborted": 1, "aborted_tokens": tokens})
+                    speculation.note(under_way, drawn(), time.monotonic())
+                    log.update(len(sampling), len(verdicts), scheduler.attempts_left)
                     push.update(sum(counts[str(source)] for source in Source))
             if counts["failed"] and not counts["drawn"] and not len(known):  # no reason to keep all demonstrations
                 raise SamplerError(
                     f"not one of {counts['failed']:,} attempts could be drawn; the last one: {judged.reason}"
                 )
         finally:
-            log.update(counts, last=True)
+            # What an exception has stopped on the way is drawn again at a resume, and was paid for all the same.
+            counts["aborted_tokens"] = counts["earlier_aborted_tokens"] + drawn() - counts["finished_tokens"]
+            log.close()
             push.close()
         self._summarize(counts)
         return scheduler
@@ -398,8 +408,23 @@ class DataRewriter:
     def _sampler_of(self, stage: str) -> Sampler:
         return self.guided_sampler if stage == Source.GUIDED and self.guided_sampler is not None else self.sampler
 
+    def _drawn_tokens(self, counts: Counter) -> Callable[[], int]:
+        """
+        Tells how many tokens the engines have drawn from now on. Where one does not see them as they are drawn, those of finished
+        attempts, and what it says of aborted ones.
+        """
+        samplers = {id(s): s for s in (self.sampler, self.guided_sampler) if s is not None}.values()
+
+        def total() -> int:
+            if all(hasattr(sampler, "drawn_tokens") for sampler in samplers):
+                return sum(sampler.drawn_tokens for sampler in samplers)
+            return counts["finished_tokens"] + counts["aborted_tokens"]
+
+        before = total()
+        return lambda: total() - before
+
     def _poll(
-        self, sampling: dict[str, Draw], aborted: set[str], counts: Counter
+        self, sampling: dict[str, Draw], aborted: dict[str, int], counts: Counter
     ) -> Iterator[tuple[Draw, Completion]]:
         """What each sampler with requests under way has finished."""
         for sampler in {id(s): s for s in (self.sampler, self.guided_sampler)}.values():
@@ -409,7 +434,7 @@ class DataRewriter:
                 yield from self._finished(sampler, sampling, aborted, counts)
 
     def _finished(
-        self, sampler: Sampler, sampling: dict[str, Draw], aborted: set[str], counts: Counter
+        self, sampler: Sampler, sampling: dict[str, Draw], aborted: dict[str, int], counts: Counter
     ) -> list[tuple[Draw, Completion]]:
         """What a sampler has finished, with what was asked for; an aborted attempt that it returns all the same is only counted."""
         completions = sampler.poll()
@@ -417,12 +442,13 @@ class DataRewriter:
             raise RuntimeError(f"{sampler.name}: the sampler has requests under way but returned none of them.")
         batch = []
         for completion in completions:
-            counts["drawn_tokens"] += len(completion.completion_ids)
+            tokens = len(completion.completion_ids)
+            counts.update({"finished": completion.finish_reason not in FAILED, "finished_tokens": tokens})
             if completion.id in sampling:
                 batch.append((sampling.pop(completion.id), completion))
             elif completion.id in aborted:
-                aborted.remove(completion.id)
-                counts.update({"aborted": -1, "unused": 1, "unused_tokens": len(completion.completion_ids)})
+                told = aborted.pop(completion.id)
+                counts.update({"aborted": -1, "aborted_tokens": -told, "unused": 1, "unused_tokens": tokens})
             else:
                 raise RuntimeError(
                     f"{sampler.name}: the sampler returned {completion.id!r}, which it was not asked for, or twice."
@@ -534,7 +560,7 @@ class DataRewriter:
                 for stage in self.args.stages
             },
             # Beyond the attempts that settled something; this depends on the engine's speed, the numbers above do not.
-            "speculation": {name: counts[name] for name in ("unused", "unused_tokens", "aborted")},
+            "speculation": {name: counts[name] for name in ("unused", "unused_tokens", "aborted", "aborted_tokens")},
             "verdicts": {str(v): counts["verdict_" + v] for v in Verdict},
         }
 

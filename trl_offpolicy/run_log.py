@@ -6,9 +6,10 @@ import os
 import re
 import secrets
 import sys
+import threading
 import time
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,7 +21,16 @@ from .redaction import redacted
 from .rows import Source
 
 
-def status(counts: Counter, total: int, seconds: float, sampling: int = 0, verifying: int = 0) -> dict:
+def status(
+    counts: Counter,
+    total: int,
+    seconds: float,
+    sampling: int = 0,
+    verifying: int = 0,
+    drawn: int = 0,
+    rate: float | None = None,
+    left: float | None = None,
+) -> dict:
     """
     One line of `metrics.jsonl`.
 
@@ -30,19 +40,23 @@ def status(counts: Counter, total: int, seconds: float, sampling: int = 0, verif
         seconds (`float`): Since this process began to sample.
         sampling (`int`, *optional*, defaults to `0`): Attempts with the engine.
         verifying (`int`, *optional*, defaults to `0`): Attempts waiting for their verdict.
+        drawn (`int`, *optional*, defaults to `0`): Tokens that this process has drawn, those of attempts under way included.
+        rate (`float`, *optional*): Tokens drawn per second of late; by default since the beginning.
+        left (`float`, *optional*): Attempts that are still to be drawn, those under way included ([`~scheduling.Scheduler.attempts_left`]).
 
     Returns:
         `dict`: `rows` and their number by source; `sampled`, `tokens`, `acceptance/<stage>` and `truncated/<stage>` over the attempts that
-            settled something (they do not depend on the window); `unused` and `unused_tokens` of those drawn beyond them, `aborted` ones that were
-            stopped in time; `tokens_per_second` and `eta_seconds` (`None` until it can be told) of this process alone, without what a
-            journal knew; `tokens_saved` of what K attempts for each problem and stage would have cost at the same mean length.
+            settled something (they do not depend on the window); `unused` and `unused_tokens` of those drawn beyond them, `aborted` ones
+            that were stopped on the way, with the `aborted_tokens` drawn of them by then; `tokens_per_second` and `eta_seconds` (`None`
+            until it can be told) of this process alone, without what a journal knew; `tokens_saved` of what K attempts for each problem
+            and stage would have cost at the same mean length, after all tokens that were drawn in vain.
     """
     by_source = {str(source): counts[source] for source in Source}
     rows = sum(by_source.values())
-    fresh = rows - counts["undrawn_rows"]
-    spent = counts["tokens"] + counts["unused_tokens"]
+    spent = counts["tokens"] + counts["unused_tokens"] + counts["aborted_tokens"]
     fixed_k_tokens = counts["fixed_k"] * counts["tokens"] / max(1, counts["sampled"])
-    stages = [name.removesuffix("_sampled") for name in counts if name.endswith("_sampled")]
+    stages = [name.removesuffix("_sampled") for name in list(counts) if name.endswith("_sampled")]
+    rate = drawn / max(seconds, 1e-9) if rate is None else rate
     return {
         "seconds": round(seconds, 2),
         "rows": rows,
@@ -50,7 +64,7 @@ def status(counts: Counter, total: int, seconds: float, sampling: int = 0, verif
         **by_source,
         "sampled": counts["sampled"],
         "tokens": counts["tokens"],
-        "tokens_per_second": round(counts["drawn_tokens"] / max(seconds, 1e-9), 1),
+        "tokens_per_second": round(rate, 1),
         **{f"acceptance/{s}": round(counts[f"{s}_correct"] / max(1, counts[f"{s}_sampled"]), 4) for s in stages},
         "truncated": counts["truncated"],
         **{f"truncated/{s}": round(counts[f"{s}_truncated"] / max(1, counts[f"{s}_sampled"]), 4) for s in stages},
@@ -58,13 +72,28 @@ def status(counts: Counter, total: int, seconds: float, sampling: int = 0, verif
         "errors": counts["verdict_error"],
         "sampling": sampling,
         "verifying": verifying,
-        "eta_seconds": round((total - rows) * seconds / fresh, 1) if fresh else 0.0 if rows == total else None,
-        "aborted": counts["aborted"],
-        "unused": counts["unused"],
-        "unused_tokens": counts["unused_tokens"],
+        "eta_seconds": 0.0
+        if rows == total
+        else _seconds_left(counts, total - rows, seconds, sampling, drawn, rate, left),
+        **{name: counts[name] for name in ("aborted", "aborted_tokens", "unused", "unused_tokens")},
         "tokens_saved": round(fixed_k_tokens - spent),
         "tokens_saved_share": round(1 - spent / fixed_k_tokens, 4) if fixed_k_tokens else 0.0,
     }
+
+
+def _seconds_left(
+    counts: Counter, rows_left: int, seconds: float, sampling: int, drawn: int, rate: float, left: float | None
+) -> float | None:
+    """The tokens that attempts to come will have, less those that are drawn of the ones under way, at the rate of late."""
+    if not counts["finished_tokens"]:  # nothing is finished, or the server says no tokens: then by rows
+        fresh = sum(counts[source] for source in Source) - counts["undrawn_rows"]
+        return round(rows_left * seconds / fresh, 1) if fresh else None
+    if left is None or not rate:
+        return None
+    under_way = max(0, drawn - counts["finished_tokens"] - counts["aborted_tokens"] + counts["earlier_aborted_tokens"])
+    # The first to finish are the short ones: none that are under way will be shorter than they are on average by now.
+    length = max(counts["finished_tokens"] / counts["finished"], under_way / max(1, sampling))
+    return round(max(0.0, left * length - under_way) / rate, 1)
 
 
 # Above this share of attempts that were cut, a run says so in a sentence; not before so many attempts are settled.
@@ -105,11 +134,15 @@ class RunLog:
     """
     Writes [`status`] where someone looks.
 
+    A thread of its own shows it again every second, so that it moves while an engine draws and nothing is finished.
+
     Args:
         path (`Path`): `metrics.jsonl`; lines are appended.
         total (`int`): Rows of the run.
         resumed (`int`): Attempts that the journal holds already.
         limit (`int`): `max_completion_length`, for [`cut_advice`].
+        counts (`Counter`): What is counted, elsewhere.
+        drawn (`Callable[[], int]`): Tokens that this process has drawn.
         wandb_run (`wandb.Run`, *optional*): Gets the same lines, and the attempts as the table `attempts`.
         every (`float`, *optional*, defaults to `5.0`): Seconds between two lines of the file.
     """
@@ -117,47 +150,92 @@ class RunLog:
     COLUMNS = ("id", "stage", "attempt", "verdict", "finish_reason", "num_tokens", "log_prob", "reason", "text")
     # A W&B table shows no more rows than this; the journal has them all.
     MAX_ATTEMPTS = 10_000
+    TICK = 1.0  # seconds from one refreshment to the next where nothing happens
+    WINDOW = 60.0  # seconds over which tokens per second are taken
 
-    def __init__(self, path: Path, total: int, resumed: int, limit: int, wandb_run=None, every: float = 5.0):
+    def __init__(
+        self,
+        path: Path,
+        total: int,
+        resumed: int,
+        limit: int,
+        counts: Counter,
+        drawn: Callable[[], int],
+        wandb_run=None,
+        every: float = 5.0,
+    ):
         self.path, self.total, self.limit, self.every, self.wandb_run = path, total, limit, every, wandb_run
+        self.counts, self.drawn = counts, drawn
         self.advised = False
         self.began = self.written = time.monotonic()
         self.shown = 0.0
-        self.bar = tqdm(total=total, desc="rewriting", unit="row")
+        self.marks = deque([(self.began, 0)])  # when how many tokens had been drawn
+        self.under_way: tuple[int, int, float | None] = 0, 0, None
+        self.bar = tqdm(
+            total=total,
+            desc="rewriting",
+            unit="row",
+            bar_format="{l_bar}{bar:10}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
+        )
         if resumed:
             self.bar.write(f"resuming: {resumed:,} attempts are in the journal already", file=sys.stderr)
         if wandb_run is not None:
             import wandb
 
             self.table, self.logged = wandb.Table(list(self.COLUMNS), log_mode="INCREMENTAL"), 0
+        self.lock, self.over = threading.Lock(), threading.Event()
+        self.thread = threading.Thread(target=self._tick, name="status line", daemon=True)
+        self.thread.start()
 
     def attempt(self, entry: dict) -> None:
         """Notes one line of the journal for the table."""
         if self.wandb_run is not None and len(self.table.data) < self.MAX_ATTEMPTS:
             self.table.add_data(*(entry.get(name) for name in self.COLUMNS))
 
-    def update(self, counts: Counter, sampling: int = 0, verifying: int = 0, last: bool = False) -> None:
-        now = time.monotonic()
-        if now - self.shown < 0.1 and not last:
+    def update(self, sampling: int, verifying: int, left: Callable[[], float]) -> None:
+        """Shows what is counted, unless that was done a moment ago; `left` as in [`status`]."""
+        if time.monotonic() - self.shown < 0.1:
             return
-        self.shown = now
-        line = status(counts, self.total, now - self.began, sampling, verifying)
-        rows = line["rows"]
-        parts = [f"{source} {line[source] / max(1, rows):.1%}" for source in map(str, Source)]
-        parts += [f"{line['tokens_per_second']:,.0f} tok/s", f"{line['sampled']:,} attempts"]
-        for stage in (name.removeprefix("acceptance/") for name in line if name.startswith("acceptance/")):
-            cut = f", {line[f'truncated/{stage}']:.0%} cut" if line[f"truncated/{stage}"] else ""
-            parts.append(f"{stage} accepts {line[f'acceptance/{stage}']:.0%}{cut}")
-        parts += [f"{sampling}+{verifying} in flight", f"saved {line['tokens_saved_share']:.0%} of fixed K"]
-        parts += [f"{line[name]:,} {name}" for name in ("timeouts", "errors") if line[name]]
-        self.bar.set_postfix_str(" · ".join(parts), refresh=False)
-        self.bar.update(rows - self.bar.n)
-        if not self.advised and counts["sampled"] >= ENOUGH_ATTEMPTS and (advice := cut_advice(counts, self.limit)):
-            self.advised = True
-            self.bar.write(advice, file=sys.stderr)
-        if now - self.written < self.every and not last:
-            return
-        self.written = now
+        self.under_way = sampling, verifying, left()
+        self._show()
+
+    def close(self) -> None:
+        """Shows it for the last time."""
+        self.over.set()
+        self.thread.join()
+        self.under_way = 0, 0, None
+        self._show(last=True)
+        self.bar.close()
+
+    def _tick(self) -> None:
+        while not self.over.wait(self.TICK):
+            if time.monotonic() - self.shown >= self.TICK:
+                self._show()
+
+    def _show(self, last: bool = False) -> None:
+        with self.lock:
+            self.shown = now = time.monotonic()
+            drawn = self.drawn()
+            self.marks.append((now, drawn))
+            while now - self.marks[0][0] > self.WINDOW and len(self.marks) > 2:
+                self.marks.popleft()
+            since, before = (self.began, 0) if last else self.marks[0]
+            rate = (drawn - before) / max(now - since, 1e-9)
+            counts = Counter(self.counts)  # as it is now: the main thread goes on counting
+            sampling, verifying, left = self.under_way
+            line = status(counts, self.total, now - self.began, sampling, verifying, drawn, rate, left)
+            self.bar.n = line["rows"]
+            self.bar.set_postfix_str(shown(line), refresh=False)
+            self.bar.refresh()
+            enough = counts["sampled"] >= ENOUGH_ATTEMPTS
+            if not self.advised and enough and (advice := cut_advice(counts, self.limit)):
+                self.advised = True
+                self.bar.write(advice, file=sys.stderr)
+            if now - self.written >= self.every or last:
+                self.written = now
+                self._log(line, last)
+
+    def _log(self, line: dict, last: bool) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         if self.wandb_run is not None:
@@ -166,8 +244,34 @@ class RunLog:
                 self.wandb_run.log({"attempts": self.table}, commit=False)
                 self.logged = len(self.table.data)
             self.wandb_run.log(line)
-        if last:
-            self.bar.close()
+
+
+def shown(line: dict) -> str:
+    """What the status line says of a line of `metrics.jsonl`, the most important first: a narrow terminal cuts its end."""
+    left = line["eta_seconds"]
+    parts = [] if left is None else [f"{tqdm.format_interval(left)} left"]
+    parts += [f"{line['tokens_per_second']:,.0f} tok/s"]
+    parts += [f"{source} {line[source] / max(1, line['rows']):.1%}" for source in map(str, Source)]
+    for stage in (name.removeprefix("acceptance/") for name in line if name.startswith("acceptance/")):
+        cut = f", {line[f'truncated/{stage}']:.0%} cut" if line[f"truncated/{stage}"] else ""
+        parts.append(f"{stage} accepts {line[f'acceptance/{stage}']:.0%}{cut}")
+    parts += [f"{line['sampling']}+{line['verifying']} in flight", f"{line['sampled']:,} attempts"]
+    parts += [f"saved {line['tokens_saved_share']:.0%} of fixed K"] if line["sampled"] else []
+    parts += [f"{line[name]:,} {name}" for name in ("timeouts", "errors") if line[name]]
+    return " · ".join(parts)
+
+
+def aborted_before(path: Path) -> Counter:
+    """What earlier processes of a run have drawn in vain of attempts that are in no journal, as `metrics.jsonl` says."""
+    earlier: Counter = Counter()
+    for line in path.read_text().splitlines()[-2:] if path.exists() else ():
+        try:
+            told = json.loads(line)
+            earlier = Counter({name: int(told[name]) for name in ("aborted", "aborted_tokens")})
+        except (ValueError, KeyError):  # torn by a kill, or written before these were counted
+            continue
+    earlier["earlier_aborted_tokens"] = earlier["aborted_tokens"]
+    return earlier
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Which attempt is drawn next, and when a problem is settled; knows neither engines nor files.
 
-A problem's attempts are drawn in index order while other problems keep the engine full. Only where slots are left does a
-problem get later attempts on speculation; as soon as one of its attempts is correct, the higher ones are obsolete, the lower
+A problem's attempts are drawn in index order while other problems keep the engine full. Only where slots are left, and the engine
+draws more tokens per second for it, does a problem get later attempts on speculation; as soon as one of its attempts is correct, the higher ones are obsolete, the lower
 ones are waited for, and the lowest correct one is kept. So the rows are those of drawing one attempt after another, whatever
 the order in which attempts finish; keeping the first *finished* one instead would favour short answers.
 """
@@ -121,6 +121,31 @@ class Scheduler:
             self._ready.appendleft(progress)
         return Draw(progress, self.args.stages[progress.stage], attempt)
 
+    @property
+    def open_rows(self) -> int:
+        """Problems that are begun and not settled: with `first`, how many attempts are needed now."""
+        return len(self._open)
+
+    def attempts_left(self) -> float:
+        """The attempts that are still to be drawn, those under way included, if each stage goes on accepting as many as so far."""
+        most, counts = self.args.num_generations, self.counts
+        rest = [0.0]  # of a problem that is through with all stages but the last 0, 1, …
+        rates = []
+        for stage in reversed(self.args.stages):
+            rates.insert(0, (counts[f"{stage}_correct"] + 1) / (counts[f"{stage}_sampled"] + 2))
+            rest.insert(0, self._expected(most, rates[0], rest[0]))
+        left = (len(self._outcomes) - sum(counts[source] for source in self._sources) - len(self._open)) * rest[0]
+        for progress in self._open.values():
+            if 0 <= progress.stage < len(rates):
+                tries = most - len(progress.fates)
+                left += self._expected(tries, rates[progress.stage], rest[progress.stage + 1])
+        return left
+
+    def _expected(self, tries: int, rate: float, rest: float) -> float:
+        """Attempts of a problem with so many tries at a stage, each of which succeeds at `rate`, and `rest` behind it if none does."""
+        in_vain = (1 - rate) ** tries
+        return (tries if self._all_needed else (1 - in_vain) / rate) + in_vain * rest
+
     def _due(self) -> Progress | None:
         """A problem that waits for its next attempt, else a fresh one; `None` when all are under way or settled."""
         while not self._ready and (item := next(self._fresh, None)):
@@ -227,6 +252,55 @@ class Scheduler:
         self.counts[str(outcome.source)] += 1
         self.counts["undrawn_rows"] += not progress.sampled
         del self._open[progress.row]
+
+
+class Speculation:
+    """
+    How many attempts may be in flight, speculative ones included, so that each of them makes the engine draw more.
+
+    Tokens per second are measured at each power of two in flight while the run goes. Beyond the attempts that are needed there may be
+    twice as many where that many have not been tried, or where they were drawn at [`GAIN`] times the rate; and so on from there. An
+    engine whose cores are full draws hardly more with twice as many, and each attempt that is needed would only take longer.
+
+    Args:
+        slots (`int`): How many the engine draws at a time.
+        enough (`int`, *optional*, defaults to `32`): Tokens for each attempt in flight after which a rate is believed; many completions'
+            worth where tokens are counted only when an attempt is finished.
+    """
+
+    GAIN = 1.2
+
+    def __init__(self, slots: int, enough: int = 32):
+        self.slots, self.enough = slots, enough
+        self._last: tuple[int, float] | None = None
+        self._measured: dict[int, list[float]] = {}  # tokens and seconds by the power of two
+
+    def note(self, in_flight: int, drawn: int, now: float) -> None:
+        """Takes how many tokens had been drawn at the time `now`, before which so many attempts were in flight since the last call."""
+        before, self._last = self._last, (drawn, now)
+        if before is None or not in_flight:
+            return
+        level = min(in_flight, self.slots).bit_length()
+        measured = self._measured.setdefault(level, [0.0, 0.0])
+        measured[0] += drawn - before[0]
+        measured[1] += now - before[1]
+        if measured[0] > 8 * self.enough * 2**level:  # what was long ago counts half
+            measured[:] = (x / 2 for x in measured)
+
+    def most(self, needed: int) -> int:
+        """How many may be in flight while so many of them are needed, as far as they are known to be."""
+        needed = max(1, needed)  # an engine without anything to do may always be given something
+        level = min(needed, self.slots).bit_length()
+        while needed < self.slots and (rate := self._rate(level)):
+            further = self._rate(level + 1)
+            if further is not None and further < self.GAIN * rate:
+                break
+            needed, level = 2 * needed, level + 1
+        return min(needed, self.slots)
+
+    def _rate(self, level: int) -> float | None:
+        tokens, seconds = self._measured.get(level, (0.0, 0.0))
+        return tokens / seconds if tokens >= self.enough * 2 ** (level - 1) and seconds > 0 else None
 
 
 def select(correct: list[Fate], selection: str, key: tuple) -> Fate:

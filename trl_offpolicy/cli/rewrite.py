@@ -239,13 +239,10 @@ def _print_summary(metrics: dict, limit: int) -> None:
             f"{metrics['unsolved']:,} problems have no correct attempt and no demonstration, so no row: unsolved.jsonl lists them"
         )
     sampling, unused = metrics["sampling"], metrics["speculation"]
+    in_vain, tokens_in_vain = unused["unused"] + unused["aborted"], unused["unused_tokens"] + unused["aborted_tokens"]
     print(
-        f"{sampling['sampled']:,} attempts, {sampling['tokens']:,} tokens; fixed K would have drawn {sampling['fixed_k_equivalent']:,}"
-        + (
-            f"; {unused['unused']:,} more on speculation, {unused['unused_tokens']:,} tokens"
-            if unused["unused"]
-            else ""
-        )
+        f"{sampling['sampled']:,} attempts, {sampling['tokens']:,} tokens; fixed K would have drawn {sampling['fixed_k_equivalent']:,} attempts"
+        + (f"; in vain {in_vain:,} more, {tokens_in_vain:,} tokens" if in_vain or tokens_in_vain else "")
     )
     for stage, told in metrics["stages"].items():
         drawn = max(1, told["sampled"])

@@ -68,7 +68,9 @@ class Sampler(Protocol):
 
     `name` and `revision` are written beside each row; `capacity` is how many requests keep the engine busy. Engines also have
     `slots`, how many of them are drawn at a time (attempts that may be in vain fill these only; by default `capacity`), and
-    `with_adapter(adapter)`: a second sampler on the same loaded weights, whose draws come from them with a LoRA adapter on.
+    `with_adapter(adapter)`: a second sampler on the same loaded weights, whose draws come from them with a LoRA adapter on. One that
+    sees tokens as they are drawn has `drawn_tokens`: all since it was made, those of requests under way and of aborted ones included;
+    it is read from another thread.
     """
 
     name: str
@@ -81,8 +83,8 @@ class Sampler(Protocol):
     def poll(self) -> list[Completion]:
         """Waits until at least one request is finished and returns what is; an empty list if none is under way."""
 
-    def abort(self, request_id: str) -> None:
-        """Forgets a request; one that is finished or unknown is no error."""
+    def abort(self, request_id: str) -> int | None:
+        """Forgets a request and returns how many tokens it has drawn for it; one that is finished or unknown is no error."""
 
     def close(self) -> None:
         """Frees the engine."""

@@ -78,6 +78,8 @@ class _Job:
     failed: set[_Server] = field(default_factory=set)
     task: asyncio.Task | None = None
     aborted: bool = False
+    sent: float | None = None  # when this try began
+    completion: Completion | None = None
 
 
 class OpenAISampler:
@@ -132,6 +134,7 @@ class OpenAISampler:
         # Of jobs (`None` as in `_under_way`) with their completions, of warnings, or of the exception that ends it all.
         self._finished: queue.SimpleQueue = queue.SimpleQueue()
         self._answered = 0
+        self._answer_tokens, self._answer_seconds = 0, 0.0
         self._failing_since: float | None = None  # the first failure after the last answer
         self._last_error = ""
         self._vocabulary = 1 << 31  # until there is a tokenizer
@@ -218,10 +221,21 @@ class OpenAISampler:
                 finished.append(completion)
         return finished
 
-    def abort(self, request_id: str) -> None:
+    def abort(self, request_id: str) -> int:
+        """
+        Forgets a request. How much a server has drawn of an answer that is not finished it does not say; what is returned is the time
+        since it was sent times the tokens per second of the answers so far.
+        """
         job = self._under_way.pop(request_id, None)
-        if job is not None:
-            self._loop.call_soon_threadsafe(self._cancel, job)
+        if job is None:
+            return 0
+        self._loop.call_soon_threadsafe(self._cancel, job)
+        if (completion := job.completion) is not None:  # finished, and not taken yet
+            return len(completion.completion_ids)
+        if job.sent is None or not self._answer_seconds:
+            return 0
+        drawn = (self._loop.time() - job.sent) * self._answer_tokens / self._answer_seconds
+        return min(round(drawn), job.request.params.max_completion_length)
 
     def close(self) -> None:
         if self._loop.is_closed():
@@ -272,17 +286,22 @@ class OpenAISampler:
         self._dispatch()
 
     async def _try(self, job: _Job, server: _Server) -> None:
+        job.sent = self._loop.time()
         try:
             completion = await self._ask(server, job.request, job.ids, self._dialect)
             self._count_answer(server)
+            self._answer_tokens += len(completion.completion_ids)
+            self._answer_seconds += self._loop.time() - job.sent
         except _FAILURES as error:
             completion = self._fault(job, server, error)
         except Exception as error:
             self._finished.put(error)  # ours: `poll` raises it
             return
         if completion is None:
+            job.sent = None
             self._waiting.appendleft(job)
         else:
+            job.completion = completion
             self._finished.put((job, completion))
 
     def _fault(self, job: _Job, server: _Server, error: Exception) -> Completion | None:

@@ -41,7 +41,9 @@ from . import (
 class _SeededDraw(LogitsProcessor):
     """Chooses the next token of each row from the row's own random stream, and notes the model's log-prob of it."""
 
-    def __init__(self, seeds: list[int], params: SamplingParams, prompt_length: int, device):
+    def __init__(
+        self, seeds: list[int], params: SamplingParams, prompt_length: int, device, stop: list[int], room: list[int]
+    ):
         # (steps, rows): the numbers of a row depend on its seed and on nothing else
         streams = [
             torch.rand(params.max_completion_length, generator=torch.Generator().manual_seed(s), dtype=torch.float64)
@@ -50,6 +52,9 @@ class _SeededDraw(LogitsProcessor):
         self.uniform = torch.stack(streams, dim=1).to(device)
         self.params, self.prompt_length = params, prompt_length
         self.log_probs: list[torch.Tensor] = []  # one (rows,) tensor a step
+        # Rows that are not at their end yet, by which the tokens are counted that completions will hold.
+        self.stop, self.room = torch.tensor(stop, device=device), torch.tensor(room, device=device)
+        self.live, self.drawn = self.room > 0, 0
         self.warpers = LogitsProcessorList()
         if params.temperature not in (0.0, 1.0):
             self.warpers.append(TemperatureLogitsWarper(params.temperature))
@@ -68,6 +73,8 @@ class _SeededDraw(LogitsProcessor):
             token = torch.searchsorted(cumulative, self.uniform[step][:, None] * cumulative[:, -1:], right=True)
             token = token.clamp(max=scores.shape[-1] - 1)  # (rows, 1)
         self.log_probs.append((scores.gather(-1, token) - scores.logsumexp(-1, keepdim=True))[:, 0])
+        self.drawn += int(self.live.sum())
+        self.live &= ~torch.isin(token[:, 0], self.stop) & (self.room > step + 1)
         return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
 
 
@@ -104,6 +111,7 @@ class TransformersSampler:
             self.model = load_model(model, **kwargs)
         commit = hub_commit(model, (model_init_kwargs or {}).get("revision")) if isinstance(model, str) else None
         self.revision = commit or weights_digest(self.model.named_parameters())
+        self._drawn, self._draw = 0, None  # tokens of finished batches, and the one under way
         self.batch_size, self.batch_tokens = batch_size, batch_tokens
         # A batch is drawn to the end of its longest completion: of many that wait, those that go are much alike in length.
         self.slots, self.capacity = batch_size, 32 * batch_size
@@ -136,7 +144,7 @@ class TransformersSampler:
                 f"You passed adapter={adapter!r}, which is {kind.value}; only LoRA can be switched on and off."
             )
         other = copy.copy(self)
-        other._pending, other._failed = [], []
+        other._pending, other._failed, other._drawn = [], [], 0
         other.name, other.revision = adapter, adapted_revision(self.revision, adapter)
         # Layers of `self.model` are wrapped in place, so both samplers go on with it.
         self._without_adapter = PeftModel.from_pretrained(self.model, directory).disable_adapter
@@ -173,9 +181,15 @@ class TransformersSampler:
         """How long a completion may get: that depends on its own prompt alone, so neighbours in a batch cannot change it."""
         return min(request.params.max_completion_length, self.context - len(ids))
 
-    def abort(self, request_id: str) -> None:
+    @property
+    def drawn_tokens(self) -> int:
+        """Tokens drawn so far, those of the batch under way included."""
+        return self._drawn + (self._draw.drawn if self._draw else 0)
+
+    def abort(self, request_id: str) -> int:
         self._failed = [c for c in self._failed if c.id != request_id]
         self._pending = [p for p in self._pending if p[0].id != request_id]
+        return 0  # a batch is drawn within one `poll`: what can still be aborted was not begun
 
     def close(self) -> None:
         self._pending = []
@@ -190,7 +204,8 @@ class TransformersSampler:
         input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for _, ids in batch], device=device)
         attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for _, ids in batch], device=device)
         room = [self._room(*pair) for pair in batch]
-        draw = _SeededDraw([request.seed for request, _ in batch], params, width, device)
+        seeds = [request.seed for request, _ in batch]
+        self._draw = draw = _SeededDraw(seeds, params, width, device, self.stop_token_ids, room)
         own_config, was_training = self.model.generation_config, self.model.training
         # The model's own generation config may carry a repetition penalty or a top_k: neither is the policy itself.
         self.model.generation_config = GenerationConfig(eos_token_id=self.stop_token_ids or None, pad_token_id=pad)
@@ -202,6 +217,7 @@ class TransformersSampler:
                     logits_processor=LogitsProcessorList([draw]),
                 )  # fmt: skip
         finally:
+            self._draw, self._drawn = None, self._drawn + draw.drawn
             self.model.generation_config = own_config
             self.model.train(was_training)
         drawn = output[:, width:].tolist()

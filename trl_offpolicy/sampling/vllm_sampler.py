@@ -85,6 +85,7 @@ class VLLMSampler:
         self._owners: dict[str, VLLMSampler] = {}
         self._encoded: tuple[list, list[int] | Completion] = [], []  # the last prompt and its token ids
         self._done: list[Completion] = []
+        self._drawn = 0  # tokens of what is not under way any more
         self._shared = False
         if adapter is not None:
             self._adapt(adapter)
@@ -97,7 +98,7 @@ class VLLMSampler:
             ValueError: The engine was started without [`lora_engine_kwargs`].
         """
         other = copy.copy(self)
-        other._done, other._shared = [], True
+        other._done, other._shared, other._drawn = [], True, 0
         other._adapt(adapter)
         return other
 
@@ -172,15 +173,32 @@ class VLLMSampler:
             for output in outputs:
                 if output.finished and (owner := self._owners.pop(output.request_id, None)):
                     owner._done.append(self._completion(output))
+                    owner._drawn += len(output.outputs[0].token_ids)
 
     def _under_way(self) -> bool:
         return self in self._owners.values() or any(owner is self for owner, _ in self._waiting.values())
 
-    def abort(self, request_id: str) -> None:
+    def _under_way_tokens(self) -> dict[str, int]:
+        """How many tokens the engine has drawn of each request of this sampler, as far as they have come out of its process."""
+        states = list(self.engine.output_processor.request_states.values())  # at once, for another thread may read it
+        drawn = {getattr(s, "external_req_id", s.request_id): s.detokenizer.num_output_tokens() for s in states}
+        return {name: tokens for name, tokens in drawn.items() if self._owners.get(name) is self}
+
+    @property
+    def drawn_tokens(self) -> int:
+        """Tokens drawn so far, those of requests under way and of aborted ones included."""
+        return self._drawn + sum(self._under_way_tokens().values())
+
+    def abort(self, request_id: str) -> int:
+        drawn = sum(len(c.completion_ids) for c in self._done if c.id == request_id)  # finished, and not taken yet
         self._done = [c for c in self._done if c.id != request_id]
         self._waiting.pop(request_id, None)
-        if self._owners.pop(request_id, None):
+        if request_id in self._owners:
+            drawn = self._under_way_tokens().get(request_id, 0)
+            self._drawn += drawn
+            del self._owners[request_id]
             self.engine.abort_request([request_id])
+        return drawn
 
     def close(self) -> None:
         if self._shared:
