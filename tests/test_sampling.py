@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from trl_offpolicy import OpenAISampler, TransformersSampler, VLLMSampler
 from trl_offpolicy.rows import encode_prompt
 from trl_offpolicy.sampling import Request, SamplerError, SamplingParams, attempt_seed, load_model
-from trl_offpolicy.sampling.vllm_sampler import lora_engine_kwargs
+from trl_offpolicy.sampling.vllm_sampler import cpu_memory, lora_engine_kwargs
 
 
 QUESTIONS = [
@@ -278,6 +279,21 @@ def test_vllm_takes_requests_many_at_a_time(engine):
     assert sampler.drawn_tokens - before == sum(len(c.completion_ids) for c in finished) + sum(told.values())
     assert drawn_ids({c.id: c for c in finished}) == {i: ids for i, ids in expected.items() if i not in aborted}
     assert len(finished) == 14 and not sampler._owners and not sampler._waiting
+
+
+def test_vllm_on_a_cpu_takes_what_is_free(monkeypatch, capsys):
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    memory = SimpleNamespace(total=20 << 30, available=10 << 30)
+    assert cpu_memory({"dtype": "float32"}, memory) == {"gpu_memory_utilization": 0.4}
+    assert "may take 8.0 GiB" in capsys.readouterr().err
+    with pytest.raises(
+        ValueError, match="gpu_memory_utilization=0.92, .* only 10.0 of 20.0 GiB are free. Pass at most 0.4"
+    ):
+        cpu_memory({"gpu_memory_utilization": 0.92}, memory)
+    for chosen in ({"gpu_memory_utilization": 0.3}, {"kv_cache_memory_bytes": 1 << 20}):
+        assert cpu_memory(chosen, memory) == {}
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "4")
+    assert cpu_memory({}, memory) == {} and not capsys.readouterr().err
 
 
 def test_the_revision_is_the_weights(tiny_model, tokenizer):

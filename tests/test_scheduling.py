@@ -530,7 +530,7 @@ def test_the_status_line_moves_while_nothing_is_finished(tmp_path, monkeypatch, 
     monkeypatch.setattr(RunLog.__init__, "__defaults__", (None, 0.01))  # a line of the file as often
     sampler = Slow(tmp_path / "run" / "metrics.jsonl")
     rewrite(tmp_path, rows(5), sampler)
-    assert sampler.seen and sampler.seen[0]["rows"] == 0 and sampler.seen[0]["sampling"] == 0
+    assert sampler.seen and sampler.seen[0]["rows"] == 0 and sampler.seen[0]["sampling"] == 16
     line = json.loads(sampler.metrics.read_text().splitlines()[-1])
     assert line["tokens"] + line["unused_tokens"] + line["aborted_tokens"] == sampler.drawn_tokens  # no token is lost
     assert "tok/s" in capsys.readouterr().err

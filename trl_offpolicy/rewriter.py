@@ -373,6 +373,7 @@ class DataRewriter:
                         break
                     hurry = len(sampling) < capacity
                     under_way = len(sampling)
+                    log.update(under_way, len(verdicts), scheduler.attempts_left)
                     try:
                         if not verdicts.full:
                             for draw, completion in self._poll(sampling, aborted, counts):
@@ -391,7 +392,6 @@ class DataRewriter:
                                 aborted[request_id] = tokens
                                 counts.update({"aborted": 1, "aborted_tokens": tokens})
                     speculation.note(under_way, drawn(), time.monotonic())
-                    log.update(len(sampling), len(verdicts), scheduler.attempts_left)
                     push.update(sum(counts[str(source)] for source in Source))
             if counts["failed"] and not counts["drawn"] and not len(known):  # no reason to keep all demonstrations
                 raise SamplerError(

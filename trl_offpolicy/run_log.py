@@ -195,9 +195,10 @@ class RunLog:
     def update(self, sampling: int, verifying: int, left: Callable[[], float]) -> None:
         """Shows what is counted, unless that was done a moment ago; `left` as in [`status`]."""
         if time.monotonic() - self.shown < 0.1:
-            return
-        self.under_way = sampling, verifying, left()
-        self._show()
+            self.under_way = sampling, verifying, self.under_way[2]
+        else:
+            self.under_way = sampling, verifying, left()
+            self._show()
 
     def close(self) -> None:
         """Shows it for the last time."""

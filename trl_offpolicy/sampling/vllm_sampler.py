@@ -6,6 +6,9 @@ are rendered and completions decoded here, as in every engine, so vLLM only ever
 
 import copy
 import json
+import os
+import sys
+import time
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
@@ -48,6 +51,7 @@ class VLLMSampler:
             )
         shared = {k: v for k, v in engine_kwargs.items() if k in ("revision", "trust_remote_code")}
         self.processing_class = load_processing_class(model, processing_class, **shared)
+        import psutil  # one of vLLM's own
         from vllm import LLM, EngineArgs
         from vllm.platforms import current_platform
 
@@ -64,8 +68,12 @@ class VLLMSampler:
             if engine_kwargs.get("enable_lora"):
                 # Beside a request with an adapter, one without gets the last slot's there: it must be an empty one.
                 engine_kwargs.setdefault("max_loras", 2)
+            engine_kwargs |= cpu_memory(engine_kwargs, psutil.virtual_memory())
+        print(f"vLLM is starting with {model}, which takes a minute or more", file=sys.stderr, flush=True)  # noqa: T201
+        began = time.monotonic()
         # raw: the model's own log-probs, before temperature, top_p and top_k
         self.llm = LLM(model, **{"enable_prefix_caching": True, **engine_kwargs, "logprobs_mode": "raw_logprobs"})
+        print(f"vLLM is ready after {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)  # noqa: T201
         self.engine = self.llm.llm_engine
         config = self.engine.vllm_config
         commit = hub_commit(model, engine_kwargs.get("revision"))
@@ -214,6 +222,37 @@ class VLLMSampler:
         return drawn_completion(
             output.request_id, ids, log_probs, drawn.finish_reason, self.processing_class, self.stop_token_ids
         )
+
+
+def cpu_memory(engine_kwargs: dict[str, Any], memory) -> dict[str, float]:
+    """
+    The share of this machine's memory that vLLM's CPU build may take, weights included, which is said; nothing where the user chose its
+    size. Its own default is a share of all memory, free or not, and where less is free the engine ends with a hundred lines.
+
+    Args:
+        memory: `total` and `available` bytes, as of `psutil.virtual_memory()`.
+
+    Raises:
+        ValueError: The user chose a share that is not free.
+    """
+    free, given = memory.available / memory.total, engine_kwargs.get("gpu_memory_utilization")
+    sized = engine_kwargs.get("kv_cache_memory_bytes") is not None or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
+    if sized:
+        return {}
+    share = int(80 * free) / 100  # the rest is for this process, and for what others take meanwhile
+    gib = f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB are free"
+    if given is not None:
+        if given > free:
+            raise ValueError(
+                f"You passed gpu_memory_utilization={given}, which on a CPU is vLLM's share of this machine's memory, but only {gib}. Pass at "
+                f"most {share}, or leave it out."
+            )
+        return {}
+    print(  # noqa: T201
+        f"vLLM may take {share * memory.total / 2**30:.1f} GiB for weights and cache (gpu_memory_utilization={share}: {gib})",
+        file=sys.stderr,
+    )
+    return {"gpu_memory_utilization": max(share, 0.01)}
 
 
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 512)  # vLLM takes a `max_lora_rank` of these only
