@@ -235,6 +235,10 @@ def test_a_baseline_with_nothing_in_common_is_refused_before_sampling(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             run(benchmarks, baseline=directory, **asked)
+    with pytest.raises(ValueError, match="sampled otherwise.* `max_completion_length` was [0-9]+ there and is 64 now"):
+        run(few, baseline=base, max_completion_length=64, **asked)
+    with pytest.raises(ValueError, match="`num_generations` was [0-9]+ there and is 2 now"):
+        run(few, baseline=base, num_generations=2, **asked)
     with pytest.raises(ValueError, match="no problem in common"):
         run(few, baseline=base, solve_prompt="{problem} Be brief.", **asked)
     assert sampler.sampled == 0 and (tmp_path / "new" / "results.json").read_text() == written

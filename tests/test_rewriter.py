@@ -385,6 +385,20 @@ def test_killed_ten_times_gives_the_same_rows(tmp_path):
     assert resumed_metrics["yield"] == metrics["yield"] and resumed_metrics["sampling"] == metrics["sampling"]
 
 
+@pytest.mark.parametrize("selection", ["first", "random"])
+def test_more_attempts_or_fewer_continue_a_run(tmp_path, selection):
+    """K 2 → 4 → 1: the rows of a run that had so many from the beginning, and nothing is drawn twice."""
+    for k in (2, 4, 1):
+        sampler, fresh = ScriptedSampler(capacity=1), ScriptedSampler(capacity=1)
+        grown, metrics = rewrite(tmp_path, rows(60), sampler, num_generations=k, selection=selection)
+        whole, _ = rewrite(tmp_path / str(k), rows(60), fresh, num_generations=k, selection=selection)
+        assert grown.to_list() == whole.to_list()
+        assert k == 2 or sampler.sampled < fresh.sampled
+    lines = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").open()]
+    attempts = [(e["id"], e["stage"], e["attempt"]) for e in lines if "id" in e]
+    assert len(set(attempts)) == len(attempts)
+
+
 def test_a_damaged_journal_gives_the_same_rows_or_an_error(tmp_path):
     """A hole between two kept attempts made one of them: a row with one's gold answer and the other's completion."""
     whole, _ = rewrite(tmp_path, rows(40))

@@ -24,7 +24,7 @@ from .control_tokens import check_mode
 from .estimators import accuracies, compare, share_interval
 from .extraction import stated_text
 from .hub import versions
-from .journal import Journal, read_entries
+from .journal import Journal, differences, read_entries
 from .judging import VerdictQueue, abandoning
 from .rewriter import batched
 from .rows import Verdict, stored
@@ -105,7 +105,7 @@ def evaluate(
 
     Raises:
         ValueError: A benchmark is empty or unknown, a row has no problem or no answer, the prompts' format is wrong, or `output_dir`
-            holds an evaluation with other settings, or `baseline` one with no problem in common.
+            holds an evaluation with other settings, or `baseline` one with no problem in common or another k, sampling or token limit.
     """
     part = Shard.parse(shard)
     check_wandb(report_to)
@@ -113,7 +113,11 @@ def evaluate(
     _check_settings(num_generations, temperature, part, output_dir, solve_prompt)
     rows = benchmarks if isinstance(benchmarks, dict) else load_benchmarks(benchmarks)
     questions = {name: read_questions(name, each, solve_prompt, system_prompt) for name, each in rows.items()}
-    earlier = _read_baseline(Path(os.path.expanduser(baseline)), questions) if baseline else {}
+    settings = {
+        "num_generations": num_generations, "temperature": temperature, "top_p": top_p, "top_k": top_k,
+        "max_completion_length": max_completion_length,
+    }  # fmt: skip
+    earlier = _read_baseline(Path(os.path.expanduser(baseline)), questions, settings) if baseline else {}
     output_dir = output_dir and os.path.expanduser(output_dir)
     sampler = sampler or _default_sampler(model, processing_class)
     processing_class = getattr(sampler, "processing_class", processing_class)
@@ -159,19 +163,29 @@ def _check_settings(num_generations: int, temperature: float, shard: Shard, outp
     prompts.check(solve_prompt, "solve_prompt", "problem")
 
 
-def _read_baseline(directory: Path, questions: dict[str, list[Question]]) -> dict[str, dict]:
-    """The benchmarks of an earlier evaluation; `ValueError` before anything is sampled where nothing could be compared with it."""
+def _read_baseline(directory: Path, questions: dict[str, list[Question]], settings: dict) -> dict[str, dict]:
+    """
+    The benchmarks of an earlier evaluation; `ValueError` before anything is sampled where nothing could be compared with it, or it was
+    sampled with other `settings`: a difference of theirs would be taken for one of the models.
+    """
     path = directory / "results.json"
     if not path.exists():
         raise ValueError(
             f"You passed baseline={str(directory)!r}, where there is no results.json; pass the output_dir of an evaluation that has finished."
         )
     try:
-        earlier = {name: each for name, each in json.loads(path.read_text())["benchmarks"].items() if _judged(each)}
+        found = json.loads(path.read_text())
+        earlier = {name: each for name, each in found["benchmarks"].items() if _judged(each)}
+        known = {name: found.get("config", {}).get(name, value) for name, value in settings.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"You passed baseline={str(directory)!r}, but {path} is no result of an evaluation."
         ) from error
+    if differing := differences(known, settings, free=()):
+        raise ValueError(
+            f"You passed baseline={str(directory)!r}, which was sampled otherwise, so a difference would not be the model's: {differing}. "
+            "Evaluate both with the same settings, or leave `baseline` out."
+        )
     if not earlier.keys() & questions.keys():
         raise ValueError(
             f"You passed baseline={str(directory)!r}, which has judged {list(earlier)}, and benchmarks {list(questions)}: there is nothing to "

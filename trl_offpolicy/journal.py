@@ -16,7 +16,7 @@ import os
 import re
 import shlex
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -209,10 +209,14 @@ def read_header(path: Path) -> dict | None:
     return header["config"]
 
 
-def differences(found: dict | None, config: dict) -> str:
-    """Each field in which two configurations differ, in words; empty if none does, or there is nothing to compare with."""
+def differences(found: dict | None, config: dict, free: Collection[str] = ("num_generations",)) -> str:
+    """
+    Each field but the `free` ones in which two configurations differ, in words; empty if none does, or there is nothing to compare with.
+    Of journals, how many attempts a problem may have is free: each has a seed of its own, whatever that number is.
+    """
     config = json.loads(json.dumps(config))
-    differing = [k for k in {**found, **config} if found.get(k) != config.get(k)] if found is not None else []
+    fields = [k for k in {**(found or {}), **config} if k not in free]
+    differing = [k for k in fields if found.get(k) != config.get(k)] if found is not None else []
     return "; ".join(f"`{k}` was {found.get(k)!r:.300} there and is {config.get(k)!r:.300} now" for k in differing)
 
 

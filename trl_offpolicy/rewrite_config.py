@@ -19,7 +19,7 @@ class RewriteConfig:
     Args:
         output_dir (`str`): Run directory: journal, metrics and the rewritten dataset. An interrupted run resumes from it.
         num_generations (`int`, *optional*, defaults to `8`): At most this many attempts for each problem and stage (K; the paper's
-            is not published, re-implementations use 4 to 10).
+            is not published, re-implementations use 4 to 10). A run goes on with another number: what it has drawn stays.
         temperature (`float`, *optional*, defaults to `1.0`): Sampling temperature; importance weights need 1.
         top_p (`float`, *optional*, defaults to `1.0`): Nucleus; importance weights need 1.
         top_k (`int`, *optional*, defaults to `0`): Highest-probability tokens kept, 0 for all; importance weights need 0.

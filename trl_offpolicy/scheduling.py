@@ -181,7 +181,7 @@ class Scheduler:
 
     def _horizon(self, progress: Progress) -> int:
         """One past the last attempt that can still matter."""
-        for k in sorted(progress.fates):
+        for k in sorted(k for k in progress.fates if k < self.args.num_generations):  # a journal may hold more
             fate = progress.fates[k]
             # A prompt that cannot be asked (beyond the context) can be asked no better at the next attempt.
             if fate.finish_reason == "refused" or (fate.verdict == Verdict.CORRECT and not self._all_needed):
