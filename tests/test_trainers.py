@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -506,6 +507,42 @@ def test_what_is_done_with_a_weight_or_a_source_is_said(tmp_path, tiny_model, to
         assert len({str(w.message) for w in said if "teacher" in str(w.message)}) == 1
     with pytest.warns(UserWarning, match="chooses by source, but the dataset has no column `source`"):
         trainer(demonstrations(), objective={"self": "iw"})
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_tokens_without_behaviour_log_prob_are_told(tmp_path, tiny_model, tokenizer, packing):
+    """Under iw they weigh 1, which is plain SFT: never in silence, and not at all where there are no others and iw was asked for."""
+
+    def trainer(rows, **kwargs):
+        args = config(ImportanceWeightedSFTConfig, tmp_path, packing=packing, **kwargs)
+        return ImportanceWeightedSFTTrainer(tiny_model, args, train_dataset=rows, processing_class=tokenizer)
+
+    def told(rows, **kwargs):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            trainer(rows, **kwargs)
+        return [str(w.message) for w in said if "have no μ" in str(w.message)]
+
+    rows = rewritten(tokenizer)
+    lengths = dict.fromkeys(("self", "guided", "expert"), 0)
+    for row in rows:  # what is trained on: the sampled ids, or the demonstration and its end of turn
+        text = tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=True)["input_ids"]
+        asked = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
+        lengths[row["source"]] += len(row["completion_ids"]) or len(text) - len(asked)
+    total = sum(lengths.values())
+    (message,) = told(rows, objective="iw")
+    assert message.startswith(
+        f"{lengths['expert']} of {total} training tokens ({lengths['expert'] / total:.0%}) have no μ"
+    )
+    (message,) = told(rows, objective={"guided": "iw", "expert": "iw"})
+    assert message.startswith(f"{lengths['expert']} of {lengths['guided'] + lengths['expert']} training tokens")
+    for quiet in ({"objective": {"self": "iw", "expert": "dft"}}, {"objective": "dft"}, {"expert_weighting": "dft"}):
+        assert not told(rows, **quiet)
+    (message,) = told(demonstrations())  # nobody asked for iw
+    assert "(100%) have no μ" in message
+    for without in (demonstrations(), rows.filter(lambda row: row["source"] == "expert")):
+        with pytest.raises(ValueError, match="(?s)\\(100%\\) have no μ.*Train on what"):
+            trainer(without, objective="iw")
 
 
 def test_a_weight_that_is_not_finite_never_reaches_the_optimizer(tmp_path, tiny_model, tokenizer):
@@ -1024,7 +1061,7 @@ def test_the_objective_follows_the_loss_type_unless_it_is_given(tmp_path, tiny_m
         return cls(tiny_model, args, train_dataset=demonstrations(), processing_class=tokenizer, **kwargs).objective
 
     assert trained(config(ImportanceWeightedSFTConfig, tmp_path), DFTTrainer) == "dft"
-    assert trained(config(ImportanceWeightedSFTConfig, tmp_path, objective="iw"), DFTTrainer) == "iw"
+    assert trained(config(ImportanceWeightedSFTConfig, tmp_path, objective="p_alpha"), DFTTrainer) == "p_alpha"
     own_loss = {"compute_loss_func": lambda *_, **__: torch.tensor(0.0)}
     for args in (config(ImportanceWeightedSFTConfig, tmp_path), config(SFTConfig, tmp_path)):
         assert trained(args, **own_loss) == "nll"

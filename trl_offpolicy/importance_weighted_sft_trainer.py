@@ -15,6 +15,7 @@ import math
 import warnings
 from collections import Counter
 
+import numpy as np
 import pyarrow.compute as pc
 import torch
 from accelerate import PartialState
@@ -132,6 +133,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
                 name: self._finish(data, self.args, packing, name) for name, data in _named(self.eval_dataset).items()
             }
             self.eval_dataset = finished if isinstance(self.eval_dataset, dict) else finished.get("eval")
+        self._tell_tokens_without_ratio()
 
     def _describe(self, train_dataset) -> None:
         """What the model card says of the training rows, and what the user should know of their columns."""
@@ -207,6 +209,42 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
                 f"None of the {given.num_rows} training rows has a token to train on{limit}: what is left of them is prompt, or is masked in their "
                 "`labels`. Set a larger max_length, or look at completion_only_loss and assistant_only_loss."
             )
+
+    def _tell_tokens_without_ratio(self) -> None:
+        """Warns of the training tokens that an importance weight is asked of and that have none, as μ is not known; refuses if there are no others."""
+        by_source = self.objective if isinstance(self.objective, dict) else dict.fromkeys(SOURCE_IDS, self.objective)
+        weighted = [SOURCE_IDS[source] for source, name in by_source.items() if name in ("iw", "iw_sequence")]
+        rows = self.train_dataset
+        if (
+            not weighted
+            or self.args.expert_weighting != "one"
+            or "labels" not in (getattr(rows, "column_names", None) or ())
+        ):
+            return
+        total, unknown = 0, 0
+        for batch in rows.with_format("arrow").iter(batch_size=1000):
+            columns = {
+                name: pc.list_flatten(batch[name]).to_numpy()
+                for name in batch.column_names
+                if name in TOKEN_COLUMNS or name == "labels"
+            }
+            asked = columns["labels"] != -100
+            if isinstance(self.objective, dict):
+                asked &= np.isin(columns.get("source_ids", -1), weighted)
+            total += asked.sum()
+            unknown += (asked & np.isnan(columns.get("behavior_log_probs", np.nan))).sum()
+        if not unknown:
+            return
+        told = (
+            f"{unknown:,} of {total:,} training tokens ({unknown / total:.0%}) have no μ, as their rows have no `behavior_log_probs`: with "
+            f"objective={self.args.objective!r} their weight is 1, which is plain SFT."
+        )
+        if unknown == total and self.args.objective_was_given:
+            raise ValueError(
+                f"{told} Train on what `trl-offpolicy rewrite` wrote, sampled at temperature 1; set precompute_behavior_log_probs=True if the rows "
+                "have `completion_ids` of this model; or write objective='nll' (SFT), 'dft', or expert_weighting='base' (π/π_0), which need no μ."
+            )
+        warnings.warn(f"{told} expert_weighting says what else they may weigh.", stacklevel=4)
 
     def _vocab_size(self) -> int | None:
         """As the config says: ZeRO stage 3 leaves no shape to the embeddings."""
