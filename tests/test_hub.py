@@ -137,7 +137,8 @@ def test_pushed_rows_and_attempts_load_back_equal(tmp_path, hub):
     journal = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()[1:]]
     attempts = fresh("me/out", "attempts").to_list()
     assert [{k: v for k, v in a.items() if k != "log_prob"} for a in attempts] == [
-        {k: v for k, v in e.items() if k not in ("log_prob", "reference", "crc32")} for e in journal
+        {"rejected": None} | {k: v for k, v in e.items() if k not in ("log_prob", "reference", "crc32")}
+        for e in journal
     ]
     with pytest.raises(ValueError, match="exists and is public"):
         run.push_to_hub("me/source", private=True)

@@ -7,9 +7,11 @@ from contextlib import contextmanager, suppress
 import pytest
 from scripted import ScriptedSampler
 
-from trl_offpolicy import evaluate
+from trl_offpolicy import RewriteConfig, evaluate
 from trl_offpolicy.answers import MAX_VOTE, canonical
+from trl_offpolicy.demonstrations import in_asked_form
 from trl_offpolicy.extraction import Unparsable, final_answer, stated_answer
+from trl_offpolicy.guided_filters import false_step, reject_guided
 from trl_offpolicy.hub import fence
 from trl_offpolicy.rows import Verdict, read_row
 from trl_offpolicy.sampling import Completion
@@ -45,6 +47,8 @@ def hostile(count, seed=0):
     rng = random.Random(seed)
     yield "\\boxed{A" + "\n" * 4500 + "B}"
     yield "\\boxed{A" + " " * LENGTH + "B}"
+    for unit in ("<<1=", "1+1=", "1 x ", "the solution "):
+        yield unit * (LENGTH // len(unit))
     for _ in range(count):
         head, tail = rng.choice(("", *PIECES)), rng.choice(("", *PIECES))
         unit = "".join(rng.choices(PIECES, k=rng.randint(1, 3)))
@@ -58,6 +62,9 @@ READERS = {
     "read_row": lambda text: read_row({"problem": text or "?", "solution": text + "."}, 0, "answer", "{problem}"),
     "copy_ratio": lambda text: copy_ratio(text, text[:5000]),
     "leaks_hint": leaks_hint,
+    "false_step": false_step,
+    "in_asked_form": lambda text: in_asked_form(text, "1"),
+    "reject_guided": lambda text: reject_guided(text, KEEPS_ALL, CHECKS_ALL),
     "distinct_n": lambda text: distinct_n([text]),
     "self_bleu": lambda text: self_bleu([text, text[:100]]),
     "fence": fence,
@@ -74,6 +81,8 @@ def _stated(text):
 
 
 NUMERIC = NumericVerifier()
+KEEPS_ALL = read_row({"problem": "?", "solution": "1"}, 0, "answer", "{problem}")
+CHECKS_ALL = RewriteConfig("unused", max_guided_copy=1.0, check_arithmetic=True)
 
 
 @pytest.mark.parametrize("reader", READERS)

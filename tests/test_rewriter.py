@@ -100,9 +100,9 @@ def test_rows_do_not_depend_on_order_or_window(tmp_path):
 
 def test_output_schema_and_parquet(tmp_path):
     rewritten, metrics = rewrite(tmp_path, rows(10))
-    assert list(rewritten.features)[:15] == [
-        "prompt", "completion", "id", "source", "answer", "num_sampled", "num_correct", "completion_ids", "behavior_log_probs", "model",
-        "model_revision", "temperature", "top_p", "top_k", "behavior_prompt",
+    assert list(rewritten.features)[:17] == [
+        "prompt", "completion", "id", "source", "answer", "num_sampled", "num_correct", "self_sampled", "self_correct", "completion_ids",
+        "behavior_log_probs", "model", "model_revision", "temperature", "top_p", "top_k", "behavior_prompt",
     ]  # fmt: skip
     assert load_dataset(str(tmp_path / "run" / "dataset"), split="train").to_list() == rewritten.to_list()
     for row, given in zip(rewritten, rows(10), strict=True):

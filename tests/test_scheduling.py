@@ -18,6 +18,7 @@ from scripted import ScriptedSampler, rows, verify
 from test_rewriter import config, naive, rewrite
 
 from trl_offpolicy import DataRewriter
+from trl_offpolicy.guided_filters import Rejection
 from trl_offpolicy.journal import Journal
 from trl_offpolicy.rows import KEY, Verdict, copy_id, read_rows
 from trl_offpolicy.run_log import RunLog, cut_advice, status
@@ -384,9 +385,11 @@ def test_known_attempts_equal_the_journal(tmp_path):
         }  # fmt: skip
         if stage == "guided":
             entry["reference"] = rng.choice([7, 7, 8])
+            if rejected := rng.choice(["", *Rejection]):
+                entry["rejected"] = rejected
         entry |= {"reason": 'a "reason": {', "text": "x"}
         values = [entry[k] for k in ("verdict", "finish_reason", "num_tokens", "log_prob")]
-        fate = (journal.append(entry), *values)
+        fate = (journal.append(entry), *values, entry.get("rejected", ""))
         if entry["finish_reason"] in ("stop", "length"):  # what failed is not known
             num_known += 1
             if entry.get("reference") != 8:  # nor is what had another reference

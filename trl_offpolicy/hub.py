@@ -19,6 +19,7 @@ from pathlib import Path
 
 import yaml
 
+from .guided_filters import REJECTIONS
 from .journal import read_entries, read_header
 from .redaction import redacted
 from .rows import Source, Verdict, attempt_features, copy_id, stored
@@ -253,11 +254,12 @@ def read_run(output_dir: Path, finished: bool = True) -> dict:
         if unsolved.exists():  # problems without a demonstration that got no row, but attempts
             files[unsolved.name] = unsolved.read_text()
             ids[journal].update(json.loads(line)["id"] for line in files[unsolved.name].splitlines())
-    counts, tokens, tried = Counter(), Counter(), {}
+    counts, tokens, tried, rejected = Counter(), Counter(), {}, Counter()
     for journal in journals:
         for _, entry in _attempts_of(journal, ids[journal], until="reason"):
             stage = entry["stage"]
             counts[stage, entry["verdict"]] += 1
+            rejected[entry.get("rejected")] += 1
             counts[stage, "truncated"] += entry["finish_reason"] == "length"
             tokens[stage] += entry["num_tokens"]
             tried.setdefault(stage, set()).add(entry["id"])
@@ -285,6 +287,8 @@ def read_run(output_dir: Path, finished: bool = True) -> dict:
         "num_untried": len(set().union(*ids.values()).difference(*tried.values())) if rows else 0,
         "sources": {str(source): sources[source] for source in Source},
         "verdicts": [str(verdict) for verdict in Verdict],
+        "rejected": {what: rejected[why] for why, what in REJECTIONS.items() if rejected[why]},
+        "expert_format": json.loads(metrics.read_text()).get("expert_format", {}) if metrics else {},
         "attempts": {
             stage: {
                 "problems": len(tried[stage]),

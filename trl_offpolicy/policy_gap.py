@@ -111,7 +111,7 @@ def measure_policy_gap(
     )
     groups = {str(source): [i for i, row in enumerate(rows) if row["source"] == source] for source in Source}
     groups["total"] = list(range(len(rows)))
-    texts = [_text_columns(demonstration(row), row["completion"][-1]["content"]) for row in rows]
+    texts = [_text_columns(row) for row in rows]
     result = {
         name: {"rows": len(members), **_summary(sums[members], [texts[i] for i in members])}
         for name, members in groups.items()
@@ -162,9 +162,9 @@ def targets(
         demonstrated, rewritten = encode(processing_class, row, expert, chat_template)
         pairs.append(demonstrated)
         before.append(len(pairs) - 1)
-        if row["source"] != Source.EXPERT:
+        if row["source"] != Source.EXPERT or row["completion"][-1]["content"] != expert:
             pairs.append(rewritten)
-        after.append(len(pairs) - 1)  # an expert's row is its demonstration, scored once
+        after.append(len(pairs) - 1)  # an expert's row that is its demonstration is scored once
     return pairs, before, after
 
 
@@ -179,8 +179,9 @@ def _templated(processing_class, row: dict, expert: str, chat_template: str | No
         )["input_ids"]
         return whole[common_prefix_length(prompt, whole) :]  # where TRL says that the completion starts
 
-    own = row["completion_ids"] or ([] if row["source"] == Source.EXPERT else target(row["completion"][-1]["content"]))
-    return (prompt, target(expert)), (prompt, own)
+    demonstrated, completion = target(expert), row["completion"][-1]["content"]
+    own = row["completion_ids"] or (demonstrated if completion == expert else target(completion))
+    return (prompt, demonstrated), (prompt, own)
 
 
 def _concatenated(processing_class, row: dict, expert: str, chat_template: None):
@@ -210,9 +211,11 @@ def _sums(before: torch.Tensor, after: torch.Tensor, behavior: list[float]) -> l
     ]  # fmt: skip
 
 
-def _text_columns(before: str, after: str) -> dict:
-    """What is said of the two texts of one row."""
-    leaks = {"before_leaks_hint": leaks_hint(before), "after_leaks_hint": leaks_hint(after)}
+def _text_columns(row: dict) -> dict:
+    """What is said of the demonstration and the completion of one row."""
+    before, after = demonstration(row), row["completion"][-1]["content"]
+    asked = row["prompt"][-1]["content"] if row.get("prompt") else ""  # what it says itself is no leak
+    leaks = {"before_leaks_hint": leaks_hint(before, asked), "after_leaks_hint": leaks_hint(after, asked)}
     return {"before": before, "after": after, "copy_ratio": copy_ratio(after, before), **leaks}
 
 

@@ -1,6 +1,7 @@
 """Configuration of `DataRewriter`."""
 
 import os
+import re
 from dataclasses import dataclass, field, fields
 
 from . import control_tokens, prompts
@@ -9,6 +10,18 @@ from .shards import Shard
 
 STAGES = ("self", "guided")
 SELECTIONS = ("first", "random", "max_log_prob")
+EXPERT_FORMATS = ("keep", "boxed")
+# What decides which guided attempts are kept, and the value with which it does nothing: what rewrites did before there was any of it.
+GUIDED_FILTERS = {
+    "clean_reference": False,
+    "reject_mentions": False,
+    "mention_phrases": [],
+    "reject_calculator_marks": False,
+    "min_guided_length": 0.0,
+    "reject_other_form": False,
+    "max_guided_copy": 1.0,
+    "check_arithmetic": False,
+}
 
 
 @dataclass
@@ -38,6 +51,22 @@ class RewriteConfig:
             not correct. Without them a line is some 150 bytes, and what the model got wrong cannot be looked at.
         solve_prompt (`str`, *optional*): What a row without a prompt of its own (`problem`, `question`) is asked.
         guided_prompt (`str`, *optional*): The digest-and-retell prompt, with `{problem}` and `{solution}`.
+        clean_reference (`bool`, *optional*, defaults to `True`): Show references in the guided prompt without GSM8K's calculator marks
+            (`<<32+16=48>>`) and its last line (`#### 48`), which retellings copy.
+        reject_mentions (`bool`, *optional*, defaults to `True`): Do not keep a guided attempt that speaks of the reference or a teacher, in
+            the languages of `text_statistics.LEAKS`, unless the problem itself does.
+        mention_phrases (`list[str]`, *optional*): Further such phrases: regular expressions, in any case.
+        reject_calculator_marks (`bool`, *optional*, defaults to `True`): Nor one with calculator marks.
+        min_guided_length (`float`, *optional*, defaults to `0.2`): Nor one with fewer words and signs (beside its box) than this share of its
+            reference's: a stub without reasoning. The reference is the measure, not the model's own solutions, so that it does not depend
+            on what was drawn before. 0 for no limit.
+        reject_other_form (`bool`, *optional*, defaults to `True`): Nor one without `\boxed{}` where the row's prompt asks for it.
+        max_guided_copy (`float`, *optional*, defaults to `0.8`): Nor one of whose 4-grams more than this share are the reference's. 1 for no limit.
+        check_arithmetic (`bool`, *optional*, defaults to `False`): Nor one that says something like `32 + 16 = 49`
+            ([`~guided_filters.false_step`]).
+        expert_format (`str`, *optional*, defaults to `"boxed"`): `boxed` puts the final answer of an `expert` row into `\boxed{}` where its prompt
+            asks for that ([`~demonstrations.in_asked_form`]), and takes calculator marks out; no value is changed, and the demonstration as
+            it came is in its own column. `keep` leaves it as it is.
         control_tokens (`str`, *optional*, defaults to `"warn"`): What is done with problems and references that hold the model's control tokens as
             text ([`~control_tokens.ControlTokens`]): `warn`, `refuse`, `escape` or `allow`.
         answer_column (`str`, *optional*, defaults to `"answer"`): Gold final answers; where it has none, the demonstration's last box
@@ -107,6 +136,44 @@ class RewriteConfig:
     guided_prompt: str = field(
         default=prompts.GUIDED_PROMPT, metadata={"help": "Digest-and-retell prompt with {problem} and {solution}."}
     )
+    clean_reference: bool = field(
+        default=True,
+        metadata={"help": "Show references without calculator marks (<<32+16=48>>) and GSM8K's last line (#### 48)."},
+    )
+    reject_mentions: bool = field(
+        default=True,
+        metadata={
+            "help": "Do not keep guided attempts that mention the reference or a teacher, in several languages."
+        },
+    )
+    mention_phrases: list[str] = field(
+        default_factory=list, metadata={"help": "Further phrases that are such a mention: regular expressions."}
+    )
+    reject_calculator_marks: bool = field(
+        default=True, metadata={"help": "Do not keep guided attempts with calculator marks (<<32+16=48>>)."}
+    )
+    min_guided_length: float = field(
+        default=0.2,
+        metadata={"help": "Do not keep guided attempts shorter than this share of their reference; 0: keep them."},
+    )
+    reject_other_form: bool = field(
+        default=True,
+        metadata={"help": "Do not keep guided attempts without \\boxed{} where the row's prompt asks for it."},
+    )
+    max_guided_copy: float = field(
+        default=0.8,
+        metadata={"help": "Do not keep guided attempts of whose 4-grams more than this share are the reference's."},
+    )
+    check_arithmetic: bool = field(
+        default=False, metadata={"help": "Do not keep guided attempts with a false step, such as 32 + 16 = 49."}
+    )
+    expert_format: str = field(
+        default="boxed",
+        metadata={
+            "help": "boxed: where a prompt asks for \\boxed{}, put the demonstration's final answer into it. keep: leave it as it is.",
+            "choices": EXPERT_FORMATS,
+        },
+    )
     control_tokens: str = field(
         default="warn", metadata={"help": control_tokens.HELP, "choices": control_tokens.MODES}
     )
@@ -170,6 +237,19 @@ class RewriteConfig:
         ):
             if getattr(self, name) < low:
                 raise ValueError(f"You passed {name}={getattr(self, name)}; it must be at least {low}.")
+        for name in ("min_guided_length", "max_guided_copy"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"You passed {name}={getattr(self, name)}; it is a share, from 0 to 1.")
+        for phrase in self.mention_phrases:
+            try:
+                re.compile(phrase)
+            except re.error as error:
+                raise ValueError(
+                    f"You passed the phrase {phrase!r} in mention_phrases, which is no regular expression: {error}. A sign that means something in "
+                    "one, such as ( or +, is written with \\ before it."
+                ) from error
+        if self.expert_format not in EXPERT_FORMATS:
+            raise ValueError(f"You passed expert_format={self.expert_format!r}; use one of {list(EXPERT_FORMATS)}.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"You passed top_p={self.top_p}; it must be above 0 and at most 1.")
         if self.num_generations > 65535:
@@ -189,13 +269,21 @@ class RewriteConfig:
         prompts.check(self.guided_prompt, "guided_prompt", "problem", "solution")
 
     def identity(self) -> dict:
-        """The fields on which an attempt depends; the rest may change between a run and its resume."""
+        """The fields on which an attempt, or whether it is kept, depends; the rest may change between a run and its resume."""
+        used = self.settings()
+        del used["expert_format"]
+        if self.control_tokens != "escape":  # else the prompts are others
+            del used["control_tokens"]
+        # Without filters a run is what it was before there were any, and its journal is continued.
+        without = [n for n, off in GUIDED_FILTERS.items() if "guided" not in self.stages or used[n] == off]
+        return {name: value for name, value in used.items() if name not in without}
+
+    def settings(self) -> dict:
+        """The fields on which the rows depend."""
         free = {
             "output_dir", "dry_run", "overwrite", "shard", "report_to", "max_concurrent_attempts", "keep_rejected",
             "accept_failed",
         }  # fmt: skip
-        if self.control_tokens != "escape":  # else the prompts are others
-            free.add("control_tokens")
         elsewhere = ("push_", "hub_", "wandb_")  # a token must not get into the journal
         return {
             f.name: getattr(self, f.name)

@@ -5,7 +5,7 @@
     trainer = ImportanceWeightedSFTTrainer("Qwen/Qwen2.5-Math-1.5B", train_dataset=dataset)
 
 ("Mind the Gap", arXiv 2509.15157, section 3.2.) Which attempt is drawn when is `scheduling.py`'s; here they are drawn,
-verified and journaled, and the rows are written. A run holds the attempts in flight and some 25 bytes a row, not the texts.
+verified and journaled, and the rows are written. A run holds the attempts in flight and some 30 bytes a row, not the texts.
 """
 
 import gc
@@ -25,6 +25,8 @@ from pathlib import Path
 import numpy as np
 
 from .control_tokens import ControlTokens
+from .demonstrations import CALCULATOR_MARK, asks_for_box, has_box, in_asked_form
+from .guided_filters import Rejection, reject_guided
 from .hub import open_repo, public_name, push_run, versions
 from .journal import Journal
 from .judging import Judged, VerdictQueue, abandoning
@@ -145,7 +147,8 @@ class DataRewriter:
         self._load_engines()
         origin = hub_origin(dataset) | ({} if dataset.split is None else {"dataset_split": str(dataset.split)})
         journal, config = self._open_journal({**(run_config or {}), **origin})
-        run = hashlib.blake2b((digest + json.dumps(config)).encode(), digest_size=16).hexdigest()
+        made = digest + json.dumps(config) + (self.args.expert_format if self.args.expert_format != "keep" else "")
+        run = hashlib.blake2b(made.encode(), digest_size=16).hexdigest()
         part = "" if self.shard.count == 1 else f"-{self.shard.index}"
         try:
             with wandb_run(self.args.report_to, self.output_dir, "rewrite", config, part) as logged, _frozen_heap():
@@ -306,7 +309,7 @@ class DataRewriter:
         journal = Journal(self.shard.file(self.output_dir, "journal.jsonl"), config, overwrite=self.args.overwrite)
         import yaml
 
-        run_config = {"model_name_or_path": self.sampler.name, **run_config, **identity}
+        run_config = {"model_name_or_path": self.sampler.name, **run_config, **self.args.settings()}
         if re.fullmatch(
             "[0-9a-f]{40}", revision or ""
         ):  # a commit; else a digest of the weights, by which they cannot be loaded
@@ -498,7 +501,11 @@ class DataRewriter:
         return {p.id: v for p, v in zip(problems, verdicts, strict=True) if v is not Verdict.CORRECT}
 
     def _prompt(self, problem: Problem, stage: str) -> list[dict[str, str]]:
-        prompt = problem.prompt if stage == Source.SELF else guided_prompt(problem, self.args.guided_prompt)
+        prompt = (
+            problem.prompt
+            if stage == Source.SELF
+            else guided_prompt(problem, self.args.guided_prompt, self.args.clean_reference)
+        )
         return self._control.prompt(prompt)
 
     def _submit(self, draw: Draw) -> None:
@@ -509,6 +516,9 @@ class DataRewriter:
 
     def _record(self, judged: Judged, journal: Journal, log: RunLog) -> Fate:
         draw, completion, verdict, reason = judged
+        judged_on = verdict == Verdict.CORRECT and draw.stage == Source.GUIDED
+        found = reject_guided(completion.text, draw.progress.problem, self.args) if judged_on else None
+        rejected, reason = found or ("", reason)
         log_probs, log_prob = completion.log_probs, None
         if log_probs:
             log_prob = round(sum(log_probs) / len(log_probs), 6)
@@ -530,15 +540,17 @@ class DataRewriter:
                 if draw.stage == Source.GUIDED
                 else {}
             ),
+            **({"rejected": rejected} if rejected else {}),
             "reason": reason,  # a resume reads a line up to here
         }
-        if verdict == Verdict.CORRECT or self.args.keep_rejected:
+        if (verdict == Verdict.CORRECT and not rejected) or self.args.keep_rejected:
             entry["text"] = completion.text
             entry["completion_ids"] = completion.completion_ids
             entry["behavior_log_probs"] = [round(x, 6) for x in log_probs]
         log.attempt(entry)
         log_prob = float("nan") if log_prob is None else log_prob
-        return Fate(journal.append(entry), verdict, completion.finish_reason, entry["num_tokens"], log_prob)
+        offset = journal.append(entry)
+        return Fate(offset, verdict, completion.finish_reason, entry["num_tokens"], log_prob, rejected)
 
     def _summarize(self, counts: Counter) -> None:
         by_source = {str(source): counts[source] for source in Source}
@@ -562,6 +574,8 @@ class DataRewriter:
             # Beyond the attempts that settled something; this depends on the engine's speed, the numbers above do not.
             "speculation": {name: counts[name] for name in ("unused", "unused_tokens", "aborted", "aborted_tokens")},
             "verdicts": {str(v): counts["verdict_" + v] for v in Verdict},
+            # Of the correct ones, guided attempts that were not kept; `stages` does not count them as correct.
+            "rejected": {str(r): counts["rejected_" + r] for r in Rejection},
         }
 
     # ---- rows out ----
@@ -584,6 +598,7 @@ class DataRewriter:
         stored = whole.select_columns(list(carried)).with_format("arrow")
         media = media_columns(whole)
         names = {source: public_name(self._sampler_of(source).name) for source in Source}
+        experts: Counter = Counter()
         with pq.ParquetWriter(file, schema) as writer:
             for chunk in batched(enumerate(self._problems(dataset, keys)), 100 if media else 1000):
                 solved, rows = [], []
@@ -596,18 +611,35 @@ class DataRewriter:
                         rows.append(self._row(problem, outcome, journal, names))
                 if not rows:
                     continue
+                experts.update(how for row in rows if row["source"] == Source.EXPERT for how in self._put(row))
                 table = Dataset.from_list(rows, features=ours).data.table
                 there = stored[chunk[0][0] : chunk[-1][0] + 1].take([i - chunk[0][0] for i in solved])
                 for name, column in zip(carried.values(), there.columns, strict=True):
                     table = table.append_column(name, column)
                 table = pa.Table.from_arrays(table.columns, schema=schema)
                 writer.write_table(embed_table_storage(table) if media else table)
+        self.metrics["expert_format"] = {how: experts[how] for how in ("boxed", "marks_removed", "not_as_asked")}
         path = self.shard.file(self.output_dir, "unsolved.jsonl")
         path.unlink(missing_ok=True)  # of other rows
         if find_format(whole.column_names, self.args.answer_column)[1] is None:
             self.metrics["yield"][str(Source.EXPERT)] = 0
             self.metrics["unsolved"] = len(unsolved)
             write_whole(path, "".join(json.dumps(row) + "\n" for row in unsolved))
+
+    def _put(self, row: dict) -> list[str]:
+        """Puts the demonstration in an `expert` row into the form that its prompt asks for, if that is wanted; returns what is to be said of it."""
+        if not asks_for_box(row["prompt"]):
+            return []
+        (turn,) = row["completion"]
+        given = turn["content"]
+        if self.args.expert_format == "boxed":
+            turn["content"] = in_asked_form(given, row["answer"])
+        told = {
+            "boxed": has_box(turn["content"]) and not has_box(given),
+            "marks_removed": CALCULATOR_MARK.search(given) and not CALCULATOR_MARK.search(turn["content"]),
+            "not_as_asked": not has_box(turn["content"]),
+        }
+        return [how for how, so in told.items() if so]
 
     def _publish(self, file: Path, run: str, logged) -> None:
         """Moves the rows to their place; the last shard sums up, and logs the artifact if asked to."""
@@ -667,6 +699,8 @@ class DataRewriter:
             "answer": problem.answer,
             "num_sampled": outcome.num_sampled,
             "num_correct": outcome.num_correct,
+            "self_sampled": outcome.self_sampled,
+            "self_correct": outcome.self_correct,
             "completion_ids": kept["completion_ids"],
             # Drawn from a reshaped distribution, a token's log μ is not the model's log-prob: better none than a wrong one.
             "behavior_log_probs": kept["behavior_log_probs"] if self._plain else [],
@@ -726,7 +760,7 @@ def _iterate(dataset, rows: range) -> Iterator[dict]:
 def _sum(parts: list[dict]) -> dict:
     """The sum of nested counts."""
     return {
-        k: _sum([p[k] for p in parts]) if isinstance(v, dict) else round(sum(p.get(k, 0) for p in parts), 2)
+        k: _sum([p.get(k, {}) for p in parts]) if isinstance(v, dict) else round(sum(p.get(k, 0) for p in parts), 2)
         for k, v in parts[0].items()
     }
 

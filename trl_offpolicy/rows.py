@@ -4,10 +4,11 @@ An output row, ready for `SFTTrainer` (`completion_ids` and `behavior_log_probs`
 
     {"prompt": [{"role": "user", "content": "2+2?"}], "completion": [{"role": "assistant", "content": "\\boxed{4}"}],
      "id": "9f86d081884c7d65", "source": "self", "answer": "4", "num_sampled": 2, "num_correct": 1,
-     "completion_ids": [76, 123, 19, 125, 2], "behavior_log_probs": [-0.1, -0.0, -0.3, -0.0, -0.0],
+     "self_sampled": 2, "self_correct": 1, "completion_ids": [76, 123, 19, 125, 2], "behavior_log_probs": [-0.1, -0.0, -0.3, -0.0, -0.0],
      "model": "me/policy", "model_revision": "a1b2c3", "temperature": 1.0, "top_p": 1.0, "top_k": 0, "behavior_prompt": []}
 
-`behavior_prompt` is what the sampler was asked where that is not `prompt`: in guided rows, with the reference in it.
+`behavior_prompt` is what the sampler was asked where that is not `prompt`: in guided rows, with the reference in it. `num_sampled` and
+`num_correct` are of the stage that gave the row (0 in `expert` rows), `self_sampled` and `self_correct` of the stage `self` in every row.
 """
 
 import glob
@@ -25,6 +26,7 @@ from json.encoder import encode_basestring_ascii as _quote
 from pathlib import Path
 from typing import Any
 
+from .demonstrations import clean_reference
 from .extraction import final_answer
 from .prompts import GUIDED_PROMPT, fill
 
@@ -73,8 +75,8 @@ FORMATS = (
 PROBLEM_COLUMNS = ("prompt", "problem", "question")
 # Names that our output or TRL's data preparation gives a meaning: an input column of that name moves to `input_<name>`.
 _TAKEN = {
-    "prompt", "completion", "id", "source", "answer", "num_sampled", "num_correct", "completion_ids", "behavior_log_probs", "model",
-    "model_revision", "temperature", "top_p", "top_k", "behavior_prompt", "messages", "conversations", "text", "input_ids", "labels", "attention_mask", "seq_lengths",
+    "prompt", "completion", "id", "source", "answer", "num_sampled", "num_correct", "self_sampled", "self_correct", "completion_ids", "behavior_log_probs",
+    "model", "model_revision", "temperature", "top_p", "top_k", "behavior_prompt", "messages", "conversations", "text", "input_ids", "labels", "attention_mask", "seq_lengths",
     "completion_mask", "assistant_masks", "weight",
 }  # fmt: skip
 
@@ -293,9 +295,10 @@ def numbered(indices: Sequence[int], total: int) -> str:
     return f"{len(indices):,} of {total:,} rows ({shown}) have"
 
 
-def guided_prompt(problem: Problem, template: str = GUIDED_PROMPT) -> list[dict[str, str]]:
-    """A problem's own prompt with its last user turn replaced by `template`, which holds the problem and the reference."""
-    text = fill(template, problem=problem.problem, solution=problem.demonstration)
+def guided_prompt(problem: Problem, template: str = GUIDED_PROMPT, clean: bool = True) -> list[dict[str, str]]:
+    """A problem's own prompt with its last user turn replaced by `template`, which holds the problem and the reference ([`clean_reference`])."""
+    reference = clean_reference(problem.demonstration) if clean else problem.demonstration
+    text = fill(template, problem=problem.problem, solution=reference)
     last = max(i for i, turn in enumerate(problem.prompt) if turn["role"] == "user")
     return [{**turn, "content": text} if i == last else turn for i, turn in enumerate(problem.prompt)]
 
@@ -411,6 +414,8 @@ def output_features(input_features=None, columns: Iterable[str] = (), answer_col
         "answer": Value("string"),
         "num_sampled": Value("int32"),
         "num_correct": Value("int32"),
+        "self_sampled": Value("int32"),
+        "self_correct": Value("int32"),
         "completion_ids": List(Value("int32")),
         "behavior_log_probs": List(Value("float32")),
         "model": Value("string"),
@@ -442,6 +447,7 @@ def attempt_features():
             "finish_reason": Value("string"),
             "num_tokens": Value("int32"),
             "log_prob": Value("float32"),
+            "rejected": Value("string"),
             "reason": Value("string"),
             "text": Value("string"),
             "completion_ids": List(Value("int32")),

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from .guided_filters import Rejection
 from .redaction import redacted
 from .rows import Source
 
@@ -46,7 +47,7 @@ def status(
 
     Returns:
         `dict`: `rows` and their number by source; `sampled`, `tokens`, `acceptance/<stage>` and `truncated/<stage>` over the attempts that
-            settled something (they do not depend on the window); `unused` and `unused_tokens` of those drawn beyond them, `aborted` ones
+            settled something (they do not depend on the window), `rejected/<why>` how many correct guided ones were not kept; `unused` and `unused_tokens` of those drawn beyond them, `aborted` ones
             that were stopped on the way, with the `aborted_tokens` drawn of them by then; `tokens_per_second` and `eta_seconds` (`None`
             until it can be told) of this process alone, without what a journal knew; `tokens_saved` of what K attempts for each problem
             and stage would have cost at the same mean length, after all tokens that were drawn in vain.
@@ -66,6 +67,7 @@ def status(
         "tokens": counts["tokens"],
         "tokens_per_second": round(rate, 1),
         **{f"acceptance/{s}": round(counts[f"{s}_correct"] / max(1, counts[f"{s}_sampled"]), 4) for s in stages},
+        **{f"rejected/{why}": counts[f"rejected_{why}"] for why in Rejection if counts[f"rejected_{why}"]},
         "truncated": counts["truncated"],
         **{f"truncated/{s}": round(counts[f"{s}_truncated"] / max(1, counts[f"{s}_sampled"]), 4) for s in stages},
         "timeouts": counts["verdict_timeout"],
@@ -147,7 +149,7 @@ class RunLog:
         every (`float`, *optional*, defaults to `5.0`): Seconds between two lines of the file.
     """
 
-    COLUMNS = ("id", "stage", "attempt", "verdict", "finish_reason", "num_tokens", "log_prob", "reason", "text")
+    COLUMNS = ("id", "stage", "attempt", "verdict", "finish_reason", "num_tokens", "log_prob", "rejected", "reason", "text")  # fmt: skip
     # A W&B table shows no more rows than this; the journal has them all.
     MAX_ATTEMPTS = 10_000
     TICK = 1.0  # seconds from one refreshment to the next where nothing happens
@@ -256,6 +258,8 @@ def shown(line: dict) -> str:
     for stage in (name.removeprefix("acceptance/") for name in line if name.startswith("acceptance/")):
         cut = f", {line[f'truncated/{stage}']:.0%} cut" if line[f"truncated/{stage}"] else ""
         parts.append(f"{stage} accepts {line[f'acceptance/{stage}']:.0%}{cut}")
+    rejected = [f"{line[f'rejected/{why}']:,} {why}" for why in Rejection if f"rejected/{why}" in line]
+    parts += ["rejected: " + ", ".join(rejected)] if rejected else []
     parts += [f"{line['sampling']}+{line['verifying']} in flight", f"{line['sampled']:,} attempts"]
     parts += [f"saved {line['tokens_saved_share']:.0%} of fixed K"] if line["sampled"] else []
     parts += [f"{line[name]:,} {name}" for name in ("timeouts", "errors") if line[name]]

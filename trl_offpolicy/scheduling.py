@@ -16,29 +16,41 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .guided_filters import Rejection
 from .rewrite_config import RewriteConfig
 from .rows import Problem, Source, Verdict, split_id
 from .sampling import FAILED, attempt_seed
 
 
 class Fate(NamedTuple):
-    """How an attempt ended; `offset` is its place in the journal, `log_prob` the mean over its tokens (NaN: not known)."""
+    """
+    How an attempt ended; `offset` is its place in the journal, `log_prob` the mean over its tokens (NaN: not known), `rejected` the
+    [`~guided_filters.Rejection`] for which it is not kept though it is correct.
+    """
 
     offset: int
     verdict: str
     finish_reason: str
     num_tokens: int
     log_prob: float
+    rejected: str = ""
+
+    @property
+    def accepted(self) -> bool:
+        """Whether it is a correct attempt, of which one is kept."""
+        return self.verdict == Verdict.CORRECT and not self.rejected
 
 
 class Outcome(NamedTuple):
-    """What a problem became; `offset` is the place in the journal of the kept `attempt`, or -1."""
+    """What a problem became; `offset` is the place in the journal of the kept `attempt`, or -1; `self_…` are the numbers of the stage `self`."""
 
     source: str
     offset: int = -1
     num_sampled: int = 0
     num_correct: int = 0
     attempt: int = 0
+    self_sampled: int = 0
+    self_correct: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -54,6 +66,7 @@ class Progress:
     in_flight: set[int] = field(default_factory=set)
     queued: bool = False
     sampled: bool = False  # whether this run draws for it, or the journal knows it all
+    of_self: tuple[int, int] = (0, 0)  # attempts that the stage `self` took, and how many of them were correct
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +108,9 @@ class Scheduler:
         self._ready: deque[Progress] = deque()
         self._open: OrderedDict[int, Progress] = OrderedDict()
         self._sources = [*args.stages, str(Source.EXPERT)]
-        types = [("source", "u1"), ("offset", "i8"), ("num_sampled", "u2"), ("num_correct", "u2"), ("attempt", "u2")]
-        self._outcomes = np.zeros(total, types)  # 15 bytes a row
+        numbers = ("num_sampled", "num_correct", "attempt", "self_sampled", "self_correct")
+        types = [("source", "u1"), ("offset", "i8"), *((name, "u2") for name in numbers)]
+        self._outcomes = np.zeros(total, types)  # 19 bytes a row
 
     def outcome(self, row: int) -> Outcome:
         source, *rest = self._outcomes[row].item()
@@ -184,7 +198,7 @@ class Scheduler:
         for k in sorted(k for k in progress.fates if k < self.args.num_generations):  # a journal may hold more
             fate = progress.fates[k]
             # A prompt that cannot be asked (beyond the context) can be asked no better at the next attempt.
-            if fate.finish_reason == "refused" or (fate.verdict == Verdict.CORRECT and not self._all_needed):
+            if fate.finish_reason == "refused" or (fate.accepted and not self._all_needed):
                 return k + 1
         return self.args.num_generations
 
@@ -214,7 +228,7 @@ class Scheduler:
             return
         counted = [fates.pop(k) for k in range(horizon)]
         self._count_unused(fates.values())
-        correct = [fate for fate in counted if fate.verdict == Verdict.CORRECT]
+        correct = [fate for fate in counted if fate.accepted]
         num_sampled = sum(fate.finish_reason not in FAILED for fate in counted)
         counts = self.counts  # one by one: `update` costs a resume a second in ten
         half = self.args.max_completion_length // 2
@@ -229,6 +243,8 @@ class Scheduler:
             ):  # by which `run_log.cut_advice` tells how long the ones that were cut would have become
                 counts["late_tokens"] += fate.num_tokens - half
                 counts["late_ends"] += fate.finish_reason == "stop"
+            if fate.rejected:
+                counts["rejected_" + fate.rejected] += 1
         counts["sampled"] += num_sampled
         counts["undrawn"] += sum(fate.finish_reason == "error" for fate in counted)
         counts[f"{stage}_sampled"] += num_sampled
@@ -236,6 +252,8 @@ class Scheduler:
         counts["fixed_k"] += (
             self.args.num_generations
         )  # what the usual script draws for every problem that reaches a stage
+        if stage == Source.SELF:
+            progress.of_self = num_sampled, len(correct)
         if correct:
             kept = select(correct, self.args.selection, (self.args.seed, progress.id, stage, -1))
             self._settle(progress, Outcome(stage, kept.offset, num_sampled, len(correct), counted.index(kept)))
@@ -248,6 +266,7 @@ class Scheduler:
 
     def _settle(self, progress: Progress, outcome: Outcome) -> None:
         progress.stage = len(self.args.stages)
+        outcome = outcome._replace(self_sampled=progress.of_self[0], self_correct=progress.of_self[1])
         self._outcomes[progress.row] = (self._sources.index(outcome.source), *outcome[1:])
         self.counts[str(outcome.source)] += 1
         self.counts["undrawn_rows"] += not progress.sampled
@@ -314,7 +333,7 @@ def select(correct: list[Fate], selection: str, key: tuple) -> Fate:
 
 class KnownAttempts:
     """
-    The attempts that are in the journal already: 49 bytes each, found by the problem's id. Not known are those that failed, and
+    The attempts that are in the journal already: 50 bytes each, found by the problem's id. Not known are those that failed, and
     guided ones whose reference was another than the row's demonstration is now: where they matter they are drawn again.
 
     Args:
@@ -322,16 +341,18 @@ class KnownAttempts:
         stages (`list[str]`): Names of the stages.
     """
 
-    _RECORD = struct.Struct("<QIBHBBIdqI")
+    _RECORD = struct.Struct("<QIBHBBIdqIB")
     _TYPES = [("id", "<u8"), ("copy", "<u4"), ("stage", "u1"), ("attempt", "<u2"), ("verdict", "u1"), ("finish_reason", "u1"),
-              ("num_tokens", "<u4"), ("log_prob", "<f8"), ("offset", "<i8"), ("reference", "<u4")]  # fmt: skip
+              ("num_tokens", "<u4"), ("log_prob", "<f8"), ("offset", "<i8"), ("reference", "<u4"), ("rejected", "u1")]  # fmt: skip
     _VERDICTS = list(Verdict)
     _FINISH_REASONS = ["stop", "length"]
+    _REJECTIONS = ["", *Rejection]
 
     def __init__(self, entries: Iterator[tuple[int, dict]], stages: list[str]):
         self._stages, packed, nan = stages, bytearray(), float("nan")
-        stage, verdict, finish_reason = (
-            {name: i for i, name in enumerate(names)} for names in (stages, self._VERDICTS, self._FINISH_REASONS)
+        stage, verdict, finish_reason, rejected = (
+            {name: i for i, name in enumerate(names)}
+            for names in (stages, self._VERDICTS, self._FINISH_REASONS, self._REJECTIONS)
         )
         for offset, e in entries:
             if e["finish_reason"] in FAILED:
@@ -339,7 +360,7 @@ class KnownAttempts:
             log_prob = nan if e["log_prob"] is None else e["log_prob"]
             packed += self._RECORD.pack(
                 *split_id(e["id"]), stage[e["stage"]], e["attempt"], verdict[e["verdict"]], finish_reason[e["finish_reason"]],
-                e["num_tokens"], log_prob, offset, e.get("reference", 0),
+                e["num_tokens"], log_prob, offset, e.get("reference", 0), rejected[e.get("rejected", "")],
             )  # fmt: skip
         table = np.frombuffer(packed, self._TYPES)
         self._table = table[np.argsort(table["id"], kind="stable")]
@@ -363,8 +384,21 @@ class KnownAttempts:
 
     def _known(self, rows: Iterable[tuple], copy: int, references: tuple[int, int]) -> dict[str, dict[int, Fate]]:
         found: dict[str, dict[int, Fate]] = {}
-        for _, of_copy, stage, attempt, verdict, finish_reason, num_tokens, log_prob, offset, reference in rows:
+        for (
+            _,
+            of_copy,
+            stage,
+            attempt,
+            verdict,
+            finish_reason,
+            num_tokens,
+            log_prob,
+            offset,
+            reference,
+            rejected,
+        ) in rows:
             if of_copy == copy and reference in references:
-                fate = Fate(offset, self._VERDICTS[verdict], self._FINISH_REASONS[finish_reason], num_tokens, log_prob)
+                told = self._VERDICTS[verdict], self._FINISH_REASONS[finish_reason]
+                fate = Fate(offset, *told, num_tokens, log_prob, self._REJECTIONS[rejected])
                 found.setdefault(self._stages[stage], {})[attempt] = fate
         return found

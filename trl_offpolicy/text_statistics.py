@@ -8,18 +8,39 @@ import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from statistics import fmean
 
 
 _TOKEN = re.compile(r"\w+|[^\w\s]")
-# A solution that speaks of the text it was shown. "The given triangle" or "the hint of a pattern" is no leak.
-_LEAK = re.compile(
-    r"\b(?:teacher|tutor)(?:['’]s)?\b"
-    r"|\b(?:the|this|your|provided|given)\s+(?:reference|provided|given|original|sample|model|teacher['’]s)\s+(?:solution|answer|text|explanation|reasoning)\b"
-    r"|\b(?:according to|as (?:in|stated in|shown in|mentioned in)|following|based on)\s+the\s+(?:reference|solution|hint)\b"
-    r"|\bthe\s+(?:reference|hint)\s+(?:says|states|shows|suggests|gives|uses|tells|mentions)\b",
-    re.IGNORECASE,
+# A solution that speaks of the text it was shown, in the languages that models answer in. "The given triangle" or "the hint of a pattern" is none.
+LEAKS = (
+    # English
+    r"\b(?:the|this|that|your|provided|given|a)\s+(?:reference|provided|given|original|sample|model|(?:teacher|tutor)(?:['’]s)?)\s+(?:solution|answer|text|explanation|reasoning|guidance)s?\b",
+    r"\b(?:teacher|tutor)['’]s\s+(?:solution|answer|explanation|reasoning|guidance|approach|method|work)s?\b",
+    r"\b(?:according to|as (?:in|stated in|shown in|mentioned in|per)|following|based on|using)\s+the\s+(?:reference|solution|hint)\b",
+    r"\bthe\s+(?:reference|hint)\s+(?:says|states|shows|suggests|gives|uses|tells|mentions)\b",
+    r"\bthe\s+solution\s+(?:says|states|suggests|tells|mentions|explains|provided|given above)\b",
+    r"\b(?:in|using)\s+(?:my|your)\s+own\s+(?:words|way)\b",
+    r"\b(?:teacher|tutor)(?:['’]s)?\b",
+    # German, French, Spanish, Portuguese, Italian
+    r"\b(?:Musterlösung|Referenzlösung|(?:gegebene|vorgegebene|angegebene)n?\s+Lösung|Lösung\s+de[sr]\s+Lehr\w+|laut\s+(?:der\s+)?Lösung)\b",
+    r"\b(?:solution\s+(?:du\s+professeur|de\s+l['’]enseignante?|de\s+référence|fournie|proposée)|d['’]après\s+(?:la\s+solution|le\s+corrigé))\b",
+    r"\b(?:soluci[oó]n|solu[cç][aã]o)\s+(?:del?|do|da|de\s+la)\s+(?:profesora?|maestr[oa]|professora?|referencia|referência)\b",
+    r"\b(?:soluci[oó]n|solução)\s+(?:proporcionada|fornecida)\b|\b(?:según|conforme)\s+(?:la|a)\s+(?:solución|solução)\b",
+    r"\bsoluzione\s+(?:dell['’]insegnante|del\s+(?:professore|docente)|di\s+riferimento|fornita)\b|\bsecondo\s+la\s+soluzione\b",
+    # Russian
+    r"\bрешени\w+\s+(?:учител|преподавател)\w+|\b(?:эталонн|приведённ|приведенн|предоставленн)\w+\s+решени\w+|\bсогласно\s+решению\b",
+    # Chinese, Japanese, Korean
+    r"(?:老师|教师|老師|教師|参考|參考|标准|標準)的?(?:解答|解法|答案|解析)|(?:根据|按照|根據)(?:给出|提供|所给|給出)?的?(?:解答|解法|答案)",
+    r"(?:先生|教師)の(?:解答|解法|解説)|模範解答|参考解答|与えられた(?:解答|解法)",
+    r"(?:선생님|교사)의\s*(?:풀이|해설|답)|참고\s*(?:풀이|답안)|주어진\s*풀이",
 )
+
+
+def num_words(text: str) -> int:
+    """Words and other signs of a text, as they are counted here."""
+    return len(_TOKEN.findall(text))
 
 
 def ngrams(text: str | list[str], n: int) -> Counter:
@@ -34,9 +55,28 @@ def copy_ratio(text: str, reference: str, n: int = 4) -> float | None:
     return (own & ngrams(reference, n)).total() / own.total() if own else None
 
 
-def leaks_hint(text: str) -> bool:
-    """Whether a solution speaks of the reference it was shown ("the teacher's solution", "according to the reference")."""
-    return _LEAK.search(text) is not None
+def find_leak(text: str, known: str = "", phrases: Sequence[str] = ()) -> str | None:
+    """
+    What a solution says of the reference it was shown ("the teacher's solution"); `None` if it says nothing of it.
+
+    Args:
+        text (`str`): The solution.
+        known (`str`, *optional*): The problem: what it says too, such as "teacher", belongs to the tale.
+        phrases (`Sequence[str]`, *optional*): Regular expressions to look for beside `LEAKS`, in any case.
+    """
+    known = known.casefold()
+    found = (match[0] for match in _leaks(tuple(phrases)).finditer(text))
+    return next((leak for leak in found if leak.casefold() not in known), None)
+
+
+def leaks_hint(text: str, known: str = "") -> bool:
+    """Whether a solution speaks of the reference it was shown ([`find_leak`])."""
+    return find_leak(text, known) is not None
+
+
+@cache
+def _leaks(phrases: tuple[str, ...]) -> re.Pattern:
+    return re.compile("|".join(f"(?:{phrase})" for phrase in (*LEAKS, *phrases)), re.IGNORECASE)
 
 
 def distinct_n(texts: Sequence[str], n: int = 2) -> float | None:

@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..guided_filters import REJECTIONS
 from ..redaction import redacted
 from ..rewrite_config import RewriteConfig
 from ..run_log import cut_advice
@@ -251,6 +252,20 @@ def _print_summary(metrics: dict, limit: int) -> None:
         )
     if advice := cut_advice(sampling, limit):
         print(advice)
+    if rejected := {REJECTIONS[why]: n for why, n in metrics["rejected"].items() if n}:
+        print(
+            "correct guided attempts that were not kept: "
+            + ", ".join(f"{n:,} {what}" for what, n in rejected.items())
+            + " (which, in the journal)"
+        )
+    experts = metrics["expert_format"]
+    if experts["boxed"] or experts["marks_removed"]:
+        print(
+            f"expert rows, as their prompts ask: {experts['boxed']:,} final answers put into \\boxed{{}}, calculator marks taken out of "
+            f"{experts['marks_removed']:,} (--expert_format keep leaves demonstrations as they are)"
+        )
+    if experts["not_as_asked"]:
+        print(f"{experts['not_as_asked']:,} expert rows have no \\boxed{{}}, though their prompts ask for it")
     if metrics["gold_unparsable"]:
         print(
             f"{metrics['gold_unparsable']:,} rows have no gold answer that can be compared with: kept as expert, not sampled"
