@@ -585,3 +585,35 @@ def test_no_problem_is_solved(tmp_path):
     assert len(written) == 0 and metrics["unsolved"] == 5
     with pytest.raises(ValueError, match="no demonstrations, which the stage `guided` retells"):
         rewrite(tmp_path, bare)
+
+
+def test_command_line_dry_run_shows_what_the_model_reads(tmp_path, capsys):
+    """The rendered prompt with its special tokens; a model, a dtype or a form of answers that is none is said without a model."""
+    from transformers import AutoTokenizer
+
+    from trl_offpolicy.cli import main
+
+    Dataset.from_list(rows(3)).to_json(tmp_path / "rows.jsonl")
+    args = [
+        "rewrite",
+        "--dataset_name",
+        str(tmp_path / "rows.jsonl"),
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--dry_run",
+    ]
+    assert main([*args, "--model_name_or_path", POLICY]) == 0
+    shown = capsys.readouterr().out
+    turn = [{"role": "user", "content": prompts.fill(prompts.SOLVE_PROMPT, problem=rows(1)[0]["problem"])}]
+    rendered = AutoTokenizer.from_pretrained(POLICY).apply_chat_template(
+        turn, tokenize=False, add_generation_prompt=True
+    )
+    assert rendered in shown and "<|im_start|>" in rendered and "careful" not in shown
+    assert main([*args, "--model_name_or_path", POLICY, "--solve_prompt", "{problem}"]) == 0
+    assert capsys.readouterr().out.count("There is no \\boxed in this prompt") == 1  # the guided one asks for it
+    for more, message in [
+        (["--model_name_or_path", POLICY, "--dtype", "fp16"], "dtype='fp16', which torch does not know"),
+        (["--model_name_or_path", str(tmp_path / "none")], "no such directory"),
+    ]:
+        assert main([*args, *more]) == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

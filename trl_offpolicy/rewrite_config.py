@@ -88,7 +88,8 @@ class RewriteConfig:
         hub_revision (`str`, *optional*): Branch; by default `main`.
         push_attempts (`bool`, *optional*, defaults to `True`): Push every attempt too, as config `attempts`.
         push_every (`int`, *optional*, defaults to `0`): Push the attempts so far every so many rows of a long run, 0 for never.
-        dry_run (`bool`, *optional*, defaults to `False`): Print the first prompt of each stage and the estimate, sample nothing.
+        dry_run (`bool`, *optional*, defaults to `False`): Print the first prompt of each stage, on the command line as the
+            model reads it too, and the estimate; sample nothing.
         overwrite (`bool`, *optional*, defaults to `False`): Delete the journal of another configuration in `output_dir`; one of this
             configuration is resumed all the same.
     """

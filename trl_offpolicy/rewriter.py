@@ -39,6 +39,7 @@ from .rows import (
     Verdict,
     carried_columns,
     copy_id,
+    encode_prompt,
     find_format,
     guided_prompt,
     hub_origin,
@@ -222,8 +223,10 @@ class DataRewriter:
 
     def _tokenizer(self):
         """That of the prompts, which does not need the model; `None` where an engine does not say which."""
-        if self.sampler is not None or self.args.dry_run:
+        if self.sampler is not None:
             return getattr(self.sampler, "processing_class", None)
+        if self.args.dry_run:  # which touches no model: what it was given
+            return self.processing_class
         if self.processing_class is None:
             name = self.model if isinstance(self.model, str) else self.model.config._name_or_path
             self.processing_class = load_processing_class(name)
@@ -333,6 +336,17 @@ class DataRewriter:
             print(f"---- first prompt of stage {stage} ----")  # noqa: T201
             for turn in self._prompt(first, stage):
                 print(f"[{turn['role']}]\n{turn['content']}")  # noqa: T201
+            if self.processing_class is not None:
+                ids = encode_prompt(self.processing_class, self._prompt(first, stage))
+                print(  # noqa: T201
+                    f"---- the same as the model reads it, {len(ids)} tokens ----\n{self.processing_class.decode(ids)}"
+                )
+            wanted = getattr(self.verifier, "asked_form", "")
+            if wanted not in "".join(turn["content"] for turn in self._prompt(first, stage)):
+                print(  # noqa: T201
+                    f"---- careful ----\nThere is no {wanted} in this prompt, which is the form that {type(self.verifier).__name__} reads most surely: "
+                    "answers may be unparsable. Ask for it in the prompt (solve_prompt, guided_prompt), or pass another verifier."
+                )
         most = total * len(self.args.stages) * self.args.num_generations
         print(  # noqa: T201
             f"---- estimate ----\n{total:,} rows; at most {most:,} attempts ({len(self.args.stages)} stages x K = {self.args.num_generations}), "

@@ -307,6 +307,30 @@ def check_dtype(dtype: str) -> None:
         )
 
 
+def check_model(arguments: EngineArguments):
+    """
+    The tokenizer of the model, which is not loaded itself; `None` where only a server knows the model.
+
+    Raises:
+        ValueError: There is no such model or dtype, or its tokenizer has no chat template.
+    """
+    from transformers import AutoConfig
+
+    from ..sampling import load_processing_class
+
+    model, shared = arguments.model_name_or_path, {"revision": arguments.model_revision}
+    shared["trust_remote_code"] = arguments.trust_remote_code
+    check_dtype(arguments.dtype)
+    try:
+        processing_class = load_processing_class(model, **shared)  # first: it says when a directory is missing
+        AutoConfig.from_pretrained(model, **shared)
+    except OSError as error:
+        if arguments.sampler == "openai":
+            return None
+        raise ValueError(f"You passed model_name_or_path={model!r}, which cannot be loaded: {error}") from error
+    return processing_class
+
+
 _ENGINE_OF = {
     **dict.fromkeys(("base_url", "served_model_name", "request_timeout", "give_up_after"), "openai"),
     **dict.fromkeys(

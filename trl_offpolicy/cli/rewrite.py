@@ -16,6 +16,7 @@ from .arguments import (
     EngineArguments,
     VerifierArguments,
     check_before_loading,
+    check_model,
     load_dataset,
     make_sampler,
     make_verifier,
@@ -109,7 +110,8 @@ def rewrite(argv: list[str]) -> int:
     sampler = None if config.dry_run else make_sampler(arguments, adapter)
     agent = sampler.with_adapter(adapter) if sampler is not None and adapter is not None else None
     verifier = make_verifier(arguments)
-    rewriter = DataRewriter(arguments.model_name_or_path, config, sampler, verifier, guided_sampler=agent)
+    tokenizer = check_model(arguments) if config.dry_run else None
+    rewriter = DataRewriter(arguments.model_name_or_path, config, sampler, verifier, tokenizer, agent)
     try:
         # Where a model is served is nobody else's address.
         given = {k: v for k, v in vars(arguments).items() if v is not None and k != "base_url"}
