@@ -63,6 +63,17 @@ STATED = [
     ("The answer is x < 4.", "x < 4", "answer"),
     ("So the final answer is |x| = 3.", "|x| = 3", "final"),
     ("Answer: 2**(1/4)", "2**(1/4)", "answer"),
+    ("Answer: .5", ".5", "answer"),
+    (".4", ".4", "sentence"),
+    # an exclamation mark is the sentence's behind a formula or words, and a factorial behind a bare number
+    ("The final answer is 42!", "42", "final"),
+    ("The answer is $5$! Well done.", "5", "answer"),
+    ("The answer is **42**!", "42", "answer"),
+    ("Answer: 5!", "5!", "answer"),
+    ("The answer is $5!$.", "5!", "answer"),
+    # a choice with what it stands for
+    ("**Answer:** B. Paris", "B. Paris", "answer"),
+    ("The answer is B. It cannot be A.", "B", "answer"),
     # what states no value, or restricts it
     ("The answer is correct.", None, ""),
     ("The answer is not 42.", None, ""),

@@ -85,6 +85,8 @@ def normalize(answer: str) -> str:
     """
     if len(answer) > MAX_ANSWER:
         raise Unparsable
+    if answer.isascii() and answer.isdecimal():
+        return answer
     text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻ⁿ]+", lambda m: f"^{{{unicodedata.normalize('NFKC', m[0])}}}", answer)
     text = re.sub(r"[₀-₉]+", lambda m: f"_{{{unicodedata.normalize('NFKC', m[0])}}}", text)
     text = re.sub(r"([√∛])\s*(\d+(?:\.\d+)?)", r"\1{\2}", text)
@@ -200,6 +202,8 @@ _SCALED = rf" ?\\text\s*\{{\s*(?:{'|'.join(MAGNITUDES)})\b"  # `\$5 \text{ milli
 def number(text: str) -> tuple[Fraction, bool] | None:
     r"""The exact value of `-3`, `1,234.5`, `\frac{1}{2}`, `3/4`, `3\frac{1}{7}`, `0.\overline{3}`, `4.5\times 10^{33}` or `ten`, and
     whether it was written as a decimal (and may be rounded); `None` for anything else."""
+    if text.isascii() and text.isdecimal() and len(text) <= 400:
+        return Fraction(int(text)), False
     if text.casefold() in NUMBER_WORDS:
         return Fraction(NUMBER_WORDS[text.casefold()]), False
     if len(text) > 400 or not (match := _NUMBER.fullmatch(text)) or text.count("(") != text.count(")"):

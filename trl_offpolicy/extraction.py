@@ -11,6 +11,7 @@ A statement is read whole: nothing here picks a number out of a formula, and wha
 """
 
 import functools
+import itertools
 import re
 from bisect import bisect_left
 from collections import deque
@@ -61,6 +62,7 @@ _THINKING = re.compile(
     r"|<\|END_THINKING\|>|◁/think▷|(?:<\|channel\|>|assistant)final(?:<\|message\|>)?|<\|begin_of_solution\|>",
     re.I,
 )
+_SPECIAL = re.compile(r"<[|/A-Za-z｜]|INST\]|THINK\]|◁|assistantfinal")  # what all of these begin with, or have in them
 _TOKEN = re.compile(
     r"<\|[\w/ ]{1,40}\|>|<｜[^｜<>\n]{1,40}｜>|</?s>|<(?:bos|eos|pad|end_of_turn|start_of_turn)>|\[/?INST\]"
 )
@@ -72,7 +74,7 @@ _PROGRAM = re.compile(
 
 def without_thinking(completion: str) -> str:
     """What comes behind the last thinking; `Unparsable` where it never ends."""
-    if not any(mark in completion for mark in ("<", "THINK]", "◁", "assistantfinal")):
+    if not _SPECIAL.search(completion):
         return completion  # many times as fast
     thinking = next(iter(deque(_THINKING.finditer(completion), maxlen=1)), None)
     if thinking and thinking["open"]:
@@ -83,7 +85,7 @@ def without_thinking(completion: str) -> str:
 def visible(completion: str) -> str:
     """What a reader of the answer sees: no thinking, one turn, no special tokens, no program code."""
     text = without_thinking(completion)
-    for turn in _TOKEN.split(text) if "<" in text or "INST]" in text else [text]:
+    for turn in _TOKEN.split(text) if _SPECIAL.search(text) else [text]:
         turn = re.sub(r"\A\s*(?:assistant|model)\s*\n", "", turn)
         if turn.strip():
             return _PROGRAM.sub("\n", turn) if "```" in turn else turn
@@ -98,18 +100,19 @@ _FORMULAS, _ARRAYS = (
 )
 _ENVIRONMENT = f"{_FORMULAS}|{_ARRAYS}"
 _DELIMITER = re.compile(
-    rf"\\\\|\\\$|(?P<open>\$\$|\$|\\\[|\\\(|\\begin\{{(?P<begin>{_ENVIRONMENT})\}})|(?P<close>\\\]|\\\)|\\end\{{(?:{_ENVIRONMENT})\}})|(?P<line>\n)"
+    rf"\\\\|\\\$|(?P<open>\$\$|\$|\\\[|\\\(|\\begin\{{(?P<begin>{_ENVIRONMENT})\}})|(?P<close>\\\]|\\\)|\\end\{{(?:{_ENVIRONMENT})\}})"
 )
 _CLOSES = {"$$": "$$", "$": "$", "\\[": "\\]", "\\(": "\\)"}
 _MATH, _MARK = "\ue000", "\ue001"  # what stands for a character of mathematics, and of Markdown
+_LINE_MARKUP = re.compile(r"\n([ \t]*(?:```[^\n]*|>[> \t]*))")
 _MARKUP = re.compile(
-    r"^[ \t]*```[^\n]*$|`|^[ \t]*>[> \t]*|</?(?:b|strong|i|em|u|p|br|div|span|center|h[1-6])\b[^<>\n]{0,80}>|[✓✔✅☑🎉🎯📝🔹🔷🟢👉➡️]",
-    re.M | re.I,
+    r"`|</?(?:b|strong|i|em|u|p|br|div|span|center|h[1-6])\b[^<>\n]{0,80}>|[✓✔✅☑🎉🎯📝🔹🔷🟢👉➡️]",
+    re.I,
 )
-_EMPHASIS = (
-    re.compile(r"(?<![A-Za-z0-9*)}\]])(\*{1,3})(?=[^\s*])([^\n*]*)(\*{1,3})(?![A-Za-z0-9*(])"),
-    re.compile(r"(?<![\w\\])(__?)(?=[^\s_])([^\n_]*)(__?)(?!\w)"),
-)
+_EMPHASIS = {
+    "*": re.compile(r"(?<![A-Za-z0-9*)}\]])(\*{1,3})(?=[^\s*])([^\n*]*)(\*{1,3})(?![A-Za-z0-9*(])"),
+    "_": re.compile(r"(?<![\w\\])(__?)(?=[^\s_])([^\n_]*)(__?)(?!\w)"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +127,7 @@ class Segments:
 def segments(text: str) -> Segments:
     """Mathematics as whole spans (`$…$` within a line, `$$…$$`, `\\(…\\)`, `\\[…\\]`, environments), emphasis, code marks, quotes."""
     text = text.replace(_MATH, " ").replace(_MARK, " ")
-    found = [m for m in _DELIMITER.finditer(text) if m.lastgroup]
+    found = [m for m in _DELIMITER.finditer(text) if m.lastgroup] if "$" in text or "\\" in text else []
     places: dict[str, list[int]] = {}
     for index, match in enumerate(found):
         places.setdefault(match[0], []).append(index)
@@ -137,21 +140,19 @@ def segments(text: str) -> Segments:
         if (at := bisect_left(later, index + 1)) == len(later):
             continue
         close = found[later[at]]
-        if match[0] == "$":
-            lines = places.get("\n", [])
-            line = bisect_left(lines, index + 1)
-            if (line < len(lines) and lines[line] < later[at]) or not _inline(text, match.end(), close.start()):
-                continue
+        if match[0] == "$" and not _inline(text, match.end(), close.start()):
+            continue
         array = match["begin"] and re.fullmatch(_ARRAYS, match["begin"])  # which is a part of its own content
         content = text[match.start() : close.end()] if array else text[match.end() : close.start()]
         spans.append((match.start(), close.end(), content.strip()))
         end = close.end()
-    covered = _cover(text, spans)
-    return Segments(text, covered, spans)
+    return Segments(text, _cover(text, spans), spans)
 
 
 def _inline(text: str, start: int, end: int) -> bool:
-    """Whether what is between two dollar signs of a line is mathematics: not `$5 and each child $`, `$5 or $6`."""
+    """Whether what is between two dollar signs is mathematics: all in one line, and not `$5 and each child $`, `$5 or $6`."""
+    if text.find("\n", start, end) >= 0:
+        return False
     content = text[start:end]
     money = re.match(r"\d[\d,.]*(?: [A-Za-z]{2,}){2}|\d.*\s\Z", content)
     return bool(content.strip()) and not money and not text[end + 1 : end + 2].isdigit()
@@ -162,26 +163,31 @@ def _cover(text: str, spans: list[tuple[int, int, str]]) -> str:
     for start, end, _ in spans:
         pieces += [text[at:start], _MATH * (end - start)]
         at = end
-    covered = "".join(pieces) + text[at:]
+    covered = "".join(["\n", *pieces, text[at:]])
+    covered = _LINE_MARKUP.sub(lambda m: "\n" + _MARK * len(m[1]), covered)[1:]
     covered = _MARKUP.sub(lambda m: _MARK * len(m[0]), covered)
-    for pattern in _EMPHASIS:
-        covered = pattern.sub(lambda m: _MARK * len(m[1]) + m[2] + _MARK * len(m[3]), covered)
+    for sign, pattern in _EMPHASIS.items():
+        if sign in covered:
+            covered = pattern.sub(lambda m: _MARK * len(m[1]) + m[2] + _MARK * len(m[3]), covered)
     return covered
 
 
 # ---- 3. statements ----
 
 # What is called an answer, and what a result, in the languages that models answer in; words that say "final", and "is".
-_ANSWER = (
+_ANSWER = set(
     "answer answers ans réponse réponses antwort antworten respuesta respuestas risposta resposta antwoord odpowiedź odpověď svar svaret vastaus válasz răspuns răspunsul"
-    " cevap yanıt đáp_án đáp_số câu_trả_lời jawaban jawabannya ответ відповідь отговор απάντηση الجواب الإجابة پاسخ جواب תשובה उत्तर উত্তর 答案 答え 解答 正解 答 정답 답 คำตอบ"
+    " cevap yanıt đáp_án đáp_số câu_trả_lời jawaban jawabannya ответ відповідь отговор απάντηση الجواب الإجابة پاسخ جواب תשובה उत्तर উত্তর 答案 答え 解答 正解 答 정답 답 คำตอบ".split()
 )
-_RESULT = (
+_RESULT = set(
     "solution solutions result results option choice résultat ergebnis lösung lösungen resultado solución risultato soluzione solução wynik sonuç kết_quả hasil результат"
-    " 结果 結果 결과 选 選"
+    " 结果 結果 결과 选 選".split()
 )
+_OTHER_LETTERS = sorted(w for w in _ANSWER | _RESULT if not w.isascii())
+_CONCLUSION = "conclusion 结论 結論 결론".split()
 _FINAL = r"(?:\b(?:final|finale|endgültige|окончательный|итоговый|ostateczna|nihai|slutligt?)\b|最终|最終|最后|최종)"
 _AFTER_IT = r"(?:finale?|cuối cùng|akhir|النهائية|نهائي)"
+_SAYS_FINAL = re.compile(f"{_FINAL}|{_AFTER_IT}", re.I)
 _IS = (
     r"\b(?:is|are|was|(?:would|will|must|should) be|equals|becomes|comes (?:out )?to|est|sont|lautet|lauten|ist|sind|es|son|è|é|são|luidt|wynosi|to|là|adalah|är|er"
     r"|on|je|este|равен|равна|равно)\b|是|为|為|等于|は|은|는|هو|هي|है"
@@ -193,11 +199,12 @@ _SPACE = rf"[ \t{_MARK}]"
 def _patterns(answers: tuple[str, ...], results: tuple[str, ...]) -> tuple[re.Pattern, re.Pattern]:
     """A heading that announces an answer, and a phrase that states one, of these words: those in the text, since all would be slow."""
     answer, result = (
-        "|".join(w if w[0] >= "\u0e00" else rf"\b{w}\b" for w in words) or "(?!)" for words in (answers, results)
+        "|".join(w if w[0] >= "\u0e00" else rf"\b{w.replace('_', ' ')}\b" for w in words) or "(?!)"
+        for words in (answers, results)
     )
     heading = (
         rf"^[ \t\\#*{_MARK}]*(?:\\(?:sub)*section\*?\{{)?(?:\d+[.)] *)?(?:the )?(?:(?P<final>{_FINAL}{_SPACE}*(?:{answer}|{result})|(?:{answer}) {_AFTER_IT})"
-        rf"|(?P<answer>{answer})|conclusion|结论|結論|결론)[ \t:：}}*{_MARK}]*(?:$|(?={_MATH}))"
+        rf"|(?P<answer>{answer})|{'|'.join(_CONCLUSION)})[ \t:：}}*{_MARK}]*(?:$|(?={_MATH}))"
     )
     phrase = (
         rf"(?:(?P<answer>{answer})|{result}|^A(?=:))(?:{_SPACE}(?P<after>{_AFTER_IT}))?"
@@ -236,17 +243,13 @@ _VERB = re.compile(
     re.I,
 )
 _QUALIFIED = re.compile(
-    r"\b(?:least|most|than|not|between|up to|over|under|except|more|fewer|each|per|times|half|twice|double|either|or)\b",
-    re.I,
-)
-_QUALIFIED = re.compile(
     r"\b(?:least|most|than|not|between|up to|over|under|except|more|fewer|each|per|times|half|twice|double|either|or)\b"
     r"|[^A-Za-z\s,'’\"()-]|(?<![A-Za-z])[B-HJ-Zb-hj-z](?![A-Za-z])",
     re.I,
 )
 # Where a sentence ends; what gives the reason of a value, or restricts it; and what follows a value and changes nothing about it.
 _END = re.compile(
-    rf"\n|[。！？．।]|です|となります|になります|である|입니다|이다|[.?](?=[\s{_MARK})\"”]|$)(?<!\bSt\.)(?<![ap]\.m\.)(?<!i\.e\.)(?<!e\.g\.)|\bI hope\b",
+    rf"\n|[。！？．।]|です|となります|になります|である|입니다|이다|[.?](?=[\s{_MARK})\"”]|$)(?<!\bSt\.)(?<![ap]\.m\.)(?<!i\.e\.)(?<!e\.g\.)|\bI hope\b|(?<!\s)!(?=[{_MARK})\"”]|\s*$|\s*\n|\s+(?-i:[A-Z]))",
     re.I,
 )
 _REASON = re.compile(
@@ -260,6 +263,7 @@ _TAIL = re.compile(
     r"|\s[—–]\s+(?=[A-Za-z]{2})|，(?=[\u4e00-\u9fff])|(?<!\s)\s+(?:to|in|for|from|on|at|that|who|left|remaining|total|altogether|such that)\s+(?=[A-Za-z]{2})",
     re.I,
 )
+_OPTION = re.compile(rf"[A-J]\.{_SPACE}+[^.!?\n=:]{{1,60}}(?=[.!]?{_SPACE}*(?:\n|\Z))")  # a letter with what it stands for
 _LEADING = re.compile(r"(?:since|because|as|if|when|given|with|by|for|after)\b[^,\n]*,", re.I)
 _SO = re.compile(r"\b(?:so|therefore|thus|hence)\b", re.I)
 _PROSE_NUMBER = re.compile(
@@ -271,7 +275,7 @@ _MATH_LINE = re.compile(rf"([\s{_MARK},;.]*\n[\s{_MARK}]*){_MATH}+[ \t{_MARK},;.
 _ITEM = re.compile(rf"[ \t{_MARK}]*(?:[-*+•]|\d+[.)])[ \t]+(?=\S)")
 
 
-_AROUND = " \t\n.,;:。．，、\"“”'*"
+_AROUND = ". \t\n,;:。．，、\"“”'*"
 
 
 def _compose(found: Segments, start: int, end: int) -> tuple[str, bool]:
@@ -291,7 +295,7 @@ def _compose(found: Segments, start: int, end: int) -> tuple[str, bool]:
             if mathematics and not re.search(r"[\\{}$]", piece):
                 piece = re.sub(r"[^\W\d_][^\d,;:()\[\]=<>+*/^%°|]*", lambda m: f"\\text{{ {m[0].strip()}}}", piece)
         latex.append(piece)
-    text = "".join(latex).strip(_AROUND)
+    text = re.sub(r"^\.(?!\d)", "", "".join(latex).strip(_AROUND[1:]).rstrip(_AROUND)).strip(_AROUND[1:])  # .5 is a number
     while text.endswith("}") and text.count("}") > text.count("{"):  # of `\textbf{Answer: 5}`
         text = text[:-1].rstrip(_AROUND)
     return text, mathematics
@@ -304,9 +308,18 @@ def _first(pattern: re.Pattern, found: Segments, start: int, end: int | None = N
     return match.start() if match else end
 
 
+def _end(found: Segments, start: int) -> int:
+    """Where the sentence at `start` ends. Its exclamation mark is a factorial where no word but only "Answer:" stands before the number."""
+    end, covered = _first(_END, found, start), found.covered
+    factorial = covered[end : end + 1] == "!" and covered[end - 1].isalnum()
+    return end + (factorial and not re.search(r"[^\W\d_]{2}[^:：=\n]*\Z", covered[max(0, start - 30) : end]))
+
+
 def _sentence(found: Segments, start: int, last: bool) -> tuple[int, int] | None:
     """The value in the sentence at `start`, as (start, end): what it begins with, or what stands behind a verb, the last one if `last`."""
-    end, covered = _first(_END, found, start), found.covered
+    end, covered = _end(found, start), found.covered
+    if (option := _OPTION.match(covered, start)) and not _VERB.search(covered, start, option.end()):
+        return option.span()
     if last:
         if leading := _LEADING.match(covered, start, end):
             start = leading.end()
@@ -348,7 +361,7 @@ def _items(found: Segments, line: int) -> list[tuple[int, int]]:
     """The items of a list that begins with this line."""
     items = []
     while (item := _ITEM.match(found.covered, line)) and len(items) < 50:
-        items.append((item.end(), _first(_END, found, item.end())))
+        items.append((item.end(), _end(found, item.end())))
         line = found.covered.find("\n", items[-1][1]) + 1 or len(found.text)
     numbered = bool(items) and found.covered[items[0][0] - 2] in ".)"
     return items if len(items) > numbered else []
@@ -369,7 +382,7 @@ def _value(found: Segments, start: int, kind: str, last: bool = False) -> Statem
             return None
         ranges = [value]
         while line > start and len(ranges) < 20 and (more := _MATH_LINE.match(found.covered, ranges[-1][1])):
-            ranges.append((more.end(1), _first(_END, found, more.end(1))))
+            ranges.append((more.end(1), _end(found, more.end(1))))
     texts = [_compose(found, *r) for r in ranges]
     text = ", ".join(t for t, _ in texts if t)
     if not text or _PLACEHOLDER.fullmatch(text):
@@ -482,33 +495,47 @@ _CONCLUDES = re.compile(
 )
 
 
-def statements(found: Segments, start: int = 0) -> list[tuple[int, Statement]]:
-    """Whatever states an answer in words behind `start`, in order, with where its phrase begins."""
-    stated: dict[int, tuple[int, Statement]] = {}
+def _marks(found: Segments) -> list[tuple[int, Statement]]:
+    """What the lines `#### 10` state, as [`statements`]."""
+    marks = _matches(_LINE_MARK, found) if "####" in found.covered else []
+    stated = [(m.start(), _value(found, m.start("value"), "mark")) for m in marks if _is_mark(found.covered, m)]
+    return [(at, statement) for at, statement in stated if statement]
+
+
+def _matches(pattern: re.Pattern, found: Segments) -> list[re.Match]:
+    matches = list(itertools.islice(pattern.finditer(found.covered), MAX_STATEMENTS + 1))
+    if len(matches) > MAX_STATEMENTS:
+        raise Unparsable(f"{NO_ANSWER}: it says more than {MAX_STATEMENTS} times what its answer is")
+    return matches
+
+
+def statements(found: Segments) -> list[tuple[int, Statement]]:
+    """Whatever states an answer in words, in order, with where its phrase begins."""
     low = found.covered.lower()
-    present = [
-        tuple(w for w in (word.replace("_", " ") for word in words.split()) if w in low)
+    latin = set(re.findall("[a-z]+", low))
+    other = [] if found.text.isascii() else _OTHER_LETTERS
+    answers, results = (
+        (*sorted(words & latin), *[w for w in other if w in words and w.replace("_", " ") in low])
         for words in (_ANSWER, _RESULT)
-    ]
-    for pattern in (_LINE_MARK, *_patterns(*present)):
-        for number, match in enumerate(pattern.finditer(found.covered, start)):
-            if number == MAX_STATEMENTS:
-                raise Unparsable(f"{NO_ANSWER}: it says more than {MAX_STATEMENTS} times what its answer is")
+    )
+    heading, phrase = _patterns(answers, results)
+    patterns = [heading] if answers or results or any(w in low for w in _CONCLUSION) else []
+    if answers or results or "a:" in low:
+        patterns.append(phrase)
+    stated: dict[int, tuple[int, Statement]] = {}
+    for pattern in patterns:
+        for match in _matches(pattern, found):
             at, end, groups = match.start(), match.end(), match.groupdict()
-            if pattern is _LINE_MARK:
-                kind, end = "mark", match.start("value") if _is_mark(found.covered, match) else len(found.text)
-            elif (
-                groups.get("final") or groups.get("after") or _CALLED_FINAL.search(found.covered, max(0, at - 30), at)
-            ):
+            if groups.get("final") or groups.get("after") or _CALLED_FINAL.search(found.covered, max(0, at - 30), at):
                 kind = "final"
             else:
                 kind = "answer" if groups["answer"] else "result"
             statement = _value(found, end, kind)
-            for _ in range(3 * ("final" in groups)):  # under a heading the value may be in a later paragraph
+            for _ in range(3 * (pattern is heading)):  # the value may be in a later paragraph
                 if not statement and (paragraph := _PARAGRAPH.match(found.covered, end)):
                     end = paragraph.end()
                     statement = _value(found, end, kind)
-            if statement and not _DOUBTED.search(found.covered, max(start, at - 200), at):
+            if statement and not _DOUBTED.search(found.covered, max(0, at - 200), at):
                 stated.setdefault(statement.start, (at, statement))
     return [stated[at] for at in sorted(stated)]
 
@@ -524,8 +551,8 @@ def _choose(found: Segments, stated: list[tuple[int, Statement]]) -> Statement |
         if chosen is None or _CORRECTS.search(between):
             chosen, others = statement, []
         elif not _REMARKS.search(between) and not _CONDITIONAL.search(between[-200:]):
-            others.append(statement.text)
-    return chosen and replace(chosen, others=tuple(dict.fromkeys(o for o in others if o != chosen.text)))
+            others += [statement.text] if statement.text != chosen.text else []
+    return replace(chosen, others=tuple(dict.fromkeys(others))) if others else chosen
 
 
 def _tagged(text: str) -> tuple[int, int] | None:
@@ -574,6 +601,8 @@ def _stated(text: str, whole: bool) -> Statement:
         if len(boxed) > 1 and all(names):
             contents = [f"{name[1]} = {content}" for name, content in zip(names, contents, strict=True)]
         chosen = Statement(", ".join(dict.fromkeys(contents)), "box", boxed[0][1], boxed[-1][2], True)
+        if not _SAYS_FINAL.search(text, chosen.end):
+            return chosen
         found = segments(text[chosen.end :])
         for at, statement in statements(found):
             its_own = _STARTS.match(found.covered, statement.start) and not _APPROXIMATE.search(
@@ -583,7 +612,7 @@ def _stated(text: str, whole: bool) -> Statement:
                 chosen = replace(statement, start=statement.start + boxed[-1][2], end=statement.end + boxed[-1][2])
         return chosen
     found = segments(text)
-    chosen = _choose(found, statements(found)) or _concluded(found, whole)
+    chosen = _choose(found, _marks(found) or statements(found)) or _concluded(found, whole)
     if chosen is None:
         raise Unparsable(NO_ANSWER)
     return chosen

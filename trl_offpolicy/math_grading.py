@@ -380,11 +380,11 @@ class _Comparison:
 
     def _close(self, told: tuple[Fraction, bool], wanted: tuple[Fraction, bool]) -> bool:
         """Equal; a decimal may also be another number rounded to `float_rounding` places, if that leaves five digits of it."""
-        difference = abs(told[0] - wanted[0])
+        if told[0] == wanted[0] or not (told[1] or wanted[1]):
+            return told[0] == wanted[0]
+        difference, places = abs(told[0] - wanted[0]), self.options["float_rounding"]
         size = max(abs(told[0]), abs(wanted[0]))
-        places = self.options["float_rounding"]
-        rounded = difference * 2 * 10**places <= 1 and difference * 10 ** (places - 1) <= size
-        return difference == 0 or ((told[1] or wanted[1]) and rounded)
+        return difference * 2 * 10**places <= 1 and difference * 10 ** (places - 1) <= size
 
     def equal(self, told: Answer, wanted: Answer) -> bool:
         """Whether a prediction and a gold answer, both read, say the same."""
