@@ -62,7 +62,9 @@ _THINKING = re.compile(
     r"|<\|END_THINKING\|>|◁/think▷|(?:<\|channel\|>|assistant)final(?:<\|message\|>)?|<\|begin_of_solution\|>",
     re.I,
 )
-_SPECIAL = re.compile(r"<[|/A-Za-z｜]|INST\]|THINK\]|◁|assistantfinal")  # what all of these begin with, or have in them
+_SPECIAL = re.compile(
+    r"<[|/A-Za-z｜]|INST\]|THINK\]|◁|assistantfinal"
+)  # what all of these begin with, or have in them
 _TOKEN = re.compile(
     r"<\|[\w/ ]{1,40}\|>|<｜[^｜<>\n]{1,40}｜>|</?s>|<(?:bos|eos|pad|end_of_turn|start_of_turn)>|\[/?INST\]"
 )
@@ -175,16 +177,17 @@ def _cover(text: str, spans: list[tuple[int, int, str]]) -> str:
 # ---- 3. statements ----
 
 # What is called an answer, and what a result, in the languages that models answer in; words that say "final", and "is".
-_ANSWER = set(
+_ANSWER = (
     "answer answers ans réponse réponses antwort antworten respuesta respuestas risposta resposta antwoord odpowiedź odpověď svar svaret vastaus válasz răspuns răspunsul"
-    " cevap yanıt đáp_án đáp_số câu_trả_lời jawaban jawabannya ответ відповідь отговор απάντηση الجواب الإجابة پاسخ جواب תשובה उत्तर উত্তর 答案 答え 解答 正解 答 정답 답 คำตอบ".split()
+    " cevap yanıt đáp_án đáp_số câu_trả_lời jawaban jawabannya ответ відповідь отговор απάντηση الجواب الإجابة پاسخ جواب תשובה उत्तर উত্তর 答案 答え 解答 正解 答 정답 답 คำตอบ"
 )
-_RESULT = set(
+_RESULT = (
     "solution solutions result results option choice résultat ergebnis lösung lösungen resultado solución risultato soluzione solução wynik sonuç kết_quả hasil результат"
-    " 结果 結果 결과 选 選".split()
+    " 结果 結果 결과 选 選"
 )
-_OTHER_LETTERS = sorted(w for w in _ANSWER | _RESULT if not w.isascii())
-_CONCLUSION = "conclusion 结论 結論 결론".split()
+_CALLED = tuple(set(words.split()) for words in (_ANSWER, _RESULT))
+_OTHER_LETTERS = sorted(w for w in set.union(*_CALLED) if not w.isascii())
+_CONCLUSION = ("conclusion", "结论", "結論", "결론")
 _FINAL = r"(?:\b(?:final|finale|endgültige|окончательный|итоговый|ostateczna|nihai|slutligt?)\b|最终|最終|最后|최종)"
 _AFTER_IT = r"(?:finale?|cuối cùng|akhir|النهائية|نهائي)"
 _SAYS_FINAL = re.compile(f"{_FINAL}|{_AFTER_IT}", re.I)
@@ -263,7 +266,9 @@ _TAIL = re.compile(
     r"|\s[—–]\s+(?=[A-Za-z]{2})|，(?=[\u4e00-\u9fff])|(?<!\s)\s+(?:to|in|for|from|on|at|that|who|left|remaining|total|altogether|such that)\s+(?=[A-Za-z]{2})",
     re.I,
 )
-_OPTION = re.compile(rf"[A-J]\.{_SPACE}+[^.!?\n=:]{{1,60}}(?=[.!]?{_SPACE}*(?:\n|\Z))")  # a letter with what it stands for
+_OPTION = re.compile(
+    rf"[A-J]\.{_SPACE}+[^.!?\n=:]{{1,60}}(?=[.!]?{_SPACE}*(?:\n|\Z))"
+)  # a letter with what it stands for
 _LEADING = re.compile(r"(?:since|because|as|if|when|given|with|by|for|after)\b[^,\n]*,", re.I)
 _SO = re.compile(r"\b(?:so|therefore|thus|hence)\b", re.I)
 _PROSE_NUMBER = re.compile(
@@ -295,7 +300,9 @@ def _compose(found: Segments, start: int, end: int) -> tuple[str, bool]:
             if mathematics and not re.search(r"[\\{}$]", piece):
                 piece = re.sub(r"[^\W\d_][^\d,;:()\[\]=<>+*/^%°|]*", lambda m: f"\\text{{ {m[0].strip()}}}", piece)
         latex.append(piece)
-    text = re.sub(r"^\.(?!\d)", "", "".join(latex).strip(_AROUND[1:]).rstrip(_AROUND)).strip(_AROUND[1:])  # .5 is a number
+    text = re.sub(r"^\.(?!\d)", "", "".join(latex).strip(_AROUND[1:]).rstrip(_AROUND)).strip(
+        _AROUND[1:]
+    )  # .5 is a number
     while text.endswith("}") and text.count("}") > text.count("{"):  # of `\textbf{Answer: 5}`
         text = text[:-1].rstrip(_AROUND)
     return text, mathematics
@@ -515,8 +522,7 @@ def statements(found: Segments) -> list[tuple[int, Statement]]:
     latin = set(re.findall("[a-z]+", low))
     other = [] if found.text.isascii() else _OTHER_LETTERS
     answers, results = (
-        (*sorted(words & latin), *[w for w in other if w in words and w.replace("_", " ") in low])
-        for words in (_ANSWER, _RESULT)
+        (*sorted(words & latin), *[w for w in other if w in words and w.replace("_", " ") in low]) for words in _CALLED
     )
     heading, phrase = _patterns(answers, results)
     patterns = [heading] if answers or results or any(w in low for w in _CONCLUSION) else []
