@@ -27,27 +27,29 @@ _FONTS = "text|textbf|textit|textrm|textnormal|textup|textsf|texttt|emph|mbox|hb
 _FONT = re.compile(
     rf"\\(?:(?:{_FONTS})\s*(?=\{{)|(?:textcolor|color)\s*\{{[^{{}}]*\}}\s*|(?:left|right|middle)\s*\.|(?:bm|bf|rm|it)(?![A-Za-z]))"
 )
+# Commands that mean the same as another, or only how it looks.
+_SAME = {
+    "\\frac": "dfrac tfrac cfrac", "<": "lt", ">": "gt", "\\le ": "leq leqq leqslant", "\\ge ": "geq geqq geqslant", "\\neq ": "ne", "\\{": "lbrace", "\\}": "rbrace",
+    "(": "langle lparen", ")": "rangle rparen", "|": "lvert rvert vert mid", "\\setminus ": "backslash smallsetminus", "\\emptyset ": "varnothing",
+    "": "left right middle displaystyle textstyle limits big bigg bigl bigr bigm biggl biggr biggm Big Bigg Bigl Bigr Bigm Biggl Biggr Biggm mathopen mathclose",
+}  # fmt: skip
+_COMMANDS = {f"\\{name}": same for same, names in _SAME.items() for name in names.split()}
 _REWRITES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        (r"\\(?:left|right|middle|displaystyle|textstyle|limits|[bB]igg?[lrm]?|mathopen|mathclose)(?![A-Za-z])", ""),
+        (r"\\[A-Za-z]+", lambda m: _COMMANDS.get(m[0], m[0])),
         (r"(?<=\d)(?:\\!)?(?:\\,|\{,\}|,\\!|\\ |~)(?:\\!)? ?(?=\d{3}(?!\d))", ","),
         (r"(?<=\d)\{,\}(?=\d)", ","),
         (r"\\(?:qquad|quad|hspace\{[^{}]*\}|[hv]?phantom\s*(?:\{[^{}]*\}|.)|[,;: !>])|~", " "),
         (r"^([+-]?\d{1,3}(?: \d{3})+)(?![\d/])", lambda m: m[1].replace(" ", ",")),
-        (r"\\[dtc]frac", r"\\frac"),
-        (r"\\(?:lt|gt)(?![A-Za-z])", lambda m: "<" if m[0] == "\\lt" else ">"),
-        (r"\\(?:leqslant|leqq|leq)(?![A-Za-z])|<=|=<", r"\\le "),
-        (r"\\(?:geqslant|geqq|geq)(?![A-Za-z])|>=|=>", r"\\ge "),
-        (r"\\ne(?![A-Za-z])|!=", r"\\neq "),
+        (r"<=|=<", r"\\le "),
+        (r">=|=>", r"\\ge "),
+        (r"!=", r"\\neq "),
         (r"\*\*(?=[\w({-])", "^"),
         (r"\\?(?<![A-Za-z])(?:infinity|infty|inf)(?![A-Za-z])", r"\\infty "),
         (r"\\(?:degree|deg)(?![A-Za-z])|\^\{?\\circ\}?|\\text\{\s*degrees?\s*\}|(?<=[\d}]) ?degrees?(?![A-Za-z])", r"^\\circ "),
         (r"\^\\circ\s*(?:\\text\s*\{\s*)?([CF])\b\s*\}?$", lambda m: r"\text{ " + {"C": "celsius", "F": "fahrenheit"}[m[1]] + "}"),
         (r"\\text\s*\{\s*(?:percent|pct|percentage)\s*\}|\s(?:percent(?:age)?|pct)\b|\\%", "%"),
-        (r"\\(?:lbrace|rbrace)(?![A-Za-z])", lambda m: "\\{" if "l" in m[0][:3] else "\\}"),
-        (r"\\(?:backslash|smallsetminus)(?![A-Za-z])", r"\\setminus "),
-        (r"\\(?:lvert|rvert|vert|mid)(?![A-Za-z])", "|"),
         (r"\\begin\{(?:[bB]matrix|matrix|smallmatrix|array)\}(?:\{[clr|]+\})?", r"\\begin{pmatrix}"),
         (r"\\end\{(?:[bB]matrix|matrix|smallmatrix|array)\}", r"\\end{pmatrix}"),
         (r"[\[(]\s*(\\begin\{pmatrix\}[^()\[\]]*\\end\{pmatrix\})\s*[\])]", r"\1"),
@@ -55,10 +57,8 @@ _REWRITES = [
         (r"\b(?:np|numpy|math)\.(log)?", lambda m: "ln" if m[1] else ""),
         (rf"(?<![\\A-Za-z])({_FUNCTIONS})(?=[\s(^_\d{{\\]|$)", r"\\\1 "),
         (rf"(?<![\\A-Za-z])(pi|{GREEK})(?![A-Za-z])", r"\\\1 "),
-        (r"\\langle|\\lparen", "("),
-        (r"\\rangle|\\rparen", ")"),
         (r"\\begin\{cases\}([^&]*)\\end\{cases\}", lambda m: m[1].replace("\\cr", ", ")),
-        (r"\\\{\s*\\\}|\\emptyset|\\varnothing|\\text\{ *(?i:the )?(?i:empty set|no (?:real )?solutions?) *\}", r"\\emptyset "),
+        (r"\\\{\s*\\\}|\\emptyset|\\text\{ *(?i:the )?(?i:empty set|no (?:real )?solutions?) *\}", r"\\emptyset "),
         (r"^\\text\{ *(?i:all (?:real numbers|reals)) *\}$", r"\\mathbb{R}"),
         (r"(?<![\w.])(\d+(?:\.\d*)?|\.\d+)[eE]([+-]?\d+)(?!\w)", r"\1\\times 10^{\2}"),
         (r"(?<=\d)\s*(?:\\cdot|\*)\s*10\s*\^", r"\\times 10^"),
