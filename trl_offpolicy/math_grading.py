@@ -63,7 +63,7 @@ def grade(
                 return Verdict.UNPARSABLE, f"{NO_ANSWER}: it states {stated.text:.80} and {other:.80}"
         if same:
             return Verdict.CORRECT, ""
-        if words(prediction) and _may_be_prose(stated, gold):
+        if words(prediction) and not _choice(prediction) and _may_be_prose(stated, gold):
             return Verdict.UNPARSABLE, NO_ANSWER
         return Verdict.WRONG, ""
     except UnparsableGold:
