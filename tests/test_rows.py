@@ -198,12 +198,14 @@ def test_texts_are_what_the_file_holds(tmp_path, monkeypatch):
     ]
     texts = ["7", "2015-03-01", None, "12345678901234567890123"]
     big = [{"answer": 12345678901234567890123, "n": 0.5}, {"answer": 7, "n": 1.0}]
+    odd = [{"answer": 2**53 + 1, "n": 0.1234567890123456}, {"answer": 1.5, "n": -0.5}]  # no float is 2**53 + 1
     for batch in (8 << 20, 500):  # all at once, and a few lines at a time
         monkeypatch.setattr("trl_offpolicy.text_files.BATCH", batch)
         for name, rows, expected in [
             ("dated", dated, dated),
             ("mixed", mixed, [{**row, "answer": text} for row, text in zip(mixed, texts, strict=True)]),
             ("big", big, [{**row, "answer": str(row["answer"])} for row in big]),
+            ("odd", odd, [{**row, "answer": str(row["answer"])} for row in odd]),
         ]:
             lines, whole = tmp_path / f"{name}{batch}.jsonl", tmp_path / f"{name}{batch}.json"
             lines.write_bytes(b"\xef\xbb\xbf" + "\n\n".join(map(json.dumps, rows)).encode())
@@ -234,7 +236,22 @@ def test_texts_are_what_the_file_holds(tmp_path, monkeypatch):
         ("bytes.jsonl", b'{"a": "\xff"}', "bytes.jsonl: line 1 is not JSON"),
         ("value.jsonl", '{"a": 1}\n3\n', "value.jsonl: line 2 is 3, but a row is an object"),
         ("list.json", '[{"a": 1}', "list.json: is not JSON"),
-        ("cells.csv", "a,b\n1,2\n1,2,3\n", "cells.csv cannot be read: .*line 3, saw 3"),
+        (
+            "deep.jsonl",
+            '{"a": 1}\n{"a": ' + "[" * 10**5 + "]" * 10**5 + "}",
+            "deep.jsonl: line 2 is not JSON .*recursion",
+        ),
+        ("nested.jsonl", '{"a": ' + "[" * 700 + "]" * 700 + "}", "nested.jsonl cannot be read: .*[Rr]ecursion"),
+        ("cells.csv", "a,b\n1,2\n1,2,3\n", "cells.csv.*line 3, saw 3"),
+        (
+            "comma.csv",
+            "a,b\n1,2,\n3,4,\n",
+            "comma.csv: the first row below the header has 3 fields, but the header has 2",
+        ),
+        ("other.csv", "a;b\n1,5;2\n", "other.csv: the first row below the header has 2 fields, but the header has 1"),
+        ("bytes.csv", b"a,b\n\xff,2\n", "bytes.csv: .*utf-8"),
+        ("none.json", " [ ]\n", "none.json holds no rows"),
+        ("header.csv", "a,b\n", "header.csv holds no rows"),
         ("script/script.py", "1", "script' cannot be loaded: Dataset scripts"),
     ],
 )
@@ -242,8 +259,9 @@ def test_a_file_that_cannot_be_read_is_named_with_the_line(tmp_path, name, conte
     file = tmp_path / name
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ValueError, match=message):
-        load_rows(str(file if file.suffix != ".py" else file.parent))
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match=message):
+            load_rows(str(file if file.suffix != ".py" else file.parent), streaming=streaming)
 
 
 def test_a_column_that_changes_its_type_late_is_named(tmp_path, monkeypatch):
@@ -251,6 +269,10 @@ def test_a_column_that_changes_its_type_late_is_named(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"n": i if i < 20 else "x"}) for i in range(30)))
     with pytest.raises(ValueError, match="a.jsonl: from line .* on, values have other types than before"):
         load_rows(str(tmp_path / "a.jsonl"))
+    numbers = [*[1.5] * 20, 2**53 + 1, 0.5]  # as a float it would be 2**53
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"n": n}) for n in numbers))
+    with pytest.raises(ValueError, match="b.jsonl: from line .* on, 'n' is no longer a float"):
+        load_rows(str(tmp_path / "b.jsonl"))
     Dataset.from_dict({"a": ["x"]}).select([]).to_parquet(tmp_path / "none.parquet")
     with pytest.raises(ValueError, match="that file has no rows"):
         load_rows(str(tmp_path / "none.parquet"))

@@ -23,6 +23,8 @@ from datasets.utils.json import find_mixed_struct_types_field_paths
 
 
 BATCH = 8 << 20  # bytes of lines that are parsed at a time
+# An integer from about 2**53 on (or a text with one): read as a float, which a column with one float makes of it, it may become another.
+_LONG_INTEGER = re.compile(rb"[\s:,\[]-?\d{16,}[\s,\]}]")
 # Beside what they say, they give our Arrow files a place of their own in the cache.
 _OPTIONS = {
     JsonFiles: {"chunksize": BATCH, "parse_agent_traces": False},
@@ -38,8 +40,10 @@ def load_text_dataset(path: str, split: str, streaming: bool = False, **where):
         where: `name`, `data_files`, `revision`, as for `load_dataset`.
 
     Raises:
-        ValueError: A file cannot be read (names it, and the line), or there is no such split.
+        ValueError: A file cannot be read (names it, and the line), there are no rows, or there is no such split. With `streaming`, what is
+            wrong behind the first rows is raised where they are read.
     """
+    name = where.get("data_files") or path
     try:
         builder = load_dataset_builder(path, **where)
     except RuntimeError as error:  # a folder or repository that holds a loading script
@@ -48,15 +52,24 @@ def load_text_dataset(path: str, split: str, streaming: bool = False, **where):
         if isinstance(builder, kind):
             builder = load_dataset_builder(path, **where, **_OPTIONS[kind])
             builder._generate_tables = MethodType(tables, builder)
-    if streaming:
-        return builder.as_streaming_dataset(split=split)
     try:
-        builder.download_and_prepare()
+        if streaming:
+            rows = builder.as_streaming_dataset(split=split)
+            empty = next(iter(rows), None) is None
+        else:
+            builder.download_and_prepare()
+            empty = not any(info.num_examples for info in builder.info.splits.values())
+    except StopIteration:  # the JSON builder looks at the first rows for their columns
+        empty = True
+    except RecursionError as error:
+        raise ValueError(f"{name} cannot be read: a value is nested too deeply ({error})") from error
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, OSError):
             raise error.__cause__ from None  # a full disk is not the file's fault
-        raise ValueError(f"{where.get('data_files') or path} cannot be read: {error.__cause__ or error}") from error
-    return builder.as_dataset(split=split)
+        raise ValueError(f"{name} cannot be read: {error.__cause__ or error}") from error
+    if empty:
+        raise ValueError(f"{name} holds no rows; pass a dataset with at least one.")
+    return rows if streaming else builder.as_dataset(split=split)
 
 
 def _json_tables(builder, files_iterables, allow_full_read: bool = True, **_) -> Iterator[tuple[Key, pa.Table]]:
@@ -95,6 +108,9 @@ def _json_table(file: str, first: int, lines: list[bytes], known: Features | Non
     options = pa.json.ReadOptions(block_size=len(text) + 1)  # one block: types are those of all these lines
     if known is not None and any(isinstance(feature, Json) for feature in known.values()):
         return _mixed_table(file, first, lines, known)
+    for number, line in enumerate(lines, first):
+        if line.count(b"[") + line.count(b"{") > 500:
+            _parsed(line, file, number)  # refuses values nested so deeply that Arrow would crash
     try:
         table = pa.json.read_json(pa.BufferReader(text), options)
         schema = pa.schema([field.with_type(_as_written(field.type)) for field in table.schema])
@@ -104,7 +120,7 @@ def _json_table(file: str, first: int, lines: list[bytes], known: Features | Non
         table.validate(full=True)  # UTF-8 too
     except pa.ArrowException:  # values of several types in one column, or damaged lines
         return _mixed_table(file, first, lines, known)
-    rounded = pa.float64() in schema.types and re.search(rb"\d{19}", text)  # an integer of more than 64 bits
+    rounded = pa.float64() in schema.types and _LONG_INTEGER.search(text)
     nested = known is None and any(map(pa.types.is_nested, schema.types))
     return _mixed_table(file, first, lines, known) if rounded or nested else table
 
@@ -137,7 +153,11 @@ def _mixed_table(file: str, first: int, lines: list[bytes], known: Features | No
                 columns[name] = _as_json(values)
             else:
                 columns[name] = pa.array(values)
-        except (pa.ArrowException, OverflowError):
+        except (pa.ArrowException, OverflowError) as error:
+            if (
+                known and getattr(known.get(name), "dtype", None) == "float64"
+            ):  # would be read back from its text, as another number
+                raise ValueError(f"{file}: from line {first} on, {name!r} is no longer a float: {error}") from error
             nested = any(isinstance(value, (dict, list)) for value in values)
             columns[name] = _as_json(values) if nested else pa.array(map(_text, values), pa.string())
         except UnicodeEncodeError as error:
@@ -159,18 +179,31 @@ def _text(value) -> str | None:
 def _parsed(text: bytes, file: str, number: int | None):
     try:
         return json.loads(text)
-    except ValueError as error:  # of JSON or of UTF-8
+    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8, or of values nested too deeply
         where = f"{file}: " if number is None else f"{file}: line {number} "
         raise ValueError(f"{where}is not JSON ({error}): {text.strip()!r:.100}") from error
 
 
 def _csv_tables(builder, files_iterables, **_) -> Iterator[tuple[Key, pa.Table]]:
     for shard, files in enumerate(files_iterables):
-        index = 0
-        for file in files:
-            with xopen(file, "rb") as handle:
-                for frame in pd.read_csv(handle, iterator=True, dtype=str, **builder.config.pd_read_csv_kwargs):
-                    table = pa.Table.from_pandas(frame)
-                    table = table.cast(pa.schema({name: pa.string() for name in table.column_names}))
-                    yield Key(shard, index), builder._cast_table(table)
-                    index += 1
+        frames = (frame for file in files for frame in _frames(file, builder.config))
+        for index, frame in enumerate(frames):
+            table = pa.Table.from_pandas(frame)
+            table = table.cast(pa.schema({name: pa.string() for name in table.column_names}))
+            yield Key(shard, index), builder._cast_table(table)
+
+
+def _frames(file: str, config) -> Iterator[pd.DataFrame]:
+    try:
+        with xopen(file, "rb") as handle:
+            for frame in pd.read_csv(handle, iterator=True, dtype=str, **config.pd_read_csv_kwargs):
+                # Where the first row is longer than the header, pandas takes its first fields for names of rows, and the others move left.
+                if config.index_col is None and not isinstance(frame.index, pd.RangeIndex):
+                    columns = len(frame.columns)
+                    raise ValueError(
+                        f"the first row below the header has {columns + frame.index.nlevels} fields, but the header has {columns}. Write a name "
+                        "for each column (or no separator at the end of a line), and put a text that holds a separator in double quotes."
+                    )
+                yield frame
+    except ValueError as error:  # of pandas' parser or of UTF-8
+        raise ValueError(f"{file}: {error}") from error
