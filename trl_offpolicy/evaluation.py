@@ -113,10 +113,8 @@ def evaluate(
     _check_settings(num_generations, temperature, part, output_dir, solve_prompt)
     rows = benchmarks if isinstance(benchmarks, dict) else load_benchmarks(benchmarks)
     questions = {name: read_questions(name, each, solve_prompt, system_prompt) for name, each in rows.items()}
-    settings = {
-        "num_generations": num_generations, "temperature": temperature, "top_p": top_p, "top_k": top_k,
-        "max_completion_length": max_completion_length,
-    }  # fmt: skip
+    params = SamplingParams(temperature, top_p, top_k, max_completion_length)
+    settings = {"num_generations": num_generations, **asdict(params)}
     earlier = _read_baseline(Path(os.path.expanduser(baseline)), questions, settings) if baseline else {}
     output_dir = output_dir and os.path.expanduser(output_dir)
     sampler = sampler or _default_sampler(model, processing_class)
@@ -125,7 +123,6 @@ def evaluate(
         check_format(processing_class, questions, train_tokenizer, train_dataset)
         questions = without_control_tokens(processing_class, questions, control_tokens)
     own_verifier, verifier = verifier is None, MathVerifier() if verifier is None else verifier
-    params = SamplingParams(temperature, top_p, top_k, max_completion_length)
     asked = {"seed": seed, "solve_prompt": solve_prompt, "system_prompt": system_prompt}
     asked |= {"control_tokens": "escape"} if control_tokens == "escape" else {}
     run = _Run(questions, num_generations, greedy, params, seed, part)
