@@ -188,6 +188,16 @@ def test_a_line_without_a_checksum_must_be_an_attempt(tmp_path, written_as, foun
         list(read_entries(path, "reason"))
 
 
+def test_two_journals_in_one_file_are_said(tmp_path):
+    """Each line has its checksum, but a second configuration is no attempt."""
+    path = tmp_path / "j.jsonl"
+    journal = Journal(path, {"seed": 1})
+    journal.close()
+    path.write_bytes(path.read_bytes() * 2)
+    with pytest.raises(ValueError, match=rf"Line 2 of {path} .*it has no id"):
+        list(read_entries(path))
+
+
 def test_what_is_read_back_is_what_was_asked_for(tmp_path):
     path, entries = tmp_path / "journal.jsonl", attempts(3)
     first, second, third = written(path, entries, {})

@@ -145,7 +145,7 @@ def environment():
 
 def test_files_of_the_user_named_like_modules(tmp_path):
     """A script's folder is the first place its interpreter imports from; nothing in it may run in a worker."""
-    for name in ("math_verify", "sympy", "antlr4", "latex2sympy2_extended", "mpmath"):
+    for name in ("math_verify", "sympy", "antlr4", "latex2sympy2_extended", "mpmath", "gmpy2", "flint"):
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write({name!r})\nraise SystemExit")
     script = tmp_path / "script.py"
     script.write_text(

@@ -52,6 +52,12 @@ CHOICES = [
     ("\\boxed{(B) because (A) fails}", "B", "correct"),
     ("\\boxed{The correct option is (D)}", "D", "correct"),
     ("\\boxed{Vitamin A}", "A", "unparsable"),
+    ("\\boxed{A is incorrect}", "A", "unparsable"),
+    ("\\boxed{A is wrong, B}", "A", "unparsable"),
+    ("\\boxed{(A) isn't right}", "A", "unparsable"),
+    ("\\boxed{A - no, B}", "A", "unparsable"),
+    ("\\boxed{\\text{everything but (A)}}", "A", "unparsable"),
+    ("\\boxed{A. wrong}", "A", "unparsable"),
     ("\\boxed{A line segment}", "A", "unparsable"),
     ("\\boxed{I}", "I", "correct"),
     ("\\boxed{H_2O}", "H", "unparsable"),
@@ -74,6 +80,9 @@ TEXTS = [
     ("\\boxed{1.0}", 1, "correct"),
     ("\\boxed{10}", 1.0, "wrong"),
     ("\\boxed{0.5}", 0.5, "correct"),
+    ("\\boxed{nan}", float("nan"), "unparsable"),
+    ("\\boxed{x2}", "x²", "wrong"),
+    ("\\boxed{105}", "10⁵", "wrong"),
 ]
 QUANTITIES = [
     ("\\boxed{5.1 km}", "5.1e3 m", "correct"),
@@ -90,6 +99,11 @@ QUANTITIES = [
     ("\\boxed{2.5bn USD}", "2.5 billion", "correct"),
     ("\\boxed{300K}", "26.85 degC", "correct"),
     ("\\boxed{\\sqrt{5}}", "5", "unparsable"),
+    ("\\boxed{.5}", "5", "wrong"),
+    ("\\boxed{.5}", "0.5", "correct"),
+    ("\\boxed{5 pi}", "5", "unparsable"),
+    ("\\boxed{5 e}", "5", "unparsable"),
+    ("\\boxed{5 \\$}", "5 €", "wrong"),
     ("\\boxed{\\text{less than } 20}", "20", "unparsable"),
     ("\\boxed{\\$3.50}", "3.5 USD", "correct"),
     ("\\boxed{3.5 EUR}", "3.5 USD", "wrong"),
@@ -135,10 +149,13 @@ def test_choices_of_the_row():
         ("\\boxed{a dog}", "1", arc, "wrong"),
         ("\\boxed{B}", "B", {"A": "no", "B": "yes"}, "correct"),
         ("\\boxed{B}", "B", None, "correct"),
+        ("\\boxed{A}", "B", ["B", "A"], "unparsable"),
     ]
     completions, answers, choices, expected = map(list, zip(*cases, strict=True))
     verifier = MultipleChoiceVerifier()
     assert verifier.verify(completions, answers, choices=choices) == expected
+    with pytest.raises(ValueError, match="2 labels and 1 texts"):
+        verifier.verify(["A"], ["A"], choices=[{"label": ["A", "B"], "text": ["x"]}])
     assert verifier(completions=completions, answer=answers, choices=choices)[:2] == [1.0, 0.0]
     both = any_of(ExactMatchVerifier(), verifier)
     assert both.verify(completions[:2], answers[:2], choices=choices[:2]) == ["correct", "wrong"]
@@ -186,6 +203,7 @@ def test_json_schema():
         "wrong",
         "unparsable",
     ]
+    assert JsonSchemaVerifier().verify(['{"a": 2, "a": 1}'], ['{"a": 1}']) == ["unparsable"]
 
 
 def test_completions_are_texts_and_a_function_may_return_bools():

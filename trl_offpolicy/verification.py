@@ -342,7 +342,8 @@ def default_workers() -> int:
 
 
 # What a worker's interpreter is started with (`-I`: or the `random.py` or `sympy.py` in the folder of a user's script would run in the worker):
-# this very package, and the folders that the parent imports from behind all that is installed, where they replace nothing.
+# this very package and, behind all that is installed, the other folders that the parent imports from, but for the script's own and the
+# working directory: not even a module that sympy would like to have and does not find (gmpy2) is taken from there.
 _START = """\
 import importlib.util, sys
 sys.path += {path!r}
@@ -355,7 +356,10 @@ _serve({parent})
 
 
 def _start_command() -> list[str]:
-    path, package = [os.path.abspath(p) for p in sys.path], str(Path(__file__).with_name("__init__.py"))
+    script = getattr(sys.modules.get("__main__"), "__file__", None) or "."
+    own = {os.path.realpath("."), os.path.dirname(os.path.realpath(script))}
+    path = [p for p in map(os.path.realpath, sys.path) if p not in own]
+    package = str(Path(__file__).with_name("__init__.py"))
     return [sys.executable, "-I", "-c", _START.format(path=path, package=package, parent=os.getpid())]
 
 

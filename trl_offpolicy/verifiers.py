@@ -40,6 +40,10 @@ def _unwrapped(text: str) -> str:
     return re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}", r" \1 ", text).replace("\\ ", " ")
 
 
+# What is said of a choice that is not the one: `A is incorrect`, `A - no, B`.
+_DENIED = r"[\s.:,;\u2013\u2014-]*(?:\b(?:is|are|was|would be)\b\s*)?(?:\b(?:not|no|never|wrong|incorrect|false|impossible|ruled|excluded|eliminated)\b|\w{1,6}n['\u2019]t\b)"
+
+
 class MultipleChoiceVerifier(_StatedVerifier):
     """
     One letter: `B`, `(B)`, `B. 12`, `\\text{(B)}`, `option B`, `B, because A fails`. Several letters are wrong, whichever they are.
@@ -71,6 +75,10 @@ class MultipleChoiceVerifier(_StatedVerifier):
         if choices is None:
             return dict.fromkeys(self.letters, "")
         if isinstance(choices, dict) and {"label", "text"} <= choices.keys():
+            if len(choices["label"]) != len(choices["text"]):
+                raise ValueError(
+                    f"`choices` has {len(choices['label'])} labels and {len(choices['text'])} texts: {choices!r:.200}."
+                )
             choices = dict(zip(choices["label"], choices["text"], strict=True))
         elif not isinstance(choices, dict):
             choices = dict(zip(string.ascii_uppercase, choices, strict=False))
@@ -78,8 +86,11 @@ class MultipleChoiceVerifier(_StatedVerifier):
 
     @staticmethod
     def _chosen(text: str, labelled: dict[str, str]) -> list[str]:
-        if (same := folded(text)) and same in labelled.values():
-            return [label for label, choice in labelled.items() if choice == same]
+        same = [label for label, choice in labelled.items() if choice and choice == folded(text)]
+        if same:
+            return (
+                [] if text.strip().upper() in {*labelled} - {*same} else same
+            )  # a letter that is another choice's text
         text, one = _unwrapped(text).strip(" *$.{}"), f"[{re.escape(''.join(labelled))}]"
         text = text.upper() if len(text) == 1 or re.fullmatch(r"\(\w\)", text) else text
         text = re.sub(
@@ -89,6 +100,8 @@ class MultipleChoiceVerifier(_StatedVerifier):
         # Several at the beginning: `B, C`, `(C)(D)`, `A and B`; what stands behind the last one explains.
         if listed := re.match(rf"{mark}(?:\s*(?:,|/|&|\band\b|\bor\b|,\s*and\b|(?=\())\s*{mark})*", text):
             rest = text[listed.end() :]
+            if re.match(_DENIED, rest, re.I):
+                return []
             explained = re.match(
                 r"\s*(?:[.:,;]|(?:-{1,3}|[\u2013\u2014])(?=\s)|\\|\(|(?:is|are|because|since|as)\b|$)", rest
             )
@@ -98,7 +111,9 @@ class MultipleChoiceVerifier(_StatedVerifier):
                 separator = re.match(r"[.):]", rest)
                 also = separator and re.findall(rf"(?:[,;\n]|\band|\bor)\s*({one})\{separator[0]}\s+\S", rest)
                 return list(dict.fromkeys(first + (also or [])))
-        named = re.findall(rf"\(({one})\)|\b(?:option|choice|letter)\s+({one})\b", text)
+        named = re.findall(
+            rf"(?<!but )(?<!except )(?<!not )\(({one})\)|\b(?:option|choice|letter)\s+({one})\b(?!{_DENIED})", text
+        )
         return list(dict.fromkeys(a or b for a, b in named))
 
     def judge(self, stated: str, answer, labelled: dict[str, str] | None = None) -> tuple[Verdict, str]:
@@ -113,9 +128,19 @@ class MultipleChoiceVerifier(_StatedVerifier):
         return (Verdict.CORRECT, "") if chosen == gold else (Verdict.WRONG, f"chose {', '.join(chosen)}")
 
 
+def _composed(text: str) -> str:
+    """A text in Unicode's compatibility form (NFKC), but for what is another value there (`x²` is not `x2`); spaces are collapsed."""
+    text = unicodedata.normalize("NFC", _unwrapped(text))
+    kept = ("<super>", "<sub>", "<fraction>", "<circle>")
+    text = "".join(
+        c if unicodedata.decomposition(c).startswith(kept) else unicodedata.normalize("NFKC", c) for c in text
+    )
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
 def folded(text: str) -> str:
-    """A text in Unicode's compatibility form (NFKC), without case, its spaces collapsed; no other character is removed."""
-    return " ".join(unicodedata.normalize("NFKC", _unwrapped(text)).casefold().split())
+    """A text without case, its spaces collapsed and in one of Unicode's ways to write it; no character is removed."""
+    return _composed(text).casefold()
 
 
 class ExactMatchVerifier(_StatedVerifier):
@@ -138,7 +163,7 @@ class ExactMatchVerifier(_StatedVerifier):
         )
 
     def normalized(self, text: str) -> str:
-        text = folded(text) if self.ignore_case else " ".join(unicodedata.normalize("NFKC", _unwrapped(text)).split())
+        text = folded(text) if self.ignore_case else _composed(text)
         if self.ignore_punctuation:
             text = text.translate(str.maketrans("", "", string.punctuation))
         if self.ignore_articles:
@@ -153,7 +178,9 @@ class ExactMatchVerifier(_StatedVerifier):
 
     def judge(self, stated: str, answer) -> tuple[Verdict, str]:
         answers = answer if isinstance(answer, list) else [answer]
-        golds = {self.normalized(text) for a in answers if a is not None for text in self._spellings(a)} - {""}
+        golds = {self.normalized(text) for a in answers if a is not None and a == a for text in self._spellings(a)} - {
+            ""
+        }
         if not golds:
             return Verdict.UNPARSABLE, "the gold answer is empty"
         return (Verdict.CORRECT if self.normalized(stated) in golds else Verdict.WRONG), ""
@@ -213,12 +240,13 @@ class NumericVerifier(_StatedVerifier):
     def quantity(self, text: str):
         """A pint quantity, or `None` where there is no number. The unit alone is given to pint: it evaluates arithmetic."""
         text = text.replace("\\%", "%")
-        money = re.search(r"[$€£]", text.removesuffix("$"))
+        # One `$` is money, two are the delimiters of a formula.
+        money = re.search(r"[$€£]", text.strip().removeprefix("$").removesuffix("$") if text.count("$") == 2 else text)
         if money or re.search(r"\b(?:USD|EUR|GBP|dollars?|euros?)\b", text):  # elsewhere 300K are kelvins
             text = re.sub(r"(?<=\d)\s?([KMB]|mn|bn)\b", lambda m: f" {self._MONEY_SCALES[m[1]]}", text)
         for pattern, replacement in self._LATEX:
             text = pattern.sub(replacement, text)
-        text = text.strip(" .")
+        text = text.strip().rstrip(" .")
         match = self._QUANTITY.fullmatch(text.rpartition("=")[2].strip()) if text.count("=") < 3 else None
         try:
             exact = number(normalize(re.sub(r"\^\s*([-+]?\d+)", r"^{\1}", match["value"]))) if match else None
@@ -228,7 +256,7 @@ class NumericVerifier(_StatedVerifier):
         if value is None:
             return None
         unit = match["unit"].strip() or {"$": "USD", "€": "EUR", "£": "GBP"}.get(money[0] if money else "", "")
-        if len(unit) > 40 or re.search(r"[^\w\s/*^{}().$€£°µ-]|\d{2}", unit):
+        if unit in ("pi", "e", "i") or len(unit) > 40 or re.search(r"[^\w\s/*^{}().$€£°µ-]|\d{2}", unit):
             return None
         try:
             return _units().Quantity(value, _units().parse_units(unit.replace("^{", "^").strip("{}").replace("}", "")))
@@ -249,6 +277,12 @@ class NumericVerifier(_StatedVerifier):
             told, gold = told.to(gold.units).magnitude, gold.magnitude
         near = abs(told - gold) <= max(self.rel_tol * abs(gold), self.abs_tol) * (1 + 1e-12)
         return (Verdict.CORRECT, "") if near else (Verdict.WRONG, f"{told:g} where {gold:g} was asked for")
+
+
+def _each_key_once(pairs: list[tuple[str, object]]) -> dict:
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError(f"an object has a key twice: {[key for key, _ in pairs]!r:.200}")
+    return found
 
 
 class JsonSchemaVerifier(Verifier):
@@ -279,7 +313,7 @@ class JsonSchemaVerifier(Verifier):
         try:
             text = without_thinking(completion)
             blocks = re.findall(r"```(?:json)?[ \t]*\n(.*?)```", text, re.S | re.I)
-            value = json.loads(blocks[-1] if blocks else text)
+            value = json.loads(blocks[-1] if blocks else text, object_pairs_hook=_each_key_once)
         except Unparsable as error:
             return Verdict.UNPARSABLE, str(error)
         except (ValueError, RecursionError) as error:
