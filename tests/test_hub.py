@@ -152,6 +152,15 @@ def test_a_repository_without_an_owner_is_the_users_own(tmp_path, hub, capsys):
     assert cli.main(["push", str(tmp_path / "run"), "--hub_dataset_id", "out"]) == 0  # when it is there already, too
 
 
+def test_what_is_missing_here_is_said_before_the_hub_is_asked(tmp_path, hub, capsys, monkeypatch):
+    assert cli.main(["push", str(tmp_path / "none"), "--hub_dataset_id", "me/out"]) == 2
+    assert "has no journal" in capsys.readouterr().err
+    rewriter(tmp_path).rewrite(source_dataset(hub))
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    assert cli.main(["push", str(tmp_path / "run"), "--hub_dataset_id", "me/out"]) == 2
+    assert "There is no Hub token to push to me/out with: set HF_TOKEN" in capsys.readouterr().err
+
+
 def test_shards_are_pushed_as_one(tmp_path, hub):
     """Two shards' files, then the unsharded run in their place."""
     data = source_dataset(hub)
@@ -667,7 +676,8 @@ def test_no_token_anywhere_and_one_group(tmp_path, hub):
         if r.HasField("history")
     ]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    logged = [{k: v for k, v in entry.items() if k in lines[0]} for entry in history]
+    keys = {key for line in lines for key in line}  # the first one is written before anything is drawn
+    logged = [{k: v for k, v in entry.items() if k in keys} for entry in history]
     assert [entry for entry in logged if entry] == lines
     journal = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()[1:]]
     tables = [json.loads(path.read_text()) for path in sorted(file.parent.glob("files/media/table/attempts_*.json"))]

@@ -215,8 +215,10 @@ def open_repo(repo_id: str, private: bool | None = None, token: str | None = Non
     Makes the repository and the branch if there are none; raises what a push would raise. Returns the `HfApi` to go on with, and the
     repository's full name: a `repo_id` without an owner is one of the token's user.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, get_token
 
+    if not (token or get_token()):
+        raise ValueError(f"There is no Hub token to push to {repo_id} with: set HF_TOKEN, or run `hf auth login`.")
     api = HfApi(token=token, library_name="trl-offpolicy")
     made = _tried_again(lambda: api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True), token)
     repo_id = made.repo_id

@@ -7,6 +7,7 @@ command to run. Exit codes: 0 done, 2 bad input, 3 stopped early and resumable.
 import errno
 import os
 import sys
+import warnings
 from importlib import import_module
 
 from ..redaction import redacted
@@ -58,6 +59,7 @@ RESUMABLE = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOME
 
 def main(argv: list[str] | None = None) -> int:
     if argv is None:
+        warnings.showwarning = _tell
         argv = sys.argv[1:] = _hide_token(sys.argv[1:])
         sys.argv[1:] = map(redacted, argv)  # a server's password, likewise
     else:
@@ -93,6 +95,11 @@ def main(argv: list[str] | None = None) -> int:
     except SamplerError as error:  # no server answers yet
         print(f"trl-offpolicy {argv[0]}: {redacted(str(error))}", file=sys.stderr)
         return 3
+
+
+def _tell(message, category, filename, lineno, file=None, line=None) -> None:
+    """A warning as a sentence, without the line of code that gave it."""
+    print(redacted(f"{'' if category is UserWarning else category.__name__ + ': '}{message}"), file=file or sys.stderr)
 
 
 def _hide_token(argv: list[str]) -> list[str]:

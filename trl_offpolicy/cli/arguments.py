@@ -275,12 +275,12 @@ def _column_mapping(mapping: str | dict, columns: list[str]) -> dict[str, str]:
 
 
 def check_before_loading(output_dir: str, report_to: str = "none") -> None:
-    """Makes the run's directory and proves that files can be written there, and that W&B has a key, before minutes go into loading a model."""
+    """Proves that files can be written where the run's directory is or will be, and that W&B has a key, before minutes go into loading a model."""
     from ..run_log import check_wandb
 
+    path = Path(output_dir).absolute()
     try:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir) as file:
+        with tempfile.TemporaryFile(dir=next(p for p in (path, *path.parents) if p.exists())) as file:
             file.write(b"0")
     except OSError as error:
         raise ValueError(f"You passed output_dir={output_dir!r}, where nothing can be written: {error}.") from error
@@ -299,9 +299,11 @@ def last_checkpoint(resume: str | None, output_dir: str) -> str | None:
 
 
 def check_dtype(dtype: str) -> None:
+    if dtype in ("auto", "bfloat16", "float16", "float32"):
+        return  # known without torch, which takes seconds to import
     import torch
 
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+    if not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(
             f"You passed dtype={dtype!r}, which torch does not know: use auto, bfloat16, float16 or float32."
         )

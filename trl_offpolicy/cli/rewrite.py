@@ -107,9 +107,9 @@ def rewrite(argv: list[str]) -> int:
         raise ValueError(
             f"You passed rewriter_adapter={adapter!r} with stages={config.stages}: it draws in the stage `guided`."
         )
+    verifier = make_verifier(arguments)
     sampler = None if config.dry_run else make_sampler(arguments, adapter)
     agent = sampler.with_adapter(adapter) if sampler is not None and adapter is not None else None
-    verifier = make_verifier(arguments)
     tokenizer = check_model(arguments) if config.dry_run else None
     rewriter = DataRewriter(arguments.model_name_or_path, config, sampler, verifier, tokenizer, agent)
     try:
@@ -205,7 +205,7 @@ def _pushed(push, run_dir: str, repo_id: str, token: str | None) -> str | None:
     """The full name of the repository that was pushed to; `None` if the push failed, after saying why, what has become of it, and how to go on."""
     try:
         commit = push()
-    except ValueError:
+    except (ValueError, FileNotFoundError):  # what was passed is at fault
         raise
     except (Exception, KeyboardInterrupt) as error:  # whatever a network can do to it: the rows are on the disk
         told = f"the push failed: {type(error).__name__}: {error}".rstrip(": ")
