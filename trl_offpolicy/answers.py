@@ -8,7 +8,7 @@ import re
 import unicodedata
 from fractions import Fraction
 
-from .extraction import MAX_ANSWER, Unparsable
+from .extraction import MAX_ANSWER, NUMBER_WORDS, Unparsable
 
 
 # ---- text, without what never changes its value ----
@@ -192,8 +192,6 @@ _NUMBER = re.compile(
     rf"|(?P<int>{_INTEGER})?(?P<dec>\.\d*)?(?:\\overline\{{(?P<rep>\d+)\}})?(?:\\times ?10\^(?:\{{(?P<exp>[+-]?\d{{1,3}})\}}|(?P<exp1>\d)))?"
     r"|10\^(?:\{(?P<power>[+-]?\d{1,3})\}|(?P<power1>\d)))\)?"
 )
-_WORDS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty"
-NUMBER_WORDS = {word: value for value, word in enumerate(_WORDS.split())}
 MAGNITUDES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 MAGNITUDE = rf"({'|'.join(MAGNITUDES)})s?\b"
 _SCALED = rf" ?\\text\s*\{{\s*(?:{'|'.join(MAGNITUDES)})\b"  # `\$5 \text{ million}`: no five dollars
@@ -303,13 +301,7 @@ mph = 1 mi/h; kph kmh = 1000 m/h; knot = 1852 m/h; angstrom = .0000000001 m; acr
 gallon gal = 231 in^3; quart = 1/4 gallon; pint = 1/8 gallon; byte = 8 bit
 """
 _LONG = ["kilo", "centi", "milli", "micro", "nano", "pico", "mega", "giga", "deci"]
-_PREFIXES = dict(
-    zip(
-        [*"kcmunpMGd", *_LONG],
-        (3, -2, -3, -6, -9, -12, 6, 9, -1) * 2,
-        strict=True,
-    )
-)
+_PREFIXES = dict(zip([*"kcmunpMGd", *_LONG], (3, -2, -3, -6, -9, -12, 6, 9, -1) * 2, strict=True))
 _POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
 _FACTOR = re.compile(
     r"\s*(?P<below>/|per )?\s*(?:(?P<before>square|sq|cubic|cu) )?(?P<name>[A-Za-z]+)(?:\^?(?P<power>-?\d+)| (?P<behind>squared|cubed))?"
@@ -338,12 +330,8 @@ def _unit(name: str) -> tuple[Fraction, dict[str, int]] | None:
 
 def unit(text: str) -> tuple[Fraction, dict[str, int]] | None:
     """(factor, exponents of the base units) of `km/h`, `kg m^2`, `square feet` or `meters per second squared`; `None` if not known."""
-    text = (
-        re.sub(r"\\cdot|[*.(){} ]+|\\times|-(?!\d)", " ", re.sub(r"\\mu ?", "u", text))
-        .replace(" ^", "^")
-        .replace("^ ", "^")
-        .strip()
-    )
+    text = re.sub(r"\\cdot|[*.(){} ]+|\\times|-(?!\d)", " ", re.sub(r"\\mu ?", "u", text))
+    text = text.replace(" ^", "^").replace("^ ", "^").strip()
     factor, total, position, sign = Fraction(1), {}, 0, 1
     while position < len(text):
         match = _FACTOR.match(text, position)

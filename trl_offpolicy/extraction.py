@@ -55,10 +55,11 @@ class Statement:
 
 # ---- 1. what is visible ----
 
+_THOUGHT = "(?:think|thinking|thoughts?|reasoning|reflection|scratchpad|seed:think)>"
 _THINKING = re.compile(
-    r"(?P<open><(?:think|thinking|thoughts?|reasoning|reflection|scratchpad|seed:think)>|\[THINK\]|<\|begin_of_thought\|>"
+    rf"(?P<open><{_THOUGHT}|\[THINK\]|<\|begin_of_thought\|>"
     r"|<\|START_THINKING\|>|◁think▷|<\|channel\|>(?:analysis|commentary)<\|message\|>)"
-    r"|</(?:think|thinking|thoughts?|reasoning|reflection|scratchpad|seed:think)>|\[/THINK\]|<\|end_of_thought\|>"
+    rf"|</{_THOUGHT}|\[/THINK\]|<\|end_of_thought\|>"
     r"|<\|END_THINKING\|>|◁/think▷|(?:<\|channel\|>|assistant)final(?:<\|message\|>)?|<\|begin_of_solution\|>",
     re.I,
 )
@@ -234,9 +235,10 @@ _NO_VALUE = re.compile(
     r"|in the|in terms|what|clear|obvious|unknown|as|expected|too|also|always|never|usually|positive and|left|to|how|why|here|below|above)\b",
     re.I,
 )
-_NUMBER_WORDS = "zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen|seventeen|eighteen|nineteen|twenty"
+_WORDS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty"
+NUMBER_WORDS = {word: value for value, word in enumerate(_WORDS.split())}
 _STARTS = re.compile(
-    rf"[-+−±~<>≤≥(\[{{|√∛π∞$€£¥½¼¾⅓⅔]*\s*(?:\.?\d|{_MATH}|\\[A-Za-z{{|$]|[√∛π∞])|(?:{_NUMBER_WORDS})\b|\(?[A-Za-z]'?\)?\s*(?=$|[=<>≤≥+*/^_,;.)(\[\\{_MARK}−-]|and\b|or\b)"
+    rf"[-+−±~<>≤≥(\[{{|√∛π∞$€£¥½¼¾⅓⅔]*\s*(?:\.?\d|{_MATH}|\\[A-Za-z{{|$]|[√∛π∞])|(?:{'|'.join(NUMBER_WORDS)})\b|\(?[A-Za-z]'?\)?\s*(?=$|[=<>≤≥+*/^_,;.)(\[\\{_MARK}−-]|and\b|or\b)"
     rf"|(?:yes|no|true|false)(?=\s*(?:$|[.,;!\n{_MARK}]))"
     r"|(?:arc)?(?:sin|cos|tan|cot|sec|csc|ln|log|exp|sqrt|pi|abs|gcd|lcm|floor|theta|phi|alpha|infinity)(?![a-z])|[-+−(\[{|]+[A-Za-z]{1,2}\s*[-+*/^=<>≤≥|,)(\]}]",
     re.I,
@@ -272,7 +274,7 @@ _OPTION = re.compile(
 _LEADING = re.compile(r"(?:since|because|as|if|when|given|with|by|for|after)\b[^,\n]*,", re.I)
 _SO = re.compile(r"\b(?:so|therefore|thus|hence)\b", re.I)
 _PROSE_NUMBER = re.compile(
-    rf"(?<![\w.,\\/^_-])[$€£]?\d[\d,]*(?:\.\d+)?(?:\s?%|\s[A-Za-z]+)?|\b(?:{_NUMBER_WORDS.partition('|one|')[2]})\b",
+    rf"(?<![\w.,\\/^_-])[$€£]?\d[\d,]*(?:\.\d+)?(?:\s?%|\s[A-Za-z]+)?|\b(?:{'|'.join(list(NUMBER_WORDS)[2:])})\b",
     re.I,
 )
 _ANNOUNCED = re.compile(rf"[A-Za-z][^\n{_MATH}\d]*(?::|\b(?:is|are|by))[ \t{_MARK}]*\n", re.I)

@@ -51,7 +51,7 @@ def grade(
         if not gold:
             return Verdict.UNPARSABLE, "the gold answer is empty"
         if completion is None:
-            compare.readable(gold)
+            compare.readable(read(gold))
             return Verdict.CORRECT, ""
         stated = stated_answer(completion)
         prediction = normalize(stated.text)
@@ -261,8 +261,8 @@ def _vector(text: str) -> list[str] | None:
 def _relation(text: str, signs: list) -> Answer:
     """Terms and signs in turn, `>` turned around: `c>b>a` is `a<b<c`; `2<x<\\infty` is `2<x`."""
     ends = [0, *(m.end() for m in signs)]
-    terms = [text[start : m.start()].strip() for start, m in zip(ends[:-1], signs, strict=True)] + [
-        text[ends[-1] :].strip()
+    terms = [
+        text[start:end].strip() for start, end in zip(ends, [*(m.start() for m in signs), len(text)], strict=True)
     ]
     signs = [m[0].strip() for m in signs]
     if all(sign in (">", "\\ge") for sign in signs):
@@ -355,20 +355,18 @@ class _Comparison:
             "allow_set_relation_comp": allow_set_relation_comp,
         }
 
-    def readable(self, gold: str) -> None:
+    def readable(self, gold: Answer) -> None:
         """Raises `UnparsableGold` unless every part of the gold answer is a number, words or LaTeX that parses as a whole."""
-        self._readable(read(gold))
-
-    def _readable(self, gold: Answer) -> None:
         if gold.kind in ("matrix", "cases"):
-            for row in gold.parts:
-                list(map(self._readable, row))
+            for cell in (cell for row in gold.parts for cell in row):
+                self.readable(cell)
         elif gold.kind in ("relation", "equation") or (gold.kind == "value" and not _choice(gold.text)):
             value = split_unit(gold.text)[0].removesuffix("%").replace("^\\circ", "")
             if not (number(value) or _time(gold.text) or _base(value)):
                 parse_latex(value, gold=True)
         elif gold.kind != "words" and not _choice(gold.text) and not _time(gold.text):
-            list(map(self._readable, gold.parts))
+            for part in gold.parts:
+                self.readable(part)
 
     def same(self, prediction: str, gold: str) -> bool:
         if prediction.replace(", ", ",") == gold.replace(", ", ","):
@@ -460,19 +458,18 @@ class _Comparison:
     def _same_ratio(self, told: Answer, wanted: Answer) -> bool:
         """`3:4` and `6:8`; two terms are a fraction, too."""
         if told.kind == wanted.kind:
-            first = [f"({a.parts[0].text})" for a in (wanted, told)]
             scaled = [
-                [f"{f}\\cdot({part.text})" for part in a.parts] for f, a in zip(first, (told, wanted), strict=True)
+                [f"({other.parts[0].text})\\cdot({part.text})" for part in one.parts]
+                for one, other in ((told, wanted), (wanted, told))
             ]
             return len(scaled[0]) == len(scaled[1]) and all(map(self.same, *scaled))
         if any(answer.kind == "ratio" and len(answer.parts) > 2 for answer in (told, wanted)):
             return False
-        return self.same(
-            *(
-                f"\\frac{{{a.parts[0].text}}}{{{a.parts[1].text}}}" if a.kind == "ratio" else a.text
-                for a in (told, wanted)
-            )
-        )
+        fractions = [
+            f"\\frac{{{a.parts[0].text}}}{{{a.parts[1].text}}}" if a.kind == "ratio" else a.text
+            for a in (told, wanted)
+        ]
+        return self.same(*fractions)
 
     def _same_choice(self, told: Answer, wanted: Answer, chosen, right) -> bool | None:
         """A letter, with or without what it stands for. `None`: neither is a choice beside the other."""
@@ -551,17 +548,11 @@ class _Comparison:
         for one, other in ((told, wanted), (wanted, told)):
             # 12,345 is two numbers beside a list of two
             if one.kind in ("list", "set") and other.kind == "value" and re.fullmatch(r"-?\d+(?:,-?\d+)+", other.text):
-                items = tuple(map(read, other.text.split(",")))
-                pair = (
-                    (one, other._replace(kind="list", parts=items))
-                    if one is told
-                    else (other._replace(kind="list", parts=items), one)
-                )
-                return self._same_list(*pair)
+                items = other._replace(kind="list", parts=tuple(map(read, other.text.split(","))))
+                return self._same_list(*((one, items) if one is told else (items, one)))
         for one, other in ((told, wanted), (wanted, told)):
             if one.kind == "named" and one.parts[0].kind in ("list", "set", "tuple"):
-                pair = (one.parts[0], other) if one is told else (other, one.parts[0])
-                return self.equal(*pair)
+                return self.equal(*((one.parts[0], other) if one is told else (other, one.parts[0])))
             if one.kind == "set" and len(one.parts) > 1 and other.kind == "tuple" and self.strict:
                 return False
         predictions, golds = (a.parts if a.kind in ("list", "set") else (a,) for a in (told, wanted))
@@ -635,11 +626,10 @@ class _Comparison:
                 return ("%" in prediction) == ("%" in gold) or value is None or abs(value[0]) >= 1
             if ("%" in prediction) == ("%" in gold):
                 return False
-            told, wanted = (
-                (f"\\frac{{{told}}}{{100}}" if "%" in prediction else told),
-                (f"\\frac{{{wanted}}}{{100}}" if "%" in gold else wanted),
+            return self._same_value(
+                f"\\frac{{{told}}}{{100}}" if "%" in prediction else told,
+                f"\\frac{{{wanted}}}{{100}}" if "%" in gold else wanted,
             )
-            return self._same_value(told, wanted)
         if any(degrees):
             as_radians = [
                 re.sub(r"(\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\})\^\\circ", r"(\1\\frac{\\pi}{180})", t)
