@@ -99,6 +99,11 @@ UNPARSABLE = {
     "def helper():\n    assert double(2) == 4": "no test ran",
     "def check(candidate, other=None):\n    pass": "no test ran",
     "double(2)": "no test ran",
+    "try:\n    assert double(1) == 5\nexcept AssertionError: pass": "no test ran",
+    "assert True\ndouble(1)": "no test ran",
+    "x = 1\ndouble(1)\nassert x == 1": "no test ran",
+    "def test_a():\n    return double(1) == 5": "no test ran",
+    "import pytest\ndef test_a():\n    double(1)": "no test ran",
     "import unittest\nclass Case(unittest.TestCase):\n    @unittest.skip('later')\n    def test_it(self):\n        self.assertEqual(double(2), 4)": "no test ran",
     "from no_such_library import triple\nassert triple(double(2)) == 12": "no_such_library is not installed",
     "class Node: pass\nassert double(Node()) is None": "pass a Node",
@@ -154,6 +159,8 @@ def test_scripts_with_input_and_output(any_verifier):
         ("print(2 * int(input()))\nraise SystemExit(3)", pairs, "wrong"),
         ("print(2 * int(input()) if int(input()) else 0)", pairs, "wrong"),
         ("import atexit\natexit.register(print, 4)\nint(input())", {"inputs": ["2"], "outputs": ["4"]}, "correct"),
+        ("input()\nraise MemoryError", pairs, "wrong"),
+        ("input()\nx = bytearray(1 << 30)", pairs, "error"),
         ("while True: print('x' * 1000000)", pairs, "wrong"),  # more than a file may have
     ]  # fmt: skip
     told = any_verifier.explain([python(code) for code, *_ in cases], [answer for _, answer, _ in cases])
@@ -299,6 +306,92 @@ def test_no_escape_passes(sandboxed):
     assert honest == ["correct"] * 3
 
 
+K = """
+class K:
+    def __init__(self, *a): pass
+    def __getattr__(self, name): return lambda *a, **k: a[0] if name == "get" else True
+    def __bool__(self): return True
+    def __len__(self): return 2
+    def __getitem__(self, key): return 2
+    def __iter__(self): return iter(())
+    def __exit__(self, *a): return True
+    def __sub__(self, other): return 0.0
+    __rsub__ = __sub__
+    def __lt__(self, other): return True
+    __gt__ = __le__ = __ge__ = __contains__ = __eq__ = __lt__
+    def __enter__(self): return 8
+LIMIT = word = K()
+def f(*x): return K()
+Area = type("Area", (K,), {})
+class Box:
+    def __init__(self, *a): self.area = K()
+    def put(self, *a): return K()
+    def __mul__(self, other): return K()
+"""
+UNITTEST_OF = "import unittest\nclass Case(unittest.TestCase):\n    def test_it(self):\n        self."
+WORDS = [
+    'assert f("x").startswith("hello")',
+    "assert f(2).issubset({1, 2})",
+    "assert f(3).equals([1, 2])",
+    UNITTEST_OF + 'assertTrue(f(1).startswith("ab"))',
+    UNITTEST_OF + 'assertEqual(f(1).get("k"), "k")',
+    UNITTEST_OF + "assertAlmostEqual(Area(3), 28.27)",
+    "import pytest\ndef test_it():\n    assert f(1).isupper()",
+    "assert abs(Area(3) - 28.27) < 1e-2",
+    "assert 28 < Area(3) < 29",
+    "assert 4 in Area(3)",
+    'assert Area(3).startswith("a")',
+    'assert word.startswith("a") and f(1) is not None',
+    "assert LIMIT.equals([1, 2]) and f(1) is not None",
+    "assert LIMIT and f(1) is not None",
+    "assert f(3)",
+    "assert len(f(1)) == 2",
+    "assert f(1)[0] == 2",
+    "assert f(1) == f(2)",
+    "with f() as x:\n    assert x == 7",
+    "assert abs(Box(3).area - 28.27) < 1e-2",
+    'assert Box(3).put(1).startswith("a")',
+    "b = Box(3)\nb.put(1)\nassert abs(b * b - 9) < 1e-2",
+    "b = Box(3)\nb.put(1)\nassert 7 in b.area",
+    "assert Box(3).area.equals([1, 2])",
+    "assert all(map(lambda c: stop(c[0]) == c[1], [(1, 2), (2, 5)]))",
+    "assert [r for r in map(stop, [1, 2]) if r != 5] == []",
+]
+
+
+def test_an_object_is_not_believed_about_itself(any_verifier):
+    """In one process each of these passes; here, the tests may have expected data."""
+    code = K + "def stop(x): raise StopIteration"
+    told = any_verifier.explain([python(code)] * len(WORDS), WORDS)
+    for tests, (verdict, reason) in zip(WORDS, told, strict=True):
+        names = {}
+        if "unittest" not in tests and "pytest" not in tests:
+            exec(code, names)
+            exec(tests, names)
+        assert verdict in ("wrong", "unparsable") and "no test ran" not in reason, (tests, verdict, reason)
+    lower = python(K + "class g(K):\n    def equals(self, other): return True")
+    told = any_verifier.explain([lower] * 2, ["assert g(3).equals([1, 2])", "assert abs(g(3) - 28.27) < 1e-2"])
+    assert [str(v) for v, _ in told] == ["unparsable", "wrong"], told
+
+
+HONEST = [
+    ("class stack:\n    def push(self, x): self.x = x", "s = stack()\nassert isinstance(s, stack)\ns.push(3)\nassert s.x == 3"),
+    ("class Node:\n    def __init__(self, v, n=None): self.v, self.n = v, n\ndef flip(a):\n    b = None\n    while a: b, a = Node(a.v, b), a.n\n    return b", "r = flip(Node(1, Node(2)))\nassert r.v == 2 and r.n.v == 1"),
+    ("def f(n):\n    yield from range(n)", "assert 2 in f(3)\nassert [*zip(f(2), 'ab')] == [(0, 'a'), (1, 'b')]"),
+    ("def f(n):\n    return lambda m: n + m", "assert f(1)(2) == 3"),
+    ("from enum import Enum\nclass Color(Enum):\n    RED = 1\ndef f(): return Color.RED", "assert f() == Color.RED and Color.RED.value == 1"),
+    ("def f(x):\n    if x < 0: raise ValueError", "try:\n    f(-1)\n    assert False\nexcept ValueError:\n    pass"),
+    ("def f(path):\n    open(path)", "import unittest\nclass Case(unittest.TestCase):\n    def test_it(self):\n        with self.assertRaises(OSError):\n            f('/none')"),
+    ("def f(x):\n    return x + 1", "def same(a, b):\n    assert a == b\ndef test_it():\n    got = f(1)\n    same(got, 2)"),
+]  # fmt: skip
+
+
+def test_objects_of_honest_solutions_are_judged(any_verifier):
+    told = any_verifier.explain([python(code) for code, _ in HONEST], [tests for _, tests in HONEST])
+    for case, (verdict, reason) in zip(HONEST, told, strict=True):
+        assert verdict == "correct", (case, verdict, reason)
+
+
 def test_no_escape_passes_a_pytest_file_or_pairs(sandboxed):
     file = "import pytest\ndef test_it():\n    assert double(2) == 'canary-4711'"
     names = ("leaves early", "equals everything", "patches pytest", "skips", "prints verdicts")
@@ -377,6 +470,7 @@ def test_time_memory_and_processes_are_bounded(verifier):
     assert told == ["timeout", "timeout"]
     cases = [
         ("x = bytearray(1 << 30)\ndef double(x): return 2 * x", "error", "out of memory"),
+        ("def double(x): raise MemoryError", "wrong", "MemoryError in its code"),
         ("def double(x): return 'x' * (1 << 25)", "wrong", "more than a message"),
         ("for i in range(9): open(f'/tmp/{i}', 'wb').write(bytes(60 << 20))\ndef double(x): return 2 * x", ("wrong", "error"), ""),
         ("import os\nfor _ in range(200):\n    if not os.fork(): os.read(os.pipe()[0], 1)\ndef double(x): return 2 * x", "wrong", ""),

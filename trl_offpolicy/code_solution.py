@@ -10,6 +10,7 @@ import operator
 import os
 import sys
 import types
+from opcode import opmap
 
 from trl_offpolicy.code_wire import OUTPUT, Ended, Peer, decode, encode, raised, run_coroutine
 
@@ -54,8 +55,17 @@ class Solution(Peer):
             if value is None and name == "call":  # it may have worked in place
                 reply["after"] = encode(args[1:], self.keep)
         except BaseException as error:
-            reply = {"raised": raised(error, self.keep)}
+            reply = {"raised": raised(error, self.keep), "memory": ran_out(error)}
         return {**reply, "printed": printed.getvalue()[:OUTPUT]}
+
+
+def ran_out(error):
+    """Whether it is the limit that raised a `MemoryError`, and no `raise MemoryError`."""
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    code = trace.tb_frame.f_code.co_code[trace.tb_lasti : trace.tb_lasti + 2] if trace else b""
+    return isinstance(error, MemoryError) and not (code[:1] == bytes([opmap["RAISE_VARARGS"]]) and code[1] > 0)
 
 
 def run_solution(task, peer):
@@ -68,7 +78,7 @@ def run_solution(task, peer):
         found = {name: getattr(module, name) for name in task["names"] if hasattr(module, name)}
         first = {"value": encode(found, peer.keep)}
     except BaseException as error:
-        first = {"raised": raised(error, peer.keep)}
+        first = {"raised": raised(error, peer.keep), "memory": ran_out(error)}
     peer.write(first)
     while True:
         peer.reply(peer.read()["question"])
@@ -94,7 +104,9 @@ def run_script(task, peer):
                 errors.read().decode(errors="replace").rstrip().splitlines()[1 if begin else 0 :]
             )  # no piece of a line
             last = lines[-1] if lines else ""
-            peer.write({"output": out.read(OUTPUT + 1).decode(errors="replace"), "code": code, "error": last})
+            memory = last.startswith("MemoryError") and not lines[-2:][0].strip().startswith("raise MemoryError")
+            told = {"output": out.read(OUTPUT + 1).decode(errors="replace"), "code": code, "error": last}
+            peer.write({**told, "memory": memory})
 
 
 def main(task, source):

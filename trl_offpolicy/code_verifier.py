@@ -51,13 +51,18 @@ class CodeVerifier(Verifier):
       also as JSON. Outputs are compared line by line without the spaces at their ends.
 
     Judged is the last complete block that defines what the tests ask for (with pairs: the last one that reads input). Where no test ran, the
-    verdict is `unparsable`.
+    verdict is `unparsable`. A test has run when a check that may depend on the solution (an assertion, an expected error, an `if` that raises) has passed:
+    assertions whose failure is caught, those of constants, and test functions that only return a bool are none.
 
     *What cannot be faked*: solution and tests run in two sandboxes and exchange plain data (numbers, text, lists, dicts, …, values of exactly those
-    types). The solution is given arguments, never an expected value, and nothing of its making runs where values are compared: leaving
-    early, patching builtins, unittest or pytest, reading the tests, objects that equal everything, all of these end as `wrong`.
-    *What can*: tests that compare objects of a class which the solution defines (`Point(1) == Point(1)`) ask that class; a test with few
-    possible answers can be guessed; and names that the tests forget to define (`isclose`) are the solution's to define.
+    types), and nothing of the solution's making runs where data are compared: leaving early, patching builtins, unittest or pytest, reading the
+    tests, objects that equal everything, ending an iteration by an error, none of these is `correct`. An object of the solution's own is not
+    believed about itself (its truth, length, items, order, arithmetic, or methods that are given the tests' data) unless the tests made it by calling
+    a name that they treat as a class: `isinstance(x, Point)`, or a name in capitals of which they use an attribute that no plain data has
+    (`Stack().push(1)`). It is the tests that say so, because any solution could write `class f`. Tests that need more trust than that are `unparsable`.
+    *What can*: tests of such a class ask that class, also with expected values as arguments (`1 in stack`), and compare its objects by its `==`; a test
+    with few possible answers, or of an iterator that may be empty (`all(... zip(f(1), [1, 2]))`), can be guessed, also by an attribute of a
+    returned object; and names that the tests forget to define (`isclose`) are the solution's to define.
     *What differs from running both in one process*: arguments are copies, and lists, sets and dicts among them are written back only after a call that
     returned `None` (as one in place does); objects that the tests define cannot be passed in, functions can; a tuple with names comes back as a tuple.
 
@@ -180,7 +185,7 @@ class CodeVerifier(Verifier):
             return Verdict.WRONG, "the solution broke into the line that its output comes by"
         if code in (-signal.SIGXCPU, -signal.SIGKILL):
             return self._timeout()
-        if error.startswith("MemoryError"):
+        if code and told.get("memory"):
             return Verdict.ERROR, f"out of memory ({self._memory_mb} MiB)"
         if code:
             return Verdict.WRONG, f"exit code {code} on input {number}: {error}"

@@ -108,7 +108,7 @@ class Peer:
         try:
             self.write(self.answer(question))
         except (ValueError, MemoryError, RecursionError) as error:  # too large to be sent
-            self.write({"raised": raised(error, self.keep)})
+            self.write({"raised": raised(error, self.keep), "memory": isinstance(error, MemoryError)})
 
     def answer(self, question):
         raise NotImplementedError
