@@ -346,6 +346,9 @@ WORDS = [
     "assert LIMIT and f(1) is not None",
     "assert f(3)",
     "assert len(f(1)) == 2",
+    "assert dict(f(1)) == {1: 2}",
+    "assert max(f(1), 3) == 3",
+    "assert sum(f(1)) == 6",
     "assert f(1)[0] == 2",
     "assert f(1) == f(2)",
     "with f() as x:\n    assert x == 7",
@@ -360,12 +363,12 @@ WORDS = [
 
 
 def test_an_object_is_not_believed_about_itself(any_verifier):
-    """In one process each of these passes; here, the tests may have expected data."""
+    """In one process nearly all of these pass; here they do not, because the tests may have expected data."""
     code = K + "def stop(x): raise StopIteration"
     told = any_verifier.explain([python(code)] * len(WORDS), WORDS)
     for tests, (verdict, reason) in zip(WORDS, told, strict=True):
         names = {}
-        if "unittest" not in tests and "pytest" not in tests:
+        if not any(word in tests for word in ("unittest", "pytest", "dict(", "max(", "sum(")):
             exec(code, names)
             exec(tests, names)
         assert verdict in ("wrong", "unparsable") and "no test ran" not in reason, (tests, verdict, reason)
@@ -378,6 +381,7 @@ HONEST = [
     ("class stack:\n    def push(self, x): self.x = x", "s = stack()\nassert isinstance(s, stack)\ns.push(3)\nassert s.x == 3"),
     ("class Node:\n    def __init__(self, v, n=None): self.v, self.n = v, n\ndef flip(a):\n    b = None\n    while a: b, a = Node(a.v, b), a.n\n    return b", "r = flip(Node(1, Node(2)))\nassert r.v == 2 and r.n.v == 1"),
     ("def f(n):\n    yield from range(n)", "assert 2 in f(3)\nassert [*zip(f(2), 'ab')] == [(0, 'a'), (1, 'b')]"),
+    ("def f(n):\n    yield 1, n", "assert dict(f(3)) == {1: 3} and sorted(f(3)) == [(1, 3)]"),
     ("def f(n):\n    return lambda m: n + m", "assert f(1)(2) == 3"),
     ("from enum import Enum\nclass Color(Enum):\n    RED = 1\ndef f(): return Color.RED", "assert f() == Color.RED and Color.RED.value == 1"),
     ("def f(x):\n    if x < 0: raise ValueError", "try:\n    f(-1)\n    assert False\nexcept ValueError:\n    pass"),

@@ -32,8 +32,16 @@ DATA = {
 }
 
 
-class Refused(TypeError):
-    """What `list` meets when it asks an iterator for its length, and goes on without; elsewhere it ends the tests, which cannot be judged."""
+class Refused(TypeError, AttributeError):
+    """
+    What `list` and `dict` meet when they ask an iterator for its length and its keys, and go on without; elsewhere it ends the tests, which cannot be
+    judged.
+    """
+
+    def __init__(self, what):
+        super().__init__(
+            f"the tests ask an object of the solution's own for its {what}, whose word on itself proves nothing"
+        )
 
 
 class Remote:
@@ -66,6 +74,8 @@ class Remote:
         if special and not self._name:  # how libraries look for what an object can be converted to
             raise AttributeError(f"the solution's object is not asked for {name}")
         maker = self._believed()
+        if name == "keys" and not maker:
+            raise Refused("keys")
         if name in DATA and not special:
             tests.believe(maker, f"ask for {name} of")
         elif maker and not special:
@@ -104,9 +114,7 @@ class Remote:
 
     def __len__(self):
         if not self._believed():
-            raise Refused(
-                "the tests ask an object of the solution's own for its length, whose word on itself proves nothing"
-            )
+            raise Refused("length")
         tests.believe(self._believed(), "ask for the length of")
         return tests.do("len", self)
 
