@@ -63,11 +63,27 @@ def test_a_config_file_means_what_the_command_line_means(tmp_path):
     ("text", "argv", "message"),
     [
         ("a: 1\nnum_generations: 2.5", [], "line 2: `num_generations` must be a whole number, but is '2.5'"),
-        ("num_generations: true", [], "line 1: `num_generations` must be a number, but is 'true'"),
+        ("num_generations: true", [], "line 1: `num_generations` must be a whole number, but is 'true'"),
+        ("num_generations: [1, 2]", [], "line 1: `num_generations` must be a whole number, but is the list [1, 2]"),
+        ("num_generations: {x: 1}", [], "`num_generations` must be a whole number, but is the mapping {'x': 1}"),
+        ("max_rows: 1.5", [], "line 1: `max_rows` must be a whole number, but is '1.5'"),
+        ("max_rows: true", [], "line 1: `max_rows` must be a whole number, but is 'true'"),
+        ("request_timeout: yes", [], "line 1: `request_timeout` must be a number, but is 'yes'"),
+        ("a: 1\nanswer_column: [x]", [], "line 2: `answer_column` must be a text, but is the list ['x']"),
+        ("keep_rejected: [no]", [], "`keep_rejected` must be true or false, but is the list [False]"),
+        ("stages: {self: 1}", [], "`stages` must be a text, but is the mapping {'self': 1}"),
+        ("stages: [[self]]", [], "`stages` must be a text, but is the list ['self']"),
+        ("seed: 1\nmax_rows: 2\nseed: 3", [], "'seed' stands in line 1 and in line 3."),
+        ("a: 1\nenv:\n  A: 1\n  A: 2", [], "'A' stands in line 3 and in line 4."),
+        ("env: {1: 2}", [], "line 1: `env` must hold variables as `NAME: value`, and 1 is no name of one"),
+        ("env: {'': 1}", [], "and '' is no name of one"),
+        ("env: {A=B: 1}", [], "and 'A=B' is no name of one"),
+        ("env: {A: [1]}", [], "the variable A in `env` must be a text or a number, but is [1]"),
+        ("env: {A: }", [], "the variable A in `env` must be a text or a number, but is None"),
         ("num_generations:", [], "line 1: `num_generations` is empty (null)"),
         ("temperature: warm", [], "`temperature` must be a number, but is 'warm'"),
         ("selection: firs", [], "`selection` must be one of first, random, max_log_prob, but is 'firs'"),
-        ("keep_rejected: perhaps", [], "`keep_rejected` must be"),
+        ("keep_rejected: perhaps", [], "`keep_rejected` must be true or false, but is 'perhaps'"),
         ("\nnum_generation: 2", [], "line 2: there is no option 'num_generation' (did you mean num_generations?)"),
         ("a: [b", [], "is not YAML: while parsing a flow sequence"),
         ("- a", [], "must hold options as `key: value`"),
@@ -87,6 +103,27 @@ def test_what_is_mistyped_is_one_sentence(tmp_path, capsys, text, argv, message)
     assert main(["rewrite", *GIVEN, *argv]) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1, error
+
+
+def test_options_that_take_a_list_a_mapping_or_a_truth_value_of_yaml_keep_it(tmp_path):
+    from trl import SFTConfig
+
+    text = (
+        "output_dir: O\nuse_cpu: true\nbf16: no\nsave_strategy: no\nmodel_init_kwargs: {dtype: float32}\nreport_to: [none]\n"
+        "include_num_input_tokens_seen: true\nmax_length: none\n"
+    )
+    (args,) = parsed(text, tmp_path, types=SFTConfig)
+    assert (args.save_strategy, args.model_init_kwargs, args.report_to) == ("no", {"dtype": "float32"}, [])
+    assert args.include_num_input_tokens_seen in (True, "all") and args.max_length is None
+
+
+def test_a_schema_that_is_none_is_one_sentence(demonstrations, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("trl_offpolicy.cli.rewrite.make_sampler", lambda *_: None)
+    for schema in ({"type": 5}, 5):
+        argv = ["--verifier", "json", "--verifier_kwargs", json.dumps({"schema": schema})]
+        assert main([*rewrite_argv(demonstrations, tmp_path / "run"), *argv]) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith(f"trl-offpolicy rewrite: You passed schema={schema}, which is no JSON Schema: "), said
 
 
 def test_required_options_are_named_once(capsys):

@@ -291,6 +291,9 @@ class JsonSchemaVerifier(Verifier):
 
     Args:
         schema (`dict`, *optional*): JSON Schema. Without one, only equality counts; an answer of `None` asks for validity only.
+
+    Raises:
+        ValueError: `schema` is no JSON Schema.
     """
 
     stated = False
@@ -299,8 +302,12 @@ class JsonSchemaVerifier(Verifier):
         jsonschema = needs("jsonschema", "json", "JsonSchemaVerifier")
         self.schema, self.validator, self._same = schema, None, jsonschema.Draft202012Validator
         if schema is not None:
-            validator = jsonschema.validators.validator_for(schema)
-            validator.check_schema(schema)
+            try:
+                validator = jsonschema.validators.validator_for(schema)
+                validator.check_schema(schema)
+            except (jsonschema.SchemaError, TypeError) as error:
+                why = getattr(error, "message", error)
+                raise ValueError(f"You passed schema={schema!r:.200}, which is no JSON Schema: {why}.") from error
             self.validator = validator(schema)
 
     def __reduce__(self):

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
+from types import UnionType
+from typing import Union, get_args, get_origin, get_type_hints
 
 from trl import TrlParser
 
@@ -55,7 +57,7 @@ class EngineArguments:
         default=None, metadata={"help": "vllm: share of the GPU's memory it may take."}
     )
     max_model_len: int | None = field(default=None, metadata={"help": "vllm: context, if less than the model's."})
-    engine_kwargs: str | None = field(
+    engine_kwargs: dict | str | None = field(
         default=None, metadata={"help": """vllm: further engine arguments as JSON, e.g. '{"quantization": "fp8"}'."""}
     )
 
@@ -72,7 +74,7 @@ class DatasetArguments:
         default=None,
         metadata={"help": "Only these files of the Hub dataset or directory; with dataset_name json, also URLs."},
     )
-    column_mapping: str | None = field(
+    column_mapping: dict | str | None = field(
         default=None, metadata={"help": "Our columns by yours, for example problem=instruction,answer=output."}
     )
     max_rows: int | None = field(
@@ -96,7 +98,7 @@ class VerifierArguments:
     """What tells right answers from wrong ones."""
 
     verifier: str = field(default="math", metadata={"help": "Which verifier.", "choices": list(VERIFIERS)})
-    verifier_kwargs: str = field(
+    verifier_kwargs: dict | str | None = field(  # with None, for of `dict | str` alone TRL's parser makes a dict
         default="{}", metadata={"help": """Its arguments as JSON, for example '{"timeout": 10, "num_workers": 4}'."""}
     )
 
@@ -156,7 +158,7 @@ class CommandParser(TrlParser):
         import yaml
 
         try:
-            mapping = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
+            root = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
             values = yaml.safe_load(path.read_text())
         except yaml.YAMLError as error:
             raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
@@ -164,16 +166,18 @@ class CommandParser(TrlParser):
             raise ValueError(f"{path} is not a text file: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"{path} must hold options as `key: value`, but holds {values!r:.100}.")
-        if not isinstance(environment := values.pop("env", {}), dict):
-            raise ValueError(f"{path}: `env` must hold variables as `NAME: value`, but is {environment!r:.100}.")
-        os.environ.update({name: str(value) for name, value in environment.items()})
+        for mapping in (root, *(node for _, node in root.value if isinstance(node, yaml.MappingNode))):
+            _refuse_repeated_keys(mapping, path)
         actions = {action.dest: action for action in reversed(self._actions)}  # `--x` before its complement `--no_x`
-        for key, node in mapping.value:
+        hints = {name: hint for cls in self.dataclass_types for name, hint in get_type_hints(cls).items()}
+        for key, node in root.value:
             where = f"{path}, line {key.start_mark.line + 1}"
-            if key.value in actions:
-                default = _from_yaml(actions[key.value], node, values[key.value], where)
+            if key.value == "env":
+                os.environ.update(_environment(values["env"], where))
+            elif key.value in actions:
+                default = _from_yaml(actions[key.value], hints.get(key.value), node, values[key.value], where)
                 self.set_defaults_with_config(**{key.value: default})
-            elif key.value != "env" and not ignore_unknown:
+            elif not ignore_unknown:
                 raise ValueError(f"{where}: there is no option {key.value!r}{_closest(key.value, actions)}.")
 
 
@@ -182,11 +186,40 @@ def _closest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-def _from_yaml(action: argparse.Action, node, value, where: str):
+def _refuse_repeated_keys(mapping, path: Path) -> None:
+    """Of a mapping (`yaml.MappingNode`) that holds a key twice, YAML would keep the last value and say nothing."""
+    lines: dict[str, int] = {}
+    for key, _ in mapping.value:
+        line = key.start_mark.line + 1
+        if key.value in lines:
+            raise ValueError(
+                f"{path}: {key.value!r} stands in line {lines[key.value]} and in line {line}. Keep one of them."
+            )
+        lines[key.value] = line
+
+
+def _environment(variables, where: str) -> dict[str, str]:
+    """What `env` holds, as environment variables."""
+    if not isinstance(variables, dict):
+        raise ValueError(f"{where}: `env` must hold variables as `NAME: value`, but is {variables!r:.100}.")
+    for name, value in variables.items():
+        if not isinstance(name, str) or not name or {"=", "\0"} & set(name):
+            raise ValueError(
+                f"{where}: `env` must hold variables as `NAME: value`, and {name!r:.100} is no name of one."
+            )
+        if value is None or isinstance(value, (dict, list)) or "\0" in str(value):
+            raise ValueError(
+                f"{where}: the variable {name} in `env` must be a text or a number, but is {value!r:.100}."
+            )
+    return {name: str(value) for name, value in variables.items()}
+
+
+def _from_yaml(action: argparse.Action, hint, node, value, where: str):
     """
     A value of a config file as its option's type.
 
     Args:
+        hint: How the option's field is annotated. A list, a mapping or a truth value stays one where that is among its types.
         node (`yaml.Node`): The value as it is written: `007`, `no` and `1e-4` are a text, a text and a number where the option is one,
             whatever YAML takes them for.
         value: The value as YAML reads it.
@@ -201,23 +234,27 @@ def _from_yaml(action: argparse.Action, node, value, where: str):
     if action.nargs in ("+", "*"):
         items = list(zip(node.value, value, strict=True)) if isinstance(value, list) else [(node, value)]
         return [_scalar(action, n.value, v, where) for n, v in items]
+    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    taken = type(value) in {get_origin(member) or member for member in members}
+    if taken and (isinstance(value, (dict, list)) or node.value.lower() in ("true", "false")):
+        return value
     return _scalar(action, node.value, value, where)
 
 
 def _scalar(action: argparse.Action, written: str, value, where: str):
+    """One value, as argparse would read it on the command line."""
+    # TRL's parser wraps the type of an option that may be None, and keeps its name.
+    name = getattr(action.type, "__name__", "")
+    kind = {"int": "a whole number", "float": "a number", "string_to_bool": "true or false", "str": "a text"}.get(name)
     if isinstance(value, (dict, list)):
-        return value  # an option that takes JSON
-    if isinstance(value, bool) and (action.type is not str or written.lower() in ("true", "false")):
-        if action.type in (int, float):
-            raise ValueError(f"{where}: `{action.dest}` must be a number, but is {written!r}.")
-        return value
-    if action.type is int and isinstance(value, float) and value.is_integer():
+        what = "list" if isinstance(value, list) else "mapping"
+        raise ValueError(f"{where}: `{action.dest}` must be {kind or 'one value'}, but is the {what} {value!r:.100}.")
+    if name == "int" and isinstance(value, float) and value.is_integer():
         written = str(int(value))
     try:
         converted = action.type(written) if action.type else written
     except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-        kind = {int: "a whole number", float: "a number"}.get(action.type, str(error))
-        raise ValueError(f"{where}: `{action.dest}` must be {kind}, but is {written!r}.") from error
+        raise ValueError(f"{where}: `{action.dest}` must be {kind or error}, but is {written!r}.") from error
     if action.choices is not None and converted not in action.choices:
         raise ValueError(
             f"{where}: `{action.dest}` must be one of {', '.join(map(str, action.choices))}, but is {written!r}."
