@@ -462,8 +462,8 @@ def test_a_source_column_of_the_users_own_means_nothing(tmp_path, tiny_model, to
 @pytest.mark.parametrize("own", ["heavy", [1, 2, 3], 7.5])
 @pytest.mark.parametrize("kind", ["rows", "stream", "packed", "tokenized", "skip_prepare_dataset"])
 def test_a_weight_column_of_the_users_own_means_nothing(tmp_path, tiny_model, tokenizer, own, kind):
-    """Nor do `source`, `source_ids` and `seq_lengths`: a script in which only the import changed trains as before."""
-    data = demonstrations().map(lambda _: {"weight": own, "source": "expert", "source_ids": own})
+    """Nor do `source`, `source_ids`, `seq_lengths` and log-probs of other policies: a script in which only the import changed trains as before."""
+    data = demonstrations().map(lambda _: {"weight": own, "source": "expert", "source_ids": own, "old_log_probs": own, "reference_log_probs": own})  # fmt: skip
     settings = {"packing": True, "max_length": 64} if kind == "packed" else {}
     if kind in ("rows", "stream", "packed"):
         data = data.map(lambda _: {"seq_lengths": 7})
@@ -551,7 +551,7 @@ def test_a_weight_that_is_not_finite_never_reaches_the_optimizer(tmp_path, tiny_
         weights[1, mask[1].nonzero()[0]] = math.nan
         return weights
 
-    impossible = rewritten(tokenizer).map(lambda row: {"behavior_log_probs": [-1e4] * len(row["completion_ids"])})
+    impossible = rewritten(tokenizer).map(lambda row: {"behavior_log_probs": [-9e3] * len(row["completion_ids"])})
     for data, kwargs, message in (
         (demonstrations(), {"objective": nan_at_one_token}, "weight of a token is nan under objective='nan_at_one_token'"),
         (impossible, {"clip_max": None}, "weight of a token is inf under objective='iw'.* and a clip_max"),
@@ -1080,7 +1080,10 @@ def test_the_objective_follows_the_loss_type_unless_it_is_given(tmp_path, tiny_m
         ({"completion_ids": [-5], "behavior_log_probs": [-1.0]}, "has -5 among its `completion_ids`"),
         ({"completion_ids": [None], "behavior_log_probs": [-1.0]}, "has None among its `completion_ids`"),
         ({"completion_ids": [10**12], "behavior_log_probs": [-1.0]}, "has 1000000000000 among its `completion_ids`"),
-        ({"weight": math.nan}, "has weight=nan, and a weight must be a finite number"),
+        ({"completion_ids": [5], "behavior_log_probs": [-9999.0]}, "has -9999.0 among its `behavior_log_probs`"),
+        ({"completion_ids": [5], "behavior_log_probs": [-1e30]}, "has -1e\\+30 among its `behavior_log_probs`"),
+        ({"weight": math.nan}, "has weight=nan, and a weight must be a finite number of at least 0"),
+        ({"weight": -0.5}, "has weight=-0.5, and a weight must be a finite number of at least 0"),
     ],
     ids=str,
 )
@@ -1091,6 +1094,91 @@ def test_contradicting_columns_are_refused(tmp_path, tiny_model, tokenizer, chan
         ImportanceWeightedSFTTrainer(
             tiny_model, config(ImportanceWeightedSFTConfig, tmp_path), train_dataset=data, processing_class=tokenizer
         )
+
+
+def test_a_text_is_compared_as_the_number_it_holds(tmp_path, tiny_model, tokenizer):
+    """As a CSV file gives them; and scored at that temperature."""
+
+    def prepared(value, **kwargs):
+        data = rewritten(tokenizer).map(lambda _: {"temperature": value})
+        args = config(ImportanceWeightedSFTConfig, tmp_path, **kwargs)
+        return ImportanceWeightedSFTTrainer(
+            tiny_model, args, train_dataset=data, processing_class=tokenizer
+        ).train_dataset
+
+    assert prepared("1.0")["input_ids"][:] == prepared(1.0)["input_ids"][:]
+    for text, message in (
+        ("0.7", "was sampled at temperature=0.7"),
+        ("warm", "temperature='warm', which is no number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prepared(text)
+    scored = [prepared(value, precompute_behavior_log_probs=True)["behavior_log_probs"][:] for value in ("0.5", 0.5)]
+    torch.testing.assert_close(*(torch.tensor(sum(rows, [])) for rows in scored), equal_nan=True)
+
+
+@pytest.mark.parametrize("make", [demonstrations, rewritten])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_dataset_without_rows_is_refused(tmp_path, tiny_model, tokenizer, make, streaming):
+    rows = make(tokenizer) if make is rewritten else make()
+    rows = rows.to_iterable_dataset() if streaming else rows
+    empty = rows.filter(lambda _: False)
+    args = config(ImportanceWeightedSFTConfig, tmp_path)
+
+    def trainer(train, evaluation):
+        return ImportanceWeightedSFTTrainer(
+            tiny_model, args, train_dataset=train, eval_dataset=evaluation, processing_class=tokenizer
+        )
+
+    with pytest.raises(ValueError, match="The train dataset has no rows"):
+        trainer(empty, None)
+    with pytest.raises(ValueError, match="The eval dataset has no rows"):
+        trainer(rows, empty)
+    with pytest.raises(ValueError, match="The test dataset has no rows"):
+        trainer(rows, {"dev": rows, "test": empty})
+    with pytest.raises(ValueError, match="The eval dataset has no rows"):
+        trainer(rows, rows).evaluate(empty)
+
+
+def test_hidden_columns_are_refused(tmp_path, tiny_model, tokenizer):
+    """TRL would take rows whose prompt it does not see for text without prompts, and train on all of it."""
+    rows, args = rewritten(tokenizer), config(ImportanceWeightedSFTConfig, tmp_path)
+
+    def trainer(data, evaluation=None):
+        return ImportanceWeightedSFTTrainer(
+            copy.deepcopy(tiny_model), args, train_dataset=data, eval_dataset=evaluation, processing_class=tokenizer
+        )
+
+    hiding = rows.with_format("torch", columns=["completion_ids"])
+    for data in ((hiding,), (rows, hiding)):
+        with pytest.raises(ValueError, match=r"hides its columns \['prompt', 'completion', .*`with_format\(None\)`"):
+            trainer(*data)
+    shown = rows.with_format("torch", columns=["completion_ids"], output_all_columns=True)
+    assert trainer(shown).train_dataset["labels"][:] == trainer(rows).train_dataset["labels"][:]
+
+
+@pytest.mark.parametrize(
+    ("returned", "what"),
+    [
+        (lambda weights: None, "None"),
+        (lambda weights: 1.0, "1.0"),
+        (lambda weights: weights[:, 0], r"a tensor of shape \(4,\)"),
+        (lambda weights: weights[:, :1], r"a tensor of shape \(4, 1\)"),
+    ],
+)
+@pytest.mark.parametrize("by_source", [False, True])
+def test_an_objective_that_returns_no_weight_for_each_token_is_refused(
+    tmp_path, tiny_model, tokenizer, returned, what, by_source
+):
+    def own(log_probs, **known):
+        return returned(torch.ones_like(log_probs))
+
+    args = config(ImportanceWeightedSFTConfig, tmp_path, objective={"self": own} if by_source else own)
+    trainer = ImportanceWeightedSFTTrainer(
+        tiny_model, args, train_dataset=rewritten(tokenizer), processing_class=tokenizer
+    )
+    with pytest.raises(ValueError, match=rf"The objective 'own' returned {what}, .* here \(4, \d+\)"):
+        first_loss(trainer)
 
 
 def test_ids_outside_the_vocabulary_and_what_a_stream_holds(tmp_path, tiny_model, tokenizer):

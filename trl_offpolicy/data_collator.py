@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any
 
@@ -13,6 +13,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import pad
 
 from .rows import Source, encode_prompt, says_otherwise
+from .sampling.server_answers import NO_LOG_PROB
 
 
 # column → (padding value, dtype): one value per token of `input_ids`
@@ -24,7 +25,7 @@ TOKEN_COLUMNS = {
     "weight": (1.0, torch.float32),
 }
 SOURCE_IDS = {str(source): i for i, source in enumerate(Source)}
-# Either makes a dataset one that we have to align: no one else's rows have them. A `source` or a `weight` alone may mean anything.
+# Either makes a dataset one that we have to align: no one else's rows have them. Any other column alone may mean anything.
 ROW_COLUMNS = {"completion_ids", "behavior_log_probs"}
 
 
@@ -33,16 +34,18 @@ class RewriteDataCollator(DataCollatorForLanguageModeling):
     """
     TRL's language-modelling batch plus, where the examples have them, `behavior_log_probs` (B, T) float32, NaN where μ is
     unknown, `reference_log_probs` (B, T) float32 likewise, `source_ids` (B, T) int8, -1 on padding, and `weight` (B, T) float32,
-    the example's own weight; aligned with `input_ids` padded, padding-free and packed. `source_ids` and `weight` count beside
-    `behavior_log_probs` only: examples without it have columns of the user's own.
+    the example's own weight; aligned with `input_ids` padded, padding-free and packed. All of them count beside `behavior_log_probs`
+    only: examples without it have columns of the user's own.
 
     Args:
         vocab_size (`int`, *optional*): Number of the model's token embeddings; the trainer sets it.
+        scored_columns (`list[str]`, *optional*): Columns that count in any example, for the trainer, which sets this, has computed them.
 
     Raises `ValueError` when a column does not have one value per token, or a token id is none of the model's.
     """
 
     vocab_size: int | None = None
+    scored_columns: list[str] = field(default_factory=list)
 
     @classmethod
     def like(cls, collator: DataCollatorForLanguageModeling) -> "RewriteDataCollator":
@@ -59,7 +62,7 @@ class RewriteDataCollator(DataCollatorForLanguageModeling):
             )
         aligned = "behavior_log_probs" in examples[0]
         for name, (padding, dtype) in TOKEN_COLUMNS.items():
-            if name not in examples[0] or (name in ("source_ids", "weight") and not aligned):
+            if name not in examples[0] or not (aligned or name in self.scored_columns):
                 continue
             columns = [torch.tensor(example[name], dtype=dtype) for example in examples]
             for column, example in zip(columns, examples, strict=True):
@@ -135,9 +138,9 @@ def align_row(
     source, weight = example.get(source_column), example.get(weight_column)
     if streaming:  # of other datasets the whole column is looked at
         warn_of_unknown_sources([source])
-    if weight is not None and not (isinstance(weight, Real) and math.isfinite(weight)):
+    if weight is not None and not (isinstance(weight, Real) and 0 <= weight < math.inf):
         raise ValueError(
-            f"Row {index} has {weight_column}={weight!r:.100}, and a weight must be a finite number (a missing one is 1). If the column is "
+            f"Row {index} has {weight_column}={weight!r:.100}, and a weight must be a finite number of at least 0 (a missing one is 1). If the column is "
             f"none of weights, rename it; weight_column says which one is: {text!r:.200}"
         )
     return {
@@ -168,24 +171,35 @@ def _check_numbers(index: int, completion_ids: list, log_probs: list, text) -> N
                 f"Row {index} has {token!r} among its `completion_ids`, which is no token id: {text!r:.200}"
             )
     for log_prob in log_probs:
-        if not (isinstance(log_prob, Real) and -math.inf < log_prob <= 1e-3):  # an engine's rounding may go above 0
+        if not (isinstance(log_prob, Real) and NO_LOG_PROB < log_prob <= 1e-3):  # an engine's rounding may go above 0
             raise ValueError(
-                f"Row {index} has {log_prob!r} among its `behavior_log_probs`; the log-prob of a sampled token is finite and at most 0. Leave "
+                f"Row {index} has {log_prob!r} among its `behavior_log_probs`; the log-prob of a sampled token is at most 0 and above {NO_LOG_PROB:g}, "
+                "which engines write for minus infinity. Leave "
                 f"the row's list empty if they are not known, or set precompute_behavior_log_probs=True: {text!r:.200}"
             )
 
 
+def _sampling_number(example: dict, index: int, name: str) -> float | None:
+    """A row's `temperature`, `top_p` or `top_k`, which a CSV file may hold as a text."""
+    value = example.get(name)
+    try:
+        return None if value is None else float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"Row {index} has {name}={value!r:.100}, which is no number.") from error
+
+
 def _check_sampling(example: dict, index: int, stored: bool, recompute: bool) -> None:
     """A log-prob of the model is log μ only for plain sampling; computed again, it can follow a temperature too."""
+    if not (stored or recompute):
+        return
     for name, plain in (("temperature", 1.0), ("top_p", 1.0), ("top_k", 0)):
-        value = example.get(name)
+        value = _sampling_number(example, index, name)
         if value in (None, plain) or (recompute and name == "temperature" and value > 0):
             continue
         if name == "top_k" and value == -1:  # vLLM's word for the whole vocabulary
             continue
-        if stored or recompute:
-            raise ValueError(
-                f"Row {index} was sampled at {name}={value}, so the model's log-probs (temperature 1, whole vocabulary) are not those of the "
-                f"distribution it was drawn from. Sample with {name}={plain}, or drop the column `behavior_log_probs`"
-                + (" or set precompute_behavior_log_probs=True." if stored and name == "temperature" else ".")
-            )
+        raise ValueError(
+            f"Row {index} was sampled at {name}={example[name]}, so the model's log-probs (temperature 1, whole vocabulary) are not those of the "
+            f"distribution it was drawn from. Sample with {name}={plain}, or drop the column `behavior_log_probs`"
+            + (" or set precompute_behavior_log_probs=True." if stored and name == "temperature" else ".")
+        )

@@ -111,11 +111,13 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
                 if isinstance(self.objective, dict)
                 else _name(self.objective)
             )
+        _refuse_empty(train_dataset, "train")
         super().__init__(model, args, data_collator, *other_args, **kwargs)
         if type(self.data_collator) is DataCollatorForLanguageModeling:
             self.data_collator = RewriteDataCollator.like(self.data_collator)
         if isinstance(self.data_collator, RewriteDataCollator):
             self.data_collator.vocab_size = self._vocab_size()
+            self.data_collator.scored_columns = self._scored_columns
         self._rows_are_aligned = "behavior_log_probs" in get_dataset_column_names(self.train_dataset)
         self._describe(train_dataset)
         self._refuse_what_has_no_weights()
@@ -269,6 +271,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         columns = set(get_dataset_column_names(dataset))
+        _refuse_empty(dataset, dataset_name)
         # Packed already (TRL would pack it a second time and merge its documents), or prepared here.
         prepared = "input_ids" in columns and (
             "seq_lengths" in columns or {"behavior_log_probs", "source_ids"} <= columns
@@ -278,6 +281,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
                 return super()._prepare_dataset(
                     dataset, processing_class, args, packing, formatting_func, dataset_name
                 )
+            _refuse_hidden_columns(dataset, dataset_name)
             given, dataset = dataset, self._align(dataset, processing_class, args, formatting_func, dataset_name)
             if hasattr(self, "accelerator"):  # `__init__` does it once there is a model
                 self._refuse_ids_of_another_model(given, dataset_name)
@@ -293,7 +297,10 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
     def _align(self, dataset, processing_class, args, formatting_func, dataset_name: str):
         """Tokenizes whole rows, and aligns their columns with the tokens."""
         dataset = _unformatted(dataset)
-        source, weight = self._our_columns(get_dataset_column_names(dataset))
+        columns = get_dataset_column_names(dataset)
+        # Of rows that are not tokenized yet these are the user's own.
+        dataset = dataset.remove_columns([c for c in ("reference_log_probs", "old_log_probs") if c in columns])
+        source, weight = self._our_columns(columns)
         map_kwargs = {"num_proc": args.dataset_num_proc} if hasattr(dataset, "num_rows") else {}
         if source and map_kwargs:
             warn_of_unknown_sources(dataset[source])
@@ -390,7 +397,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
             if not row.get("completion_ids"):
                 return []
             prompt = row.get("behavior_prompt") or row["prompt"]
-            temperature = 1.0 if row.get("temperature") is None else row["temperature"]
+            temperature = 1.0 if row.get("temperature") is None else float(row["temperature"])
             ids = encode_prompt_of(row, prompt, self.processing_class, self.chat_template)
             return [(len(row["input_ids"]), ids, row["completion_ids"], temperature)]
 
@@ -588,7 +595,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
     def _token_weights(self, known: dict[str, torch.Tensor], source: torch.Tensor, limits: dict) -> torch.Tensor:
         def weights_of(objective):
             if callable(objective):
-                return objective(**known)
+                return _checked(objective(**known), known["log_probs"].shape, objective)
             settings = {name: getattr(self.args, name) for name in OBJECTIVES[objective].settings}
             return OBJECTIVES[objective].weights(**known, **{**settings, **limits})
 
@@ -640,6 +647,37 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
 
 def _name(objective) -> str:
     return objective if isinstance(objective, str) else getattr(objective, "__name__", type(objective).__name__)
+
+
+def _checked(weights, shape: torch.Size, objective) -> torch.Tensor:
+    """What a function of the user's own returned, if it is one weight for each target token."""
+    if not isinstance(weights, torch.Tensor) or weights.shape != shape:
+        what = (
+            f"a tensor of shape {tuple(weights.shape)}" if isinstance(weights, torch.Tensor) else f"{weights!r:.100}"
+        )
+        raise ValueError(
+            f"The objective {_name(objective)!r} returned {what}, but it must return one weight for each target token: a tensor of the shape "
+            f"of its argument `log_probs`, here {tuple(shape)}."
+        )
+    return weights
+
+
+def _refuse_empty(dataset, name: str) -> None:
+    if dataset is not None and not (len(dataset) if hasattr(dataset, "num_rows") else next(iter(dataset), None)):
+        raise ValueError(f"The {name} dataset has no rows. Was everything filtered out of it, or is it another split?")
+
+
+def _refuse_hidden_columns(dataset, name: str) -> None:
+    """TRL decides by the columns that it sees what is trained on, and would train on the prompts too."""
+    if not hasattr(dataset, "num_rows") or dataset.format["output_all_columns"]:
+        return
+    visible = dataset.format["columns"]
+    hidden = [column for column in dataset.column_names if column not in visible]
+    if hidden:
+        raise ValueError(
+            f"The {name} dataset hides its columns {hidden}, as `with_format(…, columns={visible})` does, and they may be needed. Show all with "
+            "`with_format(None)`, or drop those that you do not want with `remove_columns`."
+        )
 
 
 def _named(eval_dataset) -> dict:
