@@ -11,7 +11,7 @@ quickstart: venv  ## the main job on the embedded default: rewrite, train, measu
 test: venv  ## the test suite, no network needed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist worksteal  # each test wants one core
 
 venv: $(VENV)/installed  ## .venv with everything the two commands above need, installed once
 
