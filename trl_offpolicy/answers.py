@@ -259,12 +259,19 @@ DATE = re.compile(
     r"(?:(?P<before>\d{1,2})(?:st|nd|rd|th)? (?:of )?)?(?P<month>Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]*\.?"
     r"(?(before)| ?(?P<day>\d{1,2})(?:st|nd|rd|th)?)(?:,? (?P<year>\d{4}))?"
 )
+# `2015-03-01`, and `3/1/2015`, of which nobody knows whether it is in March.
+_DIGIT_DATE = re.compile(r"(?P<year>\d{4})-(?P<month>0?[1-9]|1[0-2])-(?P<day>\d{1,2})|\d{1,2}/\d{1,2}/\d{4}")
+_MONTHS = ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"]
 _SYNONYMS = {"dne": "doesnotexist", "doesntexist": "doesnotexist", "doesnotexist": "doesnotexist"}
 
 
 def words(text: str) -> str | None:
     """The words of a text answer, for comparison; `None` for mathematics. Up to three bare small letters are a product."""
     bare = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text).strip()
+    if date := _DIGIT_DATE.fullmatch(bare):
+        if not date["year"]:
+            return "/".join(str(int(part)) for part in bare.split("/"))
+        return f"{_MONTHS[int(date['month']) - 1]}{int(date['day'])}{date['year']}"
     if any(ord(c) > 127 for c in bare) and not re.search(r"[\d\\^_=<>+*/]", bare):
         return re.sub(r"\W", "", bare.casefold()) or None  # no letter of another script is a variable
     if not re.fullmatch(r"[A-Za-z][A-Za-z'’.,!?\- ]*(?: ?\d{1,4}(?:st|nd|rd|th)?)?", bare) and not DATE.fullmatch(
@@ -282,7 +289,7 @@ def words(text: str) -> str | None:
     if same := _SYNONYMS.get(re.sub(r"[^a-z]", "", bare.casefold())):
         return same
     if date := DATE.fullmatch(bare):
-        return date["month"].casefold() + (date["day"] or date["before"]) + (date["year"] or "")
+        return date["month"].casefold() + str(int(date["day"] or date["before"])) + (date["year"] or "")
     reduced = re.sub(r"^(?:the|an?)\b|[^a-z0-9]|(?<=[a-z]{3})s\b|(?<=\d)(?:st|nd|rd|th)\b", "", bare.casefold())
     return reduced or None
 

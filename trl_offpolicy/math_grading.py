@@ -371,6 +371,8 @@ class _Comparison:
     def same(self, prediction: str, gold: str) -> bool:
         if prediction.replace(", ", ",") == gold.replace(", ", ","):
             return True
+        if re.fullmatch(r"\d+(?:-\d+)+", gold) and not words(gold):
+            return False  # a score, a range or a telephone number: no difference that is to be worked out
         told, wanted = number(_decimal(prediction, gold)), number(_decimal(gold, prediction, r"\d\d|\d{4,}"))
         if told and wanted:
             return self._close(told, wanted)
@@ -387,7 +389,8 @@ class _Comparison:
     def equal(self, told: Answer, wanted: Answer) -> bool:
         """Whether a prediction and a gold answer, both read, say the same."""
         kinds = {told.kind, wanted.kind}
-        bare = [_TEXT.sub(r"\1", answer.text).replace(" ", "") for answer in (told, wanted)]
+        # `1 2` is not 12
+        bare = [re.sub(r"(?<!\d) | (?![\d.])", "", _TEXT.sub(r"\1", answer.text)) for answer in (told, wanted)]
         if bare[0] == bare[1]:
             return True
         choices = _choice(told.text), _choice(wanted.text)
@@ -397,8 +400,6 @@ class _Comparison:
         if all(times) and any(re.search("[ap]", text, re.I) for text in bare):  # else they are ratios
             return all(a == b or a is None or b is None for a, b in zip(*times, strict=True))
         if wanted.kind == "words" and told.kind not in ("list", "set", "named"):
-            if all(re.fullmatch("[A-Z]{2}", text) for text in bare):
-                return sorted(bare[0]) == sorted(bare[1])  # a segment
             return wanted.name == (told.name if told.kind == "words" else words(f"\\text{{{told.text}}}"))
         if kinds & {"list", "set"}:
             return self._same_list(told, wanted)
@@ -572,20 +573,24 @@ class _Comparison:
             return self._all(values, bare) if named[0] else self._all(bare, values)
         if (
             len(golds) == 1
+            and wanted.kind != "set"
             and golds[0].kind == "tuple"
             and golds[0].name == "()"
             and len(golds[0].parts) == len(predictions)
         ):
             return self._all(predictions, golds[0].parts)
-        if len(predictions) == 1 < len(golds) and predictions[0].kind == "tuple" and predictions[0].name == "()":
+        listed = told.kind != "set" and len(predictions) == 1 < len(golds)
+        if listed and predictions[0].kind == "tuple" and predictions[0].name == "()":
             predictions = predictions[0].parts
+        if told.kind == "set" and wanted.text == "\\emptyset":
+            return False  # that has an element
         if len(golds) == 1 and wanted.kind != "set" and all(self.equal(p, golds[0]) for p in predictions):
             return len({p.text for p in predictions}) == len(predictions)  # one answer in several forms
         letters = [a.text for a in golds]
         if len(letters) > 2 and all(re.fullmatch(r"[A-Z]", text) for text in letters) and letters != sorted(letters):
             return self._all(predictions, golds)  # an order was asked for
         unique = [tuple({a.text.replace(" ", ""): a for a in items}.values()) for items in (predictions, golds)]
-        if self._matched(*unique, self.equal):
+        if self._matched(*unique, lambda a, b: (a.kind == "set") == (b.kind == "set") and self.equal(a, b)):
             return True
         if "\\cup" in told.text + wanted.text or any(a.kind == "relation" for a in predictions + golds):
             return self._same_value(told.text, wanted.text)
@@ -597,6 +602,12 @@ class _Comparison:
         if all(bases) and (bases[0][1] or bases[1][1]):
             return bases[0][0] == bases[1][0] and (bases[0][1] == bases[1][1] or None in (bases[0][1], bases[1][1]))
         (told, told_unit), (wanted, wanted_unit) = split_unit(prediction), split_unit(gold)
+        if isinstance(wanted_unit, str) and told_unit is not None:
+            counted = [
+                set(re.findall(r"\w+?(?=s?\b)", u.casefold())) for u in (told_unit, wanted_unit) if isinstance(u, str)
+            ]
+            if len(counted) < 2 or not (counted[0] <= counted[1] or counted[1] <= counted[0]):
+                raise Unparsable(f"whether {prediction:.60} is {gold:.60} depends on what was counted")
         if isinstance(wanted_unit, tuple) and told_unit is None and (letter := _LETTER_UNIT.fullmatch(prediction)):
             told, told_unit = letter[1], unit(letter[2])
         degrees = "^\\circ" in prediction, "^\\circ" in gold
@@ -720,7 +731,8 @@ def _sympy(text: str):
 
 def parse_latex(text: str, gold: bool = False):
     """A sympy object for all of `text`, never for a part of it; cached, since many samples share a gold answer."""
-    parsed = _sympy(text)
+    # Not to be dropped: a prime, what is left out, a space between two numbers.
+    parsed = None if re.search(r"['\"]|\\prime|\\[lc]?dots|(?<![\w^.])\d+ [\d.]", text) else _sympy(text)
     if parsed is None or (hasattr(parsed, "has") and parsed.has(sympy.nan, sympy.zoo)):
         raise UnparsableGold if gold else Unparsable
     return _with_real_roots(parsed)
