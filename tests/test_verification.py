@@ -249,6 +249,26 @@ MISREAD = [
 ]
 
 
+# (gold, prediction): alike once something is worked out, reordered or left out that may not be.
+UNLIKE = [
+    ("2015-03-01", "2015-01-03"), ("2015-03-01", "2011"), ("10/05/2020", "1/1010"), ("555-1234", "-679"), ("AB", "BA"), ("IV", "VI"),
+    ("\\text{HT}", "\\text{TH}"), ("12", "1 2"), ("12", "1\\ 2"), ("56", "5\\quad6"), ("1.5", "1 .5"), ("2", "1 2"), ("x'", "x"), ("f'(x)", "f(x)"),
+    ("45^\\circ", "45'"), ("5\\text{ ft}", '5"'), ("\\{1,2\\}", "\\{(1,2)\\}"), ("\\{\\{1\\},2\\}", "\\{1,2\\}"), ("\\emptyset", "\\{\\emptyset\\}"),
+    ("5\\text{ apples}", "5\\text{ km}"), ("5\\text{ apples}", "5\\text{ oranges}"), ("5", "5\\ldots"),
+]  # fmt: skip
+ALIKE = [
+    ("2015-03-01", "March 1, 2015"), ("March 1, 2015", "2015-03-01"), ("5\\text{ apples}", "5\\text{ red apples}"), ("5\\text{ apples}", "5"),
+    ("1\\frac{2}{3}", "1 2/3"), ("1000", "1 000"), ("f'(x)=2x", "2x"), ("\\{1,2\\}", "\\{2,1\\}"), ("\\log_2 3", "\\log_{2}{3}"),
+]  # fmt: skip
+
+
+def test_nothing_is_worked_out_or_left_out_that_may_change_the_answer(verifier):
+    for pairs, right in ((UNLIKE, False), (ALIKE, True)):
+        golds, predictions = map(list, zip(*pairs, strict=True))
+        told = verifier.verify([f"\\boxed{{{p}}}" for p in predictions], golds)
+        assert [pair for pair, verdict in zip(pairs, told, strict=True) if (verdict == "correct") != right] == []
+
+
 def test_a_gold_is_never_read_as_a_part_of_it(verifier):
     golds, parts = zip(*MISREAD, strict=True)
     assert verifier.check_answers(list(golds)) == ["correct"] * len(golds)
