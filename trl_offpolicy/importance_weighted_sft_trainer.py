@@ -223,12 +223,14 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
             or "labels" not in (getattr(rows, "column_names", None) or ())
         ):
             return
+        # Without log-probs of ours, a column of one of our names is the user's own.
+        ours = {"source_ids", "behavior_log_probs"} if "behavior_log_probs" in rows.column_names else set()
         total, unknown = 0, 0
         for batch in rows.with_format("arrow").iter(batch_size=1000):
             columns = {
                 name: pc.list_flatten(batch[name]).to_numpy()
                 for name in batch.column_names
-                if name in TOKEN_COLUMNS or name == "labels"
+                if name in ours or name == "labels"
             }
             asked = columns["labels"] != -100
             if isinstance(self.objective, dict):
