@@ -171,7 +171,9 @@ class Handler(BaseHTTPRequestHandler):
             "text_offset": [],
             "top_logprobs": [],
         }
-        return {"index": 0, "text": text, "token_ids": ids, "logprobs": log_probs, "finish_reason": "stop"}
+        text = self.server.tokenizer.decode(ids, skip_special_tokens=True)
+        reason = "stop" if ids[-1] == self.server.tokenizer.eos_token_id else "length"
+        return {"index": 0, "text": text, "token_ids": ids, "logprobs": log_probs, "finish_reason": reason}
 
 
 @pytest.fixture
@@ -350,7 +352,7 @@ def test_retry_after_is_a_number_or_a_date():
     assert retry_after(TimeoutError()) is None
 
 
-@pytest.mark.parametrize("part", ["reasoning_content", "reasoning"])
+@pytest.mark.parametrize("part", ["reasoning_content", "reasoning", "thinking", "unheard_of"])
 def test_what_a_server_takes_apart_is_no_row(serve, sample, part):
     """The reasoning beside the content: nobody can say what the model wrote. Where ids come along, they say it."""
     for content in ("\\boxed{1}", None):
@@ -370,6 +372,40 @@ def test_the_text_is_the_decoded_ids_whatever_a_server_says_it_is(serve, sample,
         Handler, "choice", lambda *given: {**whole(*given), "text": "", "reasoning_content": "I think"}
     )
     assert drain(sample(serve()), requests(40)) == expected
+
+
+def chat_answer(reason="stop", **message):
+    choice = {"index": 0, "finish_reason": reason, "message": {"role": "assistant", **message}}
+    response = openai.types.chat.ChatCompletion.construct(id="x", object="x", choices=[choice])
+    return read_answer(response, "http://host/v1", False, most=4, vocabulary=10)
+
+
+def test_no_part_of_a_message_is_dropped_and_none_passes_for_an_empty_completion():
+    for part in (
+        {"reasoning_details": [{"type": "reasoning.text", "text": "I think"}]},
+        {"function_call": {"name": "f", "arguments": "{}"}},
+        {"provider_specific_fields": {"reasoning_content": "I think", "refusal": None}},
+    ):
+        for content in ("5", "", None):
+            with pytest.raises(SamplerError, match=f"`{next(iter(part))}` beside `content`"):
+                chat_answer(content=content, **part)
+    with pytest.raises(ValueError, match="the text None"):
+        chat_answer(content=None)
+    assert chat_answer(content=None, refusal="I will not")[3] == "refusal"
+    harmless = {
+        "annotations": [{"type": "url_citation"}],
+        "provider_specific_fields": {"refusal": None},
+        "tool_calls": [],
+    }
+    assert chat_answer(content="5", refusal=None, audio=None, reasoning="", **harmless) == ("5", [], [], "stop")
+    assert chat_answer(content="") == ("", [], [], "stop")  # the model said nothing
+
+
+def test_a_chat_text_ends_where_the_turn_does(serve, sample):
+    server = serve(token_ids=False, parsed={"content": "5<|im_end|>\n<|im_start|>user"})
+    with pytest.warns(UserWarning, match="does not heed `stop`"):
+        completion = drain(sample(server), requests(1))["r0"]
+    assert (completion.text, completion.finish_reason) == ("5", "stop")
 
 
 def test_a_connection_that_fails_says_why(serve, sample, monkeypatch):
@@ -575,6 +611,7 @@ def test_a_server_that_goes_on_behind_the_end_of_a_turn_is_cut_there(serve, samp
         choice = plain(self, body, chat)
         junk = self.server.tokenizer("\nuser: and then?")["input_ids"]
         choice["token_ids"] += junk
+        choice["text"] += "\nuser: and then?"
         choice["logprobs"]["token_logprobs"] += [-9.0] * len(junk)
         return {**choice, "finish_reason": "length"}
 

@@ -44,6 +44,7 @@ except ModuleNotFoundError:
 # a model's generation config (vLLM and SGLang know them); messages with nothing but OpenAI's own fields.
 DIALECTS = ("token_ids", "chat_extended", "chat")
 CANARY = Request("canary", [{"role": "user", "content": "Hi"}], 1, SamplingParams(max_completion_length=1))
+NO_CONTEXT = 1 << 30  # tokens of context of a server that does not say how many it takes
 MAX_TRIES = 3  # of one request while others are answered: then it is the request that no server can answer
 BUSY = (429, 503)  # what a server says that has enough to do, or is about to start: never the request's fault
 TELL_EVERY = 60.0  # seconds from one sentence on a busy server to the next
@@ -64,7 +65,7 @@ class _Server:
     told: float = -math.inf  # when it was last said that it is waited for
     failures: int = 0  # since its last answer
     reviving: asyncio.Task | None = None
-    context: int = 1 << 30
+    context: int = NO_CONTEXT
 
 
 @dataclass(eq=False, slots=True)
@@ -119,7 +120,8 @@ class OpenAISampler:
         self.batch_size, self.request_timeout, self.give_up_after = batch_size, request_timeout, give_up_after
         self.processing_class = processing_class
         self.stop_token_ids: list[int] = []
-        self._stop: str | None = None  # the same as text, for servers that know no token ids
+        self._stop: str | None = None  # the end of a turn as text, for servers that know no token ids
+        self._stops: list[str] = []  # all `stop_token_ids` as text
         self._key = os.environ.get("OPENAI_API_KEY", "").strip() or "EMPTY"
         if not (self._key.isascii() and self._key.isprintable()):
             raise ValueError(
@@ -155,6 +157,7 @@ class OpenAISampler:
                     told += "; it is not told where a turn ends, for want of a chat template here"
                 else:
                     self.stop_token_ids = stop_token_ids(tokenizer)
+                    self._stops = tokenizer.convert_ids_to_tokens(self.stop_token_ids)
                     end = end_of_turn_id(tokenizer)
                     self._stop = None if end is None else tokenizer.convert_ids_to_tokens(end)
                 if self._dialect == "chat":
@@ -454,7 +457,7 @@ class OpenAISampler:
         try:
             async with asyncio.timeout(min(30.0, self.request_timeout)):
                 listed = [model async for model in await server.client.models.list()]
-            models = {str(model.id): getattr(model, "max_model_len", None) or 1 << 30 for model in listed}
+            models = {str(model.id): getattr(model, "max_model_len", None) or NO_CONTEXT for model in listed}
             if wrong := [length for length in models.values() if type(length) is not int or length < 1]:
                 raise ValueError(f"max_model_len {wrong[0]!r:.50}")
         except openai.NotFoundError:
@@ -495,16 +498,24 @@ class OpenAISampler:
         )
         if reason in ENDED_BY_SERVER:
             return Completion(request.id, "", [], [], "error", f"the server ended it: {reason}")
-        if not ids or self.processing_class is None:  # text alone, or the first question to a server
+        if dialect != "token_ids":
+            if ends := [text.index(stop) for stop in self._stops if stop in text]:
+                self._tell_unheeded(server, "stop")
+                text, reason = text[: min(ends)], "stop"
+            return Completion(request.id, text, [], [], reason)
+        if self.processing_class is None:  # the first question to a server
             return Completion(request.id, text, ids, log_probs, reason)
         completion = drawn_completion(request.id, ids, log_probs, reason, self.processing_class, self.stop_token_ids)
         if len(completion.completion_ids) < len(ids):
-            warnings.warn(
-                f"{server.url} went on behind the end of a turn: it does not heed `stop_token_ids`. Completions are cut there, but what it wrote "
-                "behind was paid for. Start it with a generation config whose `eos_token_id` holds that token.",
-                stacklevel=2,
-            )
+            self._tell_unheeded(server, "stop_token_ids")
         return completion
+
+    def _tell_unheeded(self, server: _Server, field: str) -> None:
+        warnings.warn(
+            f"{server.url} went on behind the end of a turn: it does not heed `{field}`. Completions are cut there, but what it wrote "
+            "behind was paid for. Start it with a generation config whose `eos_token_id` holds that token.",
+            stacklevel=3,
+        )
 
     def _told(self, error: BaseException) -> str:
         """An error in one line, without the key (a server may quote it)."""

@@ -16,9 +16,9 @@ MOST_LOG_PROB = 0.01
 # vLLM writes this for minus infinity, which JSON does not have, and from which nothing can be drawn.
 NO_LOG_PROB = -9999.0
 # The answer is one, but not all of what the model wrote: `Completion.error` says so.
-ENDED_BY_SERVER = ("content_filter", "tool_calls", "function_call")
-# Parts of a message into which a server's parsers put what they cut out of the model's text.
-PARSED = ("reasoning_content", "reasoning", "tool_calls")
+ENDED_BY_SERVER = ("content_filter", "refusal", "tool_calls", "function_call")
+# What a message may say beside its `content`. Into any other part a server's parsers may put what they cut out of the model's text.
+HARMLESS = ("role", "content", "name", "id", "type", "object", "annotations", "refusal")
 
 
 def read_answer(
@@ -46,13 +46,18 @@ def read_answer(
             text, ids = choice.text, getattr(choice, "token_ids", None)
             log_probs = getattr(choice.logprobs, "token_logprobs", None)
         else:
-            text, ids, log_probs = choice.message.content or "", [], []
-            if parsed := [name for name in PARSED if getattr(choice.message, name, None)]:
+            message = choice.message.model_dump(warnings=False)
+            text, ids, log_probs = choice.message.content, [], []
+            if parsed := [name for name, part in message.items() if name not in HARMLESS and _holds_text(part)]:
                 raise SamplerError(
                     f"{url} takes a part out of what the model wrote (`{'`, `'.join(parsed)}` beside `content`), so no row would be what "
                     "the model wrote. Start it without what takes it apart: vLLM and SGLang without --reasoning-parser and "
                     "--tool-call-parser, llama.cpp with --reasoning-format none."
                 )
+            if message.get("refusal"):
+                reason = "refusal"
+            if text is None and reason != "stop":  # nothing before the limit, or before the server ended it
+                text = ""
         if reason not in ("stop", "length", *ENDED_BY_SERVER):
             raise ValueError(f"finish_reason {reason!r:.50}")
         if not isinstance(text, str):
@@ -64,6 +69,12 @@ def read_answer(
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"it sent something that is no completion ({error}): {str(response)[:200]!r}") from error
     return text, ids, [float(log_prob) for log_prob in log_probs or ()], reason
+
+
+def _holds_text(part) -> bool:
+    if isinstance(part, (dict, list)):
+        return any(map(_holds_text, part.values() if isinstance(part, dict) else part))
+    return isinstance(part, str) and part != ""
 
 
 def _check_tokens(ids: list[int], log_probs: list[float], most: int, vocabulary: int) -> None:
