@@ -17,6 +17,8 @@ from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass, replace
 
+from .qualifiers import CORRECTION, MINUS, RETRACTS, stands
+
 
 NO_ANSWER = "the completion states no answer that can be parsed"
 MAX_ANSWER = 5000  # characters; what is longer is no final answer
@@ -238,7 +240,7 @@ _NO_VALUE = re.compile(
 _WORDS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty"
 NUMBER_WORDS = {word: value for value, word in enumerate(_WORDS.split())}
 _STARTS = re.compile(
-    rf"[-+−±~<>≤≥(\[{{|√∛π∞$€£¥½¼¾⅓⅔]*\s*(?:\.?\d|{_MATH}|\\[A-Za-z{{|$]|[√∛π∞])|(?:{'|'.join(NUMBER_WORDS)})\b|\(?[A-Za-z]'?\)?\s*(?=$|[=<>≤≥+*/^_,;.)(\[\\{_MARK}−-]|and\b|or\b)"
+    rf"(?:{MINUS}\s+(?=[\d{_MATH}]))?(?:\([-−]\))?[-+−±~<>≤≥(\[{{|√∛π∞$€£¥½¼¾⅓⅔]*\s*(?:\.?\d|{_MATH}|\\[A-Za-z{{|$]|[√∛π∞])|(?:{'|'.join(NUMBER_WORDS)})\b|\(?[A-Za-z]'?\)?\s*(?=$|[=<>≤≥+*/^_,;.)(\[\\{_MARK}−-]|and\b|or\b)"
     rf"|(?:yes|no|true|false)(?=\s*(?:$|[.,;!\n{_MARK}]))"
     r"|(?:arc)?(?:sin|cos|tan|cot|sec|csc|ln|log|exp|sqrt|pi|abs|gcd|lcm|floor|theta|phi|alpha|infinity)(?![a-z])|[-+−(\[{|]+[A-Za-z]{1,2}\s*[-+*/^=<>≤≥|,)(\]}]",
     re.I,
@@ -258,7 +260,7 @@ _END = re.compile(
     re.I,
 )
 _REASON = re.compile(
-    r"[,;]\s+not\b|(?:[,;]|(?<!\s))\s+(?:because|since|as|instead|rather|where|so|when|whereas|if)\b|[,;]\s+(?:but|with|while|after|hence|therefore|thus|given|assuming|for)\b"
+    r"[,;]\s+(?:not|nicht|niet|inte)\b|(?:[,;]|(?<!\s))\s+(?:because|since|as|instead|rather|where|so|when|whereas|if)\b|[,;]\s+(?:but|with|while|after|hence|therefore|thus|given|assuming|for)\b"
     r"|;\s+(?!and\b|or\b)[A-Za-z]{3}|(?<!\s)\s+\((?:since|because|as|see|note|rounded|which|where|not|the|after|from|to|using|we|by|that|this|assuming|hence|so|approx|about)\b"
     r"|，(?=[因其即])|（(?=[注因其即舍])",
     re.I,
@@ -376,6 +378,18 @@ def _items(found: Segments, line: int) -> list[tuple[int, int]]:
     return items if len(items) > numbered else []
 
 
+_SPOKEN_MINUS = re.compile(rf"^(?:\\text\{{\s*{MINUS}\s*\}}|{MINUS}\b|\([-−]\))\s*(?=[\d.\\])", re.I)
+_SENTENCE_START = re.compile(r".*[.!?\n](?=\s)", re.S)
+
+
+def _stands(found: Segments, phrase: int, start: int, end: int, kind: str) -> bool:
+    """Whether what stands around the value from `start` to `end` leaves it as it is: in its sentence, and behind it."""
+    before = found.covered[max(0, start - 200) : start]
+    sentence = _SENTENCE_START.match(before)
+    before = before[max(sentence.end() if sentence else 0, 0) :] if kind in ("box", "sentence") else found.covered[phrase:start]
+    return stands(before, found.covered[start:end], found.covered[end : end + 200], kind)
+
+
 def _value(found: Segments, start: int, kind: str, last: bool = False) -> Statement | None:
     """What is stated from `start` on, if anything: list items, lines of mathematics, or what a sentence says."""
     begin = _FILLER.match(found.covered, start).end()
@@ -392,8 +406,10 @@ def _value(found: Segments, start: int, kind: str, last: bool = False) -> Statem
         ranges = [value]
         while line > start and len(ranges) < 20 and (more := _MATH_LINE.match(found.covered, ranges[-1][1])):
             ranges.append((more.end(1), _end(found, more.end(1))))
+    if not _stands(found, start, ranges[0][0], ranges[-1][1], kind):
+        return None
     texts = [_compose(found, *r) for r in ranges]
-    text = ", ".join(t for t, _ in texts if t)
+    text = _SPOKEN_MINUS.sub("-", ", ".join(t for t, _ in texts if t))
     if not text or _PLACEHOLDER.fullmatch(text):
         return None
     return Statement(text.replace(", =", " ="), kind, ranges[0][0], ranges[-1][1], any(m for _, m in texts))
@@ -451,6 +467,64 @@ def boxes(text: str) -> list[tuple[str | None, int, int]]:
             if content is None:
                 break
     return found
+
+
+# What separates one statement of a formula from the next, brackets, and what says nothing about the value beside it.
+_PART = re.compile(
+    r"(?P<cut>\\\\(?:\[[^\[\]\n]{0,20}\])?|(?P<equals>(?<![<>:\\])=(?![<>]))|[&,;:≤≥]|\bis\b(?: one of)?|\\(?:q?quad|[;,: ]|implies|iff|to|in|equiv|approx|leq?|geq?|leqslant|geqslant|therefore|because|so|[Ll]ong[Rr]ightarrow|[Rr]ightarrow|[Ll]eftrightarrow|hence)(?![A-Za-z])"
+    r"|\\(?:text|mbox|textbf|textrm|intertext|tag)\s*\{[^{}]*\}|\\(?:begin|end)\{(?:align|aligned|array|split|gather|gathered|equation|multline)\*?\}(?:\{[^{}]*\})?)"
+    r"|(?P<open>\\begin\{\w{1,20}\}|\\\{|[({\[])|(?P<close>\\end\{\w{1,20}\}|\\\}|[)}\]])|\\."
+)
+_IDLE = re.compile(
+    r"(?:[\s{}().\[\]~]|\\[!,;: ]|\\[$%#]|%|\$|\^\s*\{?\s*\\circ\s*\}?|\\(?:circ|degree|displaystyle|textstyle|left|right|[bB]igg?[lr]?|bf|bm|math(?:bf|rm|it|sf)|text(?:bf|it|rm)?|underline|boldsymbol|large|Large|LARGE|huge|Huge|qedsymbol|square|blacksquare"
+    r"|color\s*\{\w+\}|textcolor\s*\{\w+\}|p?mod\s*(?:\{[^{}]*\}|\w+)|renewcommand\s*\{[^{}]*\}\s*\{[^{}]*\}|hline|multicolumn\s*\{\w*\}\s*\{[^{}]*\}|frac(?=\s*\{\s*\\(?:text|math))|(?:text|math)(?:rm|bf)?\s*\{[^{}]*\}?)(?![A-Za-z]))*"
+)
+# What a box is the coefficient of, or its base: `\\boxed{19}x^3`, `\\boxed{101}_2`.
+_FACTOR = re.compile(
+    r"(?:_\s*(?:\{\s*\w+\s*\}|\w))?(?:[\s{}.]|\\[,;! ]|(?:(?<![A-Za-z])[A-Za-z]|\\pi)(?![A-Za-z]{2})(?:\s*\^\s*(?:\{\w+\}|\w))?)*"
+)
+_UNEQUAL = re.compile(r"\\neq?(?![A-Za-z])|\\not(?![A-Za-z])|≠")
+_MAGNITUDE = re.compile(r"[\s$~\\,)\]]*(?:\\text\s*\{\s*)?(?:and a half|hundreds?|thousands?|millions?|billions?|trillions?|dozens?)\b")
+# Where no delimiter says what belongs to the formula: what stands directly at the box.
+_BARE_LEFT = re.compile(r"(?:(?:\d|\b[A-Za-z]|[)}\]])\s*[-+−*/^×·]\s*|=\s*[-−]\s*|(?<![\n*\s\w])[-−]|[<>≠≤≥√±]\s*|\\(?:sqrt|frac|times|cdot|pm|neq?|leq?|geq?|lt|gt)\s*\{?|(?<![\w.)])\d+)\Z")
+_BARE_RIGHT = re.compile(r"\^(?!\s*\{?\\circ)|!(?=\s*[-+*/=])|\s*(?:[-+*/×·]\s*[\d\\]|\\(?:times|cdot|pm|le|ge|lt|gt)\b)|\}\{")
+
+
+def _in_formula(found: Segments, content: str, start: int, end: int) -> str:
+    """The content of a box, or the formula that it is a part of with the content in its place: `-(5)` for `$x = -\\boxed{5}$`."""
+    at = bisect_left(found.spans, (start + 1,)) - 1
+    text = found.text
+    if at < 0 or found.spans[at][1] < end:
+        if _BARE_LEFT.search(text[max(0, start - 20) : start]) or _BARE_RIGHT.match(text, end):
+            raise Unparsable(f"{NO_ANSWER}: its box is a part of a formula without delimiters")
+        return content + _magnitude(text, end)
+    low, high, inside = found.spans[at]
+    low = text.index(inside, low)
+    high, depth, first, last = low + len(inside), 0, low, low + len(inside)
+    for part in itertools.chain(_PART.finditer(text, low, start), _PART.finditer(text, end, high)):
+        if part["cut"] and (depth == 0 or part["equals"]):
+            if part.start() >= end:
+                last = part.start()
+                break
+            first = part.end()
+        depth = max(0, depth + bool(part["open"]) - bool(part["close"]))
+    left, right = text[first:start], text[end:last]
+    choice = re.fullmatch(r"\\text\w*\s*\{[^{}]*\}", content)
+    if _IDLE.fullmatch(left) and (choice or _IDLE.fullmatch(right) or _FACTOR.fullmatch(right)):
+        return content + _magnitude(text, end)
+    if _UNEQUAL.search(left + right):
+        raise Unparsable(f"{NO_ANSWER}: its box is what something does not equal")
+    right = right.rstrip(" .\n")
+    while match := _BOX.search(left):  # another box of the same formula
+        inner, stop = _box(left, match.start(), len(left))
+        left = f"{left[: match.start()]}({inner}){left[stop:]}"
+    times = "\\cdot" if left[-1:].isdigit() else ""
+    return f"{left}{times}({content}){right}".strip()
+
+
+def _magnitude(text: str, end: int) -> str:
+    scaled = _MAGNITUDE.match(text, end)
+    return f"\\text{{ {scaled[0].strip(' $~,)]}').split('{')[-1].strip(chr(92)).strip()}}}" if scaled else ""
 
 
 def final_answer(text: str) -> str | None:
@@ -548,6 +622,9 @@ def statements(found: Segments) -> list[tuple[int, Statement]]:
     return [stated[at] for at in sorted(stated)]
 
 
+_QUESTION = re.compile(rf"^[\s#*{_MARK}]*(?:question|problem|q)\b[^\n:]{{0,10}}:", re.I | re.M)
+
+
 def _choose(found: Segments, stated: list[tuple[int, Statement]]) -> Statement | None:
     """The first statement of the highest kind; a later one takes its place where the text says so, and contradicts it otherwise."""
     best = min((ORDER.index(s.kind) for _, s in stated), default=None)
@@ -558,6 +635,8 @@ def _choose(found: Segments, stated: list[tuple[int, Statement]]) -> Statement |
         between = found.covered[chosen.end : at] if chosen else ""
         if chosen is None or _CORRECTS.search(between):
             chosen, others = statement, []
+        elif _QUESTION.search(between) and _QUESTION.search(found.covered, 0, chosen.start):
+            others += [statement.text]  # several questions, each with its answer: no one can tell which was asked
         elif not _REMARKS.search(between) and not _CONDITIONAL.search(between[-200:]):
             others += [statement.text] if statement.text != chosen.text else []
     return replace(chosen, others=tuple(dict.fromkeys(others))) if others else chosen
@@ -601,29 +680,57 @@ def stated_text(completion: str) -> str | None:
 
 
 def _stated(text: str, whole: bool) -> Statement:
-    if boxed := boxes(text):
-        contents = [content for content, _, _ in boxed]
-        if None in contents:
-            raise Unparsable(f"{NO_ANSWER}: its last box is not closed")
-        names = [_NAME.search(text, max(0, start - 20), start) for _, start, _ in boxed]
-        if len(boxed) > 1 and all(names):
-            contents = [f"{name[1]} = {content}" for name, content in zip(names, contents, strict=True)]
-        chosen = Statement(", ".join(dict.fromkeys(contents)), "box", boxed[0][1], boxed[-1][2], True)
-        if not _SAYS_FINAL.search(text, chosen.end):
-            return chosen
-        found = segments(text[chosen.end :])
-        for at, statement in statements(found):
-            its_own = _STARTS.match(found.covered, statement.start) and not _APPROXIMATE.search(
-                found.covered, at, statement.start
-            )
-            if statement.kind == "final" and its_own and not _REMARKS.search(found.covered, 0, at):
-                chosen = replace(statement, start=statement.start + boxed[-1][2], end=statement.end + boxed[-1][2])
-        return chosen
     found = segments(text)
+    if boxed := boxes(text):
+        return _boxed(found, boxed)
     chosen = _choose(found, _marks(found) or statements(found)) or _concluded(found, whole)
     if chosen is None:
         raise Unparsable(NO_ANSWER)
+    return _corrected(found, chosen) or chosen
+
+
+def _boxed(found: Segments, boxed: list[tuple[str | None, int, int]]) -> Statement:
+    """What the boxes state, or what a later sentence puts in their place."""
+    contents = [content for content, _, _ in boxed]
+    if None in contents:
+        raise Unparsable(f"{NO_ANSWER}: its last box is not closed")
+    text, start, end = found.text, boxed[0][1], boxed[-1][2]
+    names = [_NAME.search(text, max(0, at - 20), at) for _, at, _ in boxed]
+    contents = [_in_formula(found, *box) for box in boxed]
+    if len(boxed) > 1 and all(names):
+        contents = [f"{name[1]} = {content}" for name, content in zip(names, contents, strict=True)]
+    chosen = Statement(", ".join(dict.fromkeys(contents)), "box", start, end, True)
+    if _SAYS_FINAL.search(text, end):
+        behind = segments(text[end:])
+        for at, statement in statements(behind):
+            its_own = _STARTS.match(behind.covered, statement.start) and not _APPROXIMATE.search(
+                behind.covered, at, statement.start
+            )
+            if statement.kind == "final" and its_own and not _REMARKS.search(behind.covered, 0, at):
+                chosen = replace(statement, start=statement.start + end, end=statement.end + end)
+    if chosen.kind != "box":
+        return chosen
+    if corrected := _corrected(found, chosen):
+        return corrected
+    at = bisect_left(found.spans, (end,)) - 1
+    stop = max(end, found.spans[at][1]) if at >= 0 else end
+    if not _stands(found, start, start, stop, "box"):
+        raise Unparsable(f"{NO_ANSWER}: its box is denied, asked or supposed")
     return chosen
+
+
+def _corrected(found: Segments, chosen: Statement) -> Statement | None:
+    """What takes the place of a statement that the text behind it takes back; `Unparsable` where it is not clear what."""
+    covered = found.covered
+    retracted = RETRACTS.search(covered, chosen.end)
+    if not retracted or _REMARKS.search(covered, chosen.end, retracted.start()):
+        return None
+    for match in itertools.islice(CORRECTION.finditer(covered, retracted.start()), 20):
+        begin = _FILLER.match(covered, match.end()).end()
+        value = _value(found, match.end(), "answer") if _STARTS.match(covered, begin) else None
+        if value:
+            return replace(value, kind=chosen.kind)
+    raise Unparsable(f"{NO_ANSWER}: it takes back what it stated")
 
 
 def _concluded(found: Segments, whole: bool) -> Statement | None:

@@ -1,0 +1,95 @@
+"""The words around a value that take it back: what they are said of states no value. One table by language, for every kind of statement.
+
+The patterns are for text in which mathematics and Markdown are covered (`extraction.py`); the caller bounds the text that they look at.
+"""
+
+import re
+
+
+# Directly before a value: it is denied.
+_DENIED = {
+    "en": r"not|(?:is|was|does|do|ca|could|should|wo)n['’]t|cannot(?: be)?|never|neither|anything but|no longer|far from|incorrect|wrong",
+    "de": "nicht|kein|keine|niemals", "es": "no es|no son|nunca|tampoco", "fr": "pas|jamais", "it": "non|mai", "pt": "não|nunca",
+    "nl": "niet|geen|nooit", "sv, no, da": "inte|ikke|aldrig", "pl": "nie|nigdy", "cs": "není|ne", "ru, uk": "не|нет|не є", "id": "bukan|tidak",
+    "vi": "không|không phải", "tr": "değil", "fi": "ei", "ro": "nu", "ar": "ليس|ليست", "he": "לא", "zh": "不是|并非|不等于|不为|不可能", "ja": "違", "ko": "아닌",
+}  # fmt: skip
+# Directly before a value: it is a bound, a guess, or another thing of which the value is only a part.
+_BOUNDED = {
+    "en": r"other than|(?:less|more|fewer|greater|smaller|larger|bigger|higher|lower) than|at most|at least|up to|under|over|above|below|almost|maybe|perhaps|possibly|bounded by|(?:divisible|multiplied|divided) by"
+    r"|(?:a |the )?(?:square|square root|cube|cube root|root|reciprocal|opposite|inverse|logarithm|factorial|multiple|factor|divisor|power|half|double) of|twice|double|half",
+    "de": "(?:kleiner|größer|weniger|mehr) als|höchstens|mindestens|fast|vielleicht", "es": "(?:menor|mayor|menos|más) (?:que|de)|como máximo|al menos|a lo sumo|casi|quizás?",
+    "fr": "(?:moins|plus) de|(?:inférieur|supérieur)e? à|au plus|au moins|presque|peut-être", "it": "(?:meno|più|minore|maggiore) (?:di|che)|al massimo|almeno|quasi|forse",
+    "pt": "(?:menos|mais) (?:de|que)|(?:menor|maior) (?:do )?que|no máximo|pelo menos|quase|talvez", "nl": "(?:minder|meer|kleiner|groter) dan|hoogstens|minstens|bijna|misschien",
+    "sv, no, da": "(?:mindre|mer|större|mere|større) (?:än|enn|end)|högst|minst|nästan|kanske", "pl": "(?:mniej|więcej|mniejsz[ae]|większ[ae]) (?:niż|od)|co najmniej|co najwyżej|prawie|może",
+    "ru": "(?:меньше|больше|менее|более)(?: чем)?|почти|может быть|возможно", "id": "(?:kurang|lebih) dari|paling (?:banyak|sedikit)|hampir|mungkin",
+    "vi": "(?:nhỏ|lớn|ít|nhiều) hơn|ít nhất|nhiều nhất|gần", "tr": "en az|en fazla|belki", "zh": "小于|大于|少于|多于|至多|至少|不超过|几乎|可能",
+}  # fmt: skip
+# Behind a value: it is denied, bounded, holds on a condition, or goes on as a number word.
+_BEHIND = {
+    "en": r"(?:is|was|are|were|would be|seems)\s+(?:also\s+|clearly\s+|obviously\s+|definitely\s+)?(?:not (?:correct|right|valid|possible|allowed|true|it\b|an? (?:valid |real |possible )?(?:solution|answer|root|option)|the (?:final |correct |right )?(?:answer|solution|result))|wrong|incorrect|impossible|false|invalid|too (?:small|large|big|high|low)|extraneous|my|an? (?:common )?(?:mistake|error|guess|wrong))\b"
+    r"|(?:is|was)n['’]t (?:correct|right|valid|possible|an?|the|it)\b|(?:cannot|can['’]t) be (?:right|correct|true|the)\b|(?:does not|doesn['’]t) (?:work|satisfy)\b|at (?:most|least)\b|or (?:less|more|fewer|greater|so|larger|smaller|above|below)\b|lakhs?\b|crores?\b",
+    "de": r"ist (?:falsch|nicht|keine)\b|oder (?:mehr|weniger)\b|tausend\b|Millionen\b", "es": r"(?:no es|es (?:incorrect|fals)[oa])\b|o (?:más|menos)\b|mil\b|millones\b",
+    "fr": r"(?:n['’]est pas|est (?:faux|fausse|incorrecte?))\b|ou (?:plus|moins)\b|mille\b|millions\b", "it": r"(?:non è|è (?:sbagliat|errat)[oa])\b|o (?:più|meno)\b|mila\b|milioni\b",
+    "pt": r"(?:não é|está errad[oa])\b|ou (?:mais|menos)\b|mil\b|milhões\b", "sv, no, da": r"(?:är inte|är fel)\b|eller (?:mer|mindre)\b|tusen\b|miljoner\b", "nl": r"is (?:niet|fout|onjuist)\b|duizend\b|miljoen\b",
+    "pl": r"tysi(?:ęcy|ące)\b|milion\w*", "ru": r"(?:не верно|неверно|тысяч\w*|миллион\w*)", "tr": r"değil\w*", "zh": r"是错|不对|不正确|万|亿", "ja": "では(?:ない|ありません)|以上|以下|未満|万|億", "ko": "(?:이|가)? ?아니|이상|이하|미만",
+}  # fmt: skip
+_IF = r"(?:if|unless)\b|wenn\b|falls\b|si\b|jeśli\b|если\b|jika\b|如果|若"
+MINUS = r"(?:minus|negative|negativ|menos|moins|meno|минус|负)"
+
+
+def _table(*tables: dict[str, str]) -> str:
+    return "|".join(words for table in tables for words in table.values())
+
+
+# At most six words of the clause may stand between a qualifier and the value: "is not equal to 5", "less than or equal to 5".
+_TO_VALUE = r"(?:\s+(?:equal|to|or|be|the|is|just|exactly|simply|than|value|number|es|est|de|a|à|zu|gleich)){0,6}[^\w\n.;,?!]*\Z"
+_DENIED_BEFORE = re.compile(rf"(?:(?<!\w)(?:{_table(_DENIED)})|(?:{_DENIED['zh']}|{_BOUNDED['zh']})){_TO_VALUE}", re.I)
+_QUALIFIED_BEFORE = re.compile(
+    rf"(?:(?<!\w)(?:{_table(_DENIED, _BOUNDED)})|(?:{_DENIED['zh']}|{_BOUNDED['zh']})){_TO_VALUE}", re.I
+)
+_LABEL = re.compile(r"\b(?:step|steps|case|part|example|question|problem|exercise|figure|chapter|section|page|method|equation|theorem|lemma|line|row)\s+\W*\Z", re.I)
+_HYPOTHETICAL = re.compile(
+    r"\b(?:if|suppose|had|were|assuming)\b[^.!?\n]*(?<!there )\bwould (?:get|have|obtain|be|yield|give|become)\b(?: only| just| exactly)?[^\w\n.;!?]*\Z|\b(?:I['’]d|I would|my|first|initial|a|we) guess\b[^.!?\n]*\Z|\b(?:one|you|some|many|people|it) (?:might|may|could|would|will) (?:think|say|guess|believe|expect|assume|seem)\b[^.!?\n]*\Z", re.I
+)
+_QUALIFIED_BEHIND = re.compile(rf"[^\w\n.!?]{{0,9}}?(?:{_table(_BEHIND)})", re.I)
+_ON_CONDITION = re.compile(rf"[^\w\n.!?]{{0,9}}?(?:{_IF})", re.I)
+_ASKED = re.compile(r"[^\w\n.!;,]{0,9}\?")
+# What is counted, and is not asked for: "there are 5 cases to check", "the answer has 5 digits".
+_COUNTED = re.compile(
+    r"\A[^\w\n]{0,9}[\w,]{0,20}\W{0,3}(?:[a-z]+ )?(?:cases?|steps?|possibilit(?:y|ies)|options?|scenarios?|things?|conditions?|equations?|unknowns?|parts?|ways)\s+(?:to|that we|we|which we|for us|left to)\s+(?:must |need to |have to |should )?(?:check|consider|examine|solve|test|try|verify|look|analy[sz]e|distinguish|do|study)\b", re.I
+)
+_SIGN = re.compile(r"[^\n]*(?<![-=])[<>≤≥≠]\s*\Z")
+# A number word of another language behind a number, which would be taken for its unit; the verb of a sentence that denies it.
+_SCALED = re.compile(r"\d\W{0,3}(?:lakhs?|crores?|tusen|tausend|Millionen|mil|millones|mille|mila|milioni|milhões|miljoner|duizend|miljoen|tysi\w+|milion\w*|тысяч\w*|миллион\w*)\b|\b(?:does|do|did|can|could|fails?)(?:n['’]t)?\W*\Z", re.I)
+_PROPERTY = re.compile(r"\b(?:answer|solution|result|number|it)\s+(?:also\s+)?(?:has|have|had|contains?|consists? of|needs?)\s+(?:exactly |only |just )?\W*\Z", re.I)
+
+
+def stands(before: str, value: str, behind: str, kind: str) -> bool:
+    """Whether a value with these two texts around it, the rest of its sentence and what follows, is stated: not denied, bounded, asked or supposed.
+
+    A box keeps its value behind "at least" and before "if": those say which value is asked for.
+    """
+    before, behind = before[-200:], behind[:200]
+    all_of_it = value[-200:] + behind
+    if kind == "box":
+        denied = _DENIED_BEFORE.search(before)
+    else:
+        denied = _QUALIFIED_BEFORE.search(before) or _ON_CONDITION.match(behind)
+        denied = denied or _LABEL.search(before) or _SIGN.match(before) or _COUNTED.search(all_of_it) or _SCALED.search(value[:200])
+    if kind == "sentence":
+        denied = denied or _PROPERTY.search(before)
+    return not (denied or _HYPOTHETICAL.search(before) or _QUALIFIED_BEHIND.match(behind) or _ASKED.match(behind))
+
+
+# What takes back the statement before it, and what announces the value in its place.
+RETRACTS = re.compile(
+    r"(?:(?:^|[.!?;,\n—–])[\s*]*(?:hmm+|wait|oh|oops|sorry|well|but|hold on)?[\s,.…!—–-]{0,5}\bno(?:[,.!:;—–]|\s+wait\b|,? ####)"
+    r"|\b(?:I|I['’]ve|we|we['’]ve|have) made an? (?:\w+ )?(?:mistake|error)\b|\b(?:that|this|it|which)(?:['’]s| is| was) (?:wrong|incorrect|not right|not correct)\b|\bscratch that\b|\bcorrection:|\bmy mistake\b|\bI was wrong\b"
+    r"|\b(?:but|actually,?|rather,?) (?:the (?:correct |right |true |real )?(?:answer|value|result)|it)(?: is|['’]s| should be)\b|\b(?:answer|value|result|it) (?:is|should) (?:actually|really|instead)\b"
+    r"|\bit should (?:actually )?(?:be|have been)\b|不对|更正|应为)",
+    re.I | re.M,
+)
+CORRECTION = re.compile(
+    r"(?:\bshould (?:actually |really |instead )?(?:be|read|have been)|\b(?:correct|right|true|real|actual) (?:value|answer|result|one|number)(?: is| should be|:)|\b(?:answer|value|result|it)(?: is|['’]s)(?: actually| really| instead)?|\bno,|\bcorrection:|####|应为)[\s:=]*",
+    re.I,
+)
