@@ -106,7 +106,7 @@ def test_no_function_is_long_and_modules_look_upwards_only():
     import ast
 
     order = [
-        "redaction", "whole_file", "text_files", "extraction", "answers", "text_statistics", "prompts", "demonstrations", "rows", "control_tokens", "turns", "sampling", "math_grading", "verification", "sandbox_entry", "sandbox", "code_wire", "code_solution", "code_tests",
+        "redaction", "whole_file", "text_files", "qualifiers", "extraction", "answers", "text_statistics", "prompts", "demonstrations", "rows", "control_tokens", "turns", "sampling", "math_grading", "verification", "sandbox_entry", "sandbox", "code_wire", "code_solution", "code_tests",
         "code_verifier", "verifiers", "journal", "shards",
         "rewrite_config", "guided_filters", "scheduling", "judging", "run_log", "hub", "rewriter", "data_collator", "losses", "model_card", "importance_weighted_sft_config",
         "scoring", "initial_policy", "group_rewards", "rewriting_agent", "importance_weighted_sft_trainer", "dft_trainer", "estimators", "tables",

@@ -386,7 +386,11 @@ def _stands(found: Segments, phrase: int, start: int, end: int, kind: str) -> bo
     """Whether what stands around the value from `start` to `end` leaves it as it is: in its sentence, and behind it."""
     before = found.covered[max(0, start - 200) : start]
     sentence = _SENTENCE_START.match(before)
-    before = before[max(sentence.end() if sentence else 0, 0) :] if kind in ("box", "sentence") else found.covered[phrase:start]
+    before = (
+        before[max(sentence.end() if sentence else 0, 0) :]
+        if kind in ("box", "sentence")
+        else found.covered[phrase:start]
+    )
     return stands(before, found.covered[start:end], found.covered[end : end + 200], kind)
 
 
@@ -484,10 +488,16 @@ _FACTOR = re.compile(
     r"(?:_\s*(?:\{\s*\w+\s*\}|\w))?(?:[\s{}.]|\\[,;! ]|(?:(?<![A-Za-z])[A-Za-z]|\\pi)(?![A-Za-z]{2})(?:\s*\^\s*(?:\{\w+\}|\w))?)*"
 )
 _UNEQUAL = re.compile(r"\\neq?(?![A-Za-z])|\\not(?![A-Za-z])|≠")
-_MAGNITUDE = re.compile(r"[\s$~\\,)\]]*(?:\\text\s*\{\s*)?(?:and a half|hundreds?|thousands?|millions?|billions?|trillions?|dozens?)\b")
+_MAGNITUDE = re.compile(
+    r"[\s$~\\,)\]]*(?:\\text\s*\{\s*)?(?:and a half|hundreds?|thousands?|millions?|billions?|trillions?|dozens?)\b"
+)
 # Where no delimiter says what belongs to the formula: what stands directly at the box.
-_BARE_LEFT = re.compile(r"(?:(?:\d|\b[A-Za-z]|[)}\]])\s*[-+−*/^×·]\s*|=\s*[-−]\s*|(?<![\n*\s\w])[-−]|[<>≠≤≥√±]\s*|\\(?:sqrt|frac|times|cdot|pm|neq?|leq?|geq?|lt|gt)\s*\{?|(?<![\w.)])\d+)\Z")
-_BARE_RIGHT = re.compile(r"\^(?!\s*\{?\\circ)|!(?=\s*[-+*/=])|\s*(?:[-+*/×·]\s*[\d\\]|\\(?:times|cdot|pm|le|ge|lt|gt)\b)|\}\{")
+_BARE_LEFT = re.compile(
+    r"(?:(?:\d|\b[A-Za-z]|[)}\]])\s*[-+−*/^×·]\s*|=\s*[-−]\s*|(?<![\n*\s\w])[-−]|[<>≠≤≥√±]\s*|\\(?:sqrt|frac|times|cdot|pm|neq?|leq?|geq?|lt|gt)\s*\{?|(?<![\w.)])\d+)\Z"
+)
+_BARE_RIGHT = re.compile(
+    r"\^(?!\s*\{?\\circ)|!(?=\s*[-+*/=])|\s*(?:[-+*/×·]\s*[\d\\]|\\(?:times|cdot|pm|le|ge|lt|gt)\b)|\}\{"
+)
 
 
 def _in_formula(found: Segments, content: str, start: int, end: int) -> str:

@@ -47,21 +47,32 @@ _DENIED_BEFORE = re.compile(rf"(?:(?<!\w)(?:{_table(_DENIED)})|(?:{_DENIED['zh']
 _QUALIFIED_BEFORE = re.compile(
     rf"(?:(?<!\w)(?:{_table(_DENIED, _BOUNDED)})|(?:{_DENIED['zh']}|{_BOUNDED['zh']})){_TO_VALUE}", re.I
 )
-_LABEL = re.compile(r"\b(?:step|steps|case|part|example|question|problem|exercise|figure|chapter|section|page|method|equation|theorem|lemma|line|row)\s+\W*\Z", re.I)
+_LABEL = re.compile(
+    r"\b(?:step|steps|case|part|example|question|problem|exercise|figure|chapter|section|page|method|equation|theorem|lemma|line|row)\s+\W*\Z",
+    re.I,
+)
 _HYPOTHETICAL = re.compile(
-    r"\b(?:if|suppose|had|were|assuming)\b[^.!?\n]*(?<!there )\bwould (?:get|have|obtain|be|yield|give|become)\b(?: only| just| exactly)?[^\w\n.;!?]*\Z|\b(?:I['’]d|I would|my|first|initial|a|we) guess\b[^.!?\n]*\Z|\b(?:one|you|some|many|people|it) (?:might|may|could|would|will) (?:think|say|guess|believe|expect|assume|seem)\b[^.!?\n]*\Z", re.I
+    r"\b(?:if|suppose|had|were|assuming)\b[^.!?\n]*(?<!there )\bwould (?:get|have|obtain|be|yield|give|become)\b(?: only| just| exactly)?[^\w\n.;!?]*\Z|\b(?:I['’]d|I would|my|first|initial|a|we) guess\b[^.!?\n]*\Z|\b(?:one|you|some|many|people|it) (?:might|may|could|would|will) (?:think|say|guess|believe|expect|assume|seem)\b[^.!?\n]*\Z",
+    re.I,
 )
 _QUALIFIED_BEHIND = re.compile(rf"[^\w\n.!?]{{0,9}}?(?:{_table(_BEHIND)})", re.I)
 _ON_CONDITION = re.compile(rf"[^\w\n.!?]{{0,9}}?(?:{_IF})", re.I)
 _ASKED = re.compile(r"[^\w\n.!;,]{0,9}\?")
 # What is counted, and is not asked for: "there are 5 cases to check", "the answer has 5 digits".
 _COUNTED = re.compile(
-    r"\A[^\w\n]{0,9}[\w,]{0,20}\W{0,3}(?:[a-z]+ )?(?:cases?|steps?|possibilit(?:y|ies)|options?|scenarios?|things?|conditions?|equations?|unknowns?|parts?|ways)\s+(?:to|that we|we|which we|for us|left to)\s+(?:must |need to |have to |should )?(?:check|consider|examine|solve|test|try|verify|look|analy[sz]e|distinguish|do|study)\b", re.I
+    r"\A[^\w\n]{0,9}[\w,]{0,20}\W{0,3}(?:[a-z]+ )?(?:cases?|steps?|possibilit(?:y|ies)|options?|scenarios?|things?|conditions?|equations?|unknowns?|parts?|ways)\s+(?:to|that we|we|which we|for us|left to)\s+(?:must |need to |have to |should )?(?:check|consider|examine|solve|test|try|verify|look|analy[sz]e|distinguish|do|study)\b",
+    re.I,
 )
 _SIGN = re.compile(r"[^\n]*(?<![-=])[<>≤≥≠]\s*\Z")
 # A number word of another language behind a number, which would be taken for its unit; the verb of a sentence that denies it.
-_SCALED = re.compile(r"\d\W{0,3}(?:lakhs?|crores?|tusen|tausend|Millionen|mil|millones|mille|mila|milioni|milhões|miljoner|duizend|miljoen|tysi\w+|milion\w*|тысяч\w*|миллион\w*)\b|\b(?:does|do|did|can|could|fails?)(?:n['’]t)?\W*\Z", re.I)
-_PROPERTY = re.compile(r"\b(?:answer|solution|result|number|it)\s+(?:also\s+)?(?:has|have|had|contains?|consists? of|needs?)\s+(?:exactly |only |just )?\W*\Z", re.I)
+_SCALED = re.compile(
+    r"\d\W{0,3}(?:lakhs?|crores?|tusen|tausend|Millionen|mil|millones|mille|mila|milioni|milhões|miljoner|duizend|miljoen|tysi\w+|milion\w*|тысяч\w*|миллион\w*)\b|\b(?:does|do|did|can|could|fails?)(?:n['’]t)?\W*\Z",
+    re.I,
+)
+_PROPERTY = re.compile(
+    r"\b(?:answer|solution|result|number|it)\s+(?:also\s+)?(?:has|have|had|contains?|consists? of|needs?)\s+(?:exactly |only |just )?\W*\Z",
+    re.I,
+)
 
 
 def stands(before: str, value: str, behind: str, kind: str) -> bool:
@@ -75,7 +86,13 @@ def stands(before: str, value: str, behind: str, kind: str) -> bool:
         denied = _DENIED_BEFORE.search(before)
     else:
         denied = _QUALIFIED_BEFORE.search(before) or _ON_CONDITION.match(behind)
-        denied = denied or _LABEL.search(before) or _SIGN.match(before) or _COUNTED.search(all_of_it) or _SCALED.search(value[:200])
+        denied = (
+            denied
+            or _LABEL.search(before)
+            or _SIGN.match(before)
+            or _COUNTED.search(all_of_it)
+            or _SCALED.search(value[:200])
+        )
     if kind == "sentence":
         denied = denied or _PROPERTY.search(before)
     return not (denied or _HYPOTHETICAL.search(before) or _QUALIFIED_BEHIND.match(behind) or _ASKED.match(behind))
