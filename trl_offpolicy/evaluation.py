@@ -109,8 +109,7 @@ def evaluate(
     """
     part = Shard.parse(shard)
     check_wandb(report_to)
-    check_mode(control_tokens)
-    _check_settings(num_generations, temperature, part, output_dir, solve_prompt)
+    _check_settings(num_generations, temperature, part, output_dir, solve_prompt, control_tokens)
     rows = benchmarks if isinstance(benchmarks, dict) else load_benchmarks(benchmarks)
     questions = {name: read_questions(name, each, solve_prompt, system_prompt) for name, each in rows.items()}
     params = SamplingParams(temperature, top_p, top_k, max_completion_length)
@@ -146,7 +145,10 @@ def _default_sampler(model, processing_class) -> Sampler:
     return TransformersSampler(model, processing_class)
 
 
-def _check_settings(num_generations: int, temperature: float, shard: Shard, output_dir, solve_prompt: str) -> None:
+def _check_settings(
+    num_generations: int, temperature: float, shard: Shard, output_dir, solve_prompt: str, control_tokens: str
+) -> None:
+    check_mode(control_tokens)
     if num_generations < 1:
         raise ValueError(f"You passed num_generations={num_generations}; it must be at least 1.")
     if temperature == 0 and num_generations > 1:
