@@ -13,6 +13,9 @@ from datasets import load_dataset
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from trl_offpolicy.extraction import final_answer
+from trl_offpolicy.rows import demonstration
+
 
 DATA = Path(__file__).parent / "data"
 
@@ -46,7 +49,12 @@ def test_real_rows_come_out_once_each(tmp_path, name):
     for row, new in zip(rows, rewritten, strict=True):
         assert new["prompt"][0]["content"].startswith(row["problem"])
         if new["source"] == "expert":
-            assert new["completion"] == [{"role": "assistant", "content": row["solution"]}]
+            (turn,) = new["completion"]  # in the form that the prompt asks for
+            assert (
+                demonstration(new) == row["solution"] and turn["role"] == "assistant" and "\\boxed" in turn["content"]
+            )
+            stated = [final_answer(text).replace(",", "") for text in (turn["content"], row["solution"])]
+            assert stated[0] == stated[1]
 
 
 def test_sft_on_a_rewritten_dataset(tmp_path, capsys):

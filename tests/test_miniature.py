@@ -71,7 +71,7 @@ def test_rejection_sampling_rows(tmp_path):
     run = tmp_path / "base-0" / "rewrite-self"
     (run / "dataset").mkdir(parents=True)
     prompt = [{"role": "user", "content": "?"}]
-    Dataset.from_list([{"id": i, "prompt": prompt, "source": "self"} for i in "ab"]).to_parquet(
+    Dataset.from_list([{"id": i * 16, "prompt": prompt, "source": "self"} for i in "ab"]).to_parquet(
         run / "dataset" / "rows.parquet"
     )
     attempts = [
@@ -81,7 +81,11 @@ def test_rejection_sampling_rows(tmp_path):
         ("a", 2, "correct", "z"),
         ("b", 3, "correct", "w"),
     ]
-    entries = [{"id": i, "attempt": n, "verdict": v, "text": t, "completion_ids": [n]} for i, n, v, t in attempts]
+    drawn = {"stage": "self", "finish_reason": "stop", "num_tokens": 1, "log_prob": -1.0}
+    entries = [
+        {"id": i * 16, "attempt": n, "verdict": v, **drawn, "text": t, "completion_ids": [n]}
+        for i, n, v, t in attempts
+    ]
     (run / "journal.jsonl").write_text("".join(json.dumps(e) + "\n" for e in [{"config": {}}, *entries]))
     rows = study.training_rows(args, 0, "rft")
     assert [(row["completion"][0]["content"], row["completion_ids"]) for row in rows] == [

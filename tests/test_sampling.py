@@ -367,9 +367,8 @@ def test_missing_engines_are_named_with_the_command(policy, monkeypatch):
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'trl-offpolicy\[vllm\]'"):
         VLLMSampler(policy)
     monkeypatch.setitem(sys.modules, "openai", None)
-    monkeypatch.delitem(sys.modules, "trl_offpolicy.sampling.openai_sampler", raising=False)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'trl-offpolicy\[openai\]'"):
-        import trl_offpolicy.sampling.openai_sampler  # noqa: F401
+        OpenAISampler(policy, "http://127.0.0.1:1/v1")
 
 
 def test_a_vision_language_checkpoint_is_loaded_for_text(tokenizer, tmp_path):

@@ -158,12 +158,14 @@ def load_model(model: str, **kwargs):
     )
 
     shared = {k: v for k, v in kwargs.items() if k in ("revision", "trust_remote_code", "token")}
+    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
+        raise ValueError(f"You passed model={model!r}, which cannot be loaded: there is no such directory.")
     try:
         config = type(AutoConfig.from_pretrained(model, **shared))
         sees = config not in MODEL_FOR_CAUSAL_LM_MAPPING and config in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
         return (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_pretrained(model, **kwargs)
     except OSError as error:  # how transformers says that there is no such model, or none that may be read
-        raise ValueError(f"You passed the model {model!r}, which cannot be loaded: {error}") from error
+        raise ValueError(f"You passed model={model!r}, which cannot be loaded: {error}") from error
 
 
 def prompt_ids(processing_class, request: Request, context: int) -> list[int] | Completion:
