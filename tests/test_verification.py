@@ -220,10 +220,9 @@ def test_arguments_are_checked():
     [
         ("verifier_cases_public.jsonl", 0.99),
         ("verifier_cases_own.jsonl", 0.99),
-        (
-            "qualified_answers.jsonl",
-            1.0,
-        ),  # what stands around a value: denied, asked, bounded, corrected, in a formula
+        # what stands around a value: denied, asked, bounded, corrected, in a formula
+        ("qualified_answers.jsonl", 1.0),
+        ("verifier_cases_attack.jsonl", 0.99),
         ("verifier_cases_2026_11.jsonl", 0.99),
         ("real_outputs.jsonl", 1.0),
     ],

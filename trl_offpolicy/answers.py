@@ -8,7 +8,7 @@ import re
 import unicodedata
 from fractions import Fraction
 
-from .extraction import MAX_ANSWER, NUMBER_WORDS, Unparsable
+from .extraction import MAX_ANSWER, NUMBER_WORD, NUMBER_WORDS, Unparsable
 
 
 # ---- text, without what never changes its value ----
@@ -61,13 +61,15 @@ _REWRITES = [
         (r"\\\{\s*\\\}|\\emptyset|\\text\{ *(?i:the )?(?i:empty set|no (?:real )?solutions?) *\}", r"\\emptyset "),
         (r"^\\text\{ *(?i:all (?:real numbers|reals)) *\}$", r"\\mathbb{R}"),
         (r"(?<![\w.])(\d+(?:\.\d*)?|\.\d+)[eE]([+-]?\d+)(?!\w)", r"\1\\times 10^{\2}"),
-        (r"(?<=\d)\s*(?:\\cdot|\*)\s*10\s*\^", r"\\times 10^"),
-        (r"\(\s*(?:\\text\s*\{\s*)?mod\s*\}?\s*([^()]*)\)|\\pmod\s*(\d+)|(?<!b)(?<![A-Za-z{])\\?mod(?![A-Za-z])\s*\{?(\d+)\}?", lambda m: f"\\pmod{{{m[1] or m[2] or m[3]}}}"),
+        (r"(?<=\d)(?:\s*(?:\\cdot|\*)\s*| x )10\s*\^", r"\\times 10^"),
+        (r"\\mathbb\s*([A-Z])", r"\\mathbb{\1}"),
+        (r"(?:\\text\s*\{\s*(?=\(mod [^(){}]*\)\s*\}))?\(\s*(?:\\text\s*\{\s*)?mod\s*\}?\s*([^()]*)\)(?:(?<=\w\))\s*\}$)?|\\pmod\s*(\d+)|(?<!b)(?<![A-Za-z{])\\?mod(?![A-Za-z])\s*\{?(\d+)\}?", lambda m: f"\\pmod{{{m[1] or m[2] or m[3]}}}"),
         (rf"((?<![\\A-Za-z])[A-Za-z]|\\(?:{GREEK}))\s*_\s*(\{{[^{{}}]*\}}|\{{\\text\s*\{{[^{{}}]*\}}\s*\}}|\\[A-Za-z]+|\w)", lambda m: f"{m[1]}_{{{_plain(m[2])}}}"),
         (r"(?!^),?\s*(?:\\text\{[^{}]*\})?\s*\b[a-z]\s*\\in\s*\\mathbb\{[A-Z]\}$", ""),
         (r"\\\{\s*[a-z](?:\s*\\in\s*\\mathbb\{R\})?\s*[|:]([^{}|]*)\\\}", r"\1"),
         (r"^\\text\s*\{[^{}]*(?:\bis|\bare|:|=)\s*\}\s*(?=\S)|\s*\\text\s*\{\s*(?:for (?:all|every|any)|only)\b.*$", ""),
         (r"\s*\\text\s*\{\s*\((?:since|because|as|where|i\.e\.)\b.*\)\s*\}?$", ""),
+        (rf"^(\\text\s*\{{ *)?\b((?i:{NUMBER_WORD})) (?=[a-z])", lambda m: f"{m[1] or ''}{NUMBER_WORDS[m[2].casefold()]} "),
         (r"\s+", " "),
     )
 ]  # fmt: skip
@@ -192,7 +194,16 @@ _NUMBER = re.compile(
     rf"|(?P<int>{_INTEGER})?(?P<dec>\.\d*)?(?:\\overline\{{(?P<rep>\d+)\}})?(?:\\times ?10\^(?:\{{(?P<exp>[+-]?\d{{1,3}})\}}|(?P<exp1>\d)))?"
     r"|10\^(?:\{(?P<power>[+-]?\d{1,3})\}|(?P<power1>\d)))\)?"
 )
-MAGNITUDES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+MAGNITUDES = {
+    "dozen": 12,
+    "hundred": 100,
+    "thousand": 10**3,
+    "lakh": 10**5,
+    "million": 10**6,
+    "crore": 10**7,
+    "billion": 10**9,
+    "trillion": 10**12,
+}
 MAGNITUDE = rf"({'|'.join(MAGNITUDES)})s?\b"
 _SCALED = rf" ?\\text\s*\{{\s*(?:{'|'.join(MAGNITUDES)})\b"  # `\$5 \text{ million}`: no five dollars
 
@@ -362,14 +373,14 @@ for _definition in re.split(r"[;\n]+", _DEFINITIONS.strip()):
 
 # Words that make another value of the number before them: fractions, powers, comparisons, conditions, multiples.
 _CHANGES = re.compile(
-    r"\b(?:half|halve|halves|thirds?|quarters?|\w{3,}ths?|squared|cubed|factorial|or|and|if|for|when|where|unless|not|except|less|more|than|fewer|over|under"
-    r"|above|below|at|least|most|to|from|times?|plus|minus|divided|base|modulo|mod|log|ln|sin|cos|tan|exp|sqrt|pi|cis|root|hundreds?|tens|is|are|pairwise|each other"
+    rf"\b(?:{NUMBER_WORD}|half|halve|halves|thirds?|quarters?|\w{{3,}}ths?|squared|cubed|factorial|or|and|if|for|when|where|unless|not|except|less|more|than|fewer|over|under"
+    r"|above|below|at|least|most|to|from|times?|score|plus|minus|divided|base|modulo|mod|log|ln|sin|cos|tan|exp|sqrt|pi|cis|root|hundreds?|tens|is|are|pairwise|each other"
     r"|dozens?|thousands?|millions?|billions?|trillions?)\b|[^A-Za-z '’-]",
     re.I,
 )
 _SUFFIX = re.compile(r"(?:\\text\s*\{[^{}]*\}|\^\{-?\d\}|\^-?\d|/|\\cdot ?| )+$")
 # Nothing is given back once it is matched: else each of many words could be cut in every way.
-_BARE = re.compile(r"(.*?[\d)}])( ?)([A-Za-z]++(?:[ /*^-]*+(?:[A-Za-z]++|\^?\{?-?\d\}?))*+)\.?")
+_BARE = re.compile(r"(.*?(?:[\d)}]|\\pi))( ?)([A-Za-z]++(?:[ /*^-]*+(?:[A-Za-z]++|\^?\{?-?\d\}?))*+)\.?")
 
 
 def split_unit(text: str) -> tuple[str, tuple[Fraction, dict[str, int]] | str | None]:
@@ -382,7 +393,7 @@ def split_unit(text: str) -> tuple[str, tuple[Fraction, dict[str, int]] | str | 
     found = re.search(r"\\text\s*\{", text)
     if found and (value := text[: found.start()].strip()) and _SUFFIX.match(text, found.start()):
         name = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text[found.start() :]).strip()
-    elif (bare := _BARE.fullmatch(text)) and number(bare[1]):
+    elif (bare := _BARE.fullmatch(text)) and number(bare[1].replace("\\pi", "")):
         value, name = bare[1], bare[3]
         known = unit(name)
         # `12 m` may be a product, `12m` is one: one letter needs a space and a gold answer that says so

@@ -17,7 +17,7 @@ from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass, replace
 
-from .qualifiers import CORRECTION, MINUS, RETRACTS, stands
+from .qualifiers import CONTRAST, CORRECTION, MINUS, RETRACTS, stands
 
 
 NO_ANSWER = "the completion states no answer that can be parsed"
@@ -195,8 +195,8 @@ _FINAL = r"(?:\b(?:final|finale|endgültige|окончательный|итог�
 _AFTER_IT = r"(?:finale?|cuối cùng|akhir|النهائية|نهائي)"
 _SAYS_FINAL = re.compile(f"{_FINAL}|{_AFTER_IT}", re.I)
 _IS = (
-    r"\b(?:is|are|was|(?:would|will|must|should) be|equals|becomes|comes (?:out )?to|est|sont|lautet|lauten|ist|sind|es|son|è|é|são|luidt|wynosi|to|là|adalah|är|er"
-    r"|on|je|este|равен|равна|равно)\b|是|为|為|等于|は|은|는|هو|هي|है"
+    r"\b(?:is|are|was|(?:would|will|must|should) be|equals|becomes|comes (?:out )?to|(?:n['’])?(?:est|sont)|lautet|lauten|ist|sind|(?:no |non |não )?(?:es|son|è|é|são)|luidt|wynosi|to|là|adalah|är|er"
+    r"|on|je|este|равен|равна|равно|не)\b|不?是|为|為|等于|は|은|는|هو|هي|है"
 )
 _SPACE = rf"[ \t{_MARK}]"
 
@@ -237,10 +237,16 @@ _NO_VALUE = re.compile(
     r"|in the|in terms|what|clear|obvious|unknown|as|expected|too|also|always|never|usually|positive and|left|to|how|why|here|below|above)\b",
     re.I,
 )
-_WORDS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty"
-NUMBER_WORDS = {word: value for value, word in enumerate(_WORDS.split())}
+_ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+NUMBER_WORDS = {word: value for value, word in enumerate(_ONES.split())} | {
+    f"{ten}-{one}".removesuffix("-zero"): 10 * tens + ones
+    for tens, ten in enumerate(_TENS.split(), 2)
+    for ones, one in enumerate(_ONES.split()[:10])
+}
+NUMBER_WORD = "|".join(sorted(NUMBER_WORDS, key=len, reverse=True))
 _STARTS = re.compile(
-    rf"(?:{MINUS}\s+(?=[\d{_MATH}]))?(?:\([-−]\))?[-+−±~<>≤≥(\[{{|√∛π∞$€£¥½¼¾⅓⅔]*\s*(?:\.?\d|{_MATH}|\\[A-Za-z{{|$]|[√∛π∞])|(?:{'|'.join(NUMBER_WORDS)})\b|\(?[A-Za-z]'?\)?\s*(?=$|[=<>≤≥+*/^_,;.)(\[\\{_MARK}−-]|and\b|or\b)"
+    rf"(?:{MINUS}\s+(?=[\d{_MATH}]))?(?:\([-−]\))?[-+−–±~<>≤≥(\[{{|√∛π∞$€£¥½¼¾⅓⅔]*\s*(?:\.?\d|{_MATH}|\\[A-Za-z{{|$]|[√∛π∞])|(?:{NUMBER_WORD})\b|\(?[A-Za-z]'?\)?\s*(?=$|[=<>≤≥+*/^_,;.)(\[\\{_MARK}−-]|and\b|or\b)"
     rf"|(?:yes|no|true|false)(?=\s*(?:$|[.,;!\n{_MARK}]))"
     r"|(?:arc)?(?:sin|cos|tan|cot|sec|csc|ln|log|exp|sqrt|pi|abs|gcd|lcm|floor|theta|phi|alpha|infinity)(?![a-z])|[-+−(\[{|]+[A-Za-z]{1,2}\s*[-+*/^=<>≤≥|,)(\]}]",
     re.I,
@@ -250,7 +256,7 @@ _VERB = re.compile(
     re.I,
 )
 _QUALIFIED = re.compile(
-    r"\b(?:least|most|than|not|between|up to|over|under|except|more|fewer|each|per|times|half|twice|double|either|or)\b"
+    r"\b(?:least|most|than|not|between|up to|over|under|except|more|fewer|each|per|times|half|twice|double|either|or|answer|solution|result)\b"
     r"|[^A-Za-z\s,'’\"()-]|(?<![A-Za-z])[B-HJ-Zb-hj-z](?![A-Za-z])",
     re.I,
 )
@@ -266,7 +272,7 @@ _REASON = re.compile(
     re.I,
 )
 _TAIL = re.compile(
-    r"(?:[,;.]|(?<!\s))\s+\(?(?:i\.\s?e\.|e\.g\.)|[,;]\s+(?:that|meaning|the|this|it|we|there|all|rounded|found|obtained|giving|making|namely)\b|(?:,|(?<!\s))\s+(?:which|not)\b"
+    r"(?:[,;.]|(?<!\s))\s+\(?(?:i\.\s?e\.|e\.g\.)|[,;]\s+(?:that|meaning|the|this|it|we|there|all|rounded|found|obtained|giving|making|namely)\b|(?:,|(?<!\s))\s+(?:which|not)\b|(?<!\s)\s+of (?:them|these|those)\b|,?\s+and (?:we|that['’]s|that is|this|so|thus|hence|it)\b"
     r"|\s[—–]\s+(?=[A-Za-z]{2})|，(?=[\u4e00-\u9fff])|(?<!\s)\s+(?:to|in|for|from|on|at|that|who|left|remaining|total|altogether|such that)\s+(?=[A-Za-z]{2})",
     re.I,
 )
@@ -276,7 +282,7 @@ _OPTION = re.compile(
 _LEADING = re.compile(r"(?:since|because|as|if|when|given|with|by|for|after)\b[^,\n]*,", re.I)
 _SO = re.compile(r"\b(?:so|therefore|thus|hence)\b", re.I)
 _PROSE_NUMBER = re.compile(
-    rf"(?<![\w.,\\/^_-])[$€£]?\d[\d,]*(?:\.\d+)?(?:\s?%|\s[A-Za-z]+)?|\b(?:{'|'.join(list(NUMBER_WORDS)[2:])})\b",
+    rf"(?<![\w.,\\/^_-])[$€£]?\d[\d,]*(?:\.\d+)?(?:\s?%|\s[A-Za-z]+)?(?![\w-])|\b(?!zero\b|one\b)(?:{NUMBER_WORD})\b",
     re.I,
 )
 _ANNOUNCED = re.compile(rf"[A-Za-z][^\n{_MATH}\d]*(?::|\b(?:is|are|by))[ \t{_MARK}]*\n", re.I)
@@ -379,24 +385,23 @@ def _items(found: Segments, line: int) -> list[tuple[int, int]]:
 
 
 _SPOKEN_MINUS = re.compile(rf"^(?:\\text\{{\s*{MINUS}\s*\}}|{MINUS}\b|\([-−]\))\s*(?=[\d.\\])", re.I)
-_SENTENCE_START = re.compile(r".*[.!?\n](?=\s)", re.S)
+_SENTENCE_START = re.compile(rf".*(?:[.!?](?=\s)|\n(?![a-z\d{_MATH}]))", re.S)
 
 
-def _stands(found: Segments, phrase: int, start: int, end: int, kind: str) -> bool:
+def _stands(found: Segments, start: int, end: int, kind: str) -> bool:
     """Whether what stands around the value from `start` to `end` leaves it as it is: in its sentence, and behind it."""
     before = found.covered[max(0, start - 200) : start]
     sentence = _SENTENCE_START.match(before)
-    before = (
-        before[max(sentence.end() if sentence else 0, 0) :]
-        if kind in ("box", "sentence")
-        else found.covered[phrase:start]
+    return stands(
+        before[sentence.end() if sentence else 0 :], found.covered[start:end], found.covered[end : end + 200], kind
     )
-    return stands(before, found.covered[start:end], found.covered[end : end + 200], kind)
 
 
 def _value(found: Segments, start: int, kind: str, last: bool = False) -> Statement | None:
     """What is stated from `start` on, if anything: list items, lines of mathematics, or what a sentence says."""
     begin = _FILLER.match(found.covered, start).end()
+    if contrast := CONTRAST.match(found.covered, begin):
+        begin = _FILLER.match(found.covered, contrast.end()).end()
     if begin >= len(found.text) or (kind != "sentence" and _NO_VALUE.match(found.covered, begin)):
         return None
     if announced := _ANNOUNCED.match(found.covered, begin):  # "The roots are:", and they follow
@@ -410,7 +415,7 @@ def _value(found: Segments, start: int, kind: str, last: bool = False) -> Statem
         ranges = [value]
         while line > start and len(ranges) < 20 and (more := _MATH_LINE.match(found.covered, ranges[-1][1])):
             ranges.append((more.end(1), _end(found, more.end(1))))
-    if not _stands(found, start, ranges[0][0], ranges[-1][1], kind):
+    if not _stands(found, ranges[0][0], ranges[-1][1], kind):
         return None
     texts = [_compose(found, *r) for r in ranges]
     text = _SPOKEN_MINUS.sub("-", ", ".join(t for t, _ in texts if t))
@@ -483,20 +488,18 @@ _IDLE = re.compile(
     r"(?:[\s{}().\[\]~]|\\[!,;: ]|\\[$%#]|%|\$|\^\s*\{?\s*\\circ\s*\}?|\\(?:circ|degree|displaystyle|textstyle|left|right|[bB]igg?[lr]?|bf|bm|math(?:bf|rm|it|sf)|text(?:bf|it|rm)?|underline|boldsymbol|large|Large|LARGE|huge|Huge|qedsymbol|square|blacksquare"
     r"|color\s*\{\w+\}|textcolor\s*\{\w+\}|p?mod\s*(?:\{[^{}]*\}|\w+)|renewcommand\s*\{[^{}]*\}\s*\{[^{}]*\}|hline|multicolumn\s*\{\w*\}\s*\{[^{}]*\}|frac(?=\s*\{\s*\\(?:text|math))|(?:text|math)(?:rm|bf)?\s*\{[^{}]*\}?)(?![A-Za-z]))*"
 )
-# What a box is the coefficient of, or its base: `\\boxed{19}x^3`, `\\boxed{101}_2`.
-_FACTOR = re.compile(
-    r"(?:_\s*(?:\{\s*\w+\s*\}|\w))?(?:[\s{}.]|\\[,;! ]|(?:(?<![A-Za-z])[A-Za-z]|\\pi)(?![A-Za-z]{2})(?:\s*\^\s*(?:\{\w+\}|\w))?)*"
-)
+# The base of a box: `\\boxed{101}_2`.
+_BASE = re.compile(r"_\s*(?:\{\s*\w+\s*\}|\w)(?:[\s{}.]|\\[,;! ])*")
 _UNEQUAL = re.compile(r"\\neq?(?![A-Za-z])|\\not(?![A-Za-z])|≠")
 _MAGNITUDE = re.compile(
     r"[\s$~\\,)\]]*(?:\\text\s*\{\s*)?(?:and a half|hundreds?|thousands?|millions?|billions?|trillions?|dozens?)\b"
 )
 # Where no delimiter says what belongs to the formula: what stands directly at the box.
 _BARE_LEFT = re.compile(
-    r"(?:(?:\d|\b[A-Za-z]|[)}\]])\s*[-+−*/^×·]\s*|=\s*[-−]\s*|(?<![\n*\s\w])[-−]|[<>≠≤≥√±]\s*|\\(?:sqrt|frac|times|cdot|pm|neq?|leq?|geq?|lt|gt)\s*\{?|(?<![\w.)])\d+)\Z"
+    r"(?:(?:\d|\b[A-Za-z]|[)}\]])\s*[-+−*/^×·]\s*|=\s*[-−]\s*|[-−]|[<>≠≤≥√±]\s*|\\(?:sqrt|frac|times|cdot|pm|neq?|leq?|geq?|lt|gt)\s*\{?|(?<![\w.)])\d+)\Z"
 )
 _BARE_RIGHT = re.compile(
-    r"\^(?!\s*\{?\\circ)|!(?=\s*[-+*/=])|\s*(?:[-+*/×·]\s*[\d\\]|\\(?:times|cdot|pm|le|ge|lt|gt)\b)|\}\{"
+    r"\^(?!\s*\{?\\circ)|!(?=\s*[-+*/=])|[π²³]|\\(?:pi|sqrt)\b|[A-Za-z](?![A-Za-z])|\s*(?:[-+*/×·]\s*[\d\\]|\\(?:times|cdot|pm|le|ge|lt|gt)\b)|\}\{"
 )
 
 
@@ -520,7 +523,7 @@ def _in_formula(found: Segments, content: str, start: int, end: int) -> str:
         depth = max(0, depth + bool(part["open"]) - bool(part["close"]))
     left, right = text[first:start], text[end:last]
     choice = re.fullmatch(r"\\text\w*\s*\{[^{}]*\}", content)
-    if _IDLE.fullmatch(left) and (choice or _IDLE.fullmatch(right) or _FACTOR.fullmatch(right)):
+    if _IDLE.fullmatch(left) and (choice or _IDLE.fullmatch(right) or _BASE.fullmatch(right)):
         return content + _magnitude(text, end)
     if _UNEQUAL.search(left + right):
         raise Unparsable(f"{NO_ANSWER}: its box is what something does not equal")
@@ -560,7 +563,7 @@ def _is_mark(text: str, match: re.Match) -> bool:
 # ---- 4. the choice ----
 
 _CORRECTS = re.compile(
-    r"\b(?:wait|actually|oops|sorry|correction|correcting|(?:the|a) corrected|the correct|(?:made|is) an? (?:mistake|error)|(?:is|was|'s) (?:wrong|incorrect|not right)"
+    r"\b(?:wait|hold on|actually|oops|sorry|correction|correcting|(?:the|a) corrected|the correct|(?:made|is) an? (?:mistake|error)|(?:is|was|'s) (?:wrong|incorrect|not right)"
     r"|let me (?:redo|re-?do|recalculate|correct|re-?compute))\b|(?:^|[.!?\n])\s*no[,.!]|不对|更正|应为",
     re.I,
 )
@@ -573,10 +576,6 @@ _REMARKS = re.compile(
 _PARAGRAPH = re.compile(r"\s*(?:\S[^\n]{0,999}\n){1,9}[ \t]*\n\s*(?=[^\s#])")
 _CONDITIONAL = re.compile(
     r"\b(?:if|suppose|had|when|without|example|alternatively|similarly|otherwise)\b[^.!?\n]*$", re.I
-)
-_DOUBTED = re.compile(
-    r"\b(?:thought|(?:might|may|could|would) (?:think|seem|say|guess|be)|tempting|naive(?:ly)?|mistakenly|mistake)\b[^.!?\n]*$",
-    re.I,
 )
 _CLOSING = re.compile(
     r"(?:^|(?<=[.!?\s]))(?:let me know|i hope|hope (?:this|it)|if you (?:have|need)|feel free|is there anything|would you like)\b[^\n]*\s*\Z",
@@ -627,7 +626,7 @@ def statements(found: Segments) -> list[tuple[int, Statement]]:
                 if not statement and (paragraph := _PARAGRAPH.match(found.covered, end)):
                     end = paragraph.end()
                     statement = _value(found, end, kind)
-            if statement and not _DOUBTED.search(found.covered, max(0, at - 200), at):
+            if statement:
                 stated.setdefault(statement.start, (at, statement))
     return [stated[at] for at in sorted(stated)]
 
@@ -724,7 +723,7 @@ def _boxed(found: Segments, boxed: list[tuple[str | None, int, int]]) -> Stateme
         return corrected
     at = bisect_left(found.spans, (end,)) - 1
     stop = max(end, found.spans[at][1]) if at >= 0 else end
-    if not _stands(found, start, start, stop, "box"):
+    if not _stands(found, start, stop, "box"):
         raise Unparsable(f"{NO_ANSWER}: its box is denied, asked or supposed")
     return chosen
 

@@ -15,7 +15,8 @@ _DENIED = {
 }  # fmt: skip
 # Directly before a value: it is a bound, a guess, or another thing of which the value is only a part.
 _BOUNDED = {
-    "en": r"other than|(?:less|more|fewer|greater|smaller|larger|bigger|higher|lower) than|at most|at least|up to|under|over|above|below|almost|maybe|perhaps|possibly|bounded by|(?:divisible|multiplied|divided) by"
+    "en": r"other than|different from|close to|(?:less|more|fewer|greater|smaller|larger|bigger|higher|lower) than|at most|at least|up to|under|over|above|below|almost|maybe|perhaps|possibly|probably|likely|presumably"
+    r"|(?:may|might|could) (?:well )?be|(?:supposed|expected|thought|believed|said|claimed) to be|exceeds?|bounded by|(?:divisible|multiplied|divided) by"
     r"|(?:a |the )?(?:square|square root|cube|cube root|root|reciprocal|opposite|inverse|logarithm|factorial|multiple|factor|divisor|power|half|double) of|twice|double|half",
     "de": "(?:kleiner|größer|weniger|mehr) als|höchstens|mindestens|fast|vielleicht", "es": "(?:menor|mayor|menos|más) (?:que|de)|como máximo|al menos|a lo sumo|casi|quizás?",
     "fr": "(?:moins|plus) de|(?:inférieur|supérieur)e? à|au plus|au moins|presque|peut-être", "it": "(?:meno|più|minore|maggiore) (?:di|che)|al massimo|almeno|quasi|forse",
@@ -27,7 +28,7 @@ _BOUNDED = {
 # Behind a value: it is denied, bounded, holds on a condition, or goes on as a number word.
 _BEHIND = {
     "en": r"(?:is|was|are|were|would be|seems)\s+(?:also\s+|clearly\s+|obviously\s+|definitely\s+)?(?:not (?:correct|right|valid|possible|allowed|true|it\b|an? (?:valid |real |possible )?(?:solution|answer|root|option)|the (?:final |correct |right )?(?:answer|solution|result))|wrong|incorrect|impossible|false|invalid|too (?:small|large|big|high|low)|extraneous|my|an? (?:common )?(?:mistake|error|guess|wrong))\b"
-    r"|(?:is|was)n['’]t (?:correct|right|valid|possible|an?|the|it)\b|(?:cannot|can['’]t) be (?:right|correct|true|the)\b|(?:does not|doesn['’]t) (?:work|satisfy)\b|at (?:most|least)\b|or (?:less|more|fewer|greater|so|larger|smaller|above|below)\b|lakhs?\b|crores?\b",
+    r"|(?:is|was)n['’]t (?:correct|right|valid|possible|an?|the|it)\b|(?:cannot|can['’]t) be (?:right|correct|true|the)\b|(?:does not|doesn['’]t) (?:work|satisfy)\b|at (?:the very )?(?:most|least)\b|or (?:less|more|fewer|greater|so|larger|smaller|above|below)\b",
     "de": r"ist (?:falsch|nicht|keine)\b|oder (?:mehr|weniger)\b|tausend\b|Millionen\b", "es": r"(?:no es|es (?:incorrect|fals)[oa])\b|o (?:más|menos)\b|mil\b|millones\b",
     "fr": r"(?:n['’]est pas|est (?:faux|fausse|incorrecte?))\b|ou (?:plus|moins)\b|mille\b|millions\b", "it": r"(?:non è|è (?:sbagliat|errat)[oa])\b|o (?:più|meno)\b|mila\b|milioni\b",
     "pt": r"(?:não é|está errad[oa])\b|ou (?:mais|menos)\b|mil\b|milhões\b", "sv, no, da": r"(?:är inte|är fel)\b|eller (?:mer|mindre)\b|tusen\b|miljoner\b", "nl": r"is (?:niet|fout|onjuist)\b|duizend\b|miljoen\b",
@@ -41,18 +42,28 @@ def _table(*tables: dict[str, str]) -> str:
     return "|".join(words for table in tables for words in table.values())
 
 
-# At most six words of the clause may stand between a qualifier and the value: "is not equal to 5", "less than or equal to 5".
-_TO_VALUE = r"(?:\s+(?:equal|to|or|be|the|is|just|exactly|simply|than|value|number|es|est|de|a|à|zu|gleich)){0,6}[^\w\n.;,?!]*\Z"
-_DENIED_BEFORE = re.compile(rf"(?:(?<!\w)(?:{_table(_DENIED)})|(?:{_DENIED['zh']}|{_BOUNDED['zh']})){_TO_VALUE}", re.I)
-_QUALIFIED_BEFORE = re.compile(
-    rf"(?:(?<!\w)(?:{_table(_DENIED, _BOUNDED)})|(?:{_DENIED['zh']}|{_BOUNDED['zh']})){_TO_VALUE}", re.I
-)
+def _before(*tables: dict[str, str]) -> re.Pattern:
+    """Words of the tables with at most six words of the clause between them and the value: "is not equal to 5", "less than or equal to 5"."""
+    to_value = r"(?:\s+(?:equal|to|or|be|have|get|find|the|is|just|exactly|simply|than|value|number|es|est|è|é|son|sont|de|a|à|zu|gleich)){0,6}(?:是|为)?[^\w\n.;,?!]*\Z"
+    chinese = "|".join(table["zh"] for table in tables)  # which has no spaces between words
+    return re.compile(rf"(?:(?<!\w)(?:{_table(*tables)})|{chinese}){to_value}", re.I)
+
+
+_DENIED_BEFORE, _BOUNDED_BEFORE = _before(_DENIED), _before(_BOUNDED)
 _LABEL = re.compile(
     r"\b(?:step|steps|case|part|example|question|problem|exercise|figure|chapter|section|page|method|equation|theorem|lemma|line|row)\s+\W*\Z",
     re.I,
 )
-_HYPOTHETICAL = re.compile(
-    r"\b(?:if|suppose|had|were|assuming)\b[^.!?\n]*(?<!there )\bwould (?:get|have|obtain|be|yield|give|become)\b(?: only| just| exactly)?[^\w\n.;!?]*\Z|\b(?:I['’]d|I would|my|first|initial|a|we) guess\b[^.!?\n]*\Z|\b(?:one|you|some|many|people|it) (?:might|may|could|would|will) (?:think|say|guess|believe|expect|assume|seem)\b[^.!?\n]*\Z",
+# Anywhere before a value in its sentence: it is supposed, guessed, or what someone else believes.
+_SUPPOSED = re.compile(
+    r"\b(?:if|suppose|had|were|assuming)\b[^.!?\n]*(?<!there )\bwould (?:get|have|obtain|be|yield|give|become)\b(?: only| just| exactly)?[^\w\n.;!?]*\Z"
+    r"|\b(?:guess|doubt|(?<!\bI )(?<!\bwe )(?:might|may|could|would|will) (?:think|say|guess|believe|expect|assume|seem)|(?:do|did|can)(?:n['’]t| not) (?:think|believe)|(?:false|not true|not the case|not clear) that|nobody|no one)\b[^.!?\n]*\Z"
+    r"|\b(?:wrong|incorrect|false)\s+(?:answer|solution|result|value)\b[^.!?\n]*\Z",
+    re.I,
+)
+# The same before a phrase; a box is stated there all the same.
+_UNSURE = re.compile(
+    r"\b(?:thought|tempting|naive(?:ly)?|mistake(?:nly)?|maybe|perhaps|possibly|whether|if|unless)\b(?!\s+and only if)[^.!?\n]*\Z",
     re.I,
 )
 _QUALIFIED_BEHIND = re.compile(rf"[^\w\n.!?]{{0,9}}?(?:{_table(_BEHIND)})", re.I)
@@ -66,7 +77,7 @@ _COUNTED = re.compile(
 _SIGN = re.compile(r"[^\n]*(?<![-=])[<>≤≥≠]\s*\Z")
 # A number word of another language behind a number, which would be taken for its unit; the verb of a sentence that denies it.
 _SCALED = re.compile(
-    r"\d\W{0,3}(?:lakhs?|crores?|tusen|tausend|Millionen|mil|millones|mille|mila|milioni|milhões|miljoner|duizend|miljoen|tysi\w+|milion\w*|тысяч\w*|миллион\w*)\b|\b(?:does|do|did|can|could|fails?)(?:n['’]t)?\W*\Z",
+    r"\d\W{0,3}(?:tusen|tausend|Millionen|mil|millones|mille|mila|milioni|milhões|miljoner|duizend|miljoen|tysi\w+|milion\w*|тысяч\w*|миллион\w*)\b|\b(?:does|do|did|can|could|fails?)(?:n['’]t)?\W*\Z",
     re.I,
 )
 _PROPERTY = re.compile(
@@ -75,29 +86,43 @@ _PROPERTY = re.compile(
 )
 
 
+_CLAUSE = re.compile(r".*(?:;|(?<!anything )\bbut\b)", re.S | re.I)
+
+
 def stands(before: str, value: str, behind: str, kind: str) -> bool:
     """Whether a value with these two texts around it, the rest of its sentence and what follows, is stated: not denied, bounded, asked or supposed.
 
     A box keeps its value behind "at least" and before "if": those say which value is asked for.
     """
-    before, behind = before[-200:], behind[:200]
-    all_of_it = value[-200:] + behind
-    if kind == "box":
-        denied = _DENIED_BEFORE.search(before)
-    else:
-        denied = _QUALIFIED_BEFORE.search(before) or _ON_CONDITION.match(behind)
+    before, behind = _CLAUSE.sub("", before[-200:]), behind[:200]
+    denied = (
+        _DENIED_BEFORE.search(before)
+        or _SUPPOSED.search(before)
+        or _QUALIFIED_BEHIND.match(behind)
+        or _ASKED.match(behind)
+    )
+    if kind != "box":
         denied = (
             denied
+            or _BOUNDED_BEFORE.search(before)
+            or _ON_CONDITION.match(behind)
             or _LABEL.search(before)
             or _SIGN.match(before)
-            or _COUNTED.search(all_of_it)
+            or _COUNTED.search(value[-200:] + behind)
             or _SCALED.search(value[:200])
+            or _UNSURE.search(before)
         )
     if kind == "sentence":
         denied = denied or _PROPERTY.search(before)
-    return not (denied or _HYPOTHETICAL.search(before) or _QUALIFIED_BEHIND.match(behind) or _ASKED.match(behind))
+    return not denied
 
 
+# "not 4, but 5": what stands behind it is stated.
+CONTRAST = re.compile(
+    r"(?:(?:not|nicht|pas|niet|inte|не)\b(?! only| nur| seulement)[^.;!?\n]{1,60}?[\s,，](?:but(?: rather| instead)?|rather|sondern|mais|maar|utan|а|но)\b"
+    r"|[^.;!?\n]{1,60}?[\s,，](?:sino\b|bensì\b|而是))\s*",
+    re.I,
+)
 # What takes back the statement before it, and what announces the value in its place.
 RETRACTS = re.compile(
     r"(?:(?:^|[.!?;,\n—–])[\s*]*(?:hmm+|wait|oh|oops|sorry|well|but|hold on)?[\s,.…!—–-]{0,5}\bno(?:[,.!:;—–]|\s+wait\b|,? ####)"
