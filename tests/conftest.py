@@ -1,6 +1,7 @@
 """Shared pieces: no network, a tiny model made from a config, the quickstart's tokenizer, and a real vLLM server."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ import time
 import urllib.request
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -61,6 +63,80 @@ def tiny_model(tokenizer):
         initializer_range=0.3,
     )
     return Qwen2ForCausalLM(config)
+
+
+@pytest.fixture
+def command(capsys):
+    """`command("verify", *options)`: what `trl-offpolicy verify *options` returns and prints, in this process."""
+    from trl_offpolicy.cli import main
+
+    def run(*argv):
+        capsys.readouterr()
+        returncode = main([str(arg) for arg in argv])
+        stdout, stderr = capsys.readouterr()
+        return SimpleNamespace(returncode=returncode, stdout=stdout, stderr=stderr)
+
+    return run
+
+
+# A process that a test kills is forked from one that has imported this once, instead of importing it again each time.
+multiprocessing.get_context("forkserver").set_forkserver_preload(
+    ["trl_offpolicy.rewriter", "trl_offpolicy.evaluation"]
+)
+
+
+@pytest.fixture
+def process(tmp_path):
+    """`process(function, *args, **kwargs)` calls a module's function in a started process of its own; what it writes is in the file `log`."""
+    started = []
+
+    def start(function, *args, **kwargs):
+        log = tmp_path / f"process-{len(started)}.log"
+        child = multiprocessing.get_context("forkserver").Process(
+            target=_logged, args=(log, function, *args), kwargs=kwargs
+        )
+        child.log = log
+        started.append(child)
+        child.start()
+        return child
+
+    yield start
+    for child in started:
+        child.kill()
+        child.join()
+
+
+def _logged(log, function, *args, **kwargs):
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    function(*args, **kwargs)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A fresh Hub and fresh caches; the clients read their settings at import, so they are set where they are kept."""
+    from loopback_hub import TOKEN, LoopbackHub
+
+    with LoopbackHub() as hub:
+        url, home = "{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}", str(tmp_path / "hf")
+        for name, value in {
+            "huggingface_hub.constants.ENDPOINT": hub.endpoint,
+            "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE": url.format(endpoint=hub.endpoint),
+            "huggingface_hub.constants.HF_HUB_OFFLINE": False,
+            "huggingface_hub.constants.HF_HUB_DISABLE_XET": True,
+            "huggingface_hub.constants.HF_HUB_CACHE": f"{home}/hub",
+            "huggingface_hub.hf_api.api.endpoint": hub.endpoint,
+            "datasets.config.HF_ENDPOINT": hub.endpoint,
+            "datasets.config.HF_HUB_OFFLINE": False,
+            "datasets.config.HF_DATASETS_CACHE": Path(home, "datasets"),
+            "transformers.utils.hub._hf_api": None,
+        }.items():
+            monkeypatch.setattr(name, value)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        yield hub
+        assert not hub.unrouted
 
 
 VLLM_KWARGS = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 64 << 20}
@@ -115,3 +191,30 @@ def vllm_server(policy, tmp_path_factory):
     finally:
         os.killpg(process.pid, signal.SIGKILL)  # it takes its time over a clean shutdown
         process.wait(60)
+
+
+@pytest.fixture(scope="session")
+def engine(policy, request):
+    """`make(name, in_flight)`: the engine of that name, on `policy` in float32.
+
+    vLLM engines end with the process: several in one share what closing any of them takes down. So one that is asked for again is shared.
+    """
+    from trl_offpolicy import OpenAISampler, TransformersSampler, VLLMSampler
+
+    vllm, made = {}, []
+
+    def make(name, in_flight=8, **kwargs):
+        if name == "transformers":
+            return TransformersSampler(policy, batch_size=in_flight)
+        if name == "vllm":
+            key = (in_flight, *sorted(kwargs.items()))
+            if key not in vllm:
+                options = {"model": policy, **VLLM_KWARGS, **kwargs}
+                vllm[key] = VLLMSampler(options.pop("model"), max_num_seqs=in_flight, **options)
+            return vllm[key]
+        made.append(OpenAISampler(policy, request.getfixturevalue("vllm_server"), batch_size=in_flight))
+        return made[-1]
+
+    yield make
+    for sampler in made:
+        sampler.close()

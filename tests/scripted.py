@@ -4,6 +4,7 @@ import os
 import random
 import signal
 
+from trl_offpolicy import DataRewriter, RewriteConfig
 from trl_offpolicy.journal import Journal
 from trl_offpolicy.sampling import Completion
 
@@ -58,6 +59,12 @@ def kill_after_attempts(number):
         return offset
 
     Journal.append = counting
+
+
+def rewrite_rows(run, num_rows, sampler, **kwargs):
+    """A rewrite of `rows(num_rows)` by a scripted sampler with these options, for a process of its own that may be killed."""
+    args = RewriteConfig(str(run), **{"num_generations": 4, "max_completion_length": 50, **kwargs})
+    DataRewriter("scripted", args, sampler=ScriptedSampler(**sampler), verifier=verify).rewrite(rows(num_rows))
 
 
 def rows(num_rows):

@@ -20,8 +20,7 @@ from conftest import POLICY, ROOT, needs_vllm
 from datasets import Dataset, load_dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from quickstart_task import GUIDED_PROMPT, demonstrations, problems
-from test_hub import hub  # noqa: F401
-from test_sampling import drain, drawn_ids, engine, forward_log_probs, requests  # noqa: F401
+from test_sampling import drain, drawn_ids, forward_log_probs, requests
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig
 
@@ -526,7 +525,7 @@ def test_transformers_switches_the_adapter_for_each_batch(adapter, tokenizer, tm
 
 
 @needs_vllm
-def test_two_samplers_share_a_vllm_engine(engine, adapter):  # noqa: F811
+def test_two_samplers_share_a_vllm_engine(engine, adapter):
     """Requests of both at once: each sampler gets its own back, drawn as if it were alone."""
     plain, alone = engine("vllm"), engine("vllm", adapter=adapter)
     with pytest.raises(ValueError, match="started without LoRA: pass enable_lora=True, max_lora_rank=8"):
@@ -556,7 +555,7 @@ def test_two_samplers_share_a_vllm_engine(engine, adapter):  # noqa: F811
 
 
 @needs_vllm
-def test_an_openai_server_is_asked_for_the_adapter_by_its_name(engine):  # noqa: F811
+def test_an_openai_server_is_asked_for_the_adapter_by_its_name(engine):
     sampler = engine("openai")
     with pytest.raises(ValueError, match="does not serve 'agent'"):
         sampler.with_adapter("agent")
@@ -634,7 +633,7 @@ def test_guided_rows_are_the_agents(tmp_path, adapter, tokenizer):
         ImportanceWeightedSFTTrainer(POLICY, config, train_dataset=out, processing_class=tokenizer)
 
 
-def test_command_trains_pushes_and_rewrites(tmp_path, hub):  # noqa: F811
+def test_command_trains_pushes_and_rewrites(tmp_path, hub):
     """From demonstrations to rows by way of the Hub: `agent`, its card, and the command it prints last, with the adapter's Hub id."""
     data = tmp_path / "demos.jsonl"
     Dataset.from_list(mixed_rows()).to_json(data)

@@ -27,10 +27,10 @@ def run(*command, **kwargs):
 
 
 @pytest.mark.parametrize("name", ["gsm8k_50", "math_50"])
-def test_real_rows_come_out_once_each(tmp_path, name):
+def test_real_rows_come_out_once_each(tmp_path, name, command):
     """LaTeX, Asymptote and unicode through a policy that can solve none of it: everything falls back, nothing is lost."""
-    result = run(
-        "-m", "trl_offpolicy.cli", "rewrite", "--model_name_or_path", POLICY, "--dataset_name", DATA / f"{name}.jsonl", "--output_dir",
+    result = command(
+        "rewrite", "--model_name_or_path", POLICY, "--dataset_name", DATA / f"{name}.jsonl", "--output_dir",
         tmp_path / "run", "--num_generations", 1, "--max_completion_length", 24,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr

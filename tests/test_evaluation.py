@@ -164,15 +164,15 @@ def test_the_text_of_a_vote_never_raises():
             assert isinstance(canonical("".join(rng.choice(bits, length))), str)
 
 
-def test_a_killed_and_resumed_evaluation_and_one_in_shards_say_the_same(tmp_path):
+def run_killed(directory):
+    run(sampler=ScriptedSampler(order_seed=5, kill_after=60), output_dir=directory, greedy=True)
+
+
+def test_a_killed_and_resumed_evaluation_and_one_in_shards_say_the_same(tmp_path, process):
     whole = run(output_dir=str(tmp_path / "whole"), greedy=True)
-    script = (
-        "import sys; sys.path.insert(0, 'tests')\nfrom test_evaluation import run, ScriptedSampler\n"
-        "run(sampler=ScriptedSampler(order_seed=5, kill_after=60), output_dir=sys.argv[1], greedy=True)"
-    )
-    command = [sys.executable, "-c", script, str(tmp_path / "killed")]
-    killed = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
-    assert killed.returncode == -9 and not (tmp_path / "killed" / "results.json").exists()
+    killed = process(run_killed, str(tmp_path / "killed"))
+    killed.join(60)
+    assert killed.exitcode == -9 and not (tmp_path / "killed" / "results.json").exists(), killed.log.read_text()
     sampler = ScriptedSampler(order_seed=1)
     assert run(sampler=sampler, output_dir=str(tmp_path / "killed"), greedy=True) == whole
     assert 0 < sampler.sampled <= 37 * 5 - 10  # the rest was in the journal

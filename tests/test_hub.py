@@ -13,7 +13,6 @@ import time
 import warnings
 from collections import Counter
 from concurrent.futures import wait
-from pathlib import Path
 
 import pytest
 import yaml
@@ -21,7 +20,7 @@ from conftest import POLICY, ROOT
 from datasets import Dataset, load_dataset
 from huggingface_hub import DatasetCard, HfApi, ModelCard, close_session, constants
 from huggingface_hub.errors import HfHubHTTPError
-from loopback_hub import TOKEN, LoopbackHub
+from loopback_hub import TOKEN
 from peft import LoraConfig
 from scripted import ScriptedSampler, rows, verify
 from test_trainers import config, demonstrations, rewritten, wandb_records
@@ -45,30 +44,6 @@ from trl_offpolicy.sampling import SamplerError
 
 
 SOURCE_CARD = "---\nlicense: apache-2.0\nlanguage: en\n---\n# Demonstrations\n"
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A fresh Hub and fresh caches; the clients read their settings at import, so they are set where they are kept."""
-    with LoopbackHub() as hub:
-        url, home = "{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}", str(tmp_path / "hf")
-        for name, value in {
-            "huggingface_hub.constants.ENDPOINT": hub.endpoint,
-            "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE": url.format(endpoint=hub.endpoint),
-            "huggingface_hub.constants.HF_HUB_OFFLINE": False,
-            "huggingface_hub.constants.HF_HUB_DISABLE_XET": True,
-            "huggingface_hub.constants.HF_HUB_CACHE": f"{home}/hub",
-            "huggingface_hub.hf_api.api.endpoint": hub.endpoint,
-            "datasets.config.HF_ENDPOINT": hub.endpoint,
-            "datasets.config.HF_HUB_OFFLINE": False,
-            "datasets.config.HF_DATASETS_CACHE": Path(home, "datasets"),
-            "transformers.utils.hub._hf_api": None,
-        }.items():
-            monkeypatch.setattr(name, value)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        yield hub
-        assert not hub.unrouted
 
 
 def source_dataset(hub, num_rows=30):

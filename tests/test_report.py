@@ -2,12 +2,10 @@
 
 import json
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 
 import pytest
-from conftest import POLICY, ROOT
+from conftest import POLICY
 from markdown_it import MarkdownIt
 from scripted import ScriptedSampler, rows, verify
 
@@ -145,7 +143,7 @@ def test_nothing_to_report(tmp_path):
         write_report([str(tmp_path / "absent")], str(tmp_path / "out"))
 
 
-def test_command_lines_of_gap_and_report(tmp_path):
+def test_command_lines_of_gap_and_report(tmp_path, command):
     from datasets import Dataset
 
     row = {
@@ -153,20 +151,11 @@ def test_command_lines_of_gap_and_report(tmp_path):
         "id": "1", "source": "self", "answer": "4", "completion_ids": [20, 2], "behavior_log_probs": [-1.0, -1.0],
     }  # fmt: skip
     Dataset.from_list([row] * 3).to_parquet(tmp_path / "rows.parquet")
-    for command in (
-        [
-            "gap",
-            "--model_name_or_path",
-            POLICY,
-            "--dataset_name",
-            tmp_path / "rows.parquet",
-            "--output_dir",
-            tmp_path / "gap",
-        ],
+    for argv in (
+        ["gap", "--model_name_or_path", POLICY, "--dataset_name", tmp_path / "rows.parquet", "--output_dir", tmp_path / "gap"],
         ["report", tmp_path / "gap", "--output_dir", tmp_path / "report"],
-    ):
-        argv = [sys.executable, "-m", "trl_offpolicy.cli", *map(str, command)]
-        result = subprocess.run(argv, capture_output=True, text=True, timeout=600, cwd=ROOT)
+    ):  # fmt: skip
+        result = command(*argv)
         assert result.returncode == 0, result.stderr
     assert "policy gap" in (tmp_path / "report" / "report.html").read_text().lower()
 

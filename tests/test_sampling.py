@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import VLLM_KWARGS, needs_vllm
+from conftest import needs_vllm
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from trl_offpolicy import OpenAISampler, TransformersSampler, VLLMSampler
@@ -43,27 +43,6 @@ def drain(sampler, wanted):
 
 def drawn_ids(completions):
     return {c.id: c.completion_ids for c in completions.values()}
-
-
-@pytest.fixture(scope="module")
-def engine(policy, request):
-    """`make(name, in_flight)`: the engine of that name, on `policy` in float32.
-
-    vLLM engines end with the process: several in one share what closing any of them takes down.
-    """
-    made = []
-
-    def make(name, in_flight=8, **kwargs):
-        if name == "transformers":
-            return TransformersSampler(policy, batch_size=in_flight)
-        if name == "vllm":
-            return VLLMSampler(kwargs.pop("model", policy), max_num_seqs=in_flight, **VLLM_KWARGS, **kwargs)
-        made.append(OpenAISampler(policy, request.getfixturevalue("vllm_server"), batch_size=in_flight))
-        return made[-1]
-
-    yield make
-    for sampler in made:
-        sampler.close()
 
 
 @pytest.fixture(
@@ -138,6 +117,11 @@ def test_greedy_equals_generate(sampler, model):
     assert completion.completion_ids == expected
 
 
+@pytest.fixture(scope="module")
+def one_head(tmp_path_factory):
+    return tmp_path_factory.mktemp("one_head")
+
+
 @pytest.mark.parametrize(
     "params",
     [
@@ -148,7 +132,7 @@ def test_greedy_equals_generate(sampler, model):
     ],
 )
 @pytest.mark.parametrize("name", ["transformers", pytest.param("vllm", marks=needs_vllm)])
-def test_first_token_has_the_right_distribution(engine, tiny_model, tokenizer, tmp_path, name, params):
+def test_first_token_has_the_right_distribution(engine, tiny_model, tokenizer, one_head, name, params):
     """4,000 draws against the softmax written out; a deviation of 5 standard errors anywhere fails (p < 1e-3 over 500 tokens)."""
     prompt = [{"role": "user", "content": "2+2?"}]
     # vLLM's CPU attention takes no heads of 16.
@@ -156,9 +140,9 @@ def test_first_token_has_the_right_distribution(engine, tiny_model, tokenizer, t
     if name == "transformers":
         sampler = TransformersSampler(tiny_model, tokenizer, batch_size=1000)
     else:
-        tiny_model.save_pretrained(tmp_path)
-        tokenizer.save_pretrained(tmp_path)
-        sampler = engine("vllm", 256, model=str(tmp_path))
+        tiny_model.save_pretrained(one_head)
+        tokenizer.save_pretrained(one_head)
+        sampler = engine("vllm", 256, model=str(one_head))
     n = 4000
     drawn = drain(sampler, [Request(f"{i}", prompt, attempt_seed(0, "p", "self", i), params) for i in range(n)])
     counts = torch.bincount(
@@ -335,7 +319,7 @@ def test_vllm_samples_with_an_adapter(engine, policy, model, tokenizer, tmp_path
 
 @needs_vllm
 def test_a_dead_vllm_engine_is_a_sampler_error(engine, monkeypatch):
-    sampler = engine("vllm")
+    sampler = engine("vllm", 2)  # one that no other test draws with
     worker = sampler.engine.model_executor.driver_worker.worker
     monkeypatch.setattr(worker.model_runner, "execute_model", lambda *_: 1 / 0)
     sampler.submit(requests(1)[0])

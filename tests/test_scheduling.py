@@ -4,17 +4,14 @@ import json
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 import tracemalloc
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 from datasets import Dataset
-from scripted import ScriptedSampler, rows, verify
+from scripted import ScriptedSampler, rewrite_rows, rows, verify
 from test_rewriter import config, naive, rewrite
 
 from trl_offpolicy import DataRewriter
@@ -205,20 +202,12 @@ def test_log_probs_that_are_no_numbers_end_the_run(tmp_path):
         rewrite(tmp_path, rows(5), Diverged())
 
 
-CHILD = """
-import sys
-sys.path.insert(0, {tests!r})
-from scripted import ScriptedSampler, rows, verify
-from trl_offpolicy import DataRewriter, RewriteConfig
-from trl_offpolicy.scheduling import Speculation
-Speculation.most = lambda self, needed: self.slots
-args = RewriteConfig({run!r}, num_generations=8, max_completion_length=50)
-sampler = ScriptedSampler(p_self=0.15, capacity={capacity}, order_seed={order}, kill_after={kill})
-DataRewriter("scripted", args, sampler=sampler, verifier=verify).rewrite(rows(12))
-"""
+def rewrite_speculating(*args, **kwargs):
+    Speculation.most = lambda self, needed: self.slots
+    rewrite_rows(*args, **kwargs)
 
 
-def test_killed_while_it_speculates(tmp_path):
+def test_killed_while_it_speculates(tmp_path, process):
     """kill -9 with more slots than problems, so the journal holds attempts beyond ones that are missing; other windows resume it."""
     options = {"num_generations": 8, "max_completion_length": 50}
     undisturbed, metrics = rewrite(
@@ -226,14 +215,15 @@ def test_killed_while_it_speculates(tmp_path):
     )
     gaps, run = 0, tmp_path / "b" / "run"
     for trial in range(5):
-        code = CHILD.format(
-            tests=str(Path(__file__).parent),
-            run=str(run),
-            order=trial,
-            kill=12 + 2 * trial,
-            capacity=(40, 200, 3)[trial % 3],
-        )
-        assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == -signal.SIGKILL
+        sampler = {
+            "p_self": 0.15,
+            "capacity": (40, 200, 3)[trial % 3],
+            "order_seed": trial,
+            "kill_after": 12 + 2 * trial,
+        }
+        child = process(rewrite_speculating, run, 12, sampler, **options)
+        child.join(60)
+        assert child.exitcode == -signal.SIGKILL, child.log.read_text()
         drawn = {(e["id"], e["stage"], e["attempt"]) for _, e in entries(run / "journal.jsonl")}
         gaps += sum(k > 0 and (i, s, k - 1) not in drawn for i, s, k in drawn)
     sampler = Submitted(p_self=0.15, capacity=200)

@@ -3,15 +3,13 @@
 import fcntl
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import POLICY
 from datasets import Dataset, load_dataset
-from scripted import ScriptedSampler, rows, verify
-from test_rewriter import cli, rewrite
+from scripted import ScriptedSampler, rewrite_rows, rows, verify
+from test_rewriter import rewrite
 
 from trl_offpolicy import DataRewriter, RewriteConfig
 from trl_offpolicy.shards import Shard, published
@@ -142,47 +140,39 @@ def test_the_number_of_shards_of_a_run_cannot_change(tmp_path, first, second):
     assert [r["row"] for r in union(tmp_path / "run")] == list(range(10))
 
 
-CHILD = """
-import sys
-sys.path.insert(0, {tests!r})
-from scripted import ScriptedSampler, rows, verify
-from trl_offpolicy import DataRewriter, RewriteConfig
-args = RewriteConfig({run!r}, num_generations=4, max_completion_length=50, shard="{shard}/3")
-sampler = ScriptedSampler(order_seed={shard}, kill_after={kill})
-DataRewriter("scripted", args, sampler=sampler, verifier=verify).rewrite(rows(90))
-"""
-
-
-def test_three_processes_at_once_one_killed_and_run_again(tmp_path):
+def test_three_processes_at_once_one_killed_and_run_again(tmp_path, process):
     whole, _ = rewrite(tmp_path / "whole", rows(90))
     run = tmp_path / "run"
 
     def start(shard, kill=None):
-        code = CHILD.format(tests=str(Path(__file__).parent), run=str(run), shard=shard, kill=kill)
-        return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
+        return process(rewrite_rows, run, 90, {"order_seed": shard, "kill_after": kill}, shard=f"{shard}/3")
 
     processes = [start(0), start(1, kill=40), start(2)]
-    errors = [p.communicate(timeout=120)[1] for p in processes]
-    assert [p.returncode for p in processes] == [0, -signal.SIGKILL, 0], errors
+    for each in processes:
+        each.join(60)
+    logs = [each.log.read_text() for each in processes]
+    assert [each.exitcode for each in processes] == [0, -signal.SIGKILL, 0], logs
     assert not (run / "dataset").exists()
     journal = (run / "journal-00001-of-00003.jsonl").read_bytes()
     again = start(1)
-    assert (again.communicate(timeout=120), again.returncode)[1] == 0
+    again.join(60)
+    assert again.exitcode == 0, again.log.read_text()
     assert union(run) == whole.to_list()
     assert (run / "journal-00001-of-00003.jsonl").read_bytes().startswith(journal[: journal.rfind(b"\n") + 1])
 
 
-def test_command_line_says_what_is_missing_and_what_comes_next(tmp_path):
+def test_command_line_says_what_is_missing_and_what_comes_next(tmp_path, command):
     from quickstart_task import demonstrations, problems
 
     Dataset.from_list(demonstrations(problems(9, 3, (1, 2)))).to_json(tmp_path / "demos.jsonl")
     args = ["--dataset_name", tmp_path / "demos.jsonl", "--num_generations", "2", "--max_completion_length", "60"]
     outs = []
     for shard in ("1/2", "0/2"):
-        process = cli(*args, "--output_dir", tmp_path / "run", "--shard", shard)
-        out, err = process.communicate(timeout=240)
-        assert process.returncode == 0, err
-        outs.append(out.splitlines())
+        done = command(
+            "rewrite", "--model_name_or_path", POLICY, *args, "--output_dir", tmp_path / "run", "--shard", shard
+        )
+        assert done.returncode == 0, done.stderr
+        outs.append(done.stdout.splitlines())
     assert "shard 1/2 is done; still missing: 0/2" in outs[0][-2]
     assert outs[0][-1].startswith("trl-offpolicy rewrite --model_name_or_path") and outs[0][-1].endswith("--shard 0/2")
     assert "--shard 1/2" not in outs[0][-1] and outs[1][-1].startswith("accelerate launch -m trl_offpolicy.cli sft")

@@ -373,12 +373,7 @@ def test_a_busy_machine_changes_no_verdict(verifier):
             process.wait()
 
 
-def run(*arguments):
-    command = [sys.executable, "-m", "trl_offpolicy.cli", "verify", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
-
-
-def test_command(tmp_path):
+def test_command(tmp_path, command):
     """Every row that is not correct comes out, with its verdict; columns by name or as `rewrite` reads them."""
     rows, out = labelled("real_outputs.jsonl"), tmp_path / "odd.jsonl"
     named = (
@@ -389,15 +384,17 @@ def test_command(tmp_path):
         "--answer_column",
         "gold",
     )
-    result = run(*named, "--output_file", out)
+    result = command("verify", *named, "--output_file", out)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[0] == str(out)
     odd = [json.loads(line) for line in out.open()]
     assert [o["id"] for o in odd] == [r["id"] for r in rows if not r["label"]] == [rows[o["index"]]["id"] for o in odd]
     assert {o["verdict"] for o in odd} <= {"wrong", "unparsable"}
     assert f"{len(odd)} rows that are not correct" in result.stdout.splitlines()[-1]
-    assert run(*named, "--output_file", out).returncode == 2  # it exists
-    result = run("--dataset_name", DATA / "math_50.jsonl", "--output_file", tmp_path / "x", "--verifier", "exact")
+    assert command("verify", *named, "--output_file", out).returncode == 2  # it exists
+    result = command(
+        "verify", "--dataset_name", DATA / "math_50.jsonl", "--output_file", tmp_path / "x", "--verifier", "exact"
+    )
     assert result.returncode == 0 and "correct" in result.stdout, result.stderr
     for wrong, message in [
         (("--dataset_name", DATA / "math_50.jsonl", "--verifier_kwargs", '{"tiemout": 1}'), "tiemout"),
@@ -405,26 +402,26 @@ def test_command(tmp_path):
         (("--dataset_name", DATA / "math_50.jsonl", "--answer_column", "anwser"), "no anwser"),
         (("--dataset_name", tmp_path / "none.jsonl"), "no such file"),
     ]:
-        result = run(*wrong, "--output_file", tmp_path / "y")
-        assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+        result = command("verify", *wrong, "--output_file", tmp_path / "y")
+        assert result.returncode == 2 and message in result.stderr
         assert not (tmp_path / "y").exists()
 
 
-def test_command_on_numbers_and_on_its_own_output(tmp_path):
+def test_command_on_numbers_and_on_its_own_output(tmp_path, command):
     """What pandas reads as numbers is text; a failure leaves no file that the next run would stumble over; the input is no output."""
     csv, out = tmp_path / "p.csv", tmp_path / "odd.jsonl"
     csv.write_text("prediction,gold\n7,7\n8,9\n0,0\n")
     named = ("--completion_column", "prediction", "--answer_column", "gold", "--output_file", out)
     lists = tmp_path / "lists.jsonl"
     lists.write_text('{"prediction": ["a", "b"], "gold": "1"}\n')
-    result = run("--dataset_name", lists, *named)
+    result = command("verify", "--dataset_name", lists, *named)
     assert result.returncode == 2 and "Row 0: `prediction` must be a text" in result.stderr, result.stderr
     assert {p.name for p in tmp_path.iterdir()} == {"p.csv", "lists.jsonl"}
-    result = run("--dataset_name", csv, *named, "--verifier", "exact")
+    result = command("verify", "--dataset_name", csv, *named, "--verifier", "exact")
     assert result.returncode == 0, result.stderr
     assert [json.loads(line)["index"] for line in out.open()] == [1]  # 0 is an answer, too
     before = out.read_text()
-    result = run("--dataset_name", out, *named, "--overwrite")
+    result = command("verify", "--dataset_name", out, *named, "--overwrite")
     assert result.returncode == 2 and "is the dataset itself" in result.stderr and out.read_text() == before
 
 
