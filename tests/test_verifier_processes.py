@@ -37,7 +37,7 @@ def test_child_processes_have_workers_of_their_own(method):
     queue = context.Queue()
     with MathVerifier(num_workers=1) as verifier:
         verifier.verify(["1"], ["1"])
-        worker = verifier._workers[0].process.pid
+        worker = verifier._workers[0].keeper
         children = [
             context.Process(target=verify_in_child, args=(verifier, 300, every, queue))
             for every in ((3, 5) if method == "fork" else (3,))
@@ -51,7 +51,7 @@ def test_child_processes_have_workers_of_their_own(method):
             child.join(60)
         assert sorted(told) == sorted((1, expected(300, every)) for every in ((3, 5) if method == "fork" else (3,)))
         assert verifier.verify(*pairs(10, 7)) == expected(10, 7)
-        assert verifier._workers[0].process.pid == worker  # no child has ended it
+        assert verifier._workers[0].keeper == worker  # no child has ended it
 
 
 def test_a_fork_while_another_thread_verifies():
@@ -167,7 +167,7 @@ worker = verifier._workers[0]
 os.kill(worker.pid, signal.SIGSTOP)  # it will answer nothing and read nothing, not even that its input was closed
 if os.fork() == 0:
     signal.pause()  # a child that keeps every pipe open
-print(worker.process.pid, worker.pid, flush=True)
+print(worker.keeper, worker.pid, flush=True)
 verifier.verify(["\\\\boxed{1}"], ["1"])
 """
 

@@ -5,8 +5,8 @@ r"""(completion, gold answer) → `Verdict`, by math-verify in worker processes 
         # [Verdict.CORRECT, Verdict.WRONG]
 
 math-verify's own time-out is a wall-clock alarm that only works in a main thread and answers "wrong" when it fires. Here
-each worker is a process of its own (a fresh interpreter: nothing is forked from a trainer that holds CUDA, and a user's
-script needs no `__main__` guard) with a CPU-time budget inside, so that a busy machine changes no verdict, and SIGKILL from
+each worker is a process of its own (forked from a fresh interpreter that has imported sympy, once for all verifiers of a process:
+nothing is forked from a trainer that holds CUDA, and a user's script needs no `__main__` guard) with a CPU-time budget inside, so that a busy machine changes no verdict, and SIGKILL from
 outside for code in C that no signal interrupts; a verification that is overdue only because other processes have the
 processor is given more time. Workers belong to the process that started them: a forked or unpickled copy of a verifier starts
 workers of its own, and they end with the process that started them, however it ends.
@@ -19,6 +19,7 @@ import os
 import re
 import selectors
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -295,9 +296,13 @@ class MathVerifier(Verifier):
                     if waiting and worker not in busy:
                         batch = self._batch(waiting, tasks)
                         worker.start(batch, [tasks[i] for i in batch], self.timeout, self.options)
-                        selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
+                        selector.register(worker.stdout, selectors.EVENT_READ, worker)
                         busy.add(worker)
                 wait = min(worker.deadline for worker in busy) - time.monotonic()
+                if not all(
+                    worker.started for worker in busy
+                ):  # `close` has no process yet whose end would be noticed here
+                    wait = min(wait, 0.1)
                 ready = {key.data for key, _ in selector.select(max(0.0, wait))}
                 if self._closing:
                     raise RuntimeError("The verifier was closed while it was verifying.")
@@ -324,8 +329,11 @@ _VERIFIERS: weakref.WeakSet[MathVerifier] = weakref.WeakSet()
 
 
 def _forget_workers() -> None:
+    global _SOURCE
     for verifier in list(_VERIFIERS):
         verifier._forked()
+    _SOURCE.forget()
+    _SOURCE = _Source()
 
 
 os.register_at_fork(after_in_child=_forget_workers)
@@ -341,7 +349,7 @@ def default_workers() -> int:
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
 
 
-# What a worker's interpreter is started with (`-I`: or the `random.py` or `sympy.py` in the folder of a user's script would run in the worker):
+# What the interpreter from which workers are forked is started with (`-I`: or the `random.py` or `sympy.py` in the folder of a user's script would run in the worker):
 # this very package and, behind all that is installed, the other folders that the parent imports from, but for the script's own and the
 # working directory: not even a module that sympy would like to have and does not find (gmpy2) is taken from there.
 _START = """\
@@ -363,12 +371,53 @@ def _start_command() -> list[str]:
     return [sys.executable, "-I", "-c", _START.format(path=path, package=package, parent=os.getpid())]
 
 
+class _Source:
+    """The process that workers are forked from: it imports sympy once for all verifiers of this process, and ends with this process."""
+
+    def __init__(self):
+        self.lock, self.process, self.requests = threading.Lock(), None, None
+
+    def fork(self, stdin: int, stdout: int) -> None:
+        """Has a worker forked that reads and writes these descriptors, as soon as all is imported; this does not wait for it."""
+        with self.lock:
+            for _ in range(2):
+                if self.process is None or self.process.poll() is not None:
+                    self._start()
+                try:
+                    socket.send_fds(self.requests, [b"."], [stdin, stdout])
+                    return
+                except (
+                    ConnectionError
+                ):  # it has just ended; should the next one do so, too, the worker's closed stdout says it
+                    self.process.wait()
+
+    def _start(self) -> None:
+        if self.requests is not None:
+            self.requests.close()
+        self.requests, theirs = socket.socketpair()
+        with theirs:
+            # Its own group: a ctrl-C meant for the parent does not kill it. Not its own session, to which Linux would give as much of
+            # a busy processor as to the engine's.
+            self.process = subprocess.Popen(
+                _start_command(), stdin=theirs, process_group=0, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            )
+
+    def forget(self) -> None:
+        """Closes this process's copy of the socket, and has nothing waited for: it is another process's child."""
+        if self.process is not None:
+            self.requests.close()
+            self.process.returncode = 0
+
+
+_SOURCE = _Source()
+
+
 class _Worker:
     """
     One process and the tasks it was handed.
 
-    What is started imports sympy and then only forks: the fork does the work, and another takes its place within milliseconds
-    (not after the second that the import takes) when it had to be killed, died, or has served long enough.
+    What is forked from `_SOURCE` only forks in its turn: the fork does the work, and another takes its place within milliseconds when
+    it had to be killed, died, or has served long enough.
     """
 
     def __init__(self):
@@ -376,32 +425,33 @@ class _Worker:
         self.spawn()
 
     def spawn(self):
-        # Its own group: a ctrl-C meant for the parent does not kill it in the middle of a task. Not its own session, to which Linux
-        # would give as much of a busy processor as to the engine's.
-        self.process = subprocess.Popen(
-            _start_command(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        os.set_blocking(self.process.stdout.fileno(), False)
-        self.pid = None  # of the fork, as soon as it is ready
+        stdin, write = os.pipe()
+        read, stdout = os.pipe()
+        self.stdin, self.stdout = os.fdopen(write, "wb"), os.fdopen(read, "rb")
+        os.set_blocking(read, False)
+        try:
+            _SOURCE.fork(stdin, stdout)
+        finally:
+            os.close(stdin)
+            os.close(stdout)
+        self.keeper = None  # the process that forks, as soon as it says which it is
+        self.pid = None  # its fork, as soon as that is ready
         self.started, self.buffer, self.tasks_left = False, b"", 0
 
     def signal_all(self):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        if self.keeper is not None:  # else it ends by itself when it finds its stdin closed
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.keeper, signal.SIGKILL)
 
     def kill(self):
         self.signal_all()
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
-        self.process.stdout.close()
-        self.process.wait()
+        self.forget()
 
     def forget(self):
-        """Closes this process's copies of the pipes, and has nothing waited for: the worker is another process's child."""
-        self.process.stdin.close()
-        self.process.stdout.close()
-        self.process.returncode = 0
+        """Closes this process's copies of the pipes."""
+        with contextlib.suppress(BrokenPipeError):
+            self.stdin.close()
+        self.stdout.close()
 
     def kill_fork(self):
         with contextlib.suppress(ProcessLookupError):
@@ -413,7 +463,7 @@ class _Worker:
         if self.pid is not None and self.tasks_left <= 0:
             self.kill_fork()
         self.tasks.extend(indices)
-        self.timeout, self.registered, self.lost = timeout, self.process.stdout, False
+        self.timeout, self.registered, self.lost = timeout, self.stdout, False
         # ASCII: a lone surrogate travels as \udXXX
         self.batch = json.dumps([tasks, timeout, options]).encode() + b"\n"
         self.reading = False  # the fork's own clock starts when it says that it has read the batch
@@ -426,8 +476,8 @@ class _Worker:
         self.deadline = time.monotonic() + max(WALL * self.timeout, READ_SECONDS)
         self.tasks_left -= len(self.tasks)
         with contextlib.suppress(BrokenPipeError):  # it died while idle: its closed stdout says so to `results`
-            self.process.stdin.write(self.batch)
-            self.process.stdin.flush()
+            self.stdin.write(self.batch)
+            self.stdin.flush()
         self.batch = None
 
     def _given_more_time(self) -> bool:
@@ -447,15 +497,17 @@ class _Worker:
 
     def results(self, readable: bool) -> list[tuple[int, tuple[Verdict, str]]]:
         """What it has answered; where its fork died or is overdue (`lost`), that is the verdict on the task it was at."""
-        chunk = self.process.stdout.read() if readable else None
+        chunk = self.stdout.read() if readable else None
         *lines, self.buffer = (self.buffer + (chunk or b"")).split(b"\n")
         told, died = [], None
         for line in lines:
             what, *rest = json.loads(line)
-            if what == "ready":
+            if what == "keeper":
+                (self.keeper,) = rest
+            elif what == "ready":
                 # the first fork, or one in the place of the last; an unread batch is still in the pipe for it
                 if self.reading and self.pid is not None:
-                    died = rest[1]
+                    died = f"died with exit code {rest[1]}"
                 self.pid, self.tasks_left, self.started = rest[0], TASKS_PER_WORKER, True
                 if self.batch is not None:
                     self._send()
@@ -472,16 +524,16 @@ class _Worker:
                 f"A verifier worker was not ready after {START_SECONDS:.0f} s. Is the machine out of memory?"
             )
         if chunk == b"":
-            died = self.process.wait()
+            died, self.keeper = "was killed", None  # nobody writes there any more
             if not self.started:
                 raise RuntimeError(
-                    f"A verifier worker ended with exit code {died} before its first task; its message is above. "
+                    "A verifier worker ended before its first task; its message is above. "
                     f"Try it by hand: {sys.executable} -I -c 'import math_verify'"
                 )
         if self.reading and (died is not None or overdue):
             end = Verdict.TIMEOUT, f"killed after {time.monotonic() - self.task_began:.1f} s"
             if died is not None:
-                end = Verdict.ERROR, f"the verifier's worker process died with exit code {died}"
+                end = Verdict.ERROR, f"the verifier's worker process {died}"
             told.append((self.tasks.popleft(), end))
         self.lost = died is not None or bool(overdue)
         if chunk == b"" or (overdue and not self.reading):  # what it has not read may still be in the pipe
@@ -510,18 +562,20 @@ class _OverBudget(BaseException):
 
 
 def _serve(parent: int) -> None:
-    """Imports what is slow and forks; another fork for each that dies, until one ends by itself (stdin was closed), or `parent` has died."""
+    """Imports what is slow, then forks a worker for each pair of descriptors that comes in by the socket on stdin, until `parent` ends."""
     import logging
     import resource
 
-    answers = os.fdopen(os.dup(1), "w")
+    started_by = psutil.Process(parent)
 
     def end_with_parent(*_) -> None:
-        if os.getppid() != parent:
+        if not started_by.is_running() or started_by.status() == psutil.STATUS_ZOMBIE:
             os.killpg(0, signal.SIGKILL)
 
-    signal.signal(signal.SIGALRM, end_with_parent)  # a killed parent may leave the pipe open in children of its own
+    signal.signal(signal.SIGALRM, end_with_parent)  # a killed parent may leave the pipes open in children of its own
     signal.setitimer(signal.ITIMER_REAL, PARENT_SECONDS, PARENT_SECONDS)  # which no fork inherits
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a worker
+    requests = socket.socket(fileno=os.dup(0))
     os.dup2(2, 1)  # whatever a library prints must not end up among the answers
     if sys.platform == "linux":  # macOS refuses this limit
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
@@ -532,11 +586,29 @@ def _serve(parent: int) -> None:
     for prediction, gold in WARM_UP:
         grade(f"\\boxed{{{prediction}}}", gold)
     os.nice(NICE)
-    status = None
+    while descriptors := socket.recv_fds(requests, 1, 2)[1]:
+        if os.fork() == 0:  # nothing else runs here: no thread, no CUDA
+            requests.close()
+            _keep(*descriptors)
+            os._exit(0)
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _keep(stdin: int, stdout: int) -> None:
+    """Forks; another fork for each that dies, until one ends by itself: its stdin was closed."""
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, PARENT_SECONDS, PARENT_SECONDS)
+    os.dup2(stdin, 0)
+    os.close(stdin)
+    answers, status = os.fdopen(stdout, "w"), None
+    with contextlib.suppress(BrokenPipeError):  # nobody is there to be answered; nor below
+        print(json.dumps(["keeper", os.getpid()]), file=answers, flush=True)
     while status != 0:
-        pid = os.fork()  # nothing else runs here: no thread, no CUDA
+        pid = os.fork()
         if pid == 0:
-            with contextlib.suppress(BrokenPipeError):  # nobody is there to be answered
+            with contextlib.suppress(BrokenPipeError):
                 print(json.dumps(["ready", os.getpid(), status]), file=answers, flush=True)
                 _work(answers)
             os._exit(0)
