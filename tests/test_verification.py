@@ -19,6 +19,7 @@ from datasets import Dataset, Features, Image, Value
 from trl_offpolicy import MathVerifier, Verdict, verification
 from trl_offpolicy.answers import unit
 from trl_offpolicy.cli import main
+from trl_offpolicy.extraction import stated_text
 from trl_offpolicy.math_grading import grade
 from trl_offpolicy.rows import final_answer
 from trl_offpolicy.verification import MEMORY_LIMIT
@@ -256,6 +257,43 @@ def test_labelled_rows(verifier, name, accuracy):
     assert not [r for r, v in told if v == "correct" and not r["label"]]
     missed = [(r["gold"], r["prediction"][-100:], str(v)) for r, v in told if r["label"] and v != "correct"]
     assert 1 - len(missed) / len(rows) >= accuracy, missed
+
+
+# What the page docs/how_an_answer_is_read.md says: texts that stand in it, and what they state; answers that stand in it, and their verdict.
+STATED_IN_DOCS = [
+    ("<answer>10</answer>", "10"), ("\\boxed{10}", "10"), ("#### 10 apples", "10 apples"), ("#### Step 1: Count", None), ("The final answer is 10.", "10"),
+    ("Answer: 10", "10"), ("答案：10", "10"), ("Die Antwort lautet 10", "10"), ("The result is 10.", "10"), ("The correct option is B", "B"), ("A: 10", "10"),
+    ("Therefore, there are 10 pairs.", "10 pairs"), ("$x=\\boxed{2}$ and $y=\\boxed{3}$", "x = 2, y = 3"), ("\\boxed{}", None), ("\\boxed{...}", None),
+    ("\\boxed{\\text{your answer}}", None), ("Answer: \\sqrt{5}", "\\sqrt{5}"), ("$-\\boxed{5}$", "-(5)"), ("$\\frac{\\boxed{5}}{2}$", "\\frac{(5)}{2}"),
+    ("$\\boxed{5}$ million", "5\\text{ million}"), ("$x\\neq\\boxed{5}$", None), ("x = \\boxed{5}", "5"), ("2\\cdot3=\\boxed{6}", "6"), ("2x=\\boxed{5}", "5"),
+    ("-\\boxed{5}", None), ("\\boxed{5}\\pi", None), ("$\\boxed{5}\\pi$", "(5)\\pi"),
+]  # fmt: skip
+JUDGED_IN_DOCS = [
+    ("0.5", "\\frac12", True), ("1,234", "1234", True), ("3\\frac{1}{2}", "7/2", True), ("0.333333", "1/3", True), ("0.333", "1/3", False),
+    ("10^{-20}", "10^{-21}", False), ("\\sqrt{12}", "2\\sqrt3", True), ("√12", "2\\sqrt3", True), ("2pi/3", "\\frac{2\\pi}{3}", True), ("e^(i*pi)", "-1", True),
+    ("abs(x-1)", "|x-1|", True), ("\\sqrt{5}", "5", False), ("90\\text{ minutes}", "1.5\\text{ hours}", True), ("72\\text{ apples}", "72", True), ("7\\text{ tenths}", "7", False),
+    ("10\\text{ or more}", "10", False), ("5\\text{x}", "5", False), ("x=2, y=3", "(2,3)", True), ("y=3, x=2", "(2,3)", True), ("(3,2)", "(2,3)", False), ("[2,3]", "(2,3)", False),
+    ("2345", "(2,345)", False), ("-1\\le x<3", "[-1,3)", True), ("x\\ge-1\\text{ and }x<3", "[-1,3)", True), ("2 and 1", "\\{1,2\\}", True), ("12, 345", "12345", False),
+    ("1, 1, 2", "1, 2, 2", False), ("x=1\\text{ or }x=2", "\\{1,2\\}", True), ("2=x", "x=2", True), ("x=5", "5", True), ("V_1:V_2=11:21", "11:21", True), ("f(x)=2x", "2x", True),
+    ("f(x)=2x", "y=2x", True), ("y=5, x=2", "x=2, y=5", True), ("y=5", "x=5", False), ("4x-2y=6", "2x-y=3", True), ("2x=10", "10", False), ("x>2", "(2,\\infty)", True),
+    ("c>b>a", "a<b<c", True), ("x>2", "x\\ge2", False), ("n\\equiv10\\pmod7", "n\\equiv3\\pmod7", True), ("3 (mod 7)", "n\\equiv3\\pmod7", True), ("3 (mod 7)", "3", False),
+    ("3 to 4", "3:4", True), ("6:8", "\\frac34", True), ("4:3", "3:4", False), ("3:4:5", "3:4", False), ("(B)", "B", True), ("\\text{(B) }12", "B", True), ("12", "\\text{(B) }12", True),
+    ("(B)(C)", "B", False), ("B or C", "B", False), ("may", "\\text{May}", True), ("\\emptyset", "no solution", True), ("\\emptyset", "DNE", False), ("does not exist", "DNE", True),
+    ("ACB", "ABC", False), ("(1,2)", "\\begin{pmatrix}1\\\\2\\end{pmatrix}", True), ("\\mathbf{i}+2\\mathbf{j}", "(1,2)", True),
+    ("\\begin{pmatrix}1&2\\end{pmatrix}", "\\begin{pmatrix}1\\\\2\\end{pmatrix}", False), ("14th of March", "March 14", True), ("15:45", "3:45 p.m.", True),
+    ("3:45 a.m.", "3:45 p.m.", False), ("1011_{\\text{two}}", "1011_2", True), ("1011", "1011_2", True), ("1011_3", "1011_2", False), ("12,345", "12, 345", True), ("3,5", "3.5", True),
+]  # fmt: skip
+
+
+def test_the_page_on_how_an_answer_is_read_predicts_verdicts(verifier):
+    page = (ROOT / "docs" / "how_an_answer_is_read.md").read_text(encoding="utf-8")
+    named = [text for text, _ in STATED_IN_DOCS] + [text for told, gold, _ in JUDGED_IN_DOCS for text in (told, gold)]
+    assert not [text for text in named if text not in page]
+    assert [(text, stated_text(text)) for text, _ in STATED_IN_DOCS] == STATED_IN_DOCS
+    verdicts = verifier.verify(
+        [f"\\boxed{{{told}}}" for told, _, _ in JUDGED_IN_DOCS], [gold for _, gold, _ in JUDGED_IN_DOCS]
+    )
+    assert [(t, g, v == "correct") for (t, g, _), v in zip(JUDGED_IN_DOCS, verdicts, strict=True)] == JUDGED_IN_DOCS
 
 
 # What math-verify reads in golds it cannot parse: the first number, or a rest without its "units".

@@ -58,7 +58,7 @@ _REWRITES = [
         (rf"(?<![\\A-Za-z])({_FUNCTIONS})(?=[\s(^_\d{{\\]|$)", r"\\\1 "),
         (rf"(?<![\\A-Za-z])(pi|{GREEK})(?![A-Za-z])", r"\\\1 "),
         (r"\\begin\{cases\}([^&]*)\\end\{cases\}", lambda m: m[1].replace("\\cr", ", ")),
-        (r"\\\{\s*\\\}|\\emptyset|\\text\{ *(?i:the )?(?i:empty set|no (?:real )?solutions?) *\}", r"\\emptyset "),
+        (r"\\\{\s*\\\}|\\emptyset|(?i:\\text\{ *(?:the )?empty set *\}|(?:\\text\{ *|^)no (?:real )?solutions?(?: *\}|$))", r"\\emptyset "),
         (r"^\\text\{ *(?i:all (?:real numbers|reals)) *\}$", r"\\mathbb{R}"),
         (r"(?<![\w.])(\d+(?:\.\d*)?|\.\d+)[eE]([+-]?\d+)(?!\w)", r"\1\\times 10^{\2}"),
         (r"(?<=\d)(?:\s*(?:\\cdot|\*)\s*| x )10\s*\^", r"\\times 10^"),

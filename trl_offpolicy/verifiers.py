@@ -23,15 +23,16 @@ from .verification import Verifier, explain_with
 
 
 class _StatedVerifier(Verifier):
-    """Compares what each completion states, by `judge(stated, answer)`."""
+    """Compares what each completion states, by `judge(stated, answer)` with the row's `columns` behind them."""
 
     def judge(self, stated: str, answer) -> tuple[Verdict, str]:
         raise NotImplementedError
 
-    def _explain(self, completions: list[str], answers: list) -> list[tuple[Verdict, str]]:
+    def _explain(self, completions: list[str], answers: list, **columns: list) -> list[tuple[Verdict, str]]:
         stated = [stated_text(completion) for completion in completions]
         return [
-            self.judge(s, a) if s else (Verdict.UNPARSABLE, NO_ANSWER) for s, a in zip(stated, answers, strict=True)
+            self.judge(text, *row) if text else (Verdict.UNPARSABLE, NO_ANSWER)
+            for text, *row in zip(stated, answers, *columns.values(), strict=True)
         ]
 
 
@@ -61,14 +62,6 @@ class MultipleChoiceVerifier(_StatedVerifier):
 
     def __init__(self, letters: str = "ABCDEFGHIJ"):
         self.letters = letters.upper()
-
-    def _explain(self, completions: list[str], answers: list, choices: list | None = None):
-        stated = [stated_text(completion) for completion in completions]
-        labelled = [self._labelled(c) for c in choices or [None] * len(completions)]
-        return [
-            self.judge(s, a, c) if s else (Verdict.UNPARSABLE, NO_ANSWER)
-            for s, a, c in zip(stated, answers, labelled, strict=True)
-        ]
 
     def _labelled(self, choices) -> dict[str, str]:
         """Each label with the text of its choice, folded; without texts where the row does not have them."""
@@ -116,8 +109,8 @@ class MultipleChoiceVerifier(_StatedVerifier):
         )
         return list(dict.fromkeys(a or b for a, b in named))
 
-    def judge(self, stated: str, answer, labelled: dict[str, str] | None = None) -> tuple[Verdict, str]:
-        labelled = labelled or self._labelled(None)
+    def judge(self, stated: str, answer, choices=None) -> tuple[Verdict, str]:
+        labelled = self._labelled(choices)
         if isinstance(answer, int) and 0 <= answer < len(labelled) and str(answer) not in labelled:
             answer = list(labelled)[answer]
         gold, chosen = self._chosen(str(answer), labelled), self._chosen(stated, labelled)
