@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -406,6 +407,85 @@ def test_a_chat_text_ends_where_the_turn_does(serve, sample):
     with pytest.warns(UserWarning, match="does not heed `stop`"):
         completion = drain(sample(server), requests(1))["r0"]
     assert (completion.text, completion.finish_reason) == ("5", "stop")
+
+
+def saying(monkeypatch, change):
+    """Every server's `choice(body)` becomes `change(choice, body)`."""
+    plain = Handler.choice
+    monkeypatch.setattr(Handler, "choice", lambda self, body, chat: change(plain(self, body, chat), body))
+
+
+def test_a_server_with_another_tokenizer_is_refused(serve, sample, tokenizer, monkeypatch):
+    """Its texts are right, but its ids are other tokens here; not one of them becomes a completion."""
+    sampler = sample(serve(), serve())
+    saying(
+        monkeypatch,
+        lambda choice, body: {**choice, "token_ids": [(i + 9) % len(tokenizer) for i in choice["token_ids"]]},
+    )
+    for request in requests(8):
+        sampler.submit(request)
+    with pytest.raises(
+        SamplerError, match=r"another tokenizer than the model here: it says '\d+.*but its token ids are .* 3 times"
+    ):
+        sampler.poll()
+
+
+@pytest.mark.parametrize("odd", [1000, 1039])
+def test_a_text_that_differs_from_the_ids_for_other_reasons_is_no_other_tokenizer(
+    serve, sample, expected, monkeypatch, odd
+):
+    """Engines write special tokens, white space and a cut end in their own ways, and someone may have changed one text on its way."""
+    ways = [
+        lambda text: f"{text}<|im_end|>",
+        lambda text: " " + text.replace("\n", " ") + "\n",
+        lambda text: text[:-4],
+        lambda text: f"{text}\ufffd",
+        lambda text: "",
+    ]
+
+    def change(choice, body):
+        if body["max_tokens"] == 1:
+            return choice
+        if body["seed"] == odd:
+            return {**choice, "text": "I cannot say this in public."}
+        return {**choice, "text": ways[body["seed"] % len(ways)](choice["text"])}
+
+    saying(monkeypatch, change)
+    assert drain(sample(serve()), requests(40)) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "said", "reason", "told"),
+    [
+        (64, "stop", "length", None),
+        (63, "length", "length", "cut a completion before the limit that was asked for"),
+        (63, "stop", "stop", "at no token that ends a turn"),
+        (64, "length", "length", None),
+    ],
+)
+def test_a_completion_has_ended_as_its_ids_say(serve, sample, tokenizer, num_tokens, said, reason, told):
+    """Whatever the server says; and one that ends them in a way of its own is warned of."""
+    ids = tokenizer("5")["input_ids"] * num_tokens
+    sampler = sample(serve(fault=after_canary(lambda body: tokens(ids, text="5" * num_tokens, finish_reason=said))))
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        (completion,) = drain(sampler, requests(1)).values()
+    assert (completion.finish_reason, completion.completion_ids) == (reason, ids)
+    assert [told in str(w.message) for w in given] == ([True] if told else [])
+
+
+def test_a_server_that_comes_back_as_one_that_takes_text_apart_ends_the_run(serve, sample):
+    """That shows when it is asked whether it is there again, and no waiting mends it."""
+    server = serve(token_ids=False)
+    sampler = sample(server, give_up_after=5.0)
+    server.fault, server.parsed = after_canary(lambda body: 401), {"reasoning": "I think"}
+    sampler.submit(requests(1)[0])
+    deadline = time.monotonic() + 20
+    while sampler._finished.empty() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not sampler._finished.empty()
+    with pytest.raises(SamplerError, match="--reasoning-parser"):
+        sampler.poll()
 
 
 def test_a_connection_that_fails_says_why(serve, sample, monkeypatch):

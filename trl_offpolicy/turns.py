@@ -58,7 +58,7 @@ def stop_token_ids(processing_class, declared: int | list[int] | None = None) ->
 
 def turn_text(processing_class, ids: list[int]) -> str:
     """The text of a completion without special tokens, except those around reasoning, which else would run into the answer."""
-    special = _special_tokens(processing_class)
+    special = special_tokens(processing_class)
     if special.think.isdisjoint(ids):
         return processing_class.decode(ids, skip_special_tokens=True)
     return processing_class.decode([i for i in ids if i in special.think or i not in special.all])
@@ -71,7 +71,7 @@ def cut_turn(processing_class, stop_ids: list[int], ids: list[int], at_limit: bo
     """
     if stops := [ids.index(stop) for stop in stop_ids if stop in ids]:
         return min(stops) + 1
-    if at_limit and (found := _special_tokens(processing_class).ends.intersection(ids[:-1])):
+    if at_limit and (found := special_tokens(processing_class).ends.intersection(ids[:-1])):
         warnings.warn(
             f"A completion ran to its limit with {_names(processing_class, found)} in its middle, but a turn is over only at "
             f"{_names(processing_class, stop_ids)}. If the model ends its turns there, what follows is junk: give the tokenizer the chat template "
@@ -85,14 +85,15 @@ def _names(processing_class, ids) -> str:
     return ", ".join(map(repr, processing_class.convert_ids_to_tokens(sorted(ids)))) or "no token at all"
 
 
-class _Special(NamedTuple):
+class Special(NamedTuple):
     all: frozenset[int]
     think: frozenset[int]
     ends: frozenset[int]
 
 
 @lru_cache(16)  # asked for every completion
-def _special_tokens(processing_class) -> _Special:
+def special_tokens(processing_class) -> Special:
+    """The ids of a tokenizer's special tokens: all, those around reasoning, and those that by their names end a turn."""
     names = {i: token.content for i, token in processing_class.added_tokens_decoder.items() if token.special}
     think = frozenset(i for i, name in names.items() if _THINK.search(name))
-    return _Special(frozenset(names), think, frozenset(i for i, name in names.items() if _END.search(name)) - think)
+    return Special(frozenset(names), think, frozenset(i for i, name in names.items() if _END.search(name)) - think)

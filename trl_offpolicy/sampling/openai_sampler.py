@@ -20,7 +20,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ..redaction import redacted
-from ..turns import end_of_turn_id, stop_token_ids
+from ..rows import says_otherwise
+from ..turns import end_of_turn_id, special_tokens, stop_token_ids
 from . import (
     Completion,
     Request,
@@ -32,7 +33,7 @@ from . import (
     needs,
     prompt_ids,
 )
-from .server_answers import ENDED_BY_SERVER, cause, read_answer, retry_after, shown
+from .server_answers import ENDED_BY_SERVER, cause, ended, read_answer, retry_after, shown
 
 
 try:
@@ -49,6 +50,8 @@ MAX_TRIES = 3  # of one request while others are answered: then it is the reques
 BUSY = (429, 503)  # what a server says that has enough to do, or is about to start: never the request's fault
 TELL_EVERY = 60.0  # seconds from one sentence on a busy server to the next
 CONNECT = 10.0  # seconds for a connection
+KNOWN_LETTERS = 8  # so many letters of a server that its token ids say here too, and it has the tokenizer of here
+MOST_DOUBTFUL = 3  # so many completions before that whose ids say something else here, and it has another one
 
 # What a server at fault looks like from here; `NotImplementedError` is ours, for one that keeps the token ids to itself.
 _FAILURES = (*([openai.OpenAIError] if openai else []), TimeoutError, ValueError, NotImplementedError)
@@ -66,6 +69,10 @@ class _Server:
     failures: int = 0  # since its last answer
     reviving: asyncio.Task | None = None
     context: int = NO_CONTEXT
+    letters: int = 0  # of its texts, which its token ids say here too
+    doubtful: set[str] = field(
+        default_factory=set
+    )  # requests that it has answered with ids that say something else than its text
 
 
 @dataclass(eq=False, slots=True)
@@ -369,8 +376,13 @@ class OpenAISampler:
                 error = failure
                 self._note_failure(server, error)
                 server.failures += 1
+            except (
+                Exception
+            ) as ours:  # and what no waiting mends, such as a server that takes apart what the model writes
+                self._finished.put(ours)
+                return
             else:
-                server.ready = True
+                server.ready, server.letters = True, 0  # what comes back may be another one
                 self._count_answer(server)
                 self._dispatch()
 
@@ -505,10 +517,37 @@ class OpenAISampler:
             return Completion(request.id, text, [], [], reason)
         if self.processing_class is None:  # the first question to a server
             return Completion(request.id, text, ids, log_probs, reason)
+        self._compare(server, request.id, text, ids)
+        if not set(self.stop_token_ids).intersection(ids):
+            # A generation config, which only the server has, may end turns at another special token.
+            special = ids[-1] in special_tokens(self.processing_class).all
+            reason, told = ended(reason, special, len(ids), fields["max_tokens"])
+            if told:
+                warnings.warn(f"{server.url} {told}", stacklevel=2)
         completion = drawn_completion(request.id, ids, log_probs, reason, self.processing_class, self.stop_token_ids)
         if len(completion.completion_ids) < len(ids):
             self._tell_unheeded(server, "stop_token_ids")
         return completion
+
+    def _compare(self, server: _Server, request_id: str, text: str, ids: list[int]) -> None:
+        """
+        Holds the server's own `text` against what its `ids` say here, until it is known to have the tokenizer of here. One text that differs
+        may have been changed behind the model, so that answer alone is refused; several, and no row of the server's would be the model's.
+        """
+        if server.letters >= KNOWN_LETTERS:
+            return
+        decoded = says_otherwise(self.processing_class, {"completion_ids": ids, "completion": text})
+        if decoded is None:
+            server.letters += sum(map(str.isalpha, text))
+            return
+        server.doubtful.add(request_id)
+        told = f"it says {text!r:.100}, but its token ids are {decoded!r:.100} to the tokenizer of {self.name!r}"
+        if len(server.doubtful) >= MOST_DOUBTFUL:
+            raise SamplerError(
+                f"{server.url} has another tokenizer than the model here: {told}, and so {MOST_DOUBTFUL} times. Serve the model that you "
+                "pass, or pass the one that is served."
+            )
+        raise ValueError(told)
 
     def _tell_unheeded(self, server: _Server, field: str) -> None:
         warnings.warn(

@@ -90,6 +90,31 @@ def _check_tokens(ids: list[int], log_probs: list[float], most: int, vocabulary:
             raise ValueError(f"the log-prob {log_prob!r:.50}")
 
 
+def ended(reason: str, special: bool, length: int, most: int) -> tuple[str, str | None]:
+    """
+    How a completion without one of our end-of-turn tokens has ended, and a sentence on a server that ends them in a way of its own.
+
+    Args:
+        reason (`str`): What the server says, `"stop"` or `"length"`.
+        special (`bool`): Whether the last token is a special one.
+        length (`int`): How many tokens it has.
+        most (`int`): How many were asked for at most.
+    """
+    if length == most and not special:
+        return "length", None  # whatever it says
+    if reason == "length" and length < most:
+        return reason, (
+            "has cut a completion before the limit that was asked for; what is cut is never kept. Let it write as much: vLLM with "
+            "--generation-config vllm, or with a larger --max-model-len."
+        )
+    if reason == "stop" and not special:
+        return reason, (
+            "has ended a completion at no token that ends a turn: at a text, or it keeps the last token to itself. Rows made of such ones "
+            "do not teach where a turn ends. Start it without stop texts, and so that it returns every token it draws."
+        )
+    return reason, None
+
+
 def retry_after(error: BaseException) -> float | None:
     """Seconds for which a server that answered with `error` asks us to wait: `Retry-After` as a number or a date (RFC 9110, 10.2.3)."""
     said = error.response.headers.get("Retry-After") if hasattr(error, "response") else None
