@@ -61,6 +61,17 @@ def test_torn_last_line_is_cut_off(tmp_path, cut):
     assert [e["id"] for _, e in again.entries()] == ["kept", "next"] and again.read(offset) == {"id": "next"}
 
 
+def test_a_line_that_is_being_written_is_not_read_in_two_parts(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    written(path, attempts(3), {})
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-50])
+    reading = read_entries(path)
+    found = [next(reading)[1]]
+    path.write_bytes(whole)
+    assert [*found, *(entry for _, entry in reading)] == attempts(3)[:2]
+
+
 def test_torn_header_starts_afresh(tmp_path):
     path = tmp_path / "journal.jsonl"
     path.write_bytes(b'{"config":{"se')
@@ -125,7 +136,8 @@ def test_a_damaged_file_gives_no_other_entry(tmp_path, how, until):
 def test_a_damaged_configuration_is_said_and_can_be_overwritten(tmp_path):
     path = tmp_path / "journal.jsonl"
     written(path, attempts(2), {"seed": 1})
-    for data in (path.read_bytes().replace(b'"seed":1', b'"seed":3'), path.read_bytes().split(b"\n", 1)[1]):
+    whole, others = path.read_bytes(), path.read_bytes().split(b"\n", 1)[1]
+    for data in (whole.replace(b'"seed":1', b'"seed":3'), others, b'{"config":[]}\n', b"[]\n"):
         path.write_bytes(data)
         with pytest.raises(ValueError, match="Line 1 of .*configuration of all attempts: put a copy.*--overwrite"):
             Journal(path, {"seed": 3})

@@ -160,34 +160,31 @@ def read_entries(path: Path, until: str | None = None) -> Iterator[tuple[int, di
         return
     mark = None if until is None else f',"{until}":'.encode()
     size, number = path.stat().st_size, 1
-    lines: list[bytes] = []  # not parsed yet
-    offsets: list[int] = []
-    unchecked = 0  # how many of them have no checksum: the first ones
     with (
         path.open("rb") as file,
         tqdm(total=size, unit="B", unit_scale=True, desc="reading the journal", disable=size < 1 << 24) as bar,
     ):
         header = file.readline()
         offset, checked = len(header), _has_checksum(header)
-        for line in file:
-            if not line.endswith(b"\n"):
-                break  # torn by a crash, or just being written
-            number += 1
-            try:
-                checked = _has_checksum(line, checked)
-            except ValueError as error:
-                raise _damaged(path, number, error) from error
-            # Without a checksum, a line whose end is missing is parsed in full, to say what is wrong.
-            end = line.find(mark) if mark is not None and (checked or line.endswith(b"}\n")) else -1
-            lines.append(line[:end] + b"}" if end >= 0 else _content(line, checked))
-            offsets.append(offset)
-            offset += len(line)
-            unchecked += not checked
-            if len(lines) == 256:
-                yield from zip(offsets, _parse(path, lines, number, unchecked, config), strict=True)
-                lines, offsets, unchecked = [], [], 0
-                bar.update(offset - bar.n)
-        yield from zip(offsets, _parse(path, lines, number, unchecked, config), strict=True)
+        torn = False  # by a crash, or just being written: the last line
+        while not torn and (lines := file.readlines(1 << 16)):
+            if torn := not lines[-1].endswith(b"\n"):
+                lines.pop()
+            heads, offsets, unchecked = [], [], 0  # how many have no checksum: the first ones
+            for line in lines:
+                number += 1
+                try:
+                    checked = _has_checksum(line, checked)
+                except ValueError as error:
+                    raise _damaged(path, number, error) from error
+                # Without a checksum, a line whose end is missing is parsed in full, to say what is wrong.
+                end = line.find(mark) if mark is not None and (checked or line.endswith(b"}\n")) else -1
+                heads.append(line[:end] + b"}" if end >= 0 else _content(line, checked))
+                offsets.append(offset)
+                offset += len(line)
+                unchecked += not checked
+            yield from zip(offsets, _parse(path, heads, number, unchecked, config), strict=True)
+            bar.update(offset - bar.n)
 
 
 def read_header(path: Path) -> dict | None:
@@ -204,6 +201,7 @@ def read_header(path: Path) -> dict | None:
     try:
         header = json.loads(_content(first, _has_checksum(first)))
         _require(header, {}, ["config"])
+        _require(header["config"], {}, [])
     except ValueError as error:
         raise _damaged(path, 1, error) from error
     return header["config"]
@@ -231,12 +229,12 @@ def lock(handle: int, how: int) -> None:
 
 def _has_checksum(line: bytes, required: bool = False) -> bool:
     """Whether a line ends with its checksum; `ValueError` if that is another line's, or there is none though it is `required`."""
+    if not required and b'"crc32":"' not in line[-_LENGTH:]:
+        return False
     checksum = _CHECKSUM % zlib.crc32(line[:-_LENGTH])
     if line.endswith(checksum):
         return True
-    if required or b'"crc32":"' in line[-_LENGTH:]:
-        raise ValueError(f"its checksum is {checksum[10:18].decode()}, but it ends with {line[-_LENGTH:]!r}")
-    return False
+    raise ValueError(f"its checksum is {checksum[10:18].decode()}, but it ends with {line[-_LENGTH:]!r}")
 
 
 def _content(line: bytes, checked: bool) -> bytes:
@@ -246,18 +244,22 @@ def _content(line: bytes, checked: bool) -> bytes:
 
 def _parse(path: Path, lines: list[bytes], number: int, unchecked: int, config: dict) -> list[dict]:
     """The entries in these lines, of which the last is the `number`-th of the file, and the first `unchecked` have no checksum."""
-    if not unchecked:
-        # All at once takes two thirds of the time.
-        entries = json.loads(b"[" + b",".join(lines) + b"]")
-        if all("id" in entry for entry in entries):  # else one is another journal's configuration
+    stages = stages if isinstance(stages := config.get("stages"), list) else None
+    try:
+        # All at once takes two thirds of the time. No text reaches over a line's end: JSON allows none there.
+        entries = json.loads(b"[" + b",\n".join(lines) + b"]")
+        whole = len(entries) == len(lines) and all(type(entry) is dict and "id" in entry for entry in entries)
+        if whole and all(_ATTEMPT.keys() <= e.keys() and not _wrong_fields(e, stages) for e in entries[:unchecked]):
             return entries
+    except ValueError:
+        pass  # below it is said of which line
     entries = []
     for n, line in enumerate(lines, number - len(lines) + 1):
         try:
             entries.append(json.loads(line))
-            _require(entries[-1], {}, ["id"])
-            if len(entries) <= unchecked:
-                _require_attempt(entries[-1], config)
+            _require(entries[-1], {}, ["id"] if len(entries) > unchecked else _ATTEMPT)
+            if len(entries) <= unchecked and (wrong := _wrong_fields(entries[-1], stages)):
+                raise ValueError(", ".join(f"`{name}` is {entries[-1][name]!r:.100}" for name in wrong))
         except ValueError as error:
             raise _damaged(path, n, error) from error
     return entries
@@ -273,26 +275,24 @@ def _require(entry, expected: dict, fields: Iterable[str]) -> None:
         raise ValueError(", ".join(wrong))
 
 
+_ID = re.compile(r"[0-9a-f]{16}(-\d+)?").fullmatch
 # What the fields of an attempt may be, by which a line without a checksum is known to be one.
+_VERDICTS, _FINISH_REASONS = {str(verdict) for verdict in Verdict}, {"stop", "length", *FAILED}
 _ATTEMPT = {
-    "id": lambda x: isinstance(x, str) and re.fullmatch(r"[0-9a-f]{16}(-\d+)?", x),
+    "id": lambda x: isinstance(x, str) and _ID(x),
     "stage": lambda x: isinstance(x, str),
     "attempt": lambda x: isinstance(x, int) and 0 <= x < 1 << 16,
-    "verdict": lambda x: x in list(Verdict),
-    "finish_reason": lambda x: x in ("stop", "length", *FAILED),
+    "verdict": lambda x: isinstance(x, str) and x in _VERDICTS,
+    "finish_reason": lambda x: isinstance(x, str) and x in _FINISH_REASONS,
     "num_tokens": lambda x: isinstance(x, int) and 0 <= x < 1 << 32,
     "log_prob": lambda x: x is None or isinstance(x, float | int),
 }
 
 
-def _require_attempt(entry, config: dict) -> None:
-    """`ValueError` unless an entry is an attempt as the run with this `config` makes them."""
-    _require(entry, {}, _ATTEMPT)
+def _wrong_fields(entry: dict, stages: list[str] | None) -> list[str]:
+    """Fields of an entry that cannot be those of an attempt, made by a run with these `stages` where they are known."""
     wrong = [name for name, is_right in _ATTEMPT.items() if not is_right(entry[name])]
-    if "stages" in config and entry["stage"] not in config["stages"]:
-        wrong.append("stage")
-    if wrong:
-        raise ValueError(", ".join(f"`{name}` is {entry[name]!r:.100}" for name in wrong))
+    return wrong if stages is None or entry["stage"] in stages else [*wrong, "stage"]
 
 
 def _damaged(path: Path, number: int, why: object) -> ValueError:
