@@ -674,9 +674,12 @@ def stated_answer(completion: str) -> Statement:
     """
     text = visible(completion)
     if tagged := _tagged(text):
-        statement = _stated(text[slice(*tagged)], whole=True)
-        return replace(statement, kind="tag", start=statement.start + tagged[0], end=statement.end + tagged[0])
+        return replace(_moved(_stated(text[slice(*tagged)], whole=True), tagged[0]), kind="tag")
     return _stated(text, whole=False)
+
+
+def _moved(statement: Statement, by: int) -> Statement:
+    return replace(statement, start=statement.start + by, end=statement.end + by)
 
 
 def stated_text(completion: str) -> str | None:
@@ -689,9 +692,10 @@ def stated_text(completion: str) -> str | None:
 
 
 def _stated(text: str, whole: bool) -> Statement:
-    found = segments(text)
     if boxed := boxes(text):
-        return _boxed(found, boxed)
+        begin = text.rfind("\n\n", 0, boxed[0][1]) + 1  # what stands before this paragraph says nothing about the box
+        return _moved(_boxed(segments(text[begin:]), [(c, at - begin, end - begin) for c, at, end in boxed]), begin)
+    found = segments(text)
     chosen = _choose(found, _marks(found) or statements(found)) or _concluded(found, whole)
     if chosen is None:
         raise Unparsable(NO_ANSWER)
@@ -716,7 +720,7 @@ def _boxed(found: Segments, boxed: list[tuple[str | None, int, int]]) -> Stateme
                 behind.covered, at, statement.start
             )
             if statement.kind == "final" and its_own and not _REMARKS.search(behind.covered, 0, at):
-                chosen = replace(statement, start=statement.start + end, end=statement.end + end)
+                chosen = _moved(statement, end)
     if chosen.kind != "box":
         return chosen
     if corrected := _corrected(found, chosen):

@@ -94,7 +94,9 @@ def stands(before: str, value: str, behind: str, kind: str) -> bool:
 
     A box keeps its value behind "at least" and before "if": those say which value is asked for.
     """
-    before, behind = _CLAUSE.sub("", before[-200:]), behind[:200]
+    before, behind = before[-200:], behind[:200]
+    if clause := _CLAUSE.match(before):
+        before = before[clause.end() :]
     denied = (
         _DENIED_BEFORE.search(before)
         or _SUPPOSED.search(before)
