@@ -79,10 +79,15 @@ def command(capsys):
     return run
 
 
-# A process that a test kills is forked from one that has imported this once, instead of importing it again each time.
-multiprocessing.get_context("forkserver").set_forkserver_preload(
-    ["trl_offpolicy.rewriter", "trl_offpolicy.evaluation"]
+# The processes of a test are forked from one that has imported this once, instead of importing it again each time.
+IMPORTED = (
+    "rewriter",
+    "evaluation",
+    "importance_weighted_sft_trainer",
+    "rewriting_agent",
+    "sampling.transformers_sampler",
 )
+multiprocessing.get_context("forkserver").set_forkserver_preload([f"trl_offpolicy.{name}" for name in IMPORTED])
 
 
 @pytest.fixture
@@ -104,6 +109,25 @@ def process(tmp_path):
     for child in started:
         child.kill()
         child.join()
+
+
+def in_two_processes(function, *args):
+    """What a module's function returns in each of two CPU processes (gloo), which torchrun's own launcher starts."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    handlers = {
+        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    }
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=2, run_id="test", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0,
+        start_method="forkserver",
+    )  # fmt: skip
+    try:
+        returned = elastic_launch(config, function)(*args)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return [returned[rank] for rank in (0, 1)]
 
 
 def _logged(log, function, *args, **kwargs):

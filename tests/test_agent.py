@@ -5,7 +5,6 @@ import json
 import math
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.utils import gather_object
-from conftest import POLICY, ROOT, needs_vllm
+from conftest import POLICY, ROOT, in_two_processes, needs_vllm
 from datasets import Dataset, load_dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from quickstart_task import GUIDED_PROMPT, demonstrations, problems
@@ -421,21 +420,9 @@ def test_a_candidate_ends_where_the_chat_template_ends_a_turn(tmp_path, policy):
     assert trainer.vllm_generation.generation_kwargs == {"stop_token_ids": [tokenizer.eos_token_id, end, 9]}
 
 
-TWO_PROCESSES = """
-import sys
-sys.path[:0] = [{tests!r}]
-import conftest, test_agent as t, torch
-from accelerate.utils import gather_object
-from transformers import AutoTokenizer, AutoModelForCausalLM
-tokenizer = AutoTokenizer.from_pretrained({model!r})
-result = t.one_of_some_processes(AutoModelForCausalLM.from_pretrained({model!r}), tokenizer, {out!r}, processes=2)
-if result:
-    torch.save(result, {out!r} + "/result.pt")
-"""
-
-
-def one_of_some_processes(model, tokenizer, out, processes):
+def one_of_some_processes(model_name, out, processes):
     """Rewards of fixed candidates with their metrics, then what GRPO draws and its rewards, gathered; nothing but in the first process."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_name), AutoTokenizer.from_pretrained(model_name)
     reward, recorder = GroupReward(verify), Recorder()
     # with two of them 6 rows each and 4 to a prompt: a group lies in both
     settings = {"per_device_train_batch_size": 12 // processes, "max_steps": 1, "reward_weights": [1.0, 0.0]}
@@ -454,19 +441,14 @@ def one_of_some_processes(model, tokenizer, out, processes):
 
 
 def test_two_processes_give_the_rewards_of_one(tmp_path, tiny_model, tokenizer):
-    """torchrun, gloo, groups that lie in both: fixed candidates, then what GRPO draws."""
+    """As torchrun starts them, gloo, groups that lie in both: fixed candidates, then what GRPO draws."""
     tiny_model.generation_config.eos_token_id = EOS
     base = copy.deepcopy(tiny_model).eval()
     tiny_model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    names = {"tests": str(Path(__file__).parent), "model": str(tmp_path / "model"), "out": str(tmp_path / "out")}
-    (tmp_path / "run.py").write_text(TWO_PROCESSES.format(**names))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "run.py")]  # fmt: skip
-    (tmp_path / "out").mkdir()
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    two, metrics2, drawn, returned = torch.load(tmp_path / "out" / "result.pt", weights_only=False)
-    one, metrics, *_ = one_of_some_processes(tiny_model, tokenizer, tmp_path / "one", processes=1)
+    model, out = str(tmp_path / "model"), str(tmp_path / "two")
+    (two, metrics2, drawn, returned), _ = in_two_processes(one_of_some_processes, model, out, 2)
+    one, metrics, *_ = one_of_some_processes(model, str(tmp_path / "one"), 1)
     assert [r is None for r in one] == [r is None for r in two] and metrics == pytest.approx(metrics2, rel=1e-5)
     assert [r for r in one if r is not None] == pytest.approx([r for r in two if r is not None], rel=1e-5)
     columns = {name: [row[name] for row in drawn] for name in drawn[0]}
@@ -572,19 +554,15 @@ def rewriter(output_dir, adapter, batch_size=8, **kwargs):
     return DataRewriter(POLICY, args, sampler=sampler, guided_sampler=adapter and sampler.with_adapter(adapter))
 
 
-KILLED = """
-import sys
-sys.path[:0] = [{tests!r}]
-import conftest, test_agent as t
-t.rewriter({out!r}, {adapter!r}, batch_size=4).rewrite(t.mixed_rows())
-"""
+def rewrite_slowly(output_dir, adapter):
+    rewriter(output_dir, adapter, batch_size=4).rewrite(mixed_rows())
 
 
 def mixed_rows():
     return demonstrations(problems(16, 9, (3, 5), p_hard=1.0))
 
 
-def test_guided_rows_are_the_agents(tmp_path, adapter, tokenizer):
+def test_guided_rows_are_the_agents(tmp_path, adapter, tokenizer, process):
     """Which sampler drew a row is in it; neither the batch size nor a kill changes one; another adapter is refused."""
     out = rewriter(tmp_path / "run", adapter).rewrite(mixed_rows())
     by_source = {
@@ -602,16 +580,12 @@ def test_guided_rows_are_the_agents(tmp_path, adapter, tokenizer):
         prompt = tokenizer.apply_chat_template(row["behavior_prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]  # fmt: skip
         drawn = torch.tensor(row["behavior_log_probs"])
         torch.testing.assert_close(forward_log_probs(adapted, prompt, row["completion_ids"]), drawn, atol=1e-4, rtol=1e-4)  # fmt: skip
-    script, log = tmp_path / "killed.py", tmp_path / "killed" / "journal.jsonl"
-    script.write_text(KILLED.format(tests=str(Path(__file__).parent), out=str(tmp_path / "killed"), adapter=adapter))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, str(script)], env=environment, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (log.exists() and b'"guided"' in log.read_bytes().partition(b"\n")[2]):
-        assert process.poll() is None and time.monotonic() < deadline
+    child, journal = process(rewrite_slowly, tmp_path / "killed", adapter), tmp_path / "killed" / "journal.jsonl"
+    while not (journal.exists() and b'"guided"' in journal.read_bytes().partition(b"\n")[2]):
+        assert child.is_alive(), child.log.read_text()
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait(30)
+    child.kill()
+    child.join()
     again = rewriter(tmp_path / "killed", adapter, batch_size=64).rewrite(mixed_rows())
     for a, b in zip(out, again, strict=True):
         assert a | {"behavior_log_probs": None} == b | {"behavior_log_probs": None}
@@ -633,7 +607,7 @@ def test_guided_rows_are_the_agents(tmp_path, adapter, tokenizer):
         ImportanceWeightedSFTTrainer(POLICY, config, train_dataset=out, processing_class=tokenizer)
 
 
-def test_command_trains_pushes_and_rewrites(tmp_path, hub):
+def test_command_trains_pushes_and_rewrites(tmp_path, hub, command):
     """From demonstrations to rows by way of the Hub: `agent`, its card, and the command it prints last, with the adapter's Hub id."""
     data = tmp_path / "demos.jsonl"
     Dataset.from_list(mixed_rows()).to_json(data)
@@ -645,18 +619,8 @@ def test_command_trains_pushes_and_rewrites(tmp_path, hub):
         "--logging_steps", "1", "--num_generations", "4", "--per_device_train_batch_size", "8", "--learning_rate", "3e-3", "--max_completion_length", "96",
         "--lora_r", "4", "--disable_tqdm", "True", "--push_to_hub", "--hub_model_id", "me/agent", "--dtype", "float32",
     ]  # fmt: skip
-    environment = {
-        **os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home"),
-        "PYTHONPATH": str(ROOT),
-    }  # fmt: skip
-
-    def train(*command):
-        return subprocess.run(
-            [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-        )
-
-    done = train("-m", "trl_offpolicy.cli", "agent", *argv)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = command("agent", *argv)
+    assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == str(tmp_path / "agent") and "--rewriter_adapter me/agent" in "\n".join(lines[-3:])
     pushed = hub.repos["models", "me/agent"].at("main")[1]
@@ -667,7 +631,21 @@ def test_command_trains_pushes_and_rewrites(tmp_path, hub):
     )
     # The same under `accelerate launch`, from the last checkpoint: one more step.
     argv[argv.index("--max_steps") + 1] = "3"
-    done = train("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "examples/train_agent.py", *argv, "--resume_from_checkpoint", "last")  # fmt: skip
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "1",
+        "examples/train_agent.py",
+    ]
+    environment = {
+        **os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home"),
+        "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    resume = [*launch, *argv, "--resume_from_checkpoint", "last"]
+    done = subprocess.run(resume, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     state = json.loads((tmp_path / "agent" / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "reward" in entry] == [1, 2, 3]

@@ -412,7 +412,7 @@ def test_lines_taken_out_of_the_journal_are_drawn_again(tmp_path):
 
 
 def test_memory_grows_by_a_few_dozen_bytes_a_row(tmp_path):
-    """Traced peaks of 2,000 and 8,000 rows, of a first run and of one resumed from its journal; `benchmarks/scale.py` does a million."""
+    """Traced peaks of 500 and 3,000 rows, of a first run and of one resumed from its journal; `benchmarks/scale.py` does a million."""
 
     def peak(num_rows):
         file = tmp_path / f"{num_rows}.parquet"
@@ -427,8 +427,8 @@ def test_memory_grows_by_a_few_dozen_bytes_a_row(tmp_path):
         return peaks
 
     rewrite(tmp_path, rows(10))  # whatever is imported or cached once
-    small, large = peak(2000), peak(8000)
-    fresh, resumed = ((b - a) / 6000 for a, b in zip(small, large, strict=True))
+    small, large = peak(500), peak(3000)
+    fresh, resumed = ((b - a) / 2500 for a, b in zip(small, large, strict=True))
     assert fresh < 64, fresh
     assert resumed < 64 + 3.2 * 2 * 45, resumed  # 3.2 attempts a row in the journal; twice, while they are sorted
 
