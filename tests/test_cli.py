@@ -93,7 +93,8 @@ def test_a_config_file_means_what_the_command_line_means(tmp_path):
         (None, ["--selection", "firs"], "argument --selection: invalid choice: 'firs'"),
         (None, ["stray"], "stray belongs to no option"),
         (None, ["--config"], "--config: it needs the path"),
-        (None, ["--config", "none.yaml"], "No such file or directory: 'none.yaml'"),
+        (None, ["--config", "none.yaml"], "You passed --config none.yaml, which cannot be read: No such file or directory."),
+        (None, ["--config", "/"], "You passed --config /, which cannot be read: Is a directory."),
     ],
 )  # fmt: skip
 def test_what_is_mistyped_is_one_sentence(tmp_path, capsys, text, argv, message):
@@ -140,6 +141,7 @@ def test_help_needs_no_torch_and_shows_defaults_and_config():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("\n  --config FILE") == len(COMMANDS) - 1
+    assert "The opposite of --keep_rejected." in " ".join(result.stdout.split())
     assert "(default: 8)" in result.stdout and "(default: None)" not in result.stdout
 
 
@@ -224,6 +226,42 @@ def test_what_is_no_demonstration_is_said_before_a_model_is_loaded(tmp_path, cap
     assert "no demonstrations, which the stage `guided` retells. Write stages=['self']" in capsys.readouterr().err
     assert main(["verify", "--dataset_name", str(file), "--output_file", str(tmp_path / "odd.jsonl")]) == 2
     assert "--completion_column" in capsys.readouterr().err
+
+
+def test_rows_that_lack_a_part_are_all_said_as_a_person_counts_and_can_be_left_out(tmp_path, capsys):
+    file = tmp_path / "rows.csv"
+    cells = [f"p{i},\\boxed{{{i}}}" for i in range(5)]
+    cells[1], cells[3] = "p1,", "p3,  "
+    file.write_text("problem,solution\n" + "\n".join(cells))
+    more = ("--model_name_or_path", POLICY, "--dry_run")
+    assert main(rewrite_argv(file, tmp_path / "run", *more)) == 2
+    told = capsys.readouterr().err
+    assert "2 of 5 rows (2, 4) have (counted from 1) no demonstration: `solution` is None" in told
+    assert "--skip_incomplete" in told
+    with pytest.warns(
+        UserWarning, match=r"2 of 5 rows .2, 4. have .counted from 1. no problem or nothing to fall back"
+    ):
+        assert main(rewrite_argv(file, tmp_path / "run", *more, "--skip_incomplete")) == 0
+    assert "p0" in capsys.readouterr().out
+    odd = tmp_path / "odd.jsonl"
+    more = ["--verifier", "exact", "--skip_incomplete"]
+    with pytest.warns(UserWarning, match="left out"):
+        assert main(["verify", "--dataset_name", str(file), "--output_file", str(odd), *more]) == 0
+    assert "every row is correct" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["rewrite", "eval", "gap"])
+@pytest.mark.parametrize("model", ["./none", "/none/there", "me/none"])
+def test_commands_say_in_the_same_words_that_there_is_no_such_model(demonstrations, tmp_path, capsys, command, model):
+    rows = ["--benchmarks"] if command == "eval" else ["--dataset_name"]
+    if command == "gap":
+        features = ("prompt", "completion", "source", "completion_ids", "solution")
+        demonstrations = tmp_path / "rewritten.jsonl"
+        turns = [{"role": "user", "content": "1?"}], [{"role": "assistant", "content": "1"}]
+        demonstrations.write_text(json.dumps(dict(zip(features, (*turns, "expert", [], "1"), strict=True))) + "\n")
+    argv = [command, "--model_name_or_path", model, *rows, str(demonstrations), "--output_dir", str(tmp_path / "out")]
+    assert main(argv) == 2
+    assert f"You passed model={model!r}, which cannot be loaded: " in capsys.readouterr().err
 
 
 def test_where_nothing_can_be_written_no_model_is_loaded(demonstrations, capsys, monkeypatch):

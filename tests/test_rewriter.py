@@ -320,7 +320,7 @@ def test_bad_datasets_are_refused_before_sampling(tmp_path):
         (Dataset.from_dict({"problem": [], "solution": []}), "has no rows"),
         (Dataset.from_dict({"text": ["a"]}), "columns \\['text'\\]"),
         ({"train": 1}, "one split"),
-        (rows(3) + [{"problem": "p", "solution": None, "row": 3}], "Row 3 has no demonstration"),
+        (rows(3) + [{"problem": "p", "solution": None, "row": 3}], r"1 of 4 rows .4. have"),
     ]:
         with pytest.raises(ValueError, match=message):
             rewrite(tmp_path, data, sampler=sampler)

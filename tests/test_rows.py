@@ -88,7 +88,10 @@ def test_problems_with_gold_answers_alone():
     assert (problem.prompt, problem.demonstration, problem.answer) == (USER, None, "2")
     assert find_format(["prompt", "gold"], "gold") == ("prompt", None)
     assert find_format(["problem", "answer", "solution"], "answer") == ("problem", "solution")
-    with pytest.raises(ValueError, match="Row 0 has neither a demonstration nor a gold answer: `answer` is None"):
+    with pytest.raises(
+        ValueError,
+        match=r"1 of 1 rows .1. have .counted from 1. neither a demonstration nor a gold answer: `answer` is None",
+    ):
         list(read_rows([{"problem": "1+1?", "answer": None}]))
     with pytest.raises(ValueError, match="a problem and its demonstration"):
         find_format(["problem", "answer"])  # whoever needs demonstrations
@@ -115,14 +118,14 @@ def test_missing_column_names_the_columns_found():
 @pytest.mark.parametrize("empty", [None, "", "  ", []])
 def test_row_without_demonstration_is_named(empty):
     good = {"prompt": USER, "completion": ASSISTANT}
-    with pytest.raises(ValueError, match="Row 1 has no demonstration"):
+    with pytest.raises(ValueError, match=r"1 of 2 rows .2. have .counted from 1. no demonstration.*--skip_incomplete"):
         list(read_rows([good, {"prompt": USER, "completion": empty}]))
 
 
 def test_row_without_problem_is_named():
-    with pytest.raises(ValueError, match="Row 0 has no problem"):
+    with pytest.raises(ValueError, match="have .counted from 1. no problem"):
         list(read_rows([{"problem": " ", "solution": "\\boxed{1}"}]))
-    with pytest.raises(ValueError, match="Row 0 has no demonstration"):
+    with pytest.raises(ValueError, match="have .counted from 1. no demonstration"):
         list(read_rows([{"messages": USER}]))
 
 

@@ -210,11 +210,24 @@ def _messages(value, role: str, what: str) -> list[dict[str, str]]:
     )
 
 
+class IncompleteRow(ValueError):
+    """A row of which nothing can be made; says what it `lacks`, and its number as a person counts, from 1."""
+
+    def __init__(self, index: int, lacks: str):
+        super().__init__(f"Row {index + 1} (counted from 1) has {lacks}. {_COMPLETE}")
+        self.lacks = lacks
+
+
+_COMPLETE = "Fill it in, or leave such rows out: --skip_incomplete on the command line, `dataset.filter` in Python."
+
+
 def read_row(row: dict, index: int, answer_column: str, solve_prompt: str) -> Problem:
     """One row as a `Problem`.
 
-    Raises `ValueError` with the row's number when it has no problem, no demonstration though its dataset has a column of them (such a row
-    has no fallback), or neither demonstration nor gold answer.
+    Raises:
+        IncompleteRow: It has no problem, no demonstration though its dataset has a column of them (such a row has no fallback), or neither
+            demonstration nor gold answer.
+        ValueError: What it has is of another kind; with its position, from 0.
     """
     prompt_column, demonstration_column, carried = _layout(tuple(row), answer_column)
     if prompt_column == demonstration_column:
@@ -225,18 +238,14 @@ def read_row(row: dict, index: int, answer_column: str, solve_prompt: str) -> Pr
         prompt = _messages(_asked(row, prompt_column), "user", f"Row {index}: `{prompt_column}`")
         demonstration = _demonstrated(row, index, demonstration_column)
     if demonstration is None and is_missing(row[answer_column]):
-        raise ValueError(
-            f"Row {index} has neither a demonstration nor a gold answer: `{answer_column}` is {row[answer_column]!r}. No attempt at it could "
-            "be kept. Fill it in, or drop such rows yourself with `dataset.filter`."
-        )
+        told = f"`{answer_column}` is {row[answer_column]!r}, and no attempt could be kept"
+        raise IncompleteRow(index, f"neither a demonstration nor a gold answer: {told}")
     if demonstration is not None and not demonstration.strip():
-        raise ValueError(
-            f"Row {index} has no demonstration: `{demonstration_column}` is {row[demonstration_column]!r:.200}. Without one there is nothing to "
-            "fall back to. Fill it in, or drop such rows yourself with `dataset.filter`."
-        )
+        told = f"`{demonstration_column}` is {row[demonstration_column]!r:.200}, and there is nothing to fall back to"
+        raise IncompleteRow(index, f"no demonstration: {told}")
     user_turns = [m["content"] for m in prompt if m["role"] == "user"]
     if not user_turns or not user_turns[-1].strip():
-        raise ValueError(f"Row {index} has no problem: `{prompt_column}` is {row[prompt_column]!r:.200}.")
+        raise IncompleteRow(index, f"no problem: `{prompt_column}` is {row[prompt_column]!r:.200}")
     answer = None if demonstration_column == answer_column else row.get(answer_column)
     if isinstance(answer, (list, dict)):
         raise ValueError(
@@ -309,10 +318,38 @@ def read_rows(
     solve_prompt: str = "{problem}",
     copies: Iterable[int] | None = None,
 ) -> Iterator[Problem]:
-    """Every row as a `Problem`; with the `copies` that [`number_copies`] counts, each has an id of its own."""
+    """
+    Every row as a `Problem`; with the `copies` that [`number_copies`] counts, each has an id of its own.
+
+    Raises `ValueError`, after the last row, if some are incomplete ([`IncompleteRow`]); says how many, and which.
+    """
+    incomplete, lacks, index = [], "", -1
     for index, (row, copy) in enumerate(zip(rows, repeat(1) if copies is None else copies, strict=copies is not None)):
-        problem = read_row(row, index, answer_column, solve_prompt)
-        yield problem if copy == 1 else replace(problem, id=copy_id(int(problem.id, 16), copy))
+        try:
+            problem = read_row(row, index, answer_column, solve_prompt)
+        except IncompleteRow as error:
+            lacks = lacks or error.lacks
+            incomplete.append(index + 1)
+        else:
+            yield problem if copy == 1 else replace(problem, id=copy_id(int(problem.id, 16), copy))
+    if incomplete:
+        first = f" (row {incomplete[0]})" if len(incomplete) > 1 else ""
+        raise ValueError(f"{numbered(incomplete, index + 1)} (counted from 1) {lacks}{first}. {_COMPLETE}")
+
+
+def complete_rows(dataset, answer_column: str = "answer"):
+    """The rows of a `datasets.Dataset` that are not incomplete ([`IncompleteRow`]); says how many others are left out, and which."""
+    incomplete = []
+    for index, row in enumerate(text_columns(plain_rows(dataset), answer_column)):
+        try:
+            read_row(row, index, answer_column, "{problem}")
+        except IncompleteRow:
+            incomplete.append(index)
+    if not incomplete:
+        return dataset
+    numbers = numbered([index + 1 for index in incomplete], len(dataset))
+    warnings.warn(f"{numbers} (counted from 1) no problem or nothing to fall back to: left out.", stacklevel=2)
+    return dataset.select(sorted({*range(len(dataset))}.difference(incomplete)))
 
 
 # A row's id as numbers (the content id, and the how-manieth row with it this is), and the [`reference_digest`] of its demonstration.

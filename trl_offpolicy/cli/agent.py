@@ -11,11 +11,11 @@ from .. import prompts
 from ..control_tokens import HELP, MODES
 from ..rewrite_config import RewriteConfig
 from .arguments import (
-    DatasetArguments,
+    DemonstrationArguments,
     VerifierArguments,
     check_before_loading,
     last_checkpoint,
-    load_dataset,
+    load_demonstrations,
     make_verifier,
     parser_for,
 )
@@ -50,7 +50,7 @@ PAPER_PROMPTS, PAPER_MINI_BATCH, PAPER_MICRO_BATCH = 504, 252, 4  # 504 in the s
 
 
 @dataclass(kw_only=True)
-class AgentArguments(DatasetArguments, VerifierArguments):
+class AgentArguments(DemonstrationArguments, VerifierArguments):
     """The rows it learns to rewrite, and its reward."""
 
     preset: str | None = field(default=None, metadata={"help": "Settings of the paper.", "choices": ["paper"]})
@@ -151,6 +151,7 @@ def _train(arguments: AgentArguments, args, model_args):
     from trl import get_peft_config, get_quantization_config
 
     from ..rewriting_agent import GroupReward, RewritingAgentTrainer, agent_dataset
+    from ..sampling import loading
 
     resume = last_checkpoint(args.resume_from_checkpoint, args.output_dir)
     args.model_init_kwargs = {
@@ -160,14 +161,12 @@ def _train(arguments: AgentArguments, args, model_args):
         **(args.model_init_kwargs or {}),
     }
     model = model_args.model_name_or_path
-    try:
-        shared = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
+    shared = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
+    with loading(model):
         tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", **shared)
-    except OSError as error:  # how transformers says that there is no such model, or none that may be read
-        raise ValueError(f"You passed model_name_or_path={model!r}, which cannot be loaded: {error}") from error
     with make_verifier(arguments) as verifier:
         dataset = agent_dataset(
-            load_dataset(arguments), verifier, arguments.answer_column, arguments.solve_prompt, arguments.guided_prompt,
+            load_demonstrations(arguments, arguments.answer_column), verifier, arguments.answer_column, arguments.solve_prompt, arguments.guided_prompt,
             arguments.qa_prompt, tokenizer, arguments.max_prompt_length, arguments.control_tokens,
         )  # fmt: skip
         reward = GroupReward(

@@ -82,6 +82,16 @@ class DatasetArguments:
     )
 
 
+@dataclass(kw_only=True)
+class DemonstrationArguments(DatasetArguments):
+    """Which rows, each of which is a problem with its demonstration or gold answer."""
+
+    skip_incomplete: bool = field(
+        default=False,
+        metadata={"help": "Leave out rows without a problem, or with nothing to fall back to, and say which."},
+    )
+
+
 # Name on the command line → (module, class).
 VERIFIERS = {
     "math": ("verification", "MathVerifier"),
@@ -127,6 +137,11 @@ class CommandParser(TrlParser):
             default=argparse.SUPPRESS,
             help="YAML file with any of these options as keys; a flag beside it wins.",
         )
+        for action in self._actions:
+            if (
+                action.option_strings and action.option_strings[0] == f"--no_{action.dest}"
+            ):  # transformers repeats the text of `--x`
+                action.help = f"The opposite of --{action.dest}."
 
     def error(self, message: str):
         message = re.sub(r"(--\w+)/--[\w-]+", r"\1", message)  # each option once, not with a hyphen again
@@ -158,12 +173,15 @@ class CommandParser(TrlParser):
         import yaml
 
         try:
-            root = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
-            values = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+            text = path.read_text()
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not a text file: {error}") from error
+        except OSError as error:
+            raise ValueError(f"You passed --config {path}, which cannot be read: {error.strerror}.") from error
+        try:
+            root, values = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(values, dict):
             raise ValueError(f"{path} must hold options as `key: value`, but holds {values!r:.100}.")
         for mapping in (root, *(node for _, node in root.value if isinstance(node, yaml.MappingNode))):
@@ -292,6 +310,13 @@ def load_dataset(arguments: DatasetArguments):
     return dataset
 
 
+def load_demonstrations(arguments: DemonstrationArguments, answer_column: str):
+    from ..rows import complete_rows
+
+    dataset = load_dataset(arguments)
+    return complete_rows(dataset, answer_column) if arguments.skip_incomplete else dataset
+
+
 def _column_mapping(mapping: str | dict, columns: list[str]) -> dict[str, str]:
     """Column of the dataset → the name that it gets, from `ours=theirs,…` (from a config file it may come as a mapping)."""
     pairs = mapping.items() if isinstance(mapping, dict) else [part.partition("=")[::2] for part in mapping.split(",")]
@@ -351,23 +376,24 @@ def check_model(arguments: EngineArguments):
     The tokenizer of the model, which is not loaded itself; `None` where only a server knows the model.
 
     Raises:
-        ValueError: There is no such model or dtype, or its tokenizer has no chat template.
+        ModelNotFound: There is no such model.
+        ValueError: There is no such dtype, or the model's tokenizer has no chat template.
     """
     from transformers import AutoConfig
 
-    from ..sampling import load_processing_class
+    from ..sampling import ModelNotFound, load_processing_class, loading
 
     model, shared = arguments.model_name_or_path, {"revision": arguments.model_revision}
     shared["trust_remote_code"] = arguments.trust_remote_code
     check_dtype(arguments.dtype)
     try:
-        processing_class = load_processing_class(model, **shared)  # first: it says when a directory is missing
-        AutoConfig.from_pretrained(model, **shared)
-    except OSError as error:
+        with loading(model):
+            AutoConfig.from_pretrained(model, **shared)
+        return load_processing_class(model, **shared)
+    except ModelNotFound:
         if arguments.sampler == "openai":
             return None
-        raise ValueError(f"You passed model_name_or_path={model!r}, which cannot be loaded: {error}") from error
-    return processing_class
+        raise
 
 
 _ENGINE_OF = {
@@ -386,14 +412,16 @@ def make_sampler(arguments: EngineArguments, second_adapter: str | None = None):
             raise ValueError(
                 f"You passed {name}={value!r} with sampler={arguments.sampler!r}; it is an option of --sampler {_ENGINE_OF[name]}."
             )
-    model, init = arguments.model_name_or_path, {"revision": arguments.model_revision}
-    try:
-        if arguments.sampler == "openai":
-            from ..sampling.openai_sampler import OpenAISampler
+    from ..sampling import loading
 
-            if not arguments.base_url:
-                raise ValueError("--sampler openai needs --base_url, for example http://127.0.0.1:8000/v1.")
-            return OpenAISampler(model, batch_size=arguments.batch_size or 128, **given, **init)
+    model, init = arguments.model_name_or_path, {"revision": arguments.model_revision}
+    if arguments.sampler == "openai":
+        from ..sampling.openai_sampler import OpenAISampler
+
+        if not arguments.base_url:
+            raise ValueError("--sampler openai needs --base_url, for example http://127.0.0.1:8000/v1.")
+        return OpenAISampler(model, batch_size=arguments.batch_size or 128, **given, **init)
+    with loading(model):
         init |= {"dtype": arguments.dtype, "trust_remote_code": arguments.trust_remote_code}
         if arguments.sampler == "vllm":
             from ..sampling.vllm_sampler import VLLMSampler, lora_engine_kwargs
@@ -412,8 +440,6 @@ def make_sampler(arguments: EngineArguments, second_adapter: str | None = None):
 
         check_dtype(arguments.dtype)
         return TransformersSampler(model, batch_size=arguments.batch_size or 64, model_init_kwargs=init)
-    except OSError as error:  # how transformers says that there is no such model, or none that may be read
-        raise ValueError(f"You passed model_name_or_path={model!r}, which cannot be loaded: {error}") from error
 
 
 def make_verifier(arguments: VerifierArguments):

@@ -12,12 +12,12 @@ from ..rewrite_config import RewriteConfig
 from ..run_log import cut_advice
 from ..sampling import SamplerError
 from .arguments import (
-    DatasetArguments,
+    DemonstrationArguments,
     EngineArguments,
     VerifierArguments,
     check_before_loading,
     check_model,
-    load_dataset,
+    load_demonstrations,
     make_sampler,
     make_verifier,
     parser_for,
@@ -51,7 +51,7 @@ The token is HF_TOKEN's, or that of `hf auth login`. A push is one commit: the H
 
 
 @dataclass(kw_only=True)
-class RewriteArguments(DatasetArguments, EngineArguments, VerifierArguments):
+class RewriteArguments(DemonstrationArguments, EngineArguments, VerifierArguments):
     """What is rewritten by what."""
 
     rewriter_adapter: str | None = field(
@@ -99,7 +99,7 @@ def rewrite(argv: list[str]) -> int:
     print(config.output_dir, flush=True)
     if not config.dry_run:
         check_before_loading(config.output_dir, config.report_to)
-    dataset = load_dataset(arguments)
+    dataset = load_demonstrations(arguments, config.answer_column)
     # What is wrong with them is better known before a model is loaded.
     check_stages(dataset.column_names, config)
     adapter = arguments.rewriter_adapter

@@ -24,7 +24,7 @@ from ..rows import (
     tell_missing_answers,
 )
 from ..verification import explain_with
-from .arguments import DatasetArguments, VerifierArguments, load_dataset, make_verifier, parser_for
+from .arguments import DemonstrationArguments, VerifierArguments, load_demonstrations, make_verifier, parser_for
 
 
 ODD = ("index", "verdict", "reason", "gold")  # what is said of a row that is not correct
@@ -42,7 +42,7 @@ rows were checked, not that they are correct. A column of yours called index, ve
 
 
 @dataclass(kw_only=True)
-class VerifyArguments(DatasetArguments, VerifierArguments):
+class VerifyArguments(DemonstrationArguments, VerifierArguments):
     """What is verified by what."""
 
     completion_column: str | None = field(
@@ -69,7 +69,7 @@ def verify(argv: list[str]) -> int:
         raise ValueError(f"{output} is the dataset itself, and would be replaced; pass another --output_file.")
     if output.exists() and not arguments.overwrite:
         raise ValueError(f"{output} exists; pass --overwrite to replace it, or another --output_file.")
-    dataset = load_dataset(arguments)
+    dataset = load_demonstrations(arguments, arguments.answer_column)
     rows = _to_verify(plain_rows(dataset), arguments)
     media = media_columns(dataset)
     stored = dataset.select_columns(media).with_format("arrow")  # images and the like as they are stored

@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -120,19 +122,44 @@ def attempt_seed(seed: int, problem_id: str, stage: str, attempt: int) -> int:
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
 
 
+class ModelNotFound(FileNotFoundError, ValueError):
+    """There is no such model, or none that may be read; says which, and why."""
+
+
+@contextmanager
+def loading(model: str) -> Iterator[None]:
+    """
+    What is done within loads something of `model`, a Hub id or a directory.
+
+    Raises:
+        ModelNotFound: It is a path at which there is no directory, or transformers says that there is no such model.
+    """
+    told = f"You passed model={model!r}, which cannot be loaded"
+    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
+        raise ModelNotFound(f"{told}: there is no such directory.")
+    try:
+        yield
+    except OSError as error:
+        # transformers' own have no number; those of the system that are about something else, such as a full disk, are not the model's fault.
+        if isinstance(error, ModelNotFound) or (
+            error.errno and not isinstance(error, (FileNotFoundError, PermissionError))
+        ):
+            raise
+        raise ModelNotFound(f"{told}: {error}") from error
+
+
 def load_processing_class(model: str, processing_class=None, **kwargs):
     """`processing_class`, or else the tokenizer of `model`; every engine renders its prompts with it.
 
     Raises:
-        FileNotFoundError: `model` is a path at which there is no directory.
+        ModelNotFound: There is no such model.
         ValueError: The tokenizer has no chat template.
     """
     if processing_class is None:
         from transformers import AutoTokenizer
 
-        if model.startswith((".", "/", "~")) and not Path(model).is_dir():
-            raise FileNotFoundError(f"You passed model={model!r}, but there is no such directory.")
-        processing_class = AutoTokenizer.from_pretrained(model, **kwargs)
+        with loading(model):
+            processing_class = AutoTokenizer.from_pretrained(model, **kwargs)
     if processing_class.chat_template is None:
         raise ValueError(
             f"The tokenizer of {model!r} has no chat template, so neither sampling nor SFT knows how to write down a "
@@ -147,7 +174,8 @@ def load_model(model: str, **kwargs):
     LLaVA, ...) that is given no images, as TRL's trainers take it. `kwargs` are those of `from_pretrained`.
 
     Raises:
-        ValueError: There is no such model, or it is of another kind.
+        ModelNotFound: There is no such model.
+        ValueError: It is of another kind.
     """
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -158,14 +186,10 @@ def load_model(model: str, **kwargs):
     )
 
     shared = {k: v for k, v in kwargs.items() if k in ("revision", "trust_remote_code", "token")}
-    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
-        raise ValueError(f"You passed model={model!r}, which cannot be loaded: there is no such directory.")
-    try:
+    with loading(model):
         config = type(AutoConfig.from_pretrained(model, **shared))
         sees = config not in MODEL_FOR_CAUSAL_LM_MAPPING and config in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
         return (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_pretrained(model, **kwargs)
-    except OSError as error:  # how transformers says that there is no such model, or none that may be read
-        raise ValueError(f"You passed model={model!r}, which cannot be loaded: {error}") from error
 
 
 def prompt_ids(processing_class, request: Request, context: int) -> list[int] | Completion:
