@@ -3,7 +3,7 @@ VENV := .venv
 # Two threads on a busy two-core machine wait for each other; a policy this small wants one.
 RUN := OMP_NUM_THREADS=1 $(VENV)/bin/python
 
-.PHONY: quickstart test venv policy lint
+.PHONY: quickstart test test-fast venv policy lint
 
 quickstart: venv  ## the main job on the embedded default: rewrite, train, measure (runs/quickstart)
 	$(RUN) examples/quickstart.py
@@ -12,6 +12,9 @@ test: venv  ## the test suite, no network needed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(RUN) -m pytest -n 2 --dist worksteal  # each test wants one core
+
+test-fast: venv  ## what takes no process, engine or cluster of its own: for every save
+	$(RUN) -m pytest -n 2 --dist worksteal -m "not slow"
 
 venv: $(VENV)/installed  ## .venv with everything the two commands above need, installed once
 

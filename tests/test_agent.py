@@ -440,6 +440,7 @@ def one_of_some_processes(model_name, out, processes):
     return result if rank == 0 else None
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_rewards_of_one(tmp_path, tiny_model, tokenizer):
     """As torchrun starts them, gloo, groups that lie in both: fixed candidates, then what GRPO draws."""
     tiny_model.generation_config.eos_token_id = EOS
@@ -507,6 +508,7 @@ def test_transformers_switches_the_adapter_for_each_batch(adapter, tokenizer, tm
 
 
 @needs_vllm
+@pytest.mark.slow
 def test_two_samplers_share_a_vllm_engine(engine, adapter):
     """Requests of both at once: each sampler gets its own back, drawn as if it were alone."""
     plain, alone = engine("vllm"), engine("vllm", adapter=adapter)
@@ -537,6 +539,7 @@ def test_two_samplers_share_a_vllm_engine(engine, adapter):
 
 
 @needs_vllm
+@pytest.mark.slow
 def test_an_openai_server_is_asked_for_the_adapter_by_its_name(engine):
     sampler = engine("openai")
     with pytest.raises(ValueError, match="does not serve 'agent'"):
@@ -562,6 +565,7 @@ def mixed_rows():
     return demonstrations(problems(16, 9, (3, 5), p_hard=1.0))
 
 
+@pytest.mark.slow
 def test_guided_rows_are_the_agents(tmp_path, adapter, tokenizer, process):
     """Which sampler drew a row is in it; neither the batch size nor a kill changes one; another adapter is refused."""
     out = rewriter(tmp_path / "run", adapter).rewrite(mixed_rows())
@@ -607,6 +611,7 @@ def test_guided_rows_are_the_agents(tmp_path, adapter, tokenizer, process):
         ImportanceWeightedSFTTrainer(POLICY, config, train_dataset=out, processing_class=tokenizer)
 
 
+@pytest.mark.slow
 def test_command_trains_pushes_and_rewrites(tmp_path, hub, command):
     """From demonstrations to rows by way of the Hub: `agent`, its card, and the command it prints last, with the adapter's Hub id."""
     data = tmp_path / "demos.jsonl"

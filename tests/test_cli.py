@@ -132,6 +132,7 @@ def test_required_options_are_named_once(capsys):
     assert "required: --model_name_or_path, --output_dir. `trl-offpolicy rewrite --help`" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_help_needs_no_torch_and_shows_defaults_and_config():
     code = (
         "import sys\nfrom trl_offpolicy.cli import COMMANDS, main\n"
@@ -319,6 +320,7 @@ def test_an_adapter_without_peft_names_the_command(demonstrations, tmp_path, cap
     assert "pip install 'trl-offpolicy[peft]'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_every_public_name_is_there_without_any_extra(monkeypatch):
     extras = ("openai", "peft", "wandb", "vllm", "ray", "matplotlib", "pint", "jsonschema", "sentence_transformers")
     code = (

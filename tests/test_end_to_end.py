@@ -27,6 +27,7 @@ def run(*command, **kwargs):
 
 
 @pytest.mark.parametrize("name", ["gsm8k_50", "math_50"])
+@pytest.mark.slow
 def test_real_rows_come_out_once_each(tmp_path, name, command):
     """LaTeX, Asymptote and unicode through a policy that can solve none of it: everything falls back, nothing is lost."""
     result = command(
@@ -57,6 +58,7 @@ def test_real_rows_come_out_once_each(tmp_path, name, command):
             assert stated[0] == stated[1]
 
 
+@pytest.mark.slow
 def test_sft_on_a_rewritten_dataset(tmp_path, capsys):
     """The command as it is printed takes the run directory's dataset, LoRA and the importance weights included; so does the example."""
     from quickstart_task import GUIDED_PROMPT, demonstrations, problems

@@ -3,14 +3,11 @@
 import itertools
 import json
 import math
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import POLICY, ROOT
+from conftest import POLICY
 from scripted import ScriptedSampler, rows, verify
 from test_trainers import wandb_records
 
@@ -168,6 +165,7 @@ def run_killed(directory):
     run(sampler=ScriptedSampler(order_seed=5, kill_after=60), output_dir=directory, greedy=True)
 
 
+@pytest.mark.slow
 def test_a_killed_and_resumed_evaluation_and_one_in_shards_say_the_same(tmp_path, process):
     whole = run(output_dir=str(tmp_path / "whole"), greedy=True)
     killed = process(run_killed, str(tmp_path / "killed"))
@@ -332,37 +330,23 @@ def test_rendered_prompts_double_bos_and_other_training_formats_are_refused(toke
         run({"b": one}, train_dataset=[trained], system_prompt="Be good.", **plain)
 
 
-def test_command_line_with_preset(tmp_path):
+@pytest.mark.slow
+def test_command_line_with_preset(tmp_path, monkeypatch, command):
     """The preset's settings arrive, a flag beside it wins, and the files are there; a real model, a real verifier."""
+    import wandb
     from quickstart_task import problems
 
     file = tmp_path / "p.jsonl"
     data = problems(3, 1, (1,), p_hard=0.0)
     file.write_text("".join(json.dumps({"prompt": r["problem"], "answer": r["answer"]}) + "\n" for r in data))
-    command = [
-        sys.executable,
-        "-m",
-        "trl_offpolicy.cli",
-        "eval",
-        "--model_name_or_path",
-        POLICY,
-        "--benchmarks",
-        file,
-        "--preset",
-        "paper",
-    ]
-    command += [
-        "--num_generations",
-        2,
-        "--max_completion_length",
-        60,
-        "--output_dir",
-        tmp_path / "out",
-        "--report_to",
-        "wandb",
-    ]
-    env = {**os.environ, "WANDB_DIR": str(tmp_path), "WANDB_RUN_GROUP": "mine"}
-    result = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=600, env=env)
+    wandb.teardown()  # it reads its environment once
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_RUN_GROUP", "mine")
+    result = command(
+        "eval", "--model_name_or_path", POLICY, "--benchmarks", file, "--preset", "paper", "--num_generations", 2,
+        "--max_completion_length", 60, "--output_dir", tmp_path / "out", "--report_to", "wandb",
+    )  # fmt: skip
+    wandb.teardown()
     assert result.returncode == 0, result.stderr
     written = json.loads((tmp_path / "out" / "results.json").read_text())
     assert written["config"]["seed"] == PRESETS["paper"]["seed"] == 0 and written["config"]["num_generations"] == 2

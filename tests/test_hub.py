@@ -305,6 +305,7 @@ def test_what_others_wrote_stays(tmp_path, hub):
     assert fresh("me/out", "attempts", revision="v2").num_rows
 
 
+@pytest.mark.slow
 def test_push_interrupted_at_every_request(tmp_path, hub, monkeypatch):
     """The client killed, or its line cut for good, at each request in turn: the old rows or the new ones, and a re-run completes them."""
     first, second = rewriter(tmp_path, "first"), rewriter(tmp_path, "second", seed=5)
@@ -484,6 +485,7 @@ def test_refused_before_anything_is_sampled(tmp_path, hub, monkeypatch):
             RewriteConfig("run", **kwargs)
 
 
+@pytest.mark.slow
 def test_pushed_every_so_many_rows(tmp_path, hub, monkeypatch):
     """A push of a run under way has the attempts so far and no rows; one that fails is said, and sampling goes on."""
     monkeypatch.delenv("HF_TOKEN")
@@ -559,6 +561,7 @@ def without_numbers(card: str) -> str:
     return re.sub(r"-?\d[\d,]*(\.\d+)?(e[+-]?\d+)?", "0", card)
 
 
+@pytest.mark.slow
 def test_round_trip_and_the_cards_in_the_repository(tmp_path, hub):
     """`model_cards/` holds what this test pushed when it was run with UPDATE_CARDS=1."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -610,6 +613,7 @@ def test_round_trip_and_the_cards_in_the_repository(tmp_path, hub):
     assert line.split("|")[3:5] == [f" {gap[when]['sequence_log_prob']:.2f} " for when in ("before", "after")]
 
 
+@pytest.mark.slow
 def test_no_token_anywhere_and_one_group(tmp_path, hub):
     """The command with a token, W&B and a push, then training and an evaluation in the same group: what they wrote, byte by byte."""
     from quickstart_task import demonstrations as as_demonstrations

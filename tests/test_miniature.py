@@ -31,6 +31,7 @@ def start(directory, *options):
     )
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_undisturbed(tmp_path):
     undisturbed, killed = start(tmp_path / "undisturbed"), start(tmp_path / "killed")
     first, deadline = tmp_path / "killed" / "base-0" / "dev" / "sft-0.001.json", time.monotonic() + 300

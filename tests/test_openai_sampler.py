@@ -636,6 +636,7 @@ def rewrite_cli(tmp_path, name, url, *more):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_circuit_breaker_stops_resumably_with_the_journal_intact(serve, tmp_path, monkeypatch, capfd):
     """The only server dies and stays away: exit code 3; back again, the resumed run gives the rows of an undisturbed one."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
@@ -802,6 +803,7 @@ def test_bad_addresses_and_options_say_what_to_write(serve, tmp_path, capsys):
 
 
 @needs_vllm
+@pytest.mark.slow
 def test_rows_are_the_same_from_a_server_and_from_the_engine_in_process(policy, vllm_server, tmp_path):
     """The command line with both vLLM engines and different windows: the same ids and text; the log-probs agree to 1e-4."""
     from quickstart_task import GUIDED_PROMPT, demonstrations, problems

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from conftest import POLICY, ROOT
 from datasets import Dataset, load_dataset
 from quickstart_task import demonstrations, problems
@@ -31,6 +32,7 @@ def ended(process: subprocess.Popen, seconds: float) -> int | None:
         return process.wait(seconds)
 
 
+@pytest.mark.slow
 def test_two_workers_one_killed(tmp_path):
     data, run = tmp_path / "demos.jsonl", tmp_path / "run"
     Dataset.from_list(demonstrations(problems(48, 3, (4, 5, 6)))).to_json(data)

@@ -358,6 +358,7 @@ def test_verifier_that_loses_a_verdict_is_an_error(tmp_path):
         rewrite(tmp_path, rows(10), verifier=lambda completions, answers: ["correct"])
 
 
+@pytest.mark.slow
 def test_killed_ten_times_gives_the_same_rows(tmp_path, process):
     """kill -9 at ten random points (every other time with a torn last line), each run resuming the one before."""
     undisturbed, metrics = rewrite(tmp_path / "undisturbed", rows(150))
@@ -484,7 +485,7 @@ def demonstrations_file(tmp_path_factory):
     from quickstart_task import demonstrations, problems
 
     path = tmp_path_factory.mktemp("data") / "demos.jsonl"
-    Dataset.from_list(demonstrations(problems(120, 3))).to_json(path)
+    Dataset.from_list(demonstrations(problems(60, 3))).to_json(path)
     return path
 
 
@@ -504,7 +505,8 @@ def interrupt(process, journal: Path, lines: int, how: signal.Signals) -> str:
     return process.communicate(timeout=60)[0]
 
 
-def test_command_line_ctrl_c_kill_and_resume(tmp_path, demonstrations_file):
+@pytest.mark.slow
+def test_command_line_ctrl_c_kill_and_resume(tmp_path, demonstrations_file, command):
     """The real command on the real policy: ctrl-C (exit code 3), then kill -9, then to the end: the rows of an undisturbed run."""
     config_file = tmp_path / "rewrite.yaml"
     config_file.write_text("num_generations: 2\nmax_completion_length: 80\nstages: [self, guided]\n")
@@ -517,14 +519,14 @@ def test_command_line_ctrl_c_kill_and_resume(tmp_path, demonstrations_file):
     process = cli(*args, "--batch_size", "2")
     interrupt(process, journal, before.count(b"\n") + 8, signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL and journal.read_bytes().startswith(before)
-    process = cli(*args, "--verifier_kwargs", '{"timeout": 10}')  # may change on the way
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
-    lines = out.splitlines()
+    more = ["--verifier_kwargs", '{"timeout": 10}']  # may change on the way
+    done = command("rewrite", "--model_name_or_path", POLICY, *args, *more)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
     assert lines[0] == str(tmp_path / "run") and lines[-1].startswith("accelerate launch -m trl_offpolicy.cli sft")
-    assert journal.read_bytes().startswith(before) and "resuming" in err
+    assert journal.read_bytes().startswith(before) and "resuming" in done.stderr
     resumed = load_dataset(str(tmp_path / "run" / "dataset"), split="train")
-    assert len(set(resumed["id"])) == 120 and list(resumed["num_ops"]) == [1, 2, 3, 4, 5, 6] * 20
+    assert len(set(resumed["id"])) == 60 and list(resumed["num_ops"]) == [1, 2, 3, 4, 5, 6] * 10
     undisturbed = DataRewriter(
         POLICY, RewriteConfig(str(tmp_path / "other"), num_generations=2, max_completion_length=80),
         sampler=TransformersSampler(POLICY, batch_size=24),

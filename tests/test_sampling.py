@@ -46,7 +46,8 @@ def drawn_ids(completions):
 
 
 @pytest.fixture(
-    scope="module", params=["transformers", *(pytest.param(e, marks=needs_vllm) for e in ("vllm", "openai"))]
+    scope="module",
+    params=["transformers", *(pytest.param(e, marks=[needs_vllm, pytest.mark.slow]) for e in ("vllm", "openai"))],
 )
 def sampler(request, engine):
     return engine(request.param, 4)
@@ -88,6 +89,7 @@ def test_a_seed_gives_the_same_completion_in_any_company(sampler, engine):
 
 
 @needs_vllm
+@pytest.mark.slow
 def test_a_served_engine_draws_what_the_engine_in_process_draws(engine):
     wanted = requests(30)
     assert drawn_ids(drain(engine("vllm"), wanted)) == drawn_ids(drain(engine("openai", 5), wanted))
@@ -131,7 +133,7 @@ def one_head(tmp_path_factory):
         SamplingParams(max_completion_length=1, top_p=0.8),
     ],
 )
-@pytest.mark.parametrize("name", ["transformers", pytest.param("vllm", marks=needs_vllm)])
+@pytest.mark.parametrize("name", ["transformers", pytest.param("vllm", marks=[needs_vllm, pytest.mark.slow])])
 def test_first_token_has_the_right_distribution(engine, tiny_model, tokenizer, one_head, name, params):
     """4,000 draws against the softmax written out; a deviation of 5 standard errors anywhere fails (p < 1e-3 over 500 tokens)."""
     prompt = [{"role": "user", "content": "2+2?"}]
@@ -241,6 +243,7 @@ def test_abort(sampler):
 
 
 @needs_vllm
+@pytest.mark.slow
 def test_vllm_takes_requests_many_at_a_time(engine):
     """Those that wait beside a busy engine are drawn as the others are, or aborted without a trace."""
     sampler = engine("vllm", 4)
@@ -288,6 +291,7 @@ def test_the_revision_is_the_weights(tiny_model, tokenizer):
 
 
 @needs_vllm
+@pytest.mark.slow
 def test_vllm_samples_with_an_adapter(engine, policy, model, tokenizer, tmp_path):
     """Log-probs are those of the adapted model, and the row says which adapter it was."""
     from peft import LoraConfig, get_peft_model
@@ -318,6 +322,7 @@ def test_vllm_samples_with_an_adapter(engine, policy, model, tokenizer, tmp_path
 
 
 @needs_vllm
+@pytest.mark.slow
 def test_a_dead_vllm_engine_is_a_sampler_error(engine, monkeypatch):
     sampler = engine("vllm", 2)  # one that no other test draws with
     worker = sampler.engine.model_executor.driver_worker.worker
@@ -337,6 +342,7 @@ def test_missing_template_or_directory_says_what_to_do(tiny_model, tokenizer, tm
 
 
 @needs_vllm
+@pytest.mark.slow
 def test_an_engine_argument_that_vllm_does_not_have(policy):
     with pytest.raises(ValueError, match="max_num_sequences"):
         VLLMSampler(policy, max_num_sequences=3)

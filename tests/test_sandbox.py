@@ -197,6 +197,7 @@ SEMANTICS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_same_verdict_as_in_one_process(any_verifier):
     """For honest code two processes make no difference; each case also with its assertions turned round, which must fail."""
     cases = []
@@ -283,6 +284,7 @@ def sandboxed():
     return made(timeout=20.0, num_workers=4)
 
 
+@pytest.mark.slow
 def test_no_escape_passes(sandboxed):
     cases = [(name, "assertion") for name in ESCAPES]
     cases += [(name, judge) for judge in JUDGES for name in ESCAPES if "everything" in name]

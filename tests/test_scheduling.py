@@ -280,6 +280,7 @@ def chi_square(lengths):
     return sum((counts[i + 1] - e) ** 2 / e for i, e in enumerate(expected))
 
 
+@pytest.mark.slow
 def test_the_first_correct_is_distributed_as_a_random_correct_one_and_the_first_finished_is_not(tmp_path):
     """
     3,000 problems with all K = 8 attempts in flight at once. At 99.9 % confidence (chi-square, 19 degrees of freedom: 43.8; all seeds
@@ -411,8 +412,9 @@ def test_lines_taken_out_of_the_journal_are_drawn_again(tmp_path):
     assert again_metrics["sampling"] == metrics["sampling"]
 
 
+@pytest.mark.slow
 def test_memory_grows_by_a_few_dozen_bytes_a_row(tmp_path):
-    """Traced peaks of 500 and 3,000 rows, of a first run and of one resumed from its journal; `benchmarks/scale.py` does a million."""
+    """Traced peaks of 2,000 and 5,000 rows, of a first run and of one resumed from its journal; `benchmarks/scale.py` does a million."""
 
     def peak(num_rows):
         file = tmp_path / f"{num_rows}.parquet"
@@ -427,8 +429,8 @@ def test_memory_grows_by_a_few_dozen_bytes_a_row(tmp_path):
         return peaks
 
     rewrite(tmp_path, rows(10))  # whatever is imported or cached once
-    small, large = peak(500), peak(3000)
-    fresh, resumed = ((b - a) / 2500 for a, b in zip(small, large, strict=True))
+    small, large = peak(2000), peak(5000)
+    fresh, resumed = ((b - a) / 3000 for a, b in zip(small, large, strict=True))
     assert fresh < 64, fresh
     assert resumed < 64 + 3.2 * 2 * 45, resumed  # 3.2 attempts a row in the journal; twice, while they are sorted
 

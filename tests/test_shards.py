@@ -140,6 +140,7 @@ def test_the_number_of_shards_of_a_run_cannot_change(tmp_path, first, second):
     assert [r["row"] for r in union(tmp_path / "run")] == list(range(10))
 
 
+@pytest.mark.slow
 def test_three_processes_at_once_one_killed_and_run_again(tmp_path, process):
     whole, _ = rewrite(tmp_path / "whole", rows(90))
     run = tmp_path / "run"
@@ -161,6 +162,7 @@ def test_three_processes_at_once_one_killed_and_run_again(tmp_path, process):
     assert (run / "journal-00001-of-00003.jsonl").read_bytes().startswith(journal[: journal.rfind(b"\n") + 1])
 
 
+@pytest.mark.slow
 def test_command_line_says_what_is_missing_and_what_comes_next(tmp_path, command):
     from quickstart_task import demonstrations, problems
 

@@ -664,6 +664,7 @@ def test_metrics_per_source_equal_a_naive_count(tmp_path, tiny_model, tokenizer)
             assert metrics[f"eval_kl/{name}"] == pytest.approx(sum(k3) / len(k3), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_iw_gradient_is_the_on_policy_gradient_and_nll_is_not(tmp_path, tiny_model, tokenizer):
     """
     Answers of one token y ~ μ with a known reward R(y) as `weight`: over 20,000 draws the mean `iw` gradient is E_π[R ∇log π] within 4
@@ -967,6 +968,7 @@ def compare_uneven_rows(tokenizer, model_name, out):
     assert results[0] == pytest.approx(results[1], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path, tiny_model, tokenizer):
     """Two CPU processes (gloo), as torchrun starts them: the same updates and the same logged diagnostics as one process; FSDP2 on top."""
     tiny_model.save_pretrained(tmp_path / "model")
@@ -1271,6 +1273,7 @@ def wandb_records(file):
             parts = b""
 
 
+@pytest.mark.slow
 def test_wandb_offline_run_holds_the_diagnostics(tmp_path, tiny_model, tokenizer, monkeypatch):
     """A real W&B file, written offline and read back."""
     import wandb

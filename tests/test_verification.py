@@ -249,6 +249,7 @@ def test_arguments_are_checked():
         ("real_outputs.jsonl", 1.0),
     ],
 )
+@pytest.mark.slow
 def test_labelled_rows(verifier, name, accuracy):
     """No false positive on any; `verifier_cases_public` is where math-verify has 2 and an accuracy of 0.926."""
     rows = labelled(name)
@@ -399,6 +400,7 @@ def test_units_are_those_of_pint():
     assert not any(map(unit, ["", "x", "tenths", "squared", "km/x", "apples", "m or s", "meters of"]))
 
 
+@pytest.mark.slow
 def test_hostile_inputs_among_normal_ones():
     """None is lost, none changes a normal verdict, and no worker may take more memory than its limit."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -417,6 +419,7 @@ def test_hostile_inputs_among_normal_ones():
     assert limits <= {MEMORY_LIMIT} or sys.platform != "linux"
 
 
+@pytest.mark.slow
 def test_a_busy_machine_changes_no_verdict(verifier):
     """The budget is CPU time: six processes that spin beside it take none of it."""
     rows = labelled("verifier_cases_own.jsonl")[::15]

@@ -31,6 +31,7 @@ def verify_in_child(verifier, n, wrong_every, queue):
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.slow
 def test_child_processes_have_workers_of_their_own(method):
     """The parent verifies beside its children: with shared pipes one would be given the verdicts of another."""
     context = multiprocessing.get_context(method)
@@ -85,6 +86,7 @@ class Rows:
         return str(self.verifier.verify([f"\\boxed{{{i}}}"], [str(i + (i % 3 == 0))])[0])
 
 
+@pytest.mark.slow
 def test_data_loader_and_num_proc():
     from datasets import Dataset
     from torch.utils.data import DataLoader
@@ -130,6 +132,7 @@ verifier.close()
 """
 
 
+@pytest.mark.slow
 def test_two_ranks(tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(TWO_RANKS)
@@ -143,6 +146,7 @@ def environment():
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 
 
+@pytest.mark.slow
 def test_files_of_the_user_named_like_modules(tmp_path):
     """A script's folder is the first place its interpreter imports from; nothing in it may run in a worker."""
     for name in ("math_verify", "sympy", "antlr4", "latex2sympy2_extended", "mpmath", "gmpy2", "flint"):
@@ -172,6 +176,7 @@ verifier.verify(["\\\\boxed{1}"], ["1"])
 """
 
 
+@pytest.mark.slow
 def test_workers_die_with_a_killed_parent():
     parent = subprocess.Popen(
         [sys.executable, "-c", HANGING], stdout=subprocess.PIPE, text=True, env=environment(), start_new_session=True

@@ -229,6 +229,7 @@ def test_verifiers_can_be_pickled():
         assert pickle.loads(pickle.dumps(verifier)).verify([completion], [answer]) == ["correct"], verifier
 
 
+@pytest.mark.slow
 def test_judge_agrees_with_the_whole_distribution(tiny_model, tokenizer):
     """The verdict from drawn tokens against P(YES) / (P(YES) + P(NO)) of a forward over the whole vocabulary."""
     import torch
