@@ -304,7 +304,7 @@ def study(args) -> dict:
     total = len(args.bases) * (1 + len(args.seeds) + len(args.methods) * (len(args.learning_rates) + len(args.seeds)))
     os.environ["TQDM_DISABLE"] = "1"  # in the workers; here tqdm has read its environment already
     ignore = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)  # ctrl-C is the parent's
-    pool = ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn"), initializer=ignore)
+    pool = ProcessPoolExecutor(args.processes, multiprocessing.get_context("forkserver"), initializer=ignore)
     try:
         with tqdm(total=total, desc="study", unit="job", smoothing=0.05) as bar:
             finish(pool, [partial(prepare, args, base) for base in args.bases], bar)
