@@ -562,10 +562,11 @@ def _is_mark(text: str, match: re.Match) -> bool:
 
 # ---- 4. the choice ----
 
+# What is said before a statement that takes the place of an earlier one.
 _CORRECTS = re.compile(
-    r"\b(?:wait|hold on|actually|oops|sorry|correction|correcting|(?:the|a) corrected|the correct|(?:made|is) an? (?:mistake|error)|(?:is|was|'s) (?:wrong|incorrect|not right)"
-    r"|let me (?:redo|re-?do|recalculate|correct|re-?compute))\b|(?:^|[.!?\n])\s*no[,.!]|不对|更正|应为",
-    re.I,
+    r"\b(?:wait|hold on|actually|oops|sorry|correct(?:ion|ing|ed)|the correct|let me (?:re-?do|recalculate|correct|re-?compute)|(?:is|was) an? (?:mistake|error)|['’]s (?:wrong|incorrect))\b"
+    rf"|{RETRACTS.pattern}",
+    re.I | re.M,
 )
 _REMARKS = re.compile(
     rf"(?:^|[.!?:]\s)[\s\\#>*\d.)(✓{_MARK}-]*(?:(?:a |an |the |let(?:'s| me| us) |we (?:can )?|to |as a |for |quick |double[- ]|another |final )*(?:verif\w+|check\w*|sanity|alternative\w*|another"
@@ -574,9 +575,6 @@ _REMARKS = re.compile(
     re.I | re.M,
 )
 _PARAGRAPH = re.compile(r"\s*(?:\S[^\n]{0,999}\n){1,9}[ \t]*\n\s*(?=[^\s#])")
-_CONDITIONAL = re.compile(
-    r"\b(?:if|suppose|had|when|without|example|alternatively|similarly|otherwise)\b[^.!?\n]*$", re.I
-)
 _CLOSING = re.compile(
     r"(?:^|(?<=[.!?\s]))(?:let me know|i hope|hope (?:this|it)|if you (?:have|need)|feel free|is there anything|would you like)\b[^\n]*\s*\Z",
     re.I,
@@ -646,7 +644,7 @@ def _choose(found: Segments, stated: list[tuple[int, Statement]]) -> Statement |
             chosen, others = statement, []
         elif _QUESTION.search(between) and _QUESTION.search(found.covered, 0, chosen.start):
             others += [statement.text]  # several questions, each with its answer: no one can tell which was asked
-        elif not _REMARKS.search(between) and not _CONDITIONAL.search(between[-200:]):
+        elif not _REMARKS.search(between):
             others += [statement.text] if statement.text != chosen.text else []
     return replace(chosen, others=tuple(dict.fromkeys(others))) if others else chosen
 
