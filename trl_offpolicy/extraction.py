@@ -225,7 +225,7 @@ _LINE_MARK = re.compile(r"^[ \t]*####[ \t]*(?P<value>\S[^\n]*)$", re.M)
 
 # What may stand between "is" and the value, and says nothing.
 _FILLER = re.compile(
-    rf"(?:[\s{_MARK}:：=\"“”'>，,]|\*(?!\d)|(?:(?:therefore|thus|hence|so|then|finally|simply|just|exactly|precisely|only|definitely|clearly|indeed|still|also|equal to|given by"
+    rf"(?:[\s{_MARK}:：=≈\"“”'>，,]|\*(?!\d)|(?:(?:therefore|thus|hence|so|then|finally|simply|just|exactly|precisely|only|definitely|clearly|indeed|still|also|equal to|given by"
     r"|found to be|for sure|certainly|surely|obviously|that|as follows|in conclusion|we (?:get|find|have|see|conclude|obtain)|it follows|us|a total of|the (?:number|value|integer|fraction|point|interval|set"
     r"|expression|choice|option|letter|answer)(?=\s*[\d\\$({\[\ue000])|option|choice|approximately|about|roughly|around|nearly)(?![A-Za-z])|因此|所以|故|综上(?:所述)?))*",
     re.I,
@@ -310,9 +310,10 @@ def _compose(found: Segments, start: int, end: int) -> tuple[str, bool]:
             if mathematics and not re.search(r"[\\{}$]", piece):
                 piece = re.sub(r"[^\W\d_][^\d,;:()\[\]=<>+*/^%°|]*", lambda m: f"\\text{{ {m[0].strip()}}}", piece)
         latex.append(piece)
-    text = re.sub(r"^\.(?!\d)", "", "".join(latex).strip(_AROUND[1:]).rstrip(_AROUND)).strip(
-        _AROUND[1:]
-    )  # .5 is a number
+    text = "".join(latex).lstrip(_AROUND[1:]).rstrip()
+    if re.search(r"\d(?:\.\.+|['\"*]+)\Z", text) and found.text[max(0, start - 1) : start] not in tuple("'\"*"):
+        return text.replace("..", "\\ldots"), mathematics  # `12...`, `12'` and `12*` are not 12
+    text = re.sub(r"^\.(?!\d)", "", text.rstrip(_AROUND)).strip(_AROUND[1:])  # .5 is a number
     while text.endswith("}") and text.count("}") > text.count("{"):  # of `\textbf{Answer: 5}`
         text = text[:-1].rstrip(_AROUND)
     return text, mathematics

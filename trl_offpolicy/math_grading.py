@@ -260,7 +260,7 @@ def _vector(text: str) -> list[str] | None:
 
 
 def _relation(text: str, signs: list) -> Answer:
-    """Terms and signs in turn, `>` turned around: `c>b>a` is `a<b<c`; `2<x<\\infty` is `2<x`."""
+    """Terms and signs in turn, `>` turned around: `c>b>a` is `a<b<c`."""
     ends = [0, *(m.end() for m in signs)]
     terms = [
         text[start:end].strip() for start, end in zip(ends, [*(m.start() for m in signs), len(text)], strict=True)
@@ -268,10 +268,6 @@ def _relation(text: str, signs: list) -> Answer:
     signs = [m[0].strip() for m in signs]
     if all(sign in (">", "\\ge") for sign in signs):
         terms, signs = terms[::-1], [_FLIPPED[sign] for sign in signs[::-1]]
-    if len(terms) > 2 and signs[-1] == "<" and terms[-1].lstrip("+") == "\\infty":
-        terms, signs = terms[:-1], signs[:-1]
-    if len(terms) > 2 and signs[0] == "<" and terms[0] == "-\\infty":
-        terms, signs = terms[1:], signs[1:]
     parts = tuple(p for pair in zip(terms, [*signs, ""], strict=True) for p in pair)[:-1]
     return Answer("relation", "".join(p + " " * p.startswith("\\") for p in parts), parts)
 
@@ -682,7 +678,11 @@ def _choice(text: str) -> tuple[str, str] | None:
     """(letter, what stands behind it) of `B`, `(B)`, `\\text{(B) } 12` or `B. 12`."""
     bare = _TEXT.sub(r"\1 ", text).strip()
     match = re.fullmatch(r"\(([A-Z])\)\.?:?\s*(.*)|([A-J])(?:[.):]\s*(.*))?", bare, re.S)
-    if not match or re.match(r"[,;]|\(?[A-Z]\)|(?:and|or)\b", match[2] or "") or (match[4] and "=" in text):
+    if (
+        not match
+        or re.search(r"^(?:[,;]|\(?[A-Z]\)|(?:and|or)\b)|[,;)\d] *\(?[A-J][.)]", match[2] or match[4] or "")
+        or (match[4] and "=" in text)
+    ):
         return None  # `(C)(D)` are two
     return (match[1] or match[3]), (match[2] or match[4] or "").strip()
 

@@ -57,8 +57,8 @@ _LABEL = re.compile(
 # Anywhere before a value in its sentence: it is supposed, guessed, or what someone else believes.
 _SUPPOSED = re.compile(
     r"\b(?:if|suppose|had|were|assuming)\b[^.!?\n]*(?<!there )\bwould (?:get|have|obtain|be|yield|give|become)\b(?: only| just| exactly)?[^\w\n.;!?]*\Z"
-    r"|\b(?:guess|doubt|(?<!\bI )(?<!\bwe )(?:might|may|could|would|will) (?:think|say|guess|believe|expect|assume|seem)|(?:do|did|can)(?:n['’]t| not) (?:think|believe)|(?:false|not true|not the case|not clear) that|nobody|no one)\b[^.!?\n]*\Z"
-    r"|\b(?:wrong|incorrect|false)\s+(?:answer|solution|result|value)\b[^.!?\n]*\Z",
+    r"|\b(?:guess|doubt|(?<!\bI )(?<!\bwe )(?:might|may|could|would|will) (?:think|say|guess|believe|expect|assume|seem)|(?:do|did|can)(?:n['’]t| not) (?:think|believe)|(?:false|not true|not the case|not clear) that|claims|claimed|says|thinks|believes|nobody|no one)\b[^.!?\n]*\Z"
+    r"|\b(?:(?:wrong|incorrect|false)\s+(?:answer|solution|result|value)|(?:first|initial|previous|earlier)\s+answer)\b[^.!?\n]*\Z",
     re.I,
 )
 # The same before a phrase; a box is stated there all the same.
@@ -128,8 +128,8 @@ CONTRAST = re.compile(
 # What takes back the statement before it, and what announces the value in its place.
 RETRACTS = re.compile(
     r"(?:(?:^|[.!?;,\n—–])[\s*]*(?:hmm+|wait|oh|oops|sorry|well|but|hold on)?[\s,.…!—–-]{0,5}\bno(?:[,.!:;—–]|\s+wait\b|,? ####)"
-    r"|\b(?:I|I['’]ve|we|we['’]ve|have) made an? (?:\w+ )?(?:mistake|error)\b|\b(?:that|this|it|which)(?:['’]s| is| was) (?:wrong|incorrect|not right|not correct)\b|\bscratch that\b|\bcorrection:|\bmy mistake\b|\bI was wrong\b"
-    r"|\b(?:but|actually,?|rather,?) (?:the (?:correct |right |true |real )?(?:answer|value|result)|it)(?: is|['’]s| should be)\b|\b(?:answer|value|result|it) (?:is|should) (?:actually|really|instead)\b"
+    r"|\b(?:I|I['’]ve|we|we['’]ve|have) made an? (?:\w+ )?(?:mistake|error)\b|\b(?:that|this|it|which|he|she)(?:['’]s| is| was) (?:wrong|incorrect|not right|not correct)\b|\bscratch that\b|\bcorrection:|\bmy mistake\b|\bI was wrong\b"
+    r"|\b(?:but|actually,?|rather,?) (?:the (?:correct |right |true |real )?(?:answer|value|result|one)|it)(?: is|['’]s| should be)\b|\b(?:answer|value|result|it) (?:is|should) (?:actually|really|instead)\b"
     r"|\bit should (?:actually )?(?:be|have been)\b|不对|更正|应为)",
     re.I | re.M,
 )
