@@ -27,6 +27,7 @@ os.environ["VLLM_NO_USAGE_STATS"] = "1"
 os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
 
 import pytest  # noqa: E402
+from filelock import FileLock  # noqa: E402
 
 
 ROOT = Path(__file__).parents[1]
@@ -168,53 +169,76 @@ needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not i
 
 
 @pytest.fixture(scope="session")
-def policy(tmp_path_factory):
+def shared(tmp_path_factory):
+    """A folder that the workers of pytest-xdist have in common; whoever makes something in it holds its lock."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session")
+def policy(shared):
     """
     The quickstart's policy with settings that would spoil every draw, which engines must not follow: in its generation config, and, as in
     base checkpoints with a chat template, an end of sequence that is not the token with which the model ends a turn (`<|im_end|>`).
     """
-    directory = tmp_path_factory.mktemp("policy") / "policy"
-    shutil.copytree(POLICY, directory)
+    directory = shared / "policy"
     spoilt = {"do_sample": True, "repetition_penalty": 5.0, "top_k": 1, "top_p": 0.1, "temperature": 0.1}
     end = {"eos_token_id": 0}
     changes = {"generation_config": spoilt | end, "config": end, "tokenizer_config": {"eos_token": "<|endoftext|>"}}
-    for name, change in changes.items():
-        file = directory / f"{name}.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with FileLock(shared / "policy.lock"):
+        if not directory.exists():
+            shutil.copytree(POLICY, directory)
+            for name, change in changes.items():
+                file = directory / f"{name}.json"
+                file.write_text(json.dumps(json.loads(file.read_text()) | change))
     return str(directory)
 
 
 @pytest.fixture(scope="session")
-def vllm_server(policy, tmp_path_factory):
-    """The URL of `policy` served by a real vLLM on loopback (its module, since the CPU build's `vllm` command needs a dist named vllm)."""
+def vllm_server(policy, shared):
+    """
+    The URL of `policy` served by a real vLLM on loopback (its module, since the CPU build's `vllm` command needs a dist named vllm). The
+    first worker that wants it starts it; it ends with the session.
+    """
+    started = shared / "vllm.json"
+    with FileLock(shared / "vllm.lock"):
+        if not started.exists():
+            started.write_text(json.dumps(serve_vllm(policy, shared / "vllm.log")))
+    return json.loads(started.read_text())["url"]
+
+
+def serve_vllm(policy, log):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("vllm") / "log.txt"
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", policy, "--host", "127.0.0.1", "--port", str(port),
+        "--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20), "--no-enable-chunked-prefill",
+    ]  # fmt: skip
     with log.open("w") as file:
-        process = subprocess.Popen(
-            [
-                sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", policy, "--host", "127.0.0.1", "--port", str(port),
-                "--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20), "--no-enable-chunked-prefill",
-            ],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
-    url = f"http://127.0.0.1:{port}/v1"
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+    url, deadline = f"http://127.0.0.1:{port}/v1", time.monotonic() + 300
     try:
-        deadline = time.monotonic() + 300
         while True:
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
             try:
                 urllib.request.urlopen(f"{url}/models", timeout=10).close()
-                break
+                return {"url": url, "group": process.pid}
             except OSError:
                 time.sleep(0.2)
-        yield url
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)  # it takes its time over a clean shutdown
-        process.wait(60)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+
+
+def pytest_sessionfinish(session):
+    """Ends the server of all workers, in the process that has started them."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        started = session.config._tmp_path_factory.getbasetemp() / "vllm.json"
+        if started.exists():
+            os.killpg(
+                json.loads(started.read_text())["group"], signal.SIGKILL
+            )  # it takes its time over a clean shutdown
 
 
 @pytest.fixture(scope="session")
