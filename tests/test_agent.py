@@ -181,14 +181,22 @@ def gates_of(columns, tokenizer, eos=()):
     return [told[v] if w else 0.0 for v, w in zip(verdicts, whole, strict=True)]
 
 
-@pytest.mark.parametrize("qa_prompt", ["own", "paper"])
+@pytest.mark.parametrize("qa_prompt", ["own", "paper", "with variables"])
 def test_reward_of_a_batch_equals_the_naive_one(tmp_path, tiny_model, tokenizer, qa_prompt):
     """Groups found by prompt, NLL and embeddings of the base although the adapter is far from zero, each term logged."""
     base, columns = copy.deepcopy(tiny_model).eval(), candidates_of(tokenizer)
     if qa_prompt == "paper":
         columns["qa_prompt"] = [PAPER_QA_PROMPT.format(problem=p) for p in columns["problem"]]
+    given = {}
+    if qa_prompt == "with variables":  # the template writes what the naive one holds
+        written, tokenizer = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
+        tokenizer.chat_template, given = tokenizer.chat_template + "{{ hint }}", {"hint": "so "}
+        written.chat_template += "so "
     reward = GroupReward(verify, batch_tokens=300)
-    trainer = make_trainer(tiny_model, tokenizer, tmp_path, reward, lora={"init_lora_weights": False})
+    trainer = make_trainer(
+        tiny_model, tokenizer, tmp_path, reward, lora={"init_lora_weights": False}, chat_template_kwargs=given
+    )
+    tokenizer = written if given else tokenizer
     trainer.model.train()
     metrics, extra = {}, {}
     rewards = reward(**columns, log_metric=metrics.__setitem__, log_extra=extra.__setitem__, trainer_state=None)
@@ -627,7 +635,7 @@ def test_command_trains_pushes_and_rewrites(tmp_path, hub, command):
     done = command("agent", *argv)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0] == str(tmp_path / "agent") and "--rewriter_adapter me/agent" in "\n".join(lines[-3:])
+    assert lines[0] == f"output_dir: {tmp_path}/agent" and "--rewriter_adapter me/agent" in "\n".join(lines[-3:])
     pushed = hub.repos["models", "me/agent"].at("main")[1]
     card = pushed["README.md"].decode()
     assert "--rewriter_adapter me/agent --stages guided" in card and GUIDED_PROMPT in card and "reward/nll" in card
@@ -704,9 +712,11 @@ def test_preset_is_the_papers(monkeypatch):
         update = batches["per_device_train_batch_size"] * processes * batches["gradient_accumulation_steps"]
         assert update == 2520 and batches["steps_per_generation"] == 2 * batches["gradient_accumulation_steps"]
     model_args.model_revision, model_args.dtype = "v1", "bfloat16"
+    own.system_prompt, own.chat_template_path, args.chat_template_kwargs = "Be brief.", "t.jinja", {"thinking": False}
     assert agent._next_command(own, args, model_args, "me/agent") == (
-        "trl-offpolicy rewrite --model_name_or_path m --rewriter_adapter me/agent --dataset_name d --verifier exact "
-        "--model_revision v1 --dtype bfloat16 --max_completion_length 4096 --stages guided --output_dir agent-rewrite"
+        "trl-offpolicy rewrite --model_name_or_path m --rewriter_adapter me/agent --dataset_name d --system_prompt 'Be brief.' "
+        "--chat_template_path t.jinja --verifier exact --model_revision v1 --dtype bfloat16 --max_completion_length 4096 "
+        """--chat_template_kwargs '{"thinking": false}' --stages guided --output_dir agent-rewrite"""
     )
     with pytest.raises(ValueError, match="cannot be shared by 11 processes"):
         agent._batches(11, 10)

@@ -3,6 +3,7 @@
 import json
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -158,6 +159,7 @@ def test_help_of_sft_shows_its_options_and_those_of_trl(capsys):
     ("argv", "message"),
     [
         (["--objectiv", "iw"], "there is no option --objectiv (did you mean --objective?)"),
+        (["--lr", "1e-5"], "there is no option --lr (did you mean --learning_rate?)"),
         (["--objective", "iv"], "objective='iv'"),
         ([], "Pass --model_name_or_path, --dataset_name and --output_dir"),
         (
@@ -330,3 +332,213 @@ def test_every_public_name_is_there_without_any_extra(monkeypatch):
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "pip install 'trl-offpolicy[openai]'" in result.stdout, result.stderr
+
+
+def test_a_chat_template_s_file_is_read_before_a_model(tmp_path):
+    from trl_offpolicy.cli.arguments import EngineArguments, make_sampler
+
+    file = tmp_path / "template.jinja"
+    file.write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}>")
+    sampler = make_sampler(EngineArguments(model_name_or_path=POLICY, chat_template_path=str(file)))
+    text = sampler.processing_class.apply_chat_template([{"role": "user", "content": "2+2?"}], tokenize=False)
+    assert text == "2+2?>"
+    file.write_text("a\n{% for m in messages %}")
+    with pytest.raises(ValueError, match="template.jinja, line 2: this is no Jinja template"):
+        make_sampler(EngineArguments(model_name_or_path="none/such", chat_template_path=str(file)))
+
+
+def test_sft_takes_the_same_flag_for_a_template_and_rewrite_only_a_file_that_it_takes(
+    tmp_path, demonstrations, capsys
+):
+    argv = [
+        "--model_name_or_path",
+        "none/such",
+        "--dataset_name",
+        str(demonstrations),
+        "--output_dir",
+        str(tmp_path / "o"),
+    ]
+    assert main(["rewrite", *argv, "--chat_template", "template.txt"]) == 2
+    assert "chat_template_path='template.txt'; training takes a file" in capsys.readouterr().err
+    from trl_offpolicy.cli.arguments import parser_for
+    from trl_offpolicy.importance_weighted_sft_config import ImportanceWeightedSFTConfig
+
+    parser = parser_for(ImportanceWeightedSFTConfig, "sft", "", "")
+    (args,) = parser.parse_args_and_config(["--output_dir", "o", "--chat_template", "t.jinja", "--bf16", "False"])
+    assert args.chat_template_path == "t.jinja"
+
+
+def test_sft_renders_with_the_same_variables(tmp_path):
+    from datasets import Dataset
+
+    from trl_offpolicy.cli.sft import _with_template_kwargs
+
+    rows = Dataset.from_list([{"chat_template_kwargs": {"a": 1, "b": 2}}])
+    assert _with_template_kwargs(rows, {"a": 0, "c": 3})[0]["chat_template_kwargs"] == {"a": 1, "b": 2, "c": 3}
+    assert _with_template_kwargs(Dataset.from_dict({"text": ["t"]}), {"a": 0})[0]["chat_template_kwargs"] == {"a": 0}
+
+
+def test_the_trainers_have_the_signature_of_sft_trainer():
+    """Names, order, defaults: what an IDE completes, and what a script may pass by position."""
+    import inspect
+
+    from trl import SFTTrainer
+
+    from trl_offpolicy import DFTTrainer, ImportanceWeightedSFTTrainer
+
+    expected = [(p.name, p.kind, p.default) for p in inspect.signature(SFTTrainer).parameters.values()]
+    for trainer in (ImportanceWeightedSFTTrainer, DFTTrainer):
+        parameters = inspect.signature(trainer).parameters.values()
+        assert [(p.name, p.kind, p.default) for p in parameters] == expected
+        assert all(p.annotation is not p.empty for p in parameters)
+
+
+def test_a_dict_for_a_config_names_the_class(tmp_path):
+    from trl_offpolicy import DataRewriter, DFTTrainer, ImportanceWeightedSFTTrainer
+
+    with pytest.raises(ValueError, match="write args=ImportanceWeightedSFTConfig"):
+        ImportanceWeightedSFTTrainer("M", {"learning_rate": 1e-5}, train_dataset=[])
+    with pytest.raises(ValueError, match="write args=DFTConfig"):
+        DFTTrainer("M", {"learning_rate": 1e-5}, train_dataset=[])
+    with pytest.raises(ValueError, match="write args=RewriteConfig"):
+        DataRewriter("M", {"output_dir": "O"})
+
+
+def test_reprs_say_what_it_is():
+    from trl_offpolicy import DataRewriter, MathVerifier, TransformersSampler
+    from trl_offpolicy.verifiers import ExactMatchVerifier, all_of
+
+    assert repr(DataRewriter("M", RewriteConfig("O"))) == (
+        "DataRewriter('M', output_dir='O', stages=['self', 'guided'], num_generations=8)"
+    )
+    assert repr(TransformersSampler(POLICY)).startswith(f"TransformersSampler({POLICY!r}, revision=")
+    assert repr(MathVerifier()) == "MathVerifier()"
+    both = all_of(ExactMatchVerifier(ignore_case=False), MathVerifier())
+    assert repr(both) == "all_of(ExactMatchVerifier(ignore_case=False), MathVerifier())"
+
+
+def test_verify_replaces_what_it_wrote_and_nothing_else(demonstrations, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    demonstrations.write_text(demonstrations.read_text().replace('"n":', '"answer": "5", "n":'))
+    argv = ["verify", "--dataset_name", str(demonstrations), "--verifier", "exact"]
+    for _ in range(2):
+        assert main(argv) == 0
+        assert len((tmp_path / "demos.not_correct.jsonl").read_text().splitlines()) == 24
+    for text in ('{"index": 3}\n', "notes\n", "7\n"):
+        (tmp_path / "demos.not_correct.jsonl").write_text(text)
+        assert main(argv) == 2 and "not what an earlier `verify` wrote" in capsys.readouterr().err
+        assert (tmp_path / "demos.not_correct.jsonl").read_text() == text
+
+
+def test_sentences_name_what_was_typed(tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"guided_prompt.*no \{solution\}: the reference would not be shown"):
+        RewriteConfig("O", guided_prompt="Retell {problem}")
+    with pytest.raises(ValueError, match=r"solve_prompt.*no \{problem\}: every problem would get the same prompt"):
+        RewriteConfig("O", solve_prompt="Solve it")
+    run = str(tmp_path / "run")
+    assert main(["eval", "--model_name_or_path", "M", "--benchmarks", "none.jsonl", "--output_dir", run]) == 2
+    captured = capsys.readouterr()
+    assert "You passed benchmarks='none.jsonl'" in captured.err and captured.out == f"output_dir: {run}\n"
+
+
+def test_rows_so_far_are_those_of_the_finished_run(demonstrations, tmp_path, capsys):
+    """Of a run that was killed (its journal, cut in the middle of a line): every settled row, as the whole run has it, and no other."""
+    from datasets import Dataset
+
+    rows = [json.loads(line) for line in demonstrations.open()]
+    for n, row in enumerate(rows):
+        row["problem"] = f"A jar holds {n} coins. A adds 4. How many coins?"
+    demonstrations.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = tmp_path / "run"
+    assert main(rewrite_argv(demonstrations, run, "--control_tokens", "escape")) == 0
+    whole = Dataset.from_parquet(str(run / "dataset" / "*.parquet"))
+    assert main(["rows", str(run)]) == 0 and "finished" in capsys.readouterr().out
+    shutil.rmtree(run / "dataset")
+    lines = (run / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "journal.jsonl").write_bytes(b"".join(lines[:30]) + lines[30][:-9])
+    known = {(entry["id"], entry["stage"]): entry["verdict"] for entry in map(json.loads, lines[1:30])}
+    kept = {row for row, stage in known if (row, "guided") in known or known[row, stage] == "correct"}
+    assert main(["rows", str(run)]) == 2 and "add --so_far" in capsys.readouterr().err
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    assert main(["rows", str(run), "--so_far"]) == 0
+    assert f"\n{len(kept)} of 24 rows are settled" in capsys.readouterr().out and 0 < len(kept) < 24
+    found = Dataset.from_parquet(str(run / "rows_so_far" / "*.parquet"))
+    assert found.to_list() == [row for row in whole if row["id"] in kept] and found.features == whole.features
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
+def test_an_option_that_is_called_otherwise_elsewhere_is_known(capsys):
+    """Each other name by an option that some command has, and where it is none of a command's, nothing is made up."""
+    from trl_offpolicy.cli.arguments import SYNONYMS, _closest
+
+    for argv, meant in [
+        (["eval", "--num_samples", "4"], "--num_generations"), (["eval", "--limit=9"], "--max_problems"), (["rewrite", "--limit", "9"], "--max_rows"),
+        (["rewrite", "--max-new-tokens", "9"], "--max_completion_length"), (["verify", "--out", "o"], "--output_file"),
+    ]:  # fmt: skip
+        assert main(argv) == 2 and f"(did you mean {meant}?)" in capsys.readouterr().err
+    assert _closest("--num_samples", ["--sampler"]) == " (did you mean --sampler?)"
+    assert all(SYNONYMS.values())
+
+
+def test_verify_names_its_file_after_the_dataset(tmp_path, monkeypatch):
+    from trl_offpolicy.cli.verify import _file_for
+
+    monkeypatch.chdir(tmp_path)
+    names = {
+        "demos.jsonl": "demos",
+        "a/b.parquet": "b",
+        "openai/gsm8k": "gsm8k",
+        "runs/x-1.5/dataset": "x-1.5",
+        "me/Qwen2.5": "Qwen2.5",
+    }
+    assert {name: _file_for(name) for name in names} == {name: f"{of}.not_correct.jsonl" for name, of in names.items()}
+    assert _file_for("dataset") == f"{tmp_path.name}.not_correct.jsonl"
+
+
+@pytest.mark.filterwarnings("ignore:Benchmark 'p'. The prompts are plain texts")
+def test_a_dry_evaluation_shows_what_is_asked(tmp_path, capsys):
+    """As the model reads it, and without loading it: another tokenizer's output would differ in each special token."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(POLICY)
+    (tmp_path / "m.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "Own words"}], "problem": "1+1?", "answer": "2"}\n' * 3
+    )
+    (tmp_path / "p.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    argv = [
+        "eval",
+        "--model_name_or_path",
+        POLICY,
+        "--benchmarks",
+        str(tmp_path / "m.jsonl"),
+        str(tmp_path / "p.jsonl"),
+    ]
+    assert main([*argv, "--output_dir", str(tmp_path / "out"), "--num_generations", "5", "--dry_run"]) == 0
+    out = capsys.readouterr().out
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Own words"}], add_generation_prompt=True, return_dict=True
+    )["input_ids"]
+    assert f"{len(ids)} tokens ----\n{tokenizer.decode(ids)}\n---- careful ----\nThere is no \\boxed" in out
+    assert (
+        f"[plain text]\n1+1=\n---- the same as the model reads it, {len(tokenizer('1+1=')['input_ids'])} tokens ----\n1+1=\n"
+        in out
+    )
+    assert "gold answer: '2'\nm: 3 problems x 5 samples" in out and not (tmp_path / "out").exists()
+
+
+def test_an_evaluation_without_readable_answers_says_where_to_look():
+    from trl_offpolicy.cli.measure import _unread
+
+    (told,) = _unread({"a": {"unparsable": 0.5}, "b": {"unparsable": 0.1}}, "exact")
+    assert (
+        told.startswith("a: 50% of the samples end without an answer that `--verifier exact` reads")
+        and "--dry_run" in told
+    )
+
+
+def test_a_dry_run_counts_rows_without_gold_answers(tmp_path, capsys):
+    file = tmp_path / "demos.jsonl"
+    rows = [{"problem": f"{n}?", "solution": "It is two." if n % 3 else "\\boxed{2}"} for n in range(9)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main([*rewrite_argv(file, tmp_path / "run"), "--dry_run"]) == 0
+    assert "6 of 9 rows have no gold answer, neither in `answer` nor as the last box" in capsys.readouterr().out

@@ -118,7 +118,7 @@ def test_no_function_is_long_and_modules_look_upwards_only():
     order = [
         "redaction", "whole_file", "text_files", "qualifiers", "extraction", "answers", "text_statistics", "prompts", "demonstrations", "rows", "control_tokens", "turns", "sampling", "math_grading", "verification", "sandbox_entry", "sandbox", "code_wire", "code_solution", "code_tests",
         "code_verifier", "verifiers", "journal", "shards",
-        "rewrite_config", "guided_filters", "scheduling", "judging", "run_log", "hub", "rewriter", "data_collator", "losses", "model_card", "importance_weighted_sft_config",
+        "rewrite_config", "guided_filters", "scheduling", "judging", "run_log", "dry_run", "hub", "rewriter", "data_collator", "losses", "model_card", "importance_weighted_sft_config",
         "scoring", "initial_policy", "group_rewards", "rewriting_agent", "importance_weighted_sft_trainer", "dft_trainer", "estimators", "tables",
         "policy_gap", "benchmarks", "evaluation", "page", "report", "cli",
     ]  # fmt: skip
@@ -141,18 +141,19 @@ def test_documented_commands_parse(tmp_path):
     import shlex
 
     from rewrite_ray import RayArguments
-    from trl import GRPOConfig, ModelConfig, ScriptArguments, TrlParser
+    from trl import GRPOConfig, ModelConfig, TrlParser
 
     from trl_offpolicy import ImportanceWeightedSFTConfig, RewriteConfig
     from trl_offpolicy.cli.agent import AgentArguments
     from trl_offpolicy.cli.measure import EvalArguments, GapArguments
     from trl_offpolicy.cli.rewrite import RewriteArguments
+    from trl_offpolicy.cli.sft import SFTArguments
     from trl_offpolicy.cli.verify import VerifyArguments
 
     parsers = {
-        "trl-offpolicy sft": (ScriptArguments, ImportanceWeightedSFTConfig, ModelConfig),
-        "accelerate launch -m trl_offpolicy.cli sft": (ScriptArguments, ImportanceWeightedSFTConfig, ModelConfig),
-        "accelerate launch examples/train.py": (ScriptArguments, ImportanceWeightedSFTConfig, ModelConfig),
+        "trl-offpolicy sft": (SFTArguments, ImportanceWeightedSFTConfig, ModelConfig),
+        "accelerate launch -m trl_offpolicy.cli sft": (SFTArguments, ImportanceWeightedSFTConfig, ModelConfig),
+        "accelerate launch examples/train.py": (SFTArguments, ImportanceWeightedSFTConfig, ModelConfig),
         "trl-offpolicy rewrite": (RewriteArguments, RewriteConfig),
         "python examples/rewrite_ray.py": (RayArguments, RewriteConfig),
         "trl-offpolicy verify": (VerifyArguments,),

@@ -16,6 +16,7 @@ from trl_offpolicy.answers import canonical
 from trl_offpolicy.benchmarks import PRESETS, load_benchmark, load_benchmarks, read_questions
 from trl_offpolicy.estimators import accuracies, bootstrap, compare, majority, paired_test, pass_at_k, share_interval
 from trl_offpolicy.prompts import SOLVE_PROMPT
+from trl_offpolicy.rows import read_rows
 from trl_offpolicy.sampling import Completion
 
 
@@ -237,6 +238,12 @@ def test_a_baseline_with_nothing_in_common_is_refused_before_sampling(tmp_path):
         run(few, baseline=base, max_completion_length=64, **asked)
     with pytest.raises(ValueError, match="`num_generations` was [0-9]+ there and is 2 now"):
         run(few, baseline=base, num_generations=2, **asked)
+    run(few, output_dir=base, overwrite=True, stop=["?!"])
+    with pytest.raises(ValueError, match=r"`stop` was \['\?!'\] there and is \[\] now"):
+        run(few, baseline=base, **asked)
+    run(few, output_dir=base, overwrite=True)
+    with pytest.raises(ValueError, match="`min_p` was 0.0 there and is 0.1 now"):
+        run(few, baseline=base, min_p=0.1, **asked)
     with pytest.raises(ValueError, match="no problem in common"):
         run(few, baseline=base, solve_prompt="{problem} Be brief.", **asked)
     assert sampler.sampled == 0 and (tmp_path / "new" / "results.json").read_text() == written
@@ -300,7 +307,7 @@ def test_rendered_prompts_double_bos_and_other_training_formats_are_refused(toke
 
     one = [{"problem": "1 gold:3 ?", "answer": "3"}]
     asked = {"sampler": Rendering(), "num_generations": 1}
-    rendered = [{"prompt": "<|im_start|>user\n1 gold:3 ?<|im_end|>\n", "answer": "3"}]
+    rendered = [{"prompt": [{"role": "user", "content": "<|im_start|>user\n1 gold:3 ?<|im_end|>\n"}], "answer": "3"}]
     with pytest.raises(ValueError, match="special token '<|im_"):
         run({"b": rendered}, **asked)
     twice = Rendering()
@@ -328,6 +335,27 @@ def test_rendered_prompts_double_bos_and_other_training_formats_are_refused(toke
         run({"b": one}, train_dataset=[{**trained, "prompt": [{"role": "user", "content": "2+2?"}]}], **plain)
     with pytest.raises(ValueError, match="turns before the problem"):
         run({"b": one}, train_dataset=[trained], system_prompt="Be good.", **plain)
+    with pytest.raises(ValueError, match="plain texts in one of the two"):
+        run({"b": one}, train_dataset=[{"prompt": "1 gold:3 ?"}], **plain)
+    with pytest.raises(ValueError, match="`chat_template_kwargs` are others"):
+        run({"b": one}, train_dataset=[{**trained, "chat_template_kwargs": {"thinking": False}}], **plain)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "Own words"}, {"role": "assistant", "content": "\\boxed{2}"}], "problem": "1+1?", "solution": "2"},
+        {"prompt": "Own words", "completion": "\\boxed{2}", "problem": "1+1?"},
+        {"conversations": [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "\\boxed{2}"}]},
+        {"instruction": "Add.", "input": "1+1", "output": "\\boxed{2}", "answer": "2"},
+        {"question": "1+1?", "answer": "one and one\n#### 2"},
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:Benchmark 'b'. The prompts are plain texts")
+def test_a_row_is_asked_as_a_rewrite_asks_it(row):
+    (problem,) = read_rows([row], solve_prompt=SOLVE_PROMPT)
+    (question,) = read_questions("b", [row], SOLVE_PROMPT, None)
+    assert (question.prompt, question.answer) == (problem.prompt, problem.answer)
 
 
 @pytest.mark.slow
@@ -351,7 +379,7 @@ def test_command_line_with_preset(tmp_path, monkeypatch, command):
     written = json.loads((tmp_path / "out" / "results.json").read_text())
     assert written["config"]["seed"] == PRESETS["paper"]["seed"] == 0 and written["config"]["num_generations"] == 2
     assert written["config"]["system_prompt"] == "You are a helpful assistant."
-    assert result.stdout.splitlines()[0] == str(tmp_path / "out") and "avg@2" in result.stdout
+    assert result.stdout.splitlines()[0] == f"output_dir: {tmp_path}/out" and "avg@2" in result.stdout
     assert written["benchmarks"]["p"]["entropy"] > 0
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     records = list(wandb_records(file))

@@ -82,7 +82,7 @@ def test_the_gap_command_says_what_is_wrong_before_a_model_is_loaded(tmp_path, m
     """Exit code 2 and a sentence; ~ is the home directory."""
     monkeypatch.setenv("HOME", str(tmp_path))
     plain, whole = tmp_path / "plain.jsonl", tmp_path / "whole.parquet"
-    plain.write_text('{"problem": "1+1?", "solution": "2"}\n')
+    plain.write_text('{"problem": "1+1?"}\n')
     Dataset.from_list(rewritten_rows(tokenizer)).to_parquet(whole)
     for dataset, model, options, message in [
         (plain, "./nope", [], "no column prompt and no completion and no source and no completion_ids"),
@@ -94,6 +94,27 @@ def test_the_gap_command_says_what_is_wrong_before_a_model_is_loaded(tmp_path, m
         assert message in capsys.readouterr().err
     assert main([*command[:2], POLICY, *command[3:]]) == 0
     assert {p.name for p in (tmp_path / "gap").iterdir()} == {"policy_gap.json", "policy_gap.parquet"}
+
+
+def test_gap_of_demonstrations_is_that_of_a_rewrite_that_kept_them_all(tiny_model, tokenizer):
+    raw = [{"question": f"{n}+1?", "answer": f"It is {n + 1}.\n#### {n + 1}"} for n in range(4)]
+    kept = [
+        {
+            "prompt": [{"role": "user", "content": f"Q: {row['question']}"}], "completion": [{"role": "assistant", "content": row["answer"]}],
+            "input_answer": row["answer"], "source": "expert", "completion_ids": [], "id": str(n), "chat_template_kwargs": {"hint": "so"},
+        }
+        for n, row in enumerate(raw)
+    ]  # fmt: skip
+    given = {"solve_prompt": "Q: {problem}", "chat_template_kwargs": '{"hint": "so"}'}
+    found = measure_policy_gap(tiny_model, raw, tokenizer, **given)
+    assert found == measure_policy_gap(tiny_model, kept, tokenizer) and list(found) == ["expert", "total"]
+    assert found["total"]["before"]["num_tokens"] == found["total"]["after"]["num_tokens"]
+    plain = tokenizer.chat_template
+    try:  # a variable that the template heeds changes what is scored
+        tokenizer.chat_template = plain + "{{ hint }}"
+        assert measure_policy_gap(tiny_model, kept, tokenizer) != found
+    finally:
+        tokenizer.chat_template = plain
 
 
 def test_gap_of_rows_of_another_model_reads_their_texts(tiny_model, tokenizer):

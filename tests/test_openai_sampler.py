@@ -123,7 +123,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.refused():
             return
         chat = self.path.endswith("/chat/completions")
-        if not chat and not server.token_ids:
+        if not chat and not server.token_ids and not isinstance(body["prompt"], str):
             return self.answer({"error": {"message": "no such route"}}, 404)
         if not server.extended and {"top_k", "repetition_penalty", "min_p"} & body.keys():
             return self.answer({"error": {"message": "unknown parameter"}}, 400)
@@ -713,18 +713,21 @@ def test_a_server_without_token_ids_gives_rows_without_them(serve, tmp_path, ext
         asked_before = len(server.seen)
         args = RewriteConfig(str(tmp_path / "run"), num_generations=4, max_completion_length=64)
         rewritten = DataRewriter(POLICY, args, sampler=sampler).rewrite(ROWS)
-    sampler.close()
     (told,) = [str(w.message) for w in said if "token ids" in str(w.message)]
     assert ("repetition_penalty" in told) != extended  # a server's own defaults would reshape what is drawn
     assert not any(rewritten["completion_ids"]) and not any(rewritten["behavior_log_probs"])
     drawn = [row for row in rewritten if row["source"] != "expert"]
     assert drawn and all("\\boxed" in row["completion"][0]["content"] for row in drawn)
     assert all(("repetition_penalty" in body) == extended and body["messages"] for body in server.seen)
-    stops = {"stop_token_ids": [2]} if extended else {"stop": "<|im_end|>"}  # where the chat template ends a turn
+    stops = {"stop_token_ids": [2]} if extended else {"stop": ["<|im_end|>"]}  # where the chat template ends a turn
     assert all(stops.items() <= body.items() for body in server.seen[asked_before:])
     if not extended:
         with pytest.raises(ValueError, match="top_k=5"):
             sampler.submit(Request("r", [], 1, SamplingParams(top_k=5)))
+    # A plain text goes where no chat template renders it.
+    (drawn,) = drain(sampler, [Request("plain", "2+2=", 7, SamplingParams(max_completion_length=64))]).values()
+    assert server.seen[-1]["prompt"] == "2+2=" and drawn.text.startswith(str(random.Random(7).randrange(10**6)))
+    sampler.close()
 
 
 def test_secrets_stay_out_of_what_is_recorded(tmp_path, monkeypatch, capsys):

@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import POLICY
 from datasets import Dataset, load_dataset
 from scripted import ScriptedSampler, rewrite_rows, rows, verify
@@ -523,7 +525,9 @@ def test_command_line_ctrl_c_kill_and_resume(tmp_path, demonstrations_file, comm
     done = command("rewrite", "--model_name_or_path", POLICY, *args, *more)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0] == str(tmp_path / "run") and lines[-1].startswith("accelerate launch -m trl_offpolicy.cli sft")
+    assert lines[0] == f"output_dir: {tmp_path}/run" and lines[-1].startswith(
+        "accelerate launch -m trl_offpolicy.cli sft"
+    )
     assert journal.read_bytes().startswith(before) and "resuming" in done.stderr
     resumed = load_dataset(str(tmp_path / "run" / "dataset"), split="train")
     assert len(set(resumed["id"])) == 60 and list(resumed["num_ops"]) == [1, 2, 3, 4, 5, 6] * 10
@@ -608,3 +612,228 @@ def test_command_line_dry_run_shows_what_the_model_reads(tmp_path, capsys):
     ]:
         assert main([*args, *more]) == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+class Recording(ScriptedSampler):
+    """Ends some attempts with an end of turn (token 7), and keeps what it was asked."""
+
+    stop_token_ids = [7]
+
+    def submit(self, request):
+        self.asked = request
+        super().submit(request)
+
+    def completion(self, request):
+        completion = super().completion(request)
+        ids = completion.completion_ids + [7] * (request.seed % 2)
+        return replace(completion, completion_ids=ids, log_probs=[-0.5] * len(ids))
+
+
+def test_how_prompts_are_rendered_and_attempts_end_is_in_the_rows_and_the_run(tmp_path):
+    given = {"enable_thinking": False, "effort": "low"}
+    sampler = Recording()
+    options = {"chat_template_kwargs": json.dumps(given), "system_prompt": "Be brief.", "stop": ["\n\nProblem:"]}
+    written, _ = rewrite(tmp_path, rows(30), sampler=sampler, **options)
+    assert sampler.asked.chat_template_kwargs == given and sampler.asked.params.stop == ("\n\nProblem:",)
+    assert all(row["prompt"][0] == {"role": "system", "content": "Be brief."} for row in written)
+    assert all(row["chat_template_kwargs"] == given for row in written)
+    ended = [row["completion_ids"][-1:] for row in written if row["source"] != "expert"]
+    assert (
+        [7] in ended and [] in ended and all(ids in ([7], []) for ids in ended)
+    )  # a stop text's end is no end of turn
+    assert all(len(row["behavior_log_probs"]) == len(row["completion_ids"]) for row in written)
+    header = json.loads((tmp_path / "run" / "journal.jsonl").open().readline())
+    assert header["config"]["chat_template_kwargs"] == given
+    for name in options:
+        with pytest.raises(ValueError, match=name):
+            rewrite(tmp_path, rows(30), **{**options, name: None})
+    with pytest.raises(ValueError, match="chat_template_kwargs.*has a column of that name"):
+        rewrite(tmp_path, [row | {"chat_template_kwargs": None} for row in rows(3)], **options)
+    with pytest.raises(ValueError, match="system_prompt.*prompts of their own"):
+        rewrite(tmp_path, [{"prompt": "1+1?", "completion": "2"}], system_prompt="Be brief.")
+
+
+def test_a_reshaped_draw_has_no_log_probs_and_the_run_says_what_to_set(tmp_path):
+    with pytest.warns(
+        UserWarning, match="^min_p=0.1, repetition_penalty=1.1: .* Sample with min_p=0.0, repetition_penalty=1.0 if"
+    ):
+        written, _ = rewrite(tmp_path, rows(10), min_p=0.1, repetition_penalty=1.1)
+    assert not any(written["behavior_log_probs"])
+
+
+def test_a_journal_of_november_2026_is_resumed(tmp_path):
+    """What a run is known by has no more entries than then, as long as nothing new is asked for."""
+    known = set(RewriteConfig("run").identity())
+    assert not known & {"min_p", "repetition_penalty", "stop", "system_prompt", "chat_template_kwargs"}
+    assert set(SamplingParams().settings()) == {"temperature", "top_p", "top_k", "max_completion_length"}
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"min_p": 1.5}, "min_p=1.5; it must be at least 0 and at most 1"),
+        ({"repetition_penalty": 0}, "repetition_penalty=0.0; it must be above 0"),
+        ({"stop": ["a", ""]}, "none of them empty"),
+        ({"stop": "a"}, "must be a list of texts"),
+        ({"chat_template_kwargs": "[1]"}, "write a JSON object"),
+    ],
+)
+def test_values_that_no_engine_takes(option, message):
+    with pytest.raises(ValueError, match=message):
+        RewriteConfig("run", **option)
+
+
+@pytest.mark.filterwarnings("ignore:The prompts are plain texts")
+def test_plain_texts_stay_plain_and_are_sampled_as_training_sees_them(tmp_path, tiny_model, tokenizer):
+    """Rows, log-probs, both trainers and the gap, against forwards of what SFTTrainer makes of the same texts."""
+    from trl import SFTConfig, SFTTrainer
+
+    from trl_offpolicy import ImportanceWeightedSFTConfig, ImportanceWeightedSFTTrainer, measure_policy_gap
+
+    data = [{"prompt": f"{i}+{i}=", "completion": f"{2 * i}: \\boxed{{{2 * i}}}", "n": i} for i in range(16)]
+    options = {"max_guided_copy": 1.0, "min_guided_length": 0.0, "temperature": 1.0, "num_generations": 1}
+    messages = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in data]
+    rewrite(tmp_path, messages, stages=[])
+    with pytest.raises(ValueError, match="`plain_prompts` was None there and is 'asked as they are' now"):
+        rewrite(tmp_path, data, stages=[])
+    sampler = TransformersSampler(tiny_model, tokenizer)
+    told = {"sampler": sampler, "verifier": lambda completions, answers: [len(c) % 2 == 0 for c in completions]}
+    rewritten, _ = rewrite(tmp_path / "own", data, **told, **options)
+    assert [rewritten.features[name].dtype for name in ("prompt", "completion", "behavior_prompt")] == ["string"] * 3
+    assert set(rewritten["source"]) == {"self", "guided", "expert"} and rewritten["prompt"][:] == [
+        r["prompt"] for r in data
+    ]
+
+    def log_probs(prompt, ids):
+        with torch.no_grad():
+            logits = tiny_model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+        return logits.log_softmax(-1).gather(-1, torch.tensor(ids)[:, None])[:, 0]
+
+    shared = {"report_to": "none", "use_cpu": True, "bf16": False, "shuffle_dataset": False}
+    theirs = SFTTrainer(
+        tiny_model, SFTConfig(str(tmp_path / "t"), **shared), train_dataset=rewritten.select_columns(["prompt", "completion"]),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    ours = ImportanceWeightedSFTTrainer(
+        tiny_model, ImportanceWeightedSFTConfig(str(tmp_path / "o"), **shared), train_dataset=rewritten, processing_class=tokenizer
+    )  # fmt: skip
+    experts = []
+    for row, own, trl in zip(rewritten, ours.train_dataset, theirs.train_dataset, strict=True):
+        if row["source"] == "expert":
+            assert row["completion"] == row["input_completion"] and own["input_ids"] == trl["input_ids"]
+            start = trl["labels"].count(-100)
+            experts.append(log_probs(trl["input_ids"][:start], trl["input_ids"][start:]).sum().item())
+            continue
+        assert own["input_ids"] == tokenizer(row["prompt"])["input_ids"] + row["completion_ids"]
+        shown = row["behavior_prompt"] if row["source"] == "guided" else row["prompt"]
+        assert (row["prompt"][:3] in shown) and (row["source"] == "guided") == (row["input_completion"] in shown)
+        drawn = log_probs(tokenizer(shown)["input_ids"], row["completion_ids"])
+        assert row["behavior_log_probs"] == pytest.approx(drawn.tolist(), abs=1e-4)
+    gap = measure_policy_gap(tiny_model, rewritten, tokenizer)
+    assert gap["expert"]["after"]["sequence_log_prob"] == pytest.approx(np.mean(experts), rel=1e-5)
+    assert gap["self"]["behavior"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert measure_policy_gap(tiny_model, data, tokenizer)["expert"]["rows"] == 16  # before a rewrite
+
+
+class Remembering(ScriptedSampler):
+    """Keeps the names of what it was asked for."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.asked = []
+
+    def submit(self, request):
+        self.asked.append(request.id)
+        super().submit(request)
+
+
+class OtherVerifier:
+    """Takes what is near enough for some texts, refuses what is right in others, and cannot compare with multiples of seven."""
+
+    def verify(self, completions, answers):
+        said = [
+            int(re.search(r"\\boxed{(\d+)}$", text)[1]) - int(answer)
+            for text, answer in zip(completions, answers, strict=True)
+        ]
+        return [
+            "correct" if off in (0, 1, 2)[len(text) % 2 :] else "wrong"
+            for off, text in zip(said, completions, strict=True)
+        ]
+
+    def check_answers(self, answers):
+        return [Verdict.CORRECT if int(answer) % 7 else Verdict.UNPARSABLE for answer in answers]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"selection": "random"}, {"selection": "max_log_prob"}, {"keep_rejected": False}]
+)
+@pytest.mark.filterwarnings("ignore:.* attempts have no text")
+def test_rows_judged_anew_are_those_of_a_fresh_run_with_the_other_verifier(tmp_path, options):
+    fresh, _ = rewrite(tmp_path / "fresh", rows(90), verifier=OtherVerifier(), **options)
+    first, _ = rewrite(tmp_path, rows(90), **options)
+    assert first.to_list() != fresh.to_list()
+    journal = tmp_path / "run" / "journal.jsonl"
+    before = journal.read_bytes()
+    known = {f"{e['id']}/{e['stage']}/{e['attempt']}" for e in map(json.loads, before.splitlines()[1:]) if "text" in e}
+    with pytest.raises(ValueError, match="verdicts of another verifier: `verifier` was 'verify' there .*--rejudge"):
+        rewrite(tmp_path, rows(90), verifier=OtherVerifier(), **options)
+    with pytest.raises(ValueError, match="another configuration: `seed` was 42 there and is 1 now"):
+        rewrite(tmp_path, rows(90), verifier=OtherVerifier(), rejudge=True, seed=1, **options)
+
+    def failing(completions, answers):
+        raise RuntimeError("dead")
+
+    with pytest.raises(RuntimeError, match="dead"):
+        rewrite(tmp_path, rows(90), verifier=failing, rejudge=True, **options)
+    assert journal.read_bytes() == before and (tmp_path / "run" / "dataset").exists()
+    assert not list(journal.parent.glob("*.partial"))
+    sampler = Remembering()
+    again, _ = rewrite(tmp_path, rows(90), verifier=OtherVerifier(), rejudge=True, sampler=sampler, **options)
+    assert again.to_list() == fresh.to_list() and sampler.asked and not known & set(sampler.asked)
+    assert (tmp_path / "run" / "journal.jsonl.1").read_bytes() == before
+    back, _ = rewrite(tmp_path, rows(90), rejudge=True, **options)
+    assert back.to_list() == first.to_list() and (tmp_path / "run" / "journal.jsonl.2").exists()
+
+
+def test_shards_are_judged_anew_one_after_another(tmp_path):
+    fresh, _ = rewrite(tmp_path / "fresh", rows(40), verifier=OtherVerifier())
+    for shard in ("0/2", "1/2"):
+        rewrite(tmp_path, rows(40), shard=shard)
+    for shard in ("0/2", "1/2"):
+        rewrite(tmp_path, rows(40), shard=shard, verifier=OtherVerifier(), rejudge=True)
+    whole = load_dataset(str(tmp_path / "run" / "dataset"), split="train")
+    assert whole.to_list() == fresh.to_list()
+
+
+def test_a_probe_s_attempts_are_the_run_s_first(tmp_path, capsys):
+    """Its figures against its journal, and the run that begins with it against one that did not."""
+    options = {"selection": "random", "num_generations": 3}
+    expected, _ = rewrite(tmp_path / "without", rows(100), **options)
+    for temperature in (0.5, 1.0):  # it is tried again with other settings: the last one is that of the run
+        assert rewrite(tmp_path, rows(100), dry_run=True, probe=40, temperature=temperature, **options)[0] is None
+    told = capsys.readouterr().out
+    entries = [json.loads(line) for line in (tmp_path / "run" / "probe.jsonl").open()][1:]
+    of = {stage: [e for e in entries if e["stage"] == stage] for stage in ("self", "guided")}
+    assert (
+        len(of["self"]) == 40
+        and {e["attempt"] for e in entries} == {0}
+        and not (tmp_path / "run" / "dataset").exists()
+    )
+    for stage, attempts in of.items():
+        right = sum(e["verdict"] == "correct" and "rejected" not in e for e in attempts)
+        cut = sum(e["finish_reason"] == "length" for e in attempts)
+        lengths = [e["num_tokens"] for e in attempts]
+        assert (
+            f"{stage}: {len(attempts)} attempts, {right / len(attempts):.1%} accepted, {cut / len(attempts):.1%} cut"
+            in told
+        )
+        half, most = (int(np.quantile(lengths, q, method="inverted_cdf")) for q in (0.5, 0.95))
+        assert f"half of them have {half} tokens or fewer, 95% {most} or fewer" in told
+    wrong = len(of["guided"]) / 40  # of `random`, every attempt of a stage is drawn: 3, and 3 more where none is right
+    attempts = int(re.search(r"about ([\d,]+) attempts", told.rpartition("probe:")[2])[1].replace(",", ""))
+    assert attempts == pytest.approx(300 + 300 * wrong**3, rel=0.05)
+    sampler = Remembering()
+    rewritten, _ = rewrite(tmp_path, rows(100), sampler=sampler, **options)
+    assert rewritten.to_list() == expected.to_list()
+    assert not set(sampler.asked) & {f"{e['id']}/{e['stage']}/{e['attempt']}" for e in entries}
+    assert not (tmp_path / "run" / "probe.jsonl").exists()

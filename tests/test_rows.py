@@ -66,8 +66,9 @@ def test_final_answer_of_gsm8k():
 )
 def test_every_format_is_the_same_problem(row):
     (problem,) = read_rows([row])
-    assert (problem.prompt, problem.demonstration, problem.answer) == (USER, "so \\boxed{2}", "2")
-    assert problem.id == content_id(USER, "2")
+    prompt = row["prompt"] if isinstance(row.get("prompt"), str) else USER  # a plain text stays one
+    assert (problem.prompt, problem.demonstration, problem.answer) == (prompt, "so \\boxed{2}", "2")
+    assert problem.problem == "1+1?" and problem.id == content_id(USER, "2")
     (written,) = output_row_columns(row)
     assert demonstration(written) == "so \\boxed{2}"
 

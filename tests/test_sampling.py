@@ -1,6 +1,7 @@
 """Every engine against the model's own forward, against `generate`, and against itself with another number of requests in flight."""
 
 import copy
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -110,6 +111,46 @@ def test_stop_length_and_text(sampler):
         assert completion.text == processing_class.decode(completion.completion_ids, skip_special_tokens=True)
 
 
+def test_an_attempt_ends_at_a_stop_text_which_is_cut_off(sampler):
+    """Against the same seeds drawn without: the text up to the first stop text, and the ids up to the one that completes it."""
+    free = drain(sampler, requests(12, SamplingParams(max_completion_length=24)))
+    stopped = drain(sampler, requests(12, SamplingParams(max_completion_length=24, stop=("so ", "+"))))
+    decode = sampler.processing_class.decode
+    ended = 0
+    for name, whole in free.items():
+        text = re.split(r"so |\+", whole.text)[0]
+        assert stopped[name].text == text
+        if text == whole.text:
+            assert stopped[name] == whole
+            continue
+        ended += 1
+        ids = stopped[name].completion_ids
+        assert ids == whole.completion_ids[: len(ids)] and stopped[name].finish_reason == "stop"
+        holds = [any(t in decode(ids[:n]) for t in ("so ", "+")) for n in (len(ids) - 1, len(ids))]
+        assert holds == [False, True] and len(stopped[name].log_probs) == len(ids)
+    assert ended
+
+
+def test_a_repetition_penalty_and_the_template_s_variables_are_heeded(sampler, model):
+    """Greedy against `generate` with transformers' own penalty, and a prompt that only the template's variable changes."""
+    processing_class, template = sampler.processing_class, sampler.processing_class.chat_template
+    end = processing_class.convert_tokens_to_ids("<|im_end|>")
+    params = SamplingParams(temperature=0.0, max_completion_length=16, repetition_penalty=1.3)
+    plain = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "repetition_penalty": 1.3}
+    try:
+        processing_class.chat_template = template + "{% if hint is defined %}{{ hint }}{% endif %}"
+        # A longer one beside it, so that the short prompt is padded in a batch.
+        asked = [replace(r, chat_template_kwargs={"hint": "2 + "}) for r in requests(3, params)]
+        drawn = drain(sampler, asked)
+        for request in asked:
+            ids = encode_prompt(processing_class, request.prompt, chat_template_kwargs={"hint": "2 + "})
+            ids = torch.tensor([ids])
+            expected = model.generate(ids, max_new_tokens=16, eos_token_id=end, **plain)[0, ids.shape[1] :].tolist()
+            assert drawn[request.id].completion_ids == expected
+    finally:
+        processing_class.chat_template = template
+
+
 def test_greedy_equals_generate(sampler, model):
     (completion,) = drain(sampler, requests(1, SamplingParams(temperature=0.0, max_completion_length=16))).values()
     ids = torch.tensor([encode_prompt(sampler.processing_class, requests(1)[0].prompt)])
@@ -131,6 +172,7 @@ def one_head(tmp_path_factory):
         SamplingParams(max_completion_length=1, temperature=1.7),
         SamplingParams(max_completion_length=1, top_k=3),
         SamplingParams(max_completion_length=1, top_p=0.8),
+        SamplingParams(max_completion_length=1, min_p=0.2),
     ],
 )
 @pytest.mark.parametrize("name", ["transformers", pytest.param("vllm", marks=[needs_vllm, pytest.mark.slow])])
@@ -161,6 +203,8 @@ def test_first_token_has_the_right_distribution(engine, tiny_model, tokenizer, o
         before = logits.softmax(-1)[order].cumsum(-1) - logits.softmax(-1)[order]
         logits[order[before >= params.top_p]] = -torch.inf
     p = logits.softmax(-1)
+    p = torch.where(p < params.min_p * p.max(), 0.0, p)
+    p = p / p.sum()
     assert ((counts / n - p).abs() <= 5 * (p * (1 - p) / n).sqrt() + 1.5 / n).all()
 
 

@@ -528,7 +528,10 @@ def test_the_status_line_moves_while_nothing_is_finished(tmp_path, monkeypatch, 
     assert sampler.seen and sampler.seen[0]["rows"] == 0 and sampler.seen[0]["sampling"] == 16
     line = json.loads(sampler.metrics.read_text().splitlines()[-1])
     assert line["tokens"] + line["unused_tokens"] + line["aborted_tokens"] == sampler.drawn_tokens  # no token is lost
-    assert "tok/s" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert (
+        "tok/s" in shown and " 0/5 [" in shown and f"{sampler.seen[0]['drawn']:,} tokens" in shown
+    )  # what moves where no row is done
 
 
 class Counting(Submitted):

@@ -447,12 +447,13 @@ def test_command(tmp_path, command):
     )
     result = command("verify", *named, "--output_file", out)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[0] == str(out)
+    assert result.stdout.splitlines()[0] == f"output_file: {out}"
     odd = [json.loads(line) for line in out.open()]
     assert [o["id"] for o in odd] == [r["id"] for r in rows if not r["label"]] == [rows[o["index"]]["id"] for o in odd]
     assert {o["verdict"] for o in odd} <= {"wrong", "unparsable"}
     assert f"{len(odd)} rows that are not correct" in result.stdout.splitlines()[-1]
-    assert command("verify", *named, "--output_file", out).returncode == 2  # it exists
+    out.write_text("notes\n")
+    assert command("verify", *named, "--output_file", out).returncode == 2  # it exists, and is not what `verify` wrote
     result = command(
         "verify", "--dataset_name", DATA / "math_50.jsonl", "--output_file", tmp_path / "x", "--verifier", "exact"
     )
@@ -505,9 +506,9 @@ def test_the_command_leaves_columns_of_the_user_alone(tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"problem": "?", **row}) for row in rows))
     with pytest.warns(UserWarning, match=r"1 of 3 rows \(2\) have no `answer`"):
         assert main(["verify", "--dataset_name", "rows.jsonl", "--verifier", "exact"]) == 0
-    (odd,) = map(json.loads, (tmp_path / "not_correct.jsonl").read_text().splitlines())
+    (odd,) = map(json.loads, (tmp_path / "rows.not_correct.jsonl").read_text().splitlines())
     assert odd == {
-        "problem": "?", "solution": "\\boxed{8}", "answer": "7", "index": 1, "verdict": "wrong", "reason": odd["reason"], "gold": "7",
+        "problem": "?", "solution": "\\boxed{8}", "answer": "7", "index": 1, "verdict": "wrong", "reason": "states '8', the gold answer is '7'", "gold": "7",
         "input_index": "a", "input_verdict": "b", "input_reason": "c", "input_gold": "2015-03-01", "input_input_gold": 4,
     }  # fmt: skip
     features = Features(
@@ -516,6 +517,21 @@ def test_the_command_leaves_columns_of_the_user_alone(tmp_path, monkeypatch):
     image = {"bytes": b"no image at all", "path": "a.png"}
     row = {"problem": "?", "solution": "\\boxed{8}", "answer": "7", "image": image}
     Dataset.from_list([row], features=features).to_parquet("images.parquet")
-    assert main(["verify", "--dataset_name", "images.parquet", "--verifier", "exact", "--overwrite"]) == 0
-    (odd,) = map(json.loads, (tmp_path / "not_correct.jsonl").read_text().splitlines())
+    assert main(["verify", "--dataset_name", "images.parquet", "--verifier", "exact"]) == 0
+    (odd,) = map(json.loads, (tmp_path / "images.not_correct.jsonl").read_text().splitlines())
     assert odd["image"] == {"bytes": base64.b64encode(image["bytes"]).decode(), "path": "a.png"}
+
+
+def test_a_wrong_verdict_says_what_was_read_and_what_is_right():
+    """Within 400 characters, whatever was written."""
+    with MathVerifier(num_workers=1) as verifier:
+        told = verifier.explain(
+            ["so \\boxed{\\frac{1}{3}}", f"\\boxed{{{'7' * 400}}}"], ["one half\n#### 1/2", "8" * 400]
+        )
+    assert told[0] == (Verdict.WRONG, "states '\\\\frac{1}{3}', the gold answer is '1/2'")
+    assert (
+        told[1][0] == Verdict.WRONG
+        and "states '777" in told[1][1]
+        and "answer is '888" in told[1][1]
+        and len(told[1][1]) < 400
+    )

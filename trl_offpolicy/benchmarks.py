@@ -1,12 +1,26 @@
 """The problems a model is evaluated on: benchmarks by name, file or Hub id, and the exact prompts they are asked with."""
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import prompts
 from .control_tokens import ControlTokens, rendered_before
-from .rows import content_id, encode_prompt, final_answer, is_missing, load_rows, plain_rows, tell_missing_answers
+from .rows import (
+    ASKED,
+    PLAIN_PROMPTS,
+    as_completion,
+    content_id,
+    demonstration,
+    encode_prompt,
+    final_answer,
+    is_missing,
+    load_rows,
+    own_prompt,
+    plain_rows,
+    tell_missing_answers,
+)
 
 
 # Name → Hub id, configuration, split. Files of your own take any of these rows' columns: problem or question; answer or final_answer.
@@ -43,12 +57,16 @@ PRESETS = {
 }  # fmt: skip
 
 
+# Where a row's prompt or problem is looked for, in the order in which a rewrite takes them.
+PROMPT_COLUMNS = ("messages", "prompt", "problem", "question", "conversations", "instruction")
+
+
 @dataclass(frozen=True, slots=True)
 class Question:
     """One problem of a benchmark."""
 
     id: str
-    prompt: list[dict[str, str]]
+    prompt: list[dict[str, str]] | str
     problem: str | None  # what `solve_prompt` was filled with; `None` where the row brought a prompt of its own
     answer: str
     row: dict  # as the benchmark has it: its other columns are for verifiers that ask for them
@@ -73,7 +91,7 @@ def load_benchmark(name: str):
         or name.startswith((".", "/", "~"))
         or Path(name).suffix in (".jsonl", ".json", ".csv", ".parquet")
     ):
-        return Path(name).stem, load_rows(name)
+        return Path(name).stem, load_rows(name, named="benchmarks")
     hub_id, *where = name.split(":")
     if "/" not in hub_id or len(where) > 2:
         raise ValueError(
@@ -97,40 +115,47 @@ def load_benchmarks(names: Iterable[str]) -> dict:
 
 
 def read_questions(name: str, rows: Iterable[dict], solve_prompt: str, system_prompt: str | None) -> list[Question]:
-    """Every row as a `Question`; a second row with the same prompt and answer has the id `<id>-2`, so its samples are its own."""
-    questions, seen = [], {}
+    """Every row as a `Question`, asked as a rewrite asks it; a second row with the same prompt and answer has the id `<id>-2`, so its samples are its own."""
+    questions, seen, plain = [], {}, 0
     rows = tell_missing_answers(plain_rows(rows), "answer", "another column's answer, or what the solution boxes,")
     for index, row in enumerate(rows):
         where = f"Row {index} of benchmark {name!r}"
         answer = _answer(row)
         if not answer:
             raise ValueError(f"{where} has no `answer`; its columns are {list(row)}.")
-        prompt, problem = row.get("prompt"), None
-        if isinstance(prompt, list):
-            prompt = [{"role": m["role"], "content": m["content"]} for m in prompt]
-        else:
-            problem = None if prompt else row.get("problem") or row.get("question")
-            if not prompt and not problem:
-                raise ValueError(f"{where} has no `prompt`, `problem` or `question`; its columns are {list(row)}.")
-            text = prompt or prompts.fill(solve_prompt, problem=problem)
+        column = next((name for name in PROMPT_COLUMNS if row.get(name)), None)
+        if column is None:
+            raise ValueError(
+                f"{where} has no `prompt`, `problem` or `question`, and no messages or instruction; its columns are {list(row)}."
+            )
+        prompt, problem = own_prompt(row, column, where), None
+        if column in ASKED:
+            problem = prompts.contents(prompt)[-1]
             prompt = [{"role": "system", "content": system_prompt}] if system_prompt else []
-            prompt.append({"role": "user", "content": text})
-        key = content_id(prompt, answer)
+            prompt.append({"role": "user", "content": prompts.fill(solve_prompt, problem=problem)})
+        plain += isinstance(prompt, str)
+        # A plain text is another question than the message that holds it, which is rendered.
+        key = content_id([{"role": "", "content": prompt}] if isinstance(prompt, str) else prompt, answer)
         seen[key] = copy = seen.get(key, 0) + 1
         questions.append(Question(key if copy == 1 else f"{key}-{copy}", prompt, problem, answer, row))
     if not questions:
         raise ValueError(f"Benchmark {name!r} has no rows.")
+    if plain:
+        warnings.warn(f"Benchmark {name!r}: {PLAIN_PROMPTS}", stacklevel=2)
     return questions
 
 
 def _answer(row: dict) -> str | None:
-    """The gold answer: a column of that name (GSM8K's holds the whole solution), else the solution's last box."""
+    """The gold answer: a column of that name (GSM8K's holds the whole solution), else the last box of solution or demonstration."""
     for column in ("answer", "final_answer"):
         value = row.get(column)
         value = ", ".join(map(str, value)) if isinstance(value, list) else value
         if not is_missing(value):
             return final_answer(str(value)) or str(value)
-    return final_answer(row.get("solution") or "")
+    # Under the names that they would have beside a rewrite.
+    carried = {f"input_{name}": row.get(name) for name in ("messages", "completion", "conversations")}
+    texts = row.get("solution"), demonstration(carried | {"output": row.get("output")})
+    return next((found for text in texts if (found := final_answer(text or ""))), None)
 
 
 def without_control_tokens(
@@ -139,18 +164,25 @@ def without_control_tokens(
     """The questions as they are asked: with `escape`, the control tokens in them are text; see [`~control_tokens.ControlTokens`]."""
     control = ControlTokens(processing_class, mode)
     for name, each in questions.items():
-        texts = ("\0".join(turn["content"] for turn in question.prompt) for question in each)
+        texts = ("\0".join(prompts.contents(question.prompt)) for question in each)
         control.check(map(control.within, texts), f"the prompts of {name}")
     return {name: [replace(q, prompt=control.prompt(q.prompt)) for q in each] for name, each in questions.items()}
 
 
 def check_format(
-    processing_class, questions: dict[str, list[Question]], train_tokenizer=None, train_dataset=None
+    processing_class,
+    questions: dict[str, list[Question]],
+    train_tokenizer=None,
+    train_dataset=None,
+    chat_template_kwargs: dict | None = None,
 ) -> None:
     """[`check_prompts`] and [`check_training_format`] of all benchmarks."""
     for name, each in questions.items():
         check_prompts(processing_class, name, each)
         check_training_format(processing_class, each, train_tokenizer, train_dataset)
+    # Rows without a column of them may have been trained on with `trl-offpolicy sft --chat_template_kwargs`.
+    if train_dataset is not None and (trained := next(iter(train_dataset)).get("chat_template_kwargs")):
+        _same(chat_template_kwargs, trained, "The `chat_template_kwargs` are others than in training")
 
 
 def check_prompts(processing_class, name: str, questions: list[Question]) -> None:
@@ -161,10 +193,12 @@ def check_prompts(processing_class, name: str, questions: list[Question]) -> Non
         ValueError: A prompt begins as the chat template does (it was rendered before), or with two BOS tokens.
     """
     for index, question in enumerate(questions):
-        if question.problem is None and (found := rendered_before(processing_class, question.prompt[-1]["content"])):
+        if question.problem is not None or isinstance(question.prompt, str):
+            continue
+        if found := rendered_before(processing_class, question.prompt[-1]["content"]):
             raise ValueError(
                 f"Row {index} of benchmark {name!r} begins with the special token {found!r}: its prompt was rendered by a chat template already, and "
-                "would be once more. Pass the problem's text, or messages."
+                "would be once more. Pass the problem's text, or `prompt` as a plain text, which is asked as it is."
             )
     bos = processing_class.bos_token_id
     if bos is not None and encode_prompt(processing_class, questions[0].prompt)[:2] == [bos, bos]:
@@ -191,14 +225,17 @@ def check_training_format(processing_class, questions: list[Question], tokenizer
         from transformers import AutoTokenizer
 
         other = AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str) else tokenizer
-        turns = [*asked, {"role": "assistant", "content": "4"}]
-        ours, theirs = (c.apply_chat_template(turns, tokenize=False) for c in (processing_class, other))
-        _same(ours, theirs, "The chat template is another one than in training")
+        turns = asked + as_completion(asked, "4")
+        if not isinstance(turns, str):  # else no template renders it
+            ours, theirs = (c.apply_chat_template(turns, tokenize=False) for c in (processing_class, other))
+            _same(ours, theirs, "The chat template is another one than in training")
     if dataset is not None:
         row = next(iter(dataset))
         trained = row["prompt"]
+        if isinstance(trained, str) != isinstance(asked, str):
+            _same(asked, trained, "Prompts are plain texts in one of the two and messages in the other")
         if isinstance(trained, str):
-            trained = [{"role": "user", "content": trained}]
+            return
         before_ours, before_theirs = ([[t["role"], t["content"]] for t in turns[:-1]] for turns in (asked, trained))
         _same(before_ours, before_theirs, "The turns before the problem are others than in training")
         problem, asked_problem = row.get("problem") or row.get("question"), questions[0].problem

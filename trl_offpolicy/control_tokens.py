@@ -77,11 +77,13 @@ class ControlTokens:
             stacklevel=3,
         )
 
-    def prompt(self, turns: list[dict[str, str]]) -> list[dict[str, str]]:
-        """The turns as the model is to see them: escaped, if that was asked for."""
+    def prompt(self, prompt: list[dict[str, str]] | str) -> list[dict[str, str]] | str:
+        """Messages or a plain text as the model is to see them: escaped, if that was asked for."""
         if self.mode != "escape" or self._pattern is None:
-            return turns
-        return [{**turn, "content": self._escaped(turn["content"])} for turn in turns]
+            return prompt
+        if isinstance(prompt, str):
+            return self._escaped(prompt)
+        return [{**turn, "content": self._escaped(turn["content"])} for turn in prompt]
 
     def _escaped(self, text: str) -> str:
         while self.within(text):

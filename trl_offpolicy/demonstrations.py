@@ -7,19 +7,19 @@ No value is changed. The demonstration as it came is carried through in its own 
 """
 
 import re
-from collections.abc import Iterable
 
 from .answers import canonical
 from .extraction import Unparsable, boxes, stated_answer
+from .prompts import contents
 
 
 # GSM8K's calculator annotations, all 23,716 of which are an equation of numbers, `<<48/2=24>>`.
 CALCULATOR_MARK = re.compile(r"<<[-+*/^%().,$ \d]*=[-+*/^%().,$ \d=]*>>")
 
 
-def asks_for_box(prompt: Iterable[dict[str, str]]) -> bool:
+def asks_for_box(prompt: list[dict[str, str]] | str) -> bool:
     r"""Whether a prompt wants the final answer in `\boxed{}`."""
-    return any("\\boxed" in turn["content"] for turn in prompt)
+    return any("\\boxed" in text for text in contents(prompt))
 
 
 def has_box(text: str) -> bool:

@@ -9,6 +9,7 @@ last of several shards to finish finds all the others' there.
 import json
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -26,10 +27,21 @@ from .extraction import stated_text
 from .hub import versions
 from .journal import Journal, differences, read_entries
 from .judging import VerdictQueue, abandoning
+from .rewrite_config import template_kwargs
 from .rewriter import batched
 from .rows import Verdict, stored
 from .run_log import check_wandb, wandb_run
-from .sampling import FAILED, Completion, Request, Sampler, SamplerError, SamplingParams, attempt_seed, template_digest
+from .sampling import (
+    FAILED,
+    LATER,
+    Completion,
+    Request,
+    Sampler,
+    SamplerError,
+    SamplingParams,
+    attempt_seed,
+    template_digest,
+)
 from .shards import Shard, check_siblings
 from .verification import MathVerifier, describe
 from .whole_file import partial_file, write_whole
@@ -70,6 +82,10 @@ def evaluate(
     sampler: Sampler | None = None,
     verifier=None,
     processing_class=None,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    stop: list[str] | None = None,
+    chat_template_kwargs: dict | str | None = None,
 ) -> dict[str, dict]:
     """
     avg@k, pass@k and maj@k of `model` on each benchmark.
@@ -77,19 +93,17 @@ def evaluate(
     Args:
         model (`str` or `PreTrainedModel`): What is evaluated (ignored when a `sampler` is passed).
         benchmarks (`list[str]` or `dict[str, Iterable[dict]]`): Names, files or Hub ids ([`~benchmarks.load_benchmark`]); or rows by
-            name, each with `answer` and a conversational `prompt`, or with `problem` or `question`, which `solve_prompt` turns into one.
+            name, each with `answer` and a prompt as a rewrite takes it: `messages`, a conversational `prompt`, a plain text `prompt`, which is
+            asked without a chat template; or with `problem` or `question`, which `solve_prompt` turns into messages.
         num_generations (`int`, *optional*, defaults to `16`): k; the papers' avg@16.
         system_prompt (`str`, *optional*): A system turn before problems that have no prompt of their own.
+        min_p, repetition_penalty, stop, chat_template_kwargs, control_tokens (*optional*): As in [`RewriteConfig`].
         greedy (`bool`, *optional*, defaults to `False`): Also draw one completion of each problem at temperature 0.
         output_dir (`str`, *optional*): Run directory: journal, `samples.parquet`, `results.json`, `results.md`. An interrupted run resumes from it.
-        shard (`str`, *optional*, defaults to `"0/1"`): `i/n` asks the i-th of n blocks of each benchmark's problems; needs `output_dir`, where
-            the results appear with the last of them.
+        shard (`str`, *optional*, defaults to `"0/1"`): `i/n`, the i-th of n blocks of problems; `output_dir` has the results with the last.
         report_to (`str`, *optional*, defaults to `"none"`): `"wandb"` logs the numbers of `results.json`; needs `output_dir`.
         baseline (`str`, *optional*): Run directory of another model: paired comparison with it on the same problems.
-        train_tokenizer, train_dataset (*optional*): What the model was trained with; an evaluation in another format is refused
-            ([`~benchmarks.check_training_format`]).
-        control_tokens (`str`, *optional*, defaults to `"warn"`): What is done with problems that hold the model's control tokens as text: `warn`,
-            `refuse`, `escape` or `allow` ([`~control_tokens.ControlTokens`]).
+        train_tokenizer, train_dataset (*optional*): With what it was trained; another format is refused ([`~benchmarks.check_training_format`]).
 
     Returns:
         `dict`: For each benchmark (of this shard's problems only, as long as other shards are missing):
@@ -100,8 +114,7 @@ def evaluate(
         - `truncated`, `unparsable`, `not_told`: shares of the samples that were cut, stated no answer, could not be judged or drawn
           (time-outs, errors). The first two count as wrong, the last are left out, and a problem with fewer than j left is left out of
           `pass@j`. `gold_unparsable`: problems whose gold answer the verifier cannot compare with;
-        - `entropy`: nats per token, estimated by the mean of -log π over the sampled tokens; `None` if the engine gives no log-probs
-          or does not sample plainly (temperature 1, top_p 1, top_k 0).
+        - `entropy`: nats per token, the mean of -log π over the sampled tokens; `None` without log-probs or plain sampling.
 
     Raises:
         ValueError: A benchmark is empty or unknown, a row has no problem or no answer, the prompts' format is wrong, or `output_dir`
@@ -110,28 +123,26 @@ def evaluate(
     part = Shard.parse(shard)
     check_wandb(report_to)
     _check_settings(num_generations, temperature, part, output_dir, solve_prompt, control_tokens)
+    params = SamplingParams(temperature, top_p, top_k, max_completion_length, min_p, repetition_penalty, stop or ())
+    chat_template_kwargs = template_kwargs(chat_template_kwargs)
     rows = benchmarks if isinstance(benchmarks, dict) else load_benchmarks(benchmarks)
     questions = {name: read_questions(name, each, solve_prompt, system_prompt) for name, each in rows.items()}
-    params = SamplingParams(temperature, top_p, top_k, max_completion_length)
     settings = {"num_generations": num_generations, **asdict(params)}
     earlier = _read_baseline(Path(os.path.expanduser(baseline)), questions, settings) if baseline else {}
     output_dir = output_dir and os.path.expanduser(output_dir)
     sampler = sampler or _default_sampler(model, processing_class)
     processing_class = getattr(sampler, "processing_class", processing_class)
     if processing_class is not None:
-        check_format(processing_class, questions, train_tokenizer, train_dataset)
+        check_format(processing_class, questions, train_tokenizer, train_dataset, chat_template_kwargs)
         questions = without_control_tokens(processing_class, questions, control_tokens)
-    own_verifier, verifier = verifier is None, MathVerifier() if verifier is None else verifier
     asked = {"seed": seed, "solve_prompt": solve_prompt, "system_prompt": system_prompt}
     asked |= {"control_tokens": "escape"} if control_tokens == "escape" else {}
-    run = _Run(questions, num_generations, greedy, params, seed, part)
-    try:
-        config = {**asdict(params), **asked, **_engine(sampler, verifier, processing_class)}
+    asked |= {"chat_template_kwargs": chat_template_kwargs} if chat_template_kwargs else {}
+    run = _Run(questions, num_generations, greedy, params, seed, part, chat_template_kwargs)
+    with MathVerifier() if verifier is None else nullcontext(verifier) as verifier:
+        config = {**params.settings(), **asked, **_engine(sampler, verifier, processing_class)}
         odd = {name: _uncheckable(verifier, each) for name, each in questions.items()}
         run.sample(sampler, verifier, output_dir, config, overwrite)
-    finally:
-        if own_verifier:
-            verifier.close()
     results = {name: {**run.summarize(name), "gold_unparsable": odd[name]} for name in questions if run.has(name)}
     _compare(results, earlier, str(baseline))
     if output_dir is not None and run.complete:
@@ -175,7 +186,8 @@ def _read_baseline(directory: Path, questions: dict[str, list[Question]], settin
     try:
         found = json.loads(path.read_text())
         earlier = {name: each for name, each in found["benchmarks"].items() if _judged(each)}
-        known = {name: found.get("config", {}).get(name, value) for name, value in settings.items()}
+        config = found.get("config", {})
+        known = {name: config.get(name, LATER.get(name, value)) for name, value in settings.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"You passed baseline={str(directory)!r}, but {path} is no result of an evaluation."
@@ -231,6 +243,7 @@ class _Run:
     params: SamplingParams
     seed: int
     shard: Shard
+    chat_template_kwargs: dict | None = None
     samples: dict[Key, dict] = field(default_factory=dict)
     complete: bool = False  # then all shards' problems are summarised, else this shard's
 
@@ -319,9 +332,10 @@ class _Run:
                     bar.update()
 
     def _request(self, key: Key, question: Question) -> Request:
-        params = replace(self.params, temperature=0.0, top_p=1.0, top_k=0) if key.stage == "greedy" else self.params
+        greedy = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+        params = replace(self.params, **greedy) if key.stage == "greedy" else self.params
         seed = attempt_seed(self.seed, question.id, key.stage, key.attempt)
-        return Request("/".join(map(str, key)), question.prompt, seed, params)
+        return Request("/".join(map(str, key)), question.prompt, seed, params, self.chat_template_kwargs)
 
     def summarize(self, name: str) -> dict:
         """What [`evaluate`] returns of one benchmark."""
@@ -340,8 +354,9 @@ class _Run:
             told = [float(s["verdict"] == Verdict.CORRECT) for s in greedy if s["verdict"] not in NOT_JUDGED]
             result |= {"greedy": fmean(told) if told else None, "greedy_ci95": share_interval(told)}
         tokens = sum(s["num_tokens"] for s in every)
-        plain = (self.params.temperature, self.params.top_p, self.params.top_k) == (1.0, 1.0, 0)
-        known = plain and tokens and all(s["log_prob"] is not None for s in every if s["num_tokens"])
+        known = (
+            not self.params.reshaping and tokens and all(s["log_prob"] is not None for s in every if s["num_tokens"])
+        )
         cut = [s["finish_reason"] == "length" for s in every]
         unparsable = [s["verdict"] == Verdict.UNPARSABLE and s["finish_reason"] == "stop" for s in every]
         return result | {
@@ -371,7 +386,7 @@ class _Run:
                     for key, question in chunk:
                         entry = journal.read(offsets[key], key._asdict(), ["text"])
                         rows.append(
-                            {**stored(entry), "gold": question.answer, "prompt": question.prompt[-1]["content"]}
+                            {**stored(entry), "gold": question.answer, "prompt": prompts.contents(question.prompt)[-1]}
                         )
                     writer.write_table(pa.Table.from_pylist(rows, schema))
             partial.replace(file)

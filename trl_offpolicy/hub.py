@@ -269,7 +269,15 @@ def read_run(output_dir: Path, finished: bool = True) -> dict:
     source, on_hub = settings.get("dataset_name"), "dataset_revision" in settings
     # A digest of the weights stands where no commit names them: then it was a local model.
     model_on_hub = False if re.fullmatch("[0-9a-f]{12}", config["model_revision"]) else None
-    public_text, left_out = _without_paths(text, {"dataset_name": on_hub, "model_name_or_path": model_on_hub})
+    public_text, left_out = _without_paths(
+        text,
+        {
+            "dataset_name": on_hub,
+            "data_files": on_hub,
+            "model_name_or_path": model_on_hub,
+            "chat_template_path": False,
+        },
+    )
     metrics = next(output_dir.glob("metrics.json"), None) if finished else None
     gap = output_dir / "policy_gap.json"
     return {
@@ -305,7 +313,7 @@ def read_run(output_dir: Path, finished: bool = True) -> dict:
 
 
 # Settings that name a place: a Hub id, or something on a disk.
-PLACES = ("model_name_or_path", "dataset_name", "rewriter_adapter", "adapter")
+PLACES = ("model_name_or_path", "dataset_name", "rewriter_adapter", "adapter", "data_files", "chat_template_path")
 
 
 def _without_paths(text: str, on_hub: dict[str, bool | None]) -> tuple[str, list[str]]:

@@ -94,6 +94,14 @@ class ImportanceWeightedSFTConfig(SFTConfig):
         metadata={"help": "Optimizer steps of psft's outer batch; 0 takes the initial policy as the reference."},
     )
 
+    chat_template_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Chat template: a Jinja file (.jinja, .j2), or a tokenizer (directory or Hub id) that has it.",
+            "aliases": ["--chat_template"],
+        },
+    )
+
     def __post_init__(self):
         chosen_loss = {"dft": "dft", "chunked_nll": "nll"}.get(self.loss_type)  # "nll" is also what nobody chose
         super().__post_init__()
@@ -161,6 +169,10 @@ class ImportanceWeightedSFTConfig(SFTConfig):
 
         Field by field: `TrainingArguments.to_dict` masks everything whose name ends in `_token`, `eos_token` included.
         """
+        if not isinstance(args, TrainingArguments):
+            raise ValueError(
+                f"You passed args={args!r:.200}; it must be a config: write args={cls.__name__}(output_dir='out', ...)."
+            )
         known = {f.name for f in fields(cls) if f.init}
         values = {f.name: getattr(args, f.name) for f in fields(args) if f.init and f.name in known}
         if not getattr(args, "objective_was_given", True):

@@ -10,16 +10,25 @@ training, or `old_log_probs`, computed at the start of each outer batch of `psft
 """
 
 import copy
-import inspect
 import math
 import warnings
 from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.compute as pc
 import torch
 from accelerate import PartialState
-from transformers import TrainingArguments
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from transformers import (
+    DataCollator,
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer, pack_dataset
 from trl.data_utils import get_dataset_column_names
@@ -43,6 +52,11 @@ from .scoring import causal_lm, hidden_states, kl_divergence, lm_head, top_k_ent
 from .whole_file import write_whole
 
 
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import BitsAndBytesConfig, PreTrainedModel
+
+
 class ImportanceWeightedSFTTrainer(SFTTrainer):
     """
     Drop-in replacement for [`~trl.SFTTrainer`]: same arguments, and with `objective="nll"` the same updates.
@@ -55,7 +69,9 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
     A column `weight` beside those, or the one that `weight_column` names, multiplies an example's weights.
 
     Args:
-        args ([`ImportanceWeightedSFTConfig`], *optional*): An `SFTConfig` or `TrainingArguments` is accepted too.
+        model (`str` or `PreTrainedModel`): What is trained: Hub id, directory or a loaded model.
+        args ([`ImportanceWeightedSFTConfig`], *optional*): Objective and settings; an `SFTConfig` or `TrainingArguments` is accepted too.
+        train_dataset, eval_dataset, processing_class, peft_config, ...: `SFTTrainer`'s, with its meaning and order.
         data_collator ([`RewriteDataCollator`], *optional*): One of your own should subclass it: it hands on the per-token columns.
 
     Raises:
@@ -71,18 +87,38 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
     }
     _config_class = ImportanceWeightedSFTConfig
 
-    def __init__(self, model, args: TrainingArguments | None = None, data_collator=None, *other_args, **kwargs):
-        given = inspect.signature(SFTTrainer.__init__).bind(self, model, args, data_collator, *other_args, **kwargs)
-        train_dataset, loss_func = (given.arguments.get(name) for name in ("train_dataset", "compute_loss_func"))
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        args: ImportanceWeightedSFTConfig | TrainingArguments | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset
+        | IterableDataset
+        | DatasetDict
+        | IterableDatasetDict
+        | dict[str, Dataset | IterableDataset]
+        | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        compute_loss_func: Callable | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        quantization_config: "BitsAndBytesConfig | None" = None,
+        peft_config: "PeftConfig | None" = None,
+        formatting_func: Callable[[dict], str] | None = None,
+    ):
         if args is None:
             name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
             args = self._config_class(f"{name.split('/')[-1]}-{self._tag_names[-1]}")
         elif not isinstance(args, self._config_class):
             args = self._config_class.of(args)
-        if loss_func is not None and args.objective == "iw" and not args.objective_was_given:
+        if compute_loss_func is not None and args.objective == "iw" and not args.objective_was_given:
             args = copy.copy(args)
             args.objective = "nll"  # a plain SFT script with a loss of its own
-        if loss_func is not None and args.objective != "nll":
+        if compute_loss_func is not None and args.objective != "nll":
             raise ValueError(
                 f"You passed `compute_loss_func` together with objective={args.objective!r}: the objective weights the loss here, and "
                 "a loss of your own would ignore it. Write objective='nll', or give your weights as a function in `objective`."
@@ -112,7 +148,10 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
                 else _name(self.objective)
             )
         _refuse_empty(train_dataset, "train")
-        super().__init__(model, args, data_collator, *other_args, **kwargs)
+        super().__init__(
+            model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_loss_func, compute_metrics, callbacks, optimizers,
+            optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, peft_config, formatting_func,
+        )  # fmt: skip
         if type(self.data_collator) is DataCollatorForLanguageModeling:
             self.data_collator = RewriteDataCollator.like(self.data_collator)
         if isinstance(self.data_collator, RewriteDataCollator):
@@ -122,7 +161,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         self._describe(train_dataset)
         self._refuse_what_has_no_weights()
         self._refuse_rows_without_target(train_dataset)
-        for name, data in {"train": train_dataset, **_named(given.arguments.get("eval_dataset"))}.items():
+        for name, data in {"train": train_dataset, **_named(eval_dataset)}.items():
             self._refuse_ids_of_another_model(data, name)
         self._asks_initial_policy = bool(self._scored_columns) or "asft" in self.objectives
         self.initial_policy = InitialPolicy(self.model, self.accelerator, self._asks_initial_policy)

@@ -29,46 +29,11 @@ _CHECKSUM = b',"crc32":"%08x"}\n'
 _LENGTH = len(_CHECKSUM % 0)
 
 
-class Journal:
-    """
-    The journal at `path`, created if it is missing.
+class JournalReader:
+    """The journal at `path`, only read; a run may be writing to it."""
 
-    Args:
-        path (`Path`): The JSONL file.
-        config (`dict`): What the attempts depend on; compared with the file's first line.
-        overwrite (`bool`, *optional*, defaults to `False`): Empty the file if it holds the attempts of another configuration. The same
-            configuration is resumed all the same, so a command with this flag can be interrupted and run again.
-
-    Raises:
-        ValueError: The file holds the attempts of another configuration (names each field that differs), its first line is damaged and
-            it is not to be overwritten, or another process is writing to it.
-    """
-
-    def __init__(self, path: Path, config: dict, overwrite: bool = False):
+    def __init__(self, path: Path):
         self.path, self._reader = Path(path), None
-        self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            self._lock()
-            self._cut_torn_line()
-            self._check(config, overwrite)
-        except BaseException:
-            os.close(self._file)  # or its lock would outlive the error
-            raise
-        if not self.path.stat().st_size:
-            self.append({"config": config})
-
-    def append(self, entry: dict) -> int:
-        """Writes one entry and returns the byte offset at which it can be read back."""
-        content = json.dumps(entry, separators=(",", ":")).encode()[:-1]
-        line = content + _CHECKSUM % zlib.crc32(content)
-        written = os.write(self._file, line)
-        if written != len(line):
-            raise OSError(
-                errno.ENOSPC,
-                f"Only {written} of {len(line)} bytes went in. Is the disk full? Make room and run again to resume",
-                str(self.path),
-            )
-        return os.lseek(self._file, 0, os.SEEK_CUR) - len(line)
 
     def entries(self, until: str | None = None) -> Iterator[tuple[int, dict]]:
         """What [`read_entries`] finds in the file."""
@@ -94,6 +59,53 @@ class Journal:
             raise _damaged(self.path, number, error) from error
         return entry
 
+    def close(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+
+class Journal(JournalReader):
+    """
+    The journal at `path`, created if it is missing.
+
+    Args:
+        path (`Path`): The JSONL file.
+        config (`dict`): What the attempts depend on; compared with the file's first line.
+        overwrite (`bool`, *optional*, defaults to `False`): Empty the file if it holds the attempts of another configuration. The same
+            configuration is resumed all the same, so a command with this flag can be interrupted and run again.
+
+    Raises:
+        ValueError: The file holds the attempts of another configuration (names each field that differs), its first line is damaged and
+            it is not to be overwritten, or another process is writing to it.
+    """
+
+    def __init__(self, path: Path, config: dict, overwrite: bool = False):
+        super().__init__(path)
+        self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            self._lock()
+            self._cut_torn_line()
+            self._check(config, overwrite)
+        except BaseException:
+            os.close(self._file)  # or its lock would outlive the error
+            raise
+        if not self.path.stat().st_size:
+            self.append({"config": config})
+
+    def append(self, entry: dict) -> int:
+        """Writes one entry and returns the byte offset at which it can be read back."""
+        content = json.dumps(entry, separators=(",", ":")).encode()[:-1]
+        line = content + _CHECKSUM % zlib.crc32(content)
+        written = os.write(self._file, line)
+        if written != len(line):
+            raise OSError(
+                errno.ENOSPC,
+                f"Only {written} of {len(line)} bytes went in. Is the disk full? Make room and run again to resume",
+                str(self.path),
+            )
+        return os.lseek(self._file, 0, os.SEEK_CUR) - len(line)
+
     def sync(self) -> None:
         """Asks the disk to keep what was written, power cut or not (a killed process loses nothing without it)."""
         os.fsync(self._file)
@@ -101,9 +113,7 @@ class Journal:
     def close(self) -> None:
         self.sync()
         os.close(self._file)
-        if self._reader is not None:
-            self._reader.close()
-            self._reader = None
+        super().close()
 
     def _check(self, config: dict, overwrite: bool) -> None:
         try:
@@ -212,7 +222,7 @@ def differences(found: dict | None, config: dict, free: Collection[str] = ("num_
     Each field but the `free` ones in which two configurations differ, in words; empty if none does, or there is nothing to compare with.
     Of journals, how many attempts a problem may have is free: each has a seed of its own, whatever that number is.
     """
-    config = json.loads(json.dumps(config))
+    found, config = json.loads(json.dumps([found, config]))
     fields = [k for k in {**(found or {}), **config} if k not in free]
     differing = [k for k in fields if found.get(k) != config.get(k)] if found is not None else []
     return "; ".join(f"`{k}` was {found.get(k)!r:.300} there and is {config.get(k)!r:.300} now" for k in differing)

@@ -66,7 +66,8 @@ def grade(
             return Verdict.CORRECT, ""
         if words(prediction) and not _choice(prediction) and _may_be_prose(stated, gold):
             return Verdict.UNPARSABLE, NO_ANSWER
-        return Verdict.WRONG, ""
+        told = f"states {stated.text!r:.120}, the gold answer is {final_answer(answer) or answer!r:.120}"
+        return Verdict.WRONG, told
     except UnparsableGold:
         return Verdict.UNPARSABLE, "the gold answer cannot be parsed"
     except Unparsable as error:

@@ -14,11 +14,23 @@ from statistics import fmean
 
 import numpy as np
 import torch
+from transformers import AutoTokenizer
 from trl.data_utils import common_prefix_length
 
+from . import prompts
 from .control_tokens import ControlTokens, check_mode
 from .estimators import bootstrap
-from .rows import Source, demonstration, encode_prompt, plain_rows, says_otherwise
+from .rewrite_config import template_kwargs
+from .rows import (
+    Source,
+    as_completion,
+    demonstration,
+    encode_prompt,
+    find_format,
+    plain_rows,
+    read_rows,
+    says_otherwise,
+)
 from .sampling import load_model
 from .scoring import target_log_probs
 from .text_statistics import copy_ratio, distinct_n, leaks_hint, self_bleu
@@ -44,13 +56,18 @@ def measure_policy_gap(
     output_dir: str | None = None,
     model_init_kwargs: dict | None = None,
     control_tokens: str = "warn",
+    chat_template_kwargs: dict | str | None = None,
+    solve_prompt: str = prompts.SOLVE_PROMPT,
+    answer_column: str = "answer",
+    system_prompt: str | None = None,
 ) -> dict:
     """
     The policy gap of a rewritten dataset under `model`.
 
     Args:
         model (`str` or `PreTrainedModel`): Usually the model that will be trained, before training.
-        dataset (`datasets.Dataset` or `list[dict]`): Rows written by `DataRewriter`.
+        dataset (`datasets.Dataset` or `list[dict]`): Rows written by `DataRewriter`; or demonstrations in any format that it takes, of which
+            nothing was rewritten yet: then all are `expert`, and before equals after.
         processing_class (`PreTrainedTokenizerBase`, *optional*): By default the model's.
         batch_tokens (`int`, *optional*, defaults to `8192`): Tokens of one forward, padding included.
         concatenate (`bool`, *optional*, defaults to `False`): Score the text of the problem followed directly by the text of the target,
@@ -59,8 +76,8 @@ def measure_policy_gap(
         chat_template (`str`, *optional*): Jinja template used in training, where that is not the tokenizer's.
         output_dir (`str`, *optional*): Also writes `policy_gap.json`, and the sums of each row as `policy_gap.parquet`, there.
         model_init_kwargs (`dict`, *optional*): Passed to `from_pretrained`.
-        control_tokens (`str`, *optional*, defaults to `"warn"`): What is done with prompts that hold the model's control tokens as text: `warn`,
-            `refuse`, `escape` or `allow` ([`~control_tokens.ControlTokens`]); a rewrite with `escape` has escaped them.
+        control_tokens, chat_template_kwargs, solve_prompt, system_prompt, answer_column (*optional*): As in [`RewriteConfig`]; a rewrite with `escape` has
+            escaped its control tokens already, and a row's own column `chat_template_kwargs` wins.
 
     Returns:
         `dict`: For each source there is and for `"total"`:
@@ -81,11 +98,10 @@ def measure_policy_gap(
     Raises:
         ValueError: The dataset is empty, is no rewrite, or its demonstrations were not carried through; or the model cannot be loaded.
     """
-    from transformers import AutoTokenizer
-
     check_mode(control_tokens)
-    rows = list(plain_rows(dataset))
+    rows = _demonstrations_as_rows(list(plain_rows(dataset)), answer_column, solve_prompt, system_prompt)
     _check_rows(rows, concatenate)
+    rows = [{"chat_template_kwargs": template_kwargs(chat_template_kwargs), **row} for row in rows]
     if isinstance(model, str):
         kwargs = {"dtype": "auto", **(model_init_kwargs or {})}
         if torch.cuda.is_available():
@@ -97,7 +113,7 @@ def measure_policy_gap(
     if not concatenate:
         control = ControlTokens(processing_class, control_tokens)
         control.check(
-            (set().union(*(control.within(t["content"]) for t in row["prompt"])) for row in rows), "their prompts"
+            (set().union(*map(control.within, prompts.contents(row["prompt"]))) for row in rows), "their prompts"
         )
         rows = [{**row, "prompt": control.prompt(row["prompt"])} for row in rows]
         rows = _with_own_ids(rows, processing_class)
@@ -120,6 +136,29 @@ def measure_policy_gap(
     if output_dir is not None:
         _write(Path(output_dir).expanduser(), result, rows, sums, texts)
     return result
+
+
+def _demonstrations_as_rows(
+    rows: list[dict], answer_column: str, solve_prompt: str, system_prompt: str | None
+) -> list[dict]:
+    """Demonstrations that were not rewritten as the rows that they would be if none were; anything else as it is."""
+    if not rows or {"source", "completion_ids"} & rows[0].keys():
+        return rows
+    try:
+        find_format(rows[0])
+    except ValueError:  # `_check_rows` says what is missing
+        return rows
+    return [
+        {
+            "id": problem.id,
+            "prompt": problem.prompt,
+            "completion": as_completion(problem.prompt, problem.demonstration),
+            "input_completion": problem.demonstration,
+            "source": str(Source.EXPERT),
+            "completion_ids": [],
+        }
+        for problem in read_rows(rows, answer_column, solve_prompt, system_prompt=system_prompt)
+    ]
 
 
 def _check_rows(rows: list[dict], concatenate: bool) -> None:
@@ -162,7 +201,7 @@ def targets(
         demonstrated, rewritten = encode(processing_class, row, expert, chat_template)
         pairs.append(demonstrated)
         before.append(len(pairs) - 1)
-        if row["source"] != Source.EXPERT or row["completion"][-1]["content"] != expert:
+        if row["source"] != Source.EXPERT or prompts.contents(row["completion"])[-1] != expert:
             pairs.append(rewritten)
         after.append(len(pairs) - 1)  # an expert's row that is its demonstration is scored once
     return pairs, before, after
@@ -170,23 +209,27 @@ def targets(
 
 def _templated(processing_class, row: dict, expert: str, chat_template: str | None):
     """(prompt ids, target ids) of the demonstration and of the row's completion, as both are trained on."""
-    prompt = encode_prompt(processing_class, row["prompt"], chat_template)
+    kwargs = row.get("chat_template_kwargs") or {}
+    prompt = encode_prompt(processing_class, row["prompt"], chat_template, chat_template_kwargs=kwargs)
 
     def target(text: str) -> list[int]:
-        turns = [*row["prompt"], {"role": "assistant", "content": text}]
-        whole = processing_class.apply_chat_template(
-            turns, chat_template=chat_template, tokenize=True, return_dict=True
-        )["input_ids"]
-        return whole[common_prefix_length(prompt, whole) :]  # where TRL says that the completion starts
+        whole = row["prompt"] + as_completion(row["prompt"], text)
+        if isinstance(whole, str):
+            ids = processing_class(whole + processing_class.eos_token)["input_ids"]  # which TRL adds to a plain text
+        else:
+            ids = processing_class.apply_chat_template(
+                whole, chat_template=chat_template, tokenize=True, return_dict=True, **kwargs
+            )["input_ids"]
+        return ids[common_prefix_length(prompt, ids) :]  # where TRL says that the completion starts
 
-    demonstrated, completion = target(expert), row["completion"][-1]["content"]
+    demonstrated, completion = target(expert), prompts.contents(row["completion"])[-1]
     own = row["completion_ids"] or (demonstrated if completion == expert else target(completion))
     return (prompt, demonstrated), (prompt, own)
 
 
 def _concatenated(processing_class, row: dict, expert: str, chat_template: None):
     """The same from one string without template; the question's tokens are those that it has in common with the question alone."""
-    question = row.get("problem") or row.get("question") or row["prompt"][-1]["content"]
+    question = row.get("problem") or row.get("question") or prompts.contents(row["prompt"])[-1]
     alone = processing_class(question)["input_ids"]
 
     def pair(text: str) -> tuple[list[int], list[int]]:
@@ -194,7 +237,7 @@ def _concatenated(processing_class, row: dict, expert: str, chat_template: None)
         start = common_prefix_length(alone, whole)
         return whole[:start], whole[start:]
 
-    return pair(expert), pair(row["completion"][-1]["content"])
+    return pair(expert), pair(prompts.contents(row["completion"])[-1])
 
 
 def _sums(before: torch.Tensor, after: torch.Tensor, behavior: list[float]) -> list[float]:
@@ -213,8 +256,8 @@ def _sums(before: torch.Tensor, after: torch.Tensor, behavior: list[float]) -> l
 
 def _text_columns(row: dict) -> dict:
     """What is said of the demonstration and the completion of one row."""
-    before, after = demonstration(row), row["completion"][-1]["content"]
-    asked = row["prompt"][-1]["content"] if row.get("prompt") else ""  # what it says itself is no leak
+    before, after = demonstration(row), prompts.contents(row["completion"])[-1]
+    asked = prompts.contents(row["prompt"])[-1] if row.get("prompt") else ""  # what it says itself is no leak
     leaks = {"before_leaks_hint": leaks_hint(before, asked), "after_leaks_hint": leaks_hint(after, asked)}
     return {"before": before, "after": after, "copy_ratio": copy_ratio(after, before), **leaks}
 

@@ -42,6 +42,11 @@ Reply with one word, YES or NO."""
 PAPER_QA_PROMPT = "Problem:\n{problem}\n\nAnswer:\n"
 
 
+def contents(prompt: list[dict[str, str]] | str) -> list[str]:
+    """The texts of a prompt, which is plain text or messages."""
+    return [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
+
+
 def fill(template: str, **fields: str) -> str:
     """`template` with each `{name}` of `fields` replaced once; every other brace (LaTeX, say) is left alone."""
     if len(fields) == 1:
@@ -54,7 +59,9 @@ def check(template: str, name: str, *placeholders: str) -> None:
     """Raises `ValueError` when `template` lacks one of the `placeholders` it must have."""
     missing = [p for p in placeholders if "{" + p + "}" not in template]
     if missing:
+        shown = {"solution": "reference"}.get(missing[0], missing[0])
+        told = "every problem would get the same prompt" if shown == "problem" else f"the {shown} would not be shown"
         raise ValueError(
-            f"You passed {name}={template!r}, which has no {' and no '.join('{' + p + '}' for p in missing)}: every problem would "
-            f"get the same prompt. Write the placeholder where the text belongs, for example {name}='{{problem}}'."
+            f"You passed {name}={template!r}, which has no {' and no '.join('{' + p + '}' for p in missing)}: {told}. "
+            f"Write the placeholder where the text belongs, for example {name}='{' '.join('{' + p + '}' for p in placeholders)}'."
         )

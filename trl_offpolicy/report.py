@@ -14,6 +14,7 @@ from pathlib import Path
 from . import tables
 from .journal import read_entries
 from .page import Page
+from .prompts import contents
 from .rows import Source, Verdict, demonstration
 from .shards import journals_in
 
@@ -279,8 +280,10 @@ def _rows(page: Page, label: str, path: Path, seed: int) -> None:
     for row in shown:
         told = ", ".join(f"{n} {stage} {verdict}" for (stage, verdict), n in verdicts.get(row["id"], {}).items())
         kept = Verdict.CORRECT if row["source"] != Source.EXPERT else "demonstration kept"
-        rewrite = row["completion"][-1]["content"] if row["source"] != Source.EXPERT else "(the demonstration)"
-        prompt = "\n\n".join(f"[{turn['role']}] {turn['content']}" for turn in row["prompt"])
+        rewrite = contents(row["completion"])[-1] if row["source"] != Source.EXPERT else "(the demonstration)"
+        prompt = row["prompt"]
+        if not isinstance(prompt, str):
+            prompt = "\n\n".join(f"[{turn['role']}] {turn['content']}" for turn in prompt)
         parts = {"prompt": prompt, "demonstration": demonstration(row) or "(not carried)", "rewrite": rewrite}
         title = f"{row['source']} · {kept} · gold {row['answer']} · attempts: {told or 'none'}"
         page.texts(title, parts, row["source"] not in opened)

@@ -1,10 +1,13 @@
 """Configuration of `DataRewriter`."""
 
+import json
 import os
 import re
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from . import control_tokens, prompts
+from .sampling import LATER, check_sampling
 from .shards import Shard
 
 
@@ -36,6 +39,11 @@ class RewriteConfig:
         temperature (`float`, *optional*, defaults to `1.0`): Sampling temperature; importance weights need 1.
         top_p (`float`, *optional*, defaults to `1.0`): Nucleus; importance weights need 1.
         top_k (`int`, *optional*, defaults to `0`): Highest-probability tokens kept, 0 for all; importance weights need 0.
+        min_p (`float`, *optional*, defaults to `0.0`): Tokens less likely than this share of the likeliest are never drawn; importance weights need 0.
+        repetition_penalty (`float`, *optional*, defaults to `1.0`): Above 1, tokens of prompt and completion are drawn less (as in
+            `transformers`); importance weights need 1.
+        stop (`list[str]`, *optional*): Texts at which an attempt ends, and which are cut off it. Rows that ended so are trained on as text,
+            without `completion_ids` and `behavior_log_probs`: the end of turn that they are trained to write was not drawn.
         max_completion_length (`int`, *optional*, defaults to `2048`): Tokens of one attempt. One that is cut here is never kept.
         stages (`list[str]`, *optional*, defaults to `["self", "guided"]`): Stages in order; the demonstration is always the last resort.
         selection (`str`, *optional*, defaults to `"first"`): `first` stops at the first correct attempt; `random` draws all K and keeps
@@ -48,8 +56,11 @@ class RewriteConfig:
             more than one only where other problems leave the engine free slots. Rows do not depend on it; 1 never draws a token on
             speculation.
         keep_rejected (`bool`, *optional*, defaults to `True`): Whether the journal keeps text, token ids and log-probs of attempts that are
-            not correct. Without them a line is some 150 bytes, and what the model got wrong cannot be looked at.
+            not correct. Without them a line is some 200 bytes, and what the model got wrong cannot be looked at.
         solve_prompt (`str`, *optional*): What a row without a prompt of its own (`problem`, `question`) is asked.
+        system_prompt (`str`, *optional*): A system turn before it. Rows with prompts of their own hold theirs.
+        chat_template_kwargs (`dict` or JSON, *optional*): Variables of the chat template, such as `{"enable_thinking": False}`. They are a column of
+            the rows, so that training and `gap` render with them too; `eval` takes them with its own `--chat_template_kwargs`.
         guided_prompt (`str`, *optional*): The digest-and-retell prompt, with `{problem}` and `{solution}`.
         clean_reference (`bool`, *optional*, defaults to `True`): Show references in the guided prompt without GSM8K's calculator marks
             (`<<32+16=48>>`) and its last line (`#### 48`), which retellings copy.
@@ -90,6 +101,10 @@ class RewriteConfig:
         push_every (`int`, *optional*, defaults to `0`): Push the attempts so far every so many rows of a long run, 0 for never.
         dry_run (`bool`, *optional*, defaults to `False`): Print the first prompt of each stage, on the command line as the
             model reads it too, and the estimate; sample nothing.
+        probe (`int`, *optional*, defaults to `0`): With `dry_run`: rows, evenly spread, whose first attempt at each stage is drawn, to tell lengths,
+            acceptance and cost. They are kept in `probe.jsonl`, and a run with the same settings begins with them.
+        rejudge (`bool`, *optional*, defaults to `False`): Judge the texts that `output_dir`'s journal holds anew, as another `verifier` needs; they are
+            not drawn again. The journal as it was stays beside it under a number.
         overwrite (`bool`, *optional*, defaults to `False`): Delete the journal of another configuration in `output_dir`; one of this
             configuration is resumed all the same.
     """
@@ -106,6 +121,19 @@ class RewriteConfig:
     top_p: float = field(default=1.0, metadata={"help": "Nucleus; importance weights need 1."})
     top_k: int = field(
         default=0, metadata={"help": "Highest-probability tokens kept, 0 for all; importance weights need 0."}
+    )
+    min_p: float = field(
+        kw_only=True,
+        default=0.0,
+        metadata={"help": "Least share of the likeliest token's probability; importance weights need 0."},
+    )
+    repetition_penalty: float = field(
+        kw_only=True,
+        default=1.0,
+        metadata={"help": "Penalty on tokens that were there before; importance weights need 1."},
+    )
+    stop: list[str] | None = field(
+        kw_only=True, default=None, metadata={"help": "Texts at which an attempt ends, and which are cut off it."}
     )
     max_completion_length: int = field(
         default=2048, metadata={"help": "Tokens of one attempt. One that is cut here is never kept."}
@@ -133,6 +161,14 @@ class RewriteConfig:
     )
     solve_prompt: str = field(
         default=prompts.SOLVE_PROMPT, metadata={"help": "What a row without a prompt of its own is asked."}
+    )
+    system_prompt: str | None = field(
+        kw_only=True, default=None, metadata={"help": "System turn before solve_prompt."}
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        kw_only=True,
+        default=None,
+        metadata={"help": """Variables of the chat template as JSON, e.g. '{"enable_thinking": false}'."""},
     )
     guided_prompt: str = field(
         default=prompts.GUIDED_PROMPT, metadata={"help": "Digest-and-retell prompt with {problem} and {solution}."}
@@ -212,6 +248,18 @@ class RewriteConfig:
     dry_run: bool = field(
         default=False, metadata={"help": "Print the first prompt of each stage and the estimate, sample nothing."}
     )
+    probe: int = field(
+        kw_only=True,
+        default=0,
+        metadata={"help": "With dry_run: draw the first attempts at so many rows, which the run begins with."},
+    )
+    rejudge: bool = field(
+        kw_only=True,
+        default=False,
+        metadata={
+            "help": "Judge the texts in output_dir's journal anew, by another verifier; they are not drawn again."
+        },
+    )
     overwrite: bool = field(
         default=False,
         metadata={"help": "Delete the journal of another configuration in output_dir, and the rows made from it."},
@@ -220,7 +268,9 @@ class RewriteConfig:
     def __post_init__(self):
         self.output_dir = os.path.expanduser(self.output_dir)
         # 1 and 1.0 are the same run.
-        self.temperature, self.top_p = float(self.temperature), float(self.top_p)
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            setattr(self, name, float(getattr(self, name)))
+        self.chat_template_kwargs = template_kwargs(self.chat_template_kwargs)
         unknown = [s for s in self.stages if s not in STAGES]
         if unknown or len(set(self.stages)) != len(self.stages):
             raise ValueError(
@@ -235,6 +285,7 @@ class RewriteConfig:
             ("top_k", 0),
             ("temperature", 0),
             ("push_every", 0),
+            ("probe", 0),
         ):
             if getattr(self, name) < low:
                 raise ValueError(f"You passed {name}={getattr(self, name)}; it must be at least {low}.")
@@ -251,6 +302,8 @@ class RewriteConfig:
                 ) from error
         if self.expert_format not in EXPERT_FORMATS:
             raise ValueError(f"You passed expert_format={self.expert_format!r}; use one of {list(EXPERT_FORMATS)}.")
+        check_sampling(self.min_p, self.repetition_penalty, self.stop)
+        self.stop = self.stop or None
         if not 0 < self.top_p <= 1:
             raise ValueError(f"You passed top_p={self.top_p}; it must be above 0 and at most 1.")
         if self.num_generations > 65535:
@@ -266,6 +319,14 @@ class RewriteConfig:
             )
         control_tokens.check_mode(self.control_tokens)
         Shard.parse(self.shard)
+        if self.probe and not self.dry_run:
+            raise ValueError(
+                f"You passed probe={self.probe}, which a dry run draws; pass dry_run=True (--dry_run) with it."
+            )
+        if self.rejudge and self.overwrite:
+            raise ValueError(
+                "You passed rejudge=True, which keeps the attempts, and overwrite=True, which deletes them; pass one of them."
+            )
         prompts.check(self.solve_prompt, "solve_prompt", "problem")
         prompts.check(self.guided_prompt, "guided_prompt", "problem", "solution")
 
@@ -282,12 +343,25 @@ class RewriteConfig:
     def settings(self) -> dict:
         """The fields on which the rows depend."""
         free = {
-            "output_dir", "dry_run", "overwrite", "shard", "report_to", "max_concurrent_attempts", "keep_rejected",
+            "output_dir", "dry_run", "probe", "overwrite", "rejudge", "shard", "report_to", "max_concurrent_attempts", "keep_rejected",
             "accept_failed",
         }  # fmt: skip
+        # Journals from before these were there do not name them.
+        later = {*LATER, "system_prompt", "chat_template_kwargs"}
+        free |= {f.name for f in fields(self) if f.name in later and getattr(self, f.name) == f.default}
         elsewhere = ("push_", "hub_", "wandb_")  # a token must not get into the journal
         return {
             f.name: getattr(self, f.name)
             for f in fields(self)
             if f.name not in free and not f.name.startswith(elsewhere)
         }
+
+
+def template_kwargs(value: dict | str | None) -> dict | None:
+    """`chat_template_kwargs` as a dict, `None` for none; `ValueError` if it is no JSON object."""
+    try:
+        return dict(json.loads(value) if isinstance(value, str) else value or {}) or None
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"You passed chat_template_kwargs={value!r}; write a JSON object such as '{{\"enable_thinking\": false}}'."
+        ) from error

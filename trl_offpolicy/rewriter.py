@@ -19,29 +19,36 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from itertools import islice
+from dataclasses import replace
+from itertools import chain, count, islice
 from pathlib import Path
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from .control_tokens import ControlTokens
 from .demonstrations import CALCULATOR_MARK, asks_for_box, has_box, in_asked_form
+from .dry_run import probe_report, shown_prompt
 from .guided_filters import Rejection, reject_guided
 from .hub import open_repo, public_name, push_run, versions
-from .journal import Journal
-from .judging import Judged, VerdictQueue, abandoning
+from .journal import Journal, JournalReader, differences, read_header
+from .judging import Judged, VerdictQueue, abandoning, judge
+from .prompts import contents
 from .rewrite_config import RewriteConfig
 from .rows import (
+    ASKED,
     FORMATS,
     KEY,
+    PLAIN_PROMPTS,
     Problem,
     Source,
     Verdict,
+    as_completion,
     carried_columns,
     copy_id,
-    encode_prompt,
     find_format,
     guided_prompt,
+    has_plain_prompts,
     hub_origin,
     media_columns,
     number_copies,
@@ -56,6 +63,7 @@ from .rows import (
 from .run_log import PeriodicPush, RunLog, aborted_before, check_wandb, log_artifact, wandb_run
 from .sampling import (
     FAILED,
+    PLAIN,
     Completion,
     Request,
     Sampler,
@@ -96,6 +104,10 @@ class DataRewriter:
         processing_class=None,
         guided_sampler: Sampler | None = None,
     ):
+        if not isinstance(args, RewriteConfig):
+            raise ValueError(
+                f"You passed args={args!r:.200}; it must be a config: write args=RewriteConfig(output_dir='runs/mine', ...)."
+            )
         if sampler is None and not (isinstance(model, str) or hasattr(model, "generate")):
             raise ValueError(
                 f"You passed model={model!r:.200}; it must be a Hub id, a local directory or a loaded model, unless you pass a `sampler`."
@@ -107,6 +119,11 @@ class DataRewriter:
         self.metrics: dict = {}
         # After `rewrite`: the shards without which there is no `output_dir/dataset` yet.
         self.missing_shards: list[Shard] = []
+
+    def __repr__(self) -> str:
+        model = self.model if isinstance(self.model, str) else type(self.model).__name__
+        args = self.args
+        return f"DataRewriter({model!r}, output_dir={args.output_dir!r}, stages={args.stages}, num_generations={args.num_generations})"
 
     # ---- the public calls ----
 
@@ -132,22 +149,27 @@ class DataRewriter:
         dataset = text_columns(whole, self.args.answer_column)
         self._control = ControlTokens(self._tokenizer(), self.args.control_tokens)
         keys, digest = self._check_rows(dataset)
+        self._plain = has_plain_prompts(dataset.features, dataset.column_names, self.args.answer_column)
+        if self._plain:
+            warnings.warn(PLAIN_PROMPTS, stacklevel=2)
         own = self.shard.rows(len(keys))
         whole, dataset, keys = whole.select(own), dataset.select(own), keys[own.start : own.stop]
         if self.args.dry_run:
             self._dry_run(dataset, keys)
+            if self.args.probe and len(keys):
+                self._probe(dataset, keys)
             return None
-        if not self._plain:
+        if reshaping := self._params.reshaping:
             warnings.warn(
-                f"temperature={self.args.temperature}, top_p={self.args.top_p}, top_k={self.args.top_k}: rows will carry no `behavior_log_probs`, "
-                "so importance weights are not available on them. Sample with 1.0, 1.0 and 0 if you want them.",
+                f"{', '.join(f'{name}={value}' for name, value in reshaping.items())}: rows will carry no `behavior_log_probs`, so importance "
+                f"weights are not available on them. Sample with {', '.join(f'{name}={PLAIN[name]}' for name in reshaping)} if you want them.",
                 stacklevel=2,
             )
         began = time.monotonic()
         check_wandb(self.args.report_to)
         self._load_engines()
         origin = hub_origin(dataset) | ({} if dataset.split is None else {"dataset_split": str(dataset.split)})
-        journal, config = self._open_journal({**(run_config or {}), **origin})
+        journal, config = self._open_journal({**(run_config or {}), **origin}, dataset, keys)
         made = digest + json.dumps(config) + (self.args.expert_format if self.args.expert_format != "keep" else "")
         run = hashlib.blake2b(made.encode(), digest_size=16).hexdigest()
         part = "" if self.shard.count == 1 else f"-{self.shard.index}"
@@ -156,9 +178,11 @@ class DataRewriter:
                 if self.args.push_to_hub:  # what would fail at the end is better known now
                     args = self.args
                     open_repo(args.hub_dataset_id, args.hub_private_repo or None, args.hub_token, args.hub_revision)
-                scheduler = self._run(dataset, keys, journal, logged)
+                log = self.shard.file(self.output_dir, "metrics.jsonl")
+                scheduler = self._run(dataset, keys, journal, logged, self.args, log)
                 with partial_file(self.output_dir / self.shard.parquet) as file:
-                    self._write(file, whole, dataset, keys, scheduler, journal, run)
+                    unsolved = self._write(file, whole, dataset, keys, scheduler.outcome, journal, run)
+                    self._list_unsolved(whole.column_names, unsolved)
                     self.metrics["seconds"] = round(time.monotonic() - began, 2)
                     metrics = self.shard.file(self.output_dir, "metrics.json")
                     write_whole(metrics, json.dumps(self.metrics, indent=1) + "\n")
@@ -168,6 +192,43 @@ class DataRewriter:
             if hasattr(self.verifier, "close"):
                 self.verifier.close()  # a MathVerifier starts its workers again when it is used again
         return self._load()
+
+    def rows_so_far(self, dataset, file: str | Path) -> int:
+        """
+        Writes the rows of this shard that are settled by what its journal holds, as [`rewrite`] would, to a Parquet `file`. Nothing is
+        sampled, and a run may be under way. Rows of which nothing was drawn yet are left out.
+
+        Returns:
+            `int`: How many rows were written.
+
+        Raises:
+            FileNotFoundError: There is no journal in `output_dir`.
+        """
+        whole = _as_dataset(dataset)
+        dataset = text_columns(whole, self.args.answer_column)
+        self._control = ControlTokens(self._tokenizer(), self.args.control_tokens)
+        keys, _ = self._check_rows(dataset)
+        own = self.shard.rows(len(keys))
+        whole, dataset, keys = whole.select(own), dataset.select(own), keys[own.start : own.stop]
+        journal, counts = JournalReader(self.shard.file(self.output_dir, "journal.jsonl")), Counter()
+        known = KnownAttempts(journal.entries(until="reason"), self.args.stages)
+        problems = (
+            (copy_id(*key[:2]), None, True, found)
+            for start in range(0, len(keys), 256)
+            for key, found in zip(keys[start : start + 256].tolist(), known.of(keys[start : start + 256]), strict=True)
+        )
+        scheduler, still_open = Scheduler(problems, len(keys), self.args, counts), set()
+        while draw := scheduler.next(speculate=False):
+            still_open.add(draw.progress.row)
+        try:
+            with partial_file(Path(file)) as partial:
+                unsolved = self._write(
+                    partial, whole, dataset, keys, lambda i: None if i in still_open else scheduler.outcome(i), journal
+                )
+                partial.replace(file)
+        finally:
+            journal.close()
+        return sum(counts[str(source)] for source in Source) - len(unsolved)
 
     def push_to_hub(
         self,
@@ -254,9 +315,7 @@ class DataRewriter:
                     f"The row with the problem {problem.problem!r:.100} has {' and '.join(given)}, with which its prompt would be rendered in "
                     "training but not in sampling. Write what the model needs to know into a system turn, and use `dataset.remove_columns`."
                 )
-            texts = [turn["content"] for turn in problem.prompt] + [problem.demonstration] * (
-                Source.GUIDED in self.args.stages
-            )
+            texts = contents(problem.prompt) + [problem.demonstration] * (Source.GUIDED in self.args.stages)
             held = set().union(*map(self._control.within, texts))
             marked.append(bool(held))
             tokens.update(held)
@@ -297,21 +356,35 @@ class DataRewriter:
     def _problems(self, dataset, keys: np.ndarray, first: int = 0, count: int | None = None) -> Iterator[Problem]:
         keys = keys[first:][:count]
         rows = _iterate(dataset, range(first, first + len(keys)))
-        return read_rows(rows, self.args.answer_column, self.args.solve_prompt, keys["copy"])
+        return read_rows(rows, self.args.answer_column, self.args.solve_prompt, keys["copy"], self.args.system_prompt)
 
-    def _open_journal(self, run_config: dict) -> tuple[Journal, dict]:
+    def _identity(self) -> dict:
+        """On what an attempt and its verdict depend: a journal's first line."""
         identity, revision = self.args.identity(), self.sampler.revision
         config = {"journal_format": 2, "model": self.sampler.name, "model_revision": revision, **identity}
         if self.guided_sampler is not None:
             config |= {"rewriter_adapter": self.guided_sampler.name, "rewriter_revision": self.guided_sampler.revision}
-            run_config = {"rewriter_adapter": self.guided_sampler.name, **run_config}
         config["chat_template"] = template_digest(getattr(self.sampler, "processing_class", None))
         config["verifier"] = describe(self.verifier)
+        if self._plain:  # which journals from before December 2026 asked as messages
+            config["plain_prompts"] = "asked as they are"
+        return config
+
+    def _open_journal(self, run_config: dict, dataset, keys: np.ndarray) -> tuple[Journal, dict]:
+        config, revision = self._identity(), self.sampler.revision
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        check_siblings(self.output_dir, self.shard, config, self.args.overwrite)
-        journal = Journal(self.shard.file(self.output_dir, "journal.jsonl"), config, overwrite=self.args.overwrite)
+        free = {"num_generations", "verifier"} if self.args.rejudge else {"num_generations"}
+        check_siblings(self.output_dir, self.shard, config, self.args.overwrite, free)
+        path, probe = (self.shard.file(self.output_dir, name) for name in ("journal.jsonl", "probe.jsonl"))
+        if not path.exists() and probe.exists() and not differences(read_header(probe), config):
+            probe.replace(path)
+        elif path.exists() and not self.args.overwrite:
+            self._look_at_verifier(path, config, dataset, keys)
+        journal = Journal(path, config, overwrite=self.args.overwrite)
         import yaml
 
+        if self.guided_sampler is not None:
+            run_config = {"rewriter_adapter": self.guided_sampler.name, **run_config}
         run_config = {"model_name_or_path": self.sampler.name, **run_config, **self.args.settings()}
         if re.fullmatch(
             "[0-9a-f]{40}", revision or ""
@@ -326,47 +399,131 @@ class DataRewriter:
             withdraw(self.output_dir, self.shard)
         return journal, config
 
+    def _look_at_verifier(self, path: Path, config: dict, dataset, keys: np.ndarray) -> None:
+        """Has the journal's texts judged anew if that is wanted; `ValueError` if the verifier, and nothing else, is another one and it is not."""
+        found = read_header(path)
+        if found is None or differences(found, config, free=("num_generations", "verifier")):
+            return
+        if self.args.rejudge:
+            self._rejudge(path, config, dataset, keys)
+        elif differing := differences(found, config):
+            raise ValueError(
+                f"{path} holds the verdicts of another verifier: {differing}. Pass rejudge=True (--rejudge) to have its texts judged anew by this one, "
+                "or choose another `output_dir`."
+            )
+
+    def _rejudge(self, path: Path, config: dict, dataset, keys: np.ndarray) -> None:
+        """
+        Puts a journal with this verifier's verdicts on the same texts in the place of the one at `path`, which stays beside it under a number.
+
+        Left out are attempts at problems whose gold answer this verifier cannot compare with, at rows that are not in the dataset, and at references
+        that have changed; and those whose texts were not kept, which are drawn again where they matter.
+        """
+        old, lost = Journal(path, read_header(path)), 0  # nobody else writes to it meanwhile
+        known = KnownAttempts(old.entries(until="reason"), self.args.stages)
+        try:
+            with partial_file(path) as partial:
+                new = Journal(partial, config)
+                for start in tqdm(range(0, len(keys), 256), desc="judging anew", unit="256 rows"):
+                    problems = list(self._problems(dataset, keys, start, 256))
+                    refused = self._refused(problems)
+                    attempts = [
+                        (problem, old.read(fate.offset))
+                        for problem, stages in zip(problems, known.of(keys[start : start + 256]), strict=True)
+                        for fate in chain.from_iterable(fates.values() for fates in stages.values())
+                        if problem.id not in refused
+                    ]
+                    lost += self._append_judged(new, attempts)
+                new.close()
+                number = next(n for n in count(1) if not path.with_name(f"{path.name}.{n}").exists())
+                path.rename(path.with_name(f"{path.name}.{number}"))
+                partial.replace(path)
+        finally:
+            old.close()
+        withdraw(self.output_dir, self.shard)
+        if lost:
+            warnings.warn(
+                f"{lost:,} attempts have no text (keep_rejected=False), so they cannot be judged anew and are drawn again where they matter.",
+                stacklevel=4,
+            )
+
+    def _append_judged(self, journal: Journal, attempts: list[tuple[Problem, dict]]) -> int:
+        """Appends attempts of another journal with verdicts of this verifier; returns how many have no text."""
+        cut = [entry for _, entry in attempts if entry["finish_reason"] == "length"]  # which no verifier is shown
+        whole = [
+            (problem, entry) for problem, entry in attempts if entry["finish_reason"] == "stop" and "text" in entry
+        ]
+        for entry in cut:
+            journal.append(entry)
+        completions = [
+            Completion(entry["id"], entry["text"], entry["completion_ids"], entry["behavior_log_probs"], "stop")
+            for _, entry in whole
+        ]
+        told = judge(self.verifier, completions, [p.answer for p, _ in whole], [p.extra for p, _ in whole])
+        for (problem, entry), completion, verdict in zip(whole, completions, told, strict=True):
+            # Its log-probs are rounded, and their mean was taken before that.
+            mean = {"log_prob": entry["log_prob"]}
+            journal.append(self._entry(problem, entry["stage"], entry["attempt"], completion, *verdict) | mean)
+        return len(attempts) - len(cut) - len(whole)
+
+    def _probe(self, dataset, keys: np.ndarray) -> None:
+        """
+        Draws the first attempt of each stage for some rows, evenly spread, and prints what they tell of the whole run. They go into a journal
+        of their own, which a run with the same settings begins with.
+        """
+        self._load_engines()
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        chosen = np.linspace(0, len(keys), min(self.args.probe, len(keys)), endpoint=False, dtype=int)
+        journal = Journal(self.shard.file(self.output_dir, "probe.jsonl"), self._identity(), overwrite=True)
+        began = time.monotonic()
+        try:
+            once = replace(self.args, num_generations=1, push_every=0)
+            counts = self._run(dataset.select(chosen), keys[chosen], journal, None, once, None).counts
+            seconds, rows = time.monotonic() - began, {copy_id(*key[:2]) for key in keys[chosen].tolist()}
+            drawn = [entry for _, entry in journal.entries(until="reason") if entry["id"] in rows]
+        finally:
+            journal.close()
+            if hasattr(self.verifier, "close"):
+                self.verifier.close()
+        rates = Counter({name: counts[name] for name in counts if name.endswith(("_sampled", "_correct"))})
+        attempts = Scheduler((), len(keys), self.args, rates).attempts_left()
+        print(probe_report(drawn, counts, len(chosen), len(keys), attempts, seconds, self.args))  # noqa: T201
+
     def _dry_run(self, dataset, keys: np.ndarray) -> None:
         total = len(keys)
         if not total:
             print(f"shard {self.shard} has no rows")  # noqa: T201
             return
-        first = next(self._problems(dataset, keys))
+        first, tokenizer = next(self._problems(dataset, keys)), self._tokenizer()
         for stage in self.args.stages:
-            print(f"---- first prompt of stage {stage} ----")  # noqa: T201
-            for turn in self._prompt(first, stage):
-                print(f"[{turn['role']}]\n{turn['content']}")  # noqa: T201
-            if self.processing_class is not None:
-                ids = encode_prompt(self.processing_class, self._prompt(first, stage))
-                print(  # noqa: T201
-                    f"---- the same as the model reads it, {len(ids)} tokens ----\n{self.processing_class.decode(ids)}"
-                )
-            wanted = getattr(self.verifier, "asked_form", "")
-            if wanted not in "".join(turn["content"] for turn in self._prompt(first, stage)):
-                print(  # noqa: T201
-                    f"---- careful ----\nThere is no {wanted} in this prompt, which is the form that {type(self.verifier).__name__} reads most surely: "
-                    "answers may be unparsable. Ask for it in the prompt (solve_prompt, guided_prompt), or pass another verifier."
-                )
+            prompt, given = self._prompt(first, stage), self.args.chat_template_kwargs
+            print(shown_prompt(f"first prompt of stage {stage}", prompt, tokenizer, given, self.verifier))  # noqa: T201
         most = total * len(self.args.stages) * self.args.num_generations
         print(  # noqa: T201
             f"---- estimate ----\n{total:,} rows; at most {most:,} attempts ({len(self.args.stages)} stages x K = {self.args.num_generations}), "
             f"{most * self.args.max_completion_length:,} tokens if each ran to max_completion_length = {self.args.max_completion_length}.\n"
             f"gold answer of the first row: {first.answer!r}"
         )
+        if without := sum(not problem.answer for problem in self._problems(dataset, keys)):
+            print(  # noqa: T201
+                f"---- careful ----\n{without:,} of {total:,} rows have no gold answer, neither in `{self.args.answer_column}` nor as the last box of their "
+                "demonstration: no attempt at them can be verified, so they keep their demonstration. --answer_column says where the answers are."
+            )
 
     # ---- the run ----
 
-    def _run(self, dataset, keys: np.ndarray, journal: Journal, logged) -> Scheduler:
-        """Streams all problems through sampling and verification until each has its outcome."""
-        path = self.shard.file(self.output_dir, "metrics.jsonl")
-        known = KnownAttempts(journal.entries(until="reason"), self.args.stages)
-        counts = aborted_before(path) if len(known) else Counter()
-        scheduler = Scheduler(self._gated(dataset, keys, known, counts), len(keys), self.args, counts)
+    def _run(
+        self, dataset, keys: np.ndarray, journal: Journal, logged, args: RewriteConfig, path: Path | None
+    ) -> Scheduler:
+        """Streams all problems through sampling and verification until each has its outcome; `path` is that of `metrics.jsonl`, if it is wanted."""
+        known = KnownAttempts(journal.entries(until="reason"), args.stages)
+        counts = aborted_before(path) if path is not None and len(known) else Counter()
+        scheduler = Scheduler(self._gated(dataset, keys, known, counts), len(keys), args, counts)
         sampling: dict[str, Draw] = {}
         aborted: dict[str, int] = {}
         drawn = self._drawn_tokens(counts)
-        log = RunLog(path, len(keys), len(known), self.args.max_completion_length, counts, drawn, logged)
-        push = PeriodicPush(lambda: self._push(finished=False), self.args.push_every, self.args.hub_token)
+        log = RunLog(path, len(keys), len(known), args.max_completion_length, counts, drawn, logged)
+        push = PeriodicPush(lambda: self._push(finished=False), args.push_every, args.hub_token)
         capacity = self.sampler.capacity
         # A server tells of tokens when an attempt is finished: it takes several of each slot to know its rate.
         speculation = Speculation(slots_of(self.sampler), 32 if hasattr(self.sampler, "drawn_tokens") else 1024)
@@ -514,7 +671,7 @@ class DataRewriter:
             verdicts = [Verdict.CORRECT if answer else Verdict.UNPARSABLE for answer in answers]
         return {p.id: v for p, v in zip(problems, verdicts, strict=True) if v is not Verdict.CORRECT}
 
-    def _prompt(self, problem: Problem, stage: str) -> list[dict[str, str]]:
+    def _prompt(self, problem: Problem, stage: str) -> list[dict[str, str]] | str:
         prompt = (
             problem.prompt
             if stage == Source.SELF
@@ -525,35 +682,42 @@ class DataRewriter:
     def _submit(self, draw: Draw) -> None:
         args, problem = self.args, draw.progress.problem
         seed = attempt_seed(args.seed, problem.id, draw.stage, draw.attempt)
-        params = SamplingParams(args.temperature, args.top_p, args.top_k, args.max_completion_length)
-        self._sampler_of(draw.stage).submit(Request(draw.id, self._prompt(problem, draw.stage), seed, params))
+        prompt = self._prompt(problem, draw.stage)
+        request = Request(draw.id, prompt, seed, self._params, args.chat_template_kwargs)
+        self._sampler_of(draw.stage).submit(request)
 
     def _record(self, judged: Judged, journal: Journal, log: RunLog) -> Fate:
         draw, completion, verdict, reason = judged
-        judged_on = verdict == Verdict.CORRECT and draw.stage == Source.GUIDED
-        found = reject_guided(completion.text, draw.progress.problem, self.args) if judged_on else None
+        entry = self._entry(draw.progress.problem, draw.stage, draw.attempt, completion, verdict, reason)
+        log.attempt(entry)
+        log_prob = float("nan") if entry["log_prob"] is None else entry["log_prob"]
+        offset, rejected = journal.append(entry), entry.get("rejected", "")
+        return Fate(offset, verdict, completion.finish_reason, entry["num_tokens"], log_prob, rejected)
+
+    def _entry(
+        self, problem: Problem, stage: str, attempt: int, completion: Completion, verdict: Verdict, reason: str
+    ) -> dict:
+        """One line of the journal: an attempt with its verdict, and why a guided one is not kept though it is correct."""
+        judged_on = verdict == Verdict.CORRECT and stage == Source.GUIDED
+        found = reject_guided(completion.text, problem, self.args) if judged_on else None
         rejected, reason = found or ("", reason)
         log_probs, log_prob = completion.log_probs, None
         if log_probs:
             log_prob = round(sum(log_probs) / len(log_probs), 6)
         elif verdict == Verdict.CORRECT and self.args.selection == "max_log_prob":
             raise ValueError(
-                f"You passed selection='max_log_prob', but {self._sampler_of(draw.stage).name} returned no log-probs for {completion.id}. Use another engine, "
+                f"You passed selection='max_log_prob', but {self._sampler_of(stage).name} returned no log-probs for {completion.id}. Use another engine, "
                 "or selection='random'."
             )
         entry = {
-            "id": draw.progress.id,
-            "stage": draw.stage,
-            "attempt": draw.attempt,
+            "id": problem.id,
+            "stage": stage,
+            "attempt": attempt,
             "verdict": verdict,
             "finish_reason": completion.finish_reason,
             "num_tokens": len(completion.completion_ids),
             "log_prob": log_prob,
-            **(
-                {"reference": reference_digest(draw.progress.problem.demonstration)}
-                if draw.stage == Source.GUIDED
-                else {}
-            ),
+            **({"reference": reference_digest(problem.demonstration)} if stage == Source.GUIDED else {}),
             **({"rejected": rejected} if rejected else {}),
             "reason": reason,  # a resume reads a line up to here
         }
@@ -561,10 +725,7 @@ class DataRewriter:
             entry["text"] = completion.text
             entry["completion_ids"] = completion.completion_ids
             entry["behavior_log_probs"] = [round(x, 6) for x in log_probs]
-        log.attempt(entry)
-        log_prob = float("nan") if log_prob is None else log_prob
-        offset = journal.append(entry)
-        return Fate(offset, verdict, completion.finish_reason, entry["num_tokens"], log_prob, rejected)
+        return entry
 
     def _summarize(self, counts: Counter) -> None:
         by_source = {str(source): counts[source] for source in Source}
@@ -595,9 +756,19 @@ class DataRewriter:
     # ---- rows out ----
 
     def _write(
-        self, file: Path, whole, dataset, keys: np.ndarray, scheduler: Scheduler, journal: Journal, run: str
-    ) -> None:
-        """Writes the rows, in the order they came in, to a file that is not yet in its place; carried columns as they are stored in `whole`."""
+        self,
+        file: Path,
+        whole,
+        dataset,
+        keys: np.ndarray,
+        outcome_of: Callable[[int], Outcome | None],
+        journal: JournalReader,
+        run: str = "",
+    ) -> list[dict]:
+        """
+        Writes the rows that have an outcome, in the order they came in, to a file that is not yet in its place; carried columns as they are
+        stored in `whole`. Returns the problems that have no row, for they were not solved and have no demonstration.
+        """
         import pyarrow as pa
         import pyarrow.parquet as pq
         from datasets import Dataset, Features
@@ -605,7 +776,8 @@ class DataRewriter:
 
         unsolved = []
         carried = carried_columns(whole.column_names, self.args.answer_column)
-        features = output_features(whole.features, whole.column_names, self.args.answer_column)
+        given = self.args.chat_template_kwargs
+        features = output_features(whole.features, whole.column_names, self.args.answer_column, given)
         ours = Features({name: features[name] for name in features if name not in carried.values()})
         schema = features.arrow_schema
         schema = schema.with_metadata({**schema.metadata, RUN_KEY: run.encode()})
@@ -617,7 +789,9 @@ class DataRewriter:
             for chunk in batched(enumerate(self._problems(dataset, keys)), 100 if media else 1000):
                 solved, rows = [], []
                 for i, problem in chunk:
-                    outcome = scheduler.outcome(i)
+                    outcome = outcome_of(i)
+                    if outcome is None:
+                        continue
                     if problem.demonstration is None and outcome.source == Source.EXPERT:
                         unsolved.append({"id": problem.id, "problem": problem.problem, "answer": problem.answer})
                     else:
@@ -633,9 +807,12 @@ class DataRewriter:
                 table = pa.Table.from_arrays(table.columns, schema=schema)
                 writer.write_table(embed_table_storage(table) if media else table)
         self.metrics["expert_format"] = {how: experts[how] for how in ("boxed", "marks_removed", "not_as_asked")}
+        return unsolved
+
+    def _list_unsolved(self, columns: list[str], unsolved: list[dict]) -> None:
         path = self.shard.file(self.output_dir, "unsolved.jsonl")
         path.unlink(missing_ok=True)  # of other rows
-        if find_format(whole.column_names, self.args.answer_column)[1] is None:
+        if find_format(columns, self.args.answer_column)[1] is None:
             self.metrics["yield"][str(Source.EXPERT)] = 0
             self.metrics["unsolved"] = len(unsolved)
             write_whole(path, "".join(json.dumps(row) + "\n" for row in unsolved))
@@ -644,14 +821,13 @@ class DataRewriter:
         """Puts the demonstration in an `expert` row into the form that its prompt asks for, if that is wanted; returns what is to be said of it."""
         if not asks_for_box(row["prompt"]):
             return []
-        (turn,) = row["completion"]
-        given = turn["content"]
-        if self.args.expert_format == "boxed":
-            turn["content"] = in_asked_form(given, row["answer"])
+        (given,) = contents(row["completion"])
+        put = in_asked_form(given, row["answer"]) if self.args.expert_format == "boxed" else given
+        row["completion"] = as_completion(row["prompt"], put)
         told = {
-            "boxed": has_box(turn["content"]) and not has_box(given),
-            "marks_removed": CALCULATOR_MARK.search(given) and not CALCULATOR_MARK.search(turn["content"]),
-            "not_as_asked": not has_box(turn["content"]),
+            "boxed": has_box(put) and not has_box(given),
+            "marks_removed": CALCULATOR_MARK.search(given) and not CALCULATOR_MARK.search(put),
+            "not_as_asked": not has_box(put),
         }
         return [how for how, so in told.items() if so]
 
@@ -692,8 +868,11 @@ class DataRewriter:
         return load_dataset("parquet", data_files=glob.escape(str(file)), split="train", fragment_scan_options=scan)
 
     @property
-    def _plain(self) -> bool:
-        return (self.args.temperature, self.args.top_p, self.args.top_k) == (1.0, 1.0, 0)
+    def _params(self) -> SamplingParams:
+        args = self.args
+        return SamplingParams(
+            args.temperature, args.top_p, args.top_k, args.max_completion_length, args.min_p, args.repetition_penalty, tuple(args.stop or ()),
+        )  # fmt: skip
 
     def _row(self, problem: Problem, outcome: Outcome, journal: Journal, names: dict[Source, str]) -> dict:
         kept = {"text": problem.demonstration, "completion_ids": [], "behavior_log_probs": []}
@@ -705,9 +884,14 @@ class DataRewriter:
                 "verdict": Verdict.CORRECT,
             }
             kept = journal.read(outcome.offset, attempt, kept)
-        return {
-            "prompt": self._prompt(problem, Source.SELF),
-            "completion": [{"role": "assistant", "content": storable(kept["text"])}],  # an old journal's
+        ids, sampler = kept["completion_ids"], self._sampler_of(outcome.source)
+        if self.args.stop and ids and ids[-1] not in getattr(sampler, "stop_token_ids", []):
+            # It ended with a stop text, which is no end of turn: trained on as text, to which the chat template adds one.
+            kept = {**kept, "completion_ids": [], "behavior_log_probs": []}
+        prompt = self._prompt(problem, Source.SELF)
+        row = {
+            "prompt": prompt,
+            "completion": as_completion(prompt, storable(kept["text"])),  # an old journal's
             "id": problem.id,
             "source": str(outcome.source),
             "answer": problem.answer,
@@ -717,14 +901,18 @@ class DataRewriter:
             "self_correct": outcome.self_correct,
             "completion_ids": kept["completion_ids"],
             # Drawn from a reshaped distribution, a token's log μ is not the model's log-prob: better none than a wrong one.
-            "behavior_log_probs": kept["behavior_log_probs"] if self._plain else [],
+            "behavior_log_probs": [] if self._params.reshaping else kept["behavior_log_probs"],
             "model": names[outcome.source],
             "model_revision": self._sampler_of(outcome.source).revision,
             "temperature": self.args.temperature,
             "top_p": self.args.top_p,
             "top_k": self.args.top_k,
-            "behavior_prompt": self._prompt(problem, outcome.source) if outcome.source == Source.GUIDED else [],
+            "behavior_prompt": self._prompt(problem, outcome.source)
+            if outcome.source == Source.GUIDED
+            else prompt[:0],
         }
+        given = self.args.chat_template_kwargs
+        return row | {"chat_template_kwargs": given} if given else row
 
 
 @contextmanager
@@ -743,6 +931,15 @@ def _frozen_heap():
 def check_stages(columns: list[str], args: RewriteConfig) -> None:
     """`ValueError` if a dataset with these `columns` cannot be rewritten as `args` say, whatever its rows are."""
     carried_columns(columns, args.answer_column)
+    if args.chat_template_kwargs and "chat_template_kwargs" in columns:
+        raise ValueError(
+            f"You passed chat_template_kwargs={args.chat_template_kwargs}, but the dataset has a column of that name: leave out one of them."
+        )
+    if args.system_prompt is not None and find_format(columns, args.answer_column)[0] not in ASKED:
+        raise ValueError(
+            f"You passed system_prompt={args.system_prompt!r:.100}, which stands before `solve_prompt`; but the dataset has the columns {columns}, "
+            "so its rows have prompts of their own. Write the system turn into them."
+        )
     if find_format(columns, args.answer_column)[1] is None and Source.GUIDED in args.stages:
         raise ValueError(
             f"You passed stages={args.stages}, but the dataset has the columns {columns} and no demonstrations, which the stage `guided` "

@@ -32,7 +32,7 @@ from .control_tokens import ControlTokens
 from .group_rewards import alignment_reward, diversity_reward, task_gate, total_reward
 from .initial_policy import InitialPolicy
 from .model_card import agent_card
-from .prompts import GUIDED_PROMPT, REASONING_PROMPT, SOLVE_PROMPT, check, fill
+from .prompts import GUIDED_PROMPT, REASONING_PROMPT, SOLVE_PROMPT, check, contents, fill
 from .rows import Verdict, encode_prompt, guided_prompt, read_rows, text_columns, unformatted
 from .scoring import causal_lm, head_logits, lm_head, target_log_probs
 from .turns import cut_turn, stop_token_ids, turn_text
@@ -129,7 +129,7 @@ class GroupReward:
                 "others where parameters are sharded (FSDP, ZeRO-3). Use DDP, ZeRO-1 or ZeRO-2; the base is frozen, only an adapter is trained."
             )
         self._base, self._tokenizer = InitialPolicy(trainer.model, trainer.accelerator), trainer._tokenizer
-        self._stop_ids = trainer.eos_token_ids
+        self._stop_ids, self._template_kwargs = trainer.eos_token_ids, trainer.chat_template_kwargs
         if self.judge:
             encode = self._tokenizer.encode
             self._yes_no = [encode(word, add_special_tokens=False)[0] for word in ("YES", "NO")]
@@ -199,12 +199,15 @@ class GroupReward:
             log_probs[row] = head_logits(head, hidden[-1:])[0, self._yes_no].tolist()
 
         asked = [fill(self.reasoning_prompt, problem=problems[i], completion=texts[i]) for i in places]
-        asked = [(encode_prompt(self._tokenizer, [{"role": "user", "content": text}]), []) for text in asked]
+        asked = [(self._encoded([{"role": "user", "content": text}]), []) for text in asked]
         target_log_probs(model, asked, self.batch_tokens, progress=False, observe=at_the_end)
         for row, place in enumerate(places):
             yes, no = log_probs[row]
             reasoned[place] = float(yes >= no) if np.isfinite(yes) and np.isfinite(no) else np.nan
         return reasoned
+
+    def _encoded(self, prompt: list[dict[str, str]] | str) -> list[int]:
+        return encode_prompt(self._tokenizer, prompt, chat_template_kwargs=self._template_kwargs)
 
     def _scored(self, model, places, qa_prompts, completion_ids, texts) -> tuple[np.ndarray, list[np.ndarray | None]]:
         """NLL per token and embedding of the candidates at `places`, from one forward of the base."""
@@ -212,7 +215,7 @@ class GroupReward:
         # The same candidate drawn twice is scored once: what rounding makes of its place in a batch would be taken for a difference.
         alike: dict[tuple, list[int]] = {}
         for i in places:
-            pair = tuple(encode_prompt(self._tokenizer, qa_prompts[i])), tuple(completion_ids[i])
+            pair = tuple(self._encoded(qa_prompts[i])), tuple(completion_ids[i])
             alike.setdefault(pair, []).append(i)
         members, pairs = list(alike.values()), [(list(prompt), list(target)) for prompt, target in alike]
 
@@ -251,6 +254,8 @@ def agent_dataset(
     processing_class=None,
     max_prompt_length: int | None = None,
     control_tokens: str = "warn",
+    system_prompt: str | None = None,
+    chat_template_kwargs: dict | None = None,
 ) -> Dataset:
     """
     Demonstrations as the agent is trained on them: `prompt` (with the reference), `qa_prompt`, `problem`, `answer`.
@@ -263,6 +268,7 @@ def agent_dataset(
         processing_class, max_prompt_length (*optional*): Rows whose prompt has more tokens are left out, and counted likewise.
         control_tokens (`str`, *optional*, defaults to `"warn"`): What is done with problems and references that hold control tokens of the
             `processing_class` as text: `warn`, `refuse`, `escape` or `allow` ([`~control_tokens.ControlTokens`]).
+        system_prompt, chat_template_kwargs (*optional*): As in [`RewriteConfig`]; the latter for `max_prompt_length`.
 
     Raises:
         ValueError: A row has no problem or no demonstration (named by number), or none is left.
@@ -270,11 +276,11 @@ def agent_dataset(
     check(guided_template, "guided_prompt", "problem", "solution")
     if isinstance(dataset, Dataset):
         dataset = text_columns(unformatted(dataset), answer_column)
-    problems = list(read_rows(dataset, answer_column, solve_prompt))
+    problems = list(read_rows(dataset, answer_column, solve_prompt, system_prompt=system_prompt))
     if problems and problems[0].demonstration is None:
         raise ValueError("The dataset has problems and gold answers but no demonstrations, which the agent retells.")
     control = ControlTokens(processing_class, control_tokens)
-    texts = ("\0".join([*(turn["content"] for turn in p.prompt), p.demonstration]) for p in problems)
+    texts = ("\0".join([*contents(p.prompt), p.demonstration]) for p in problems)
     control.check(map(control.within, texts), "problem or reference")
     golds = [problem.answer for problem in problems]
     compare = getattr(verifier, "check_answers", lambda golds: [gold and Verdict.CORRECT for gold in golds])
@@ -283,9 +289,11 @@ def agent_dataset(
         prompt = control.prompt(guided_prompt(problem, guided_template))
         if verdict != Verdict.CORRECT:
             continue
-        if max_prompt_length is not None and len(encode_prompt(processing_class, prompt)) > max_prompt_length:
-            too_long += 1
-            continue
+        if max_prompt_length is not None:
+            ids = encode_prompt(processing_class, prompt, chat_template_kwargs=chat_template_kwargs)
+            if len(ids) > max_prompt_length:
+                too_long += 1
+                continue
         qa_prompt = (
             control.prompt(problem.prompt) if qa_template is None else fill(qa_template, problem=problem.problem)
         )

@@ -7,7 +7,8 @@ An output row, ready for `SFTTrainer` (`completion_ids` and `behavior_log_probs`
      "self_sampled": 2, "self_correct": 1, "completion_ids": [76, 123, 19, 125, 2], "behavior_log_probs": [-0.1, -0.0, -0.3, -0.0, -0.0],
      "model": "me/policy", "model_revision": "a1b2c3", "temperature": 1.0, "top_p": 1.0, "top_k": 0, "behavior_prompt": []}
 
-`behavior_prompt` is what the sampler was asked where that is not `prompt`: in guided rows, with the reference in it. `num_sampled` and
+Rows whose `prompt` was a plain text have plain texts in `prompt`, `completion` and `behavior_prompt`, so that sampling and training see the
+same text without a chat template. `behavior_prompt` is what the sampler was asked where that is not `prompt`: in guided rows, with the reference in it. `num_sampled` and
 `num_correct` are of the stage that gave the row (0 in `expert` rows), `self_sampled` and `self_correct` of the stage `self` in every row.
 """
 
@@ -28,7 +29,7 @@ from typing import Any
 
 from .demonstrations import clean_reference
 from .extraction import final_answer
-from .prompts import GUIDED_PROMPT, fill
+from .prompts import GUIDED_PROMPT, contents, fill
 
 
 class Source(StrEnum):
@@ -54,7 +55,7 @@ class Problem:
     """One input row, whatever format it came in."""
 
     id: str
-    prompt: list[dict[str, str]]
+    prompt: list[dict[str, str]] | str  # a plain text stays one, and no chat template renders it
     problem: str
     demonstration: str | None  # `None` where the dataset has none at all
     answer: str | None
@@ -70,6 +71,15 @@ FORMATS = (
     ("question", "answer"),
     ("conversations", "conversations"),  # ShareGPT
     ("instruction", "output"),  # Alpaca, whose `input` stands below the instruction
+)
+ASKED = (
+    "problem",
+    "question",
+    "instruction",
+)  # prompt columns that hold a bare problem, which `solve_prompt` turns into a prompt
+PLAIN_PROMPTS = (
+    "The prompts are plain texts: the model is asked them as they are, without its chat template, and so does training see them. If they are meant "
+    "as messages, write [{'role': 'user', 'content': ...}] for each, or call the column `problem`."
 )
 # Where there are gold answers alone: the columns that may hold the problem.
 PROBLEM_COLUMNS = ("prompt", "problem", "question")
@@ -221,7 +231,9 @@ class IncompleteRow(ValueError):
 _COMPLETE = "Fill it in, or leave such rows out: --skip_incomplete on the command line, `dataset.filter` in Python."
 
 
-def read_row(row: dict, index: int, answer_column: str, solve_prompt: str) -> Problem:
+def read_row(
+    row: dict, index: int, answer_column: str, solve_prompt: str, system_prompt: str | None = None
+) -> Problem:
     """One row as a `Problem`.
 
     Raises:
@@ -230,12 +242,13 @@ def read_row(row: dict, index: int, answer_column: str, solve_prompt: str) -> Pr
         ValueError: What it has is of another kind; with its position, from 0.
     """
     prompt_column, demonstration_column, carried = _layout(tuple(row), answer_column)
+    where = f"Row {index}"
+    own = own_prompt(row, prompt_column, where)
+    prompt = _messages(own, "user", where)
     if prompt_column == demonstration_column:
-        what = f"Row {index}: `{prompt_column}`"
-        *prompt, last = _messages(row[prompt_column], "user", what) or [{"role": "", "content": ""}]
+        *_, last = _messages(row[prompt_column], "user", where) or [{"role": "", "content": ""}]
         demonstration = last["content"] if last["role"] == "assistant" else ""
     else:
-        prompt = _messages(_asked(row, prompt_column), "user", f"Row {index}: `{prompt_column}`")
         demonstration = _demonstrated(row, index, demonstration_column)
     if demonstration is None and is_missing(row[answer_column]):
         told = f"`{answer_column}` is {row[answer_column]!r}, and no attempt could be kept"
@@ -254,17 +267,30 @@ def read_row(row: dict, index: int, answer_column: str, solve_prompt: str) -> Pr
         )
     answer = final_answer(demonstration or "") if is_missing(answer) else str(answer).strip()
     row_id = content_id(prompt, answer)
-    if prompt_column in ("problem", "question", "instruction"):
-        prompt = [{"role": "user", "content": fill(solve_prompt, problem=user_turns[-1])}]
+    if prompt_column in ASKED:
+        prompt = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+        prompt += [{"role": "user", "content": fill(solve_prompt, problem=user_turns[-1])}]
+    elif isinstance(own, str):
+        prompt = own
     extra = {new: row[old] for old, new in carried.items()}
     return Problem(row_id, prompt, user_turns[-1], demonstration, answer, extra)
 
 
-def _asked(row: dict, prompt_column: str):
-    """What the prompt's column holds; Alpaca's `input` stands below its instruction."""
-    if prompt_column == "instruction" and not is_missing(row.get("input")):
-        return f"{row['instruction']}\n\n{row['input']}"
-    return row[prompt_column]
+def own_prompt(row: dict, column: str, where: str) -> list[dict[str, str]] | str:
+    """
+    What the prompt's column of a row holds: a text (Alpaca's `input` stands below its instruction), or messages, without the last one where
+    that is the demonstration.
+
+    Raises:
+        ValueError: It is neither; begins with `where`.
+    """
+    if column == "instruction" and not is_missing(row.get("input")):
+        return f"{row[column]}\n\n{row['input']}"
+    if isinstance(row[column], str):
+        return row[column]
+    turns = _messages(row[column], "user", f"{where}: `{column}`")
+    demonstrated = column in ("messages", "conversations") and turns and turns[-1]["role"] == "assistant"
+    return turns[:-1] if demonstrated else turns
 
 
 def _demonstrated(row: dict, index: int, column: str | None) -> str | None:
@@ -304,10 +330,15 @@ def numbered(indices: Sequence[int], total: int) -> str:
     return f"{len(indices):,} of {total:,} rows ({shown}) have"
 
 
-def guided_prompt(problem: Problem, template: str = GUIDED_PROMPT, clean: bool = True) -> list[dict[str, str]]:
-    """A problem's own prompt with its last user turn replaced by `template`, which holds the problem and the reference ([`clean_reference`])."""
+def guided_prompt(problem: Problem, template: str = GUIDED_PROMPT, clean: bool = True) -> list[dict[str, str]] | str:
+    """
+    A problem's own prompt with its last user turn, or its text, replaced by `template`, which holds the problem and the reference
+    ([`clean_reference`]).
+    """
     reference = clean_reference(problem.demonstration) if clean else problem.demonstration
     text = fill(template, problem=problem.problem, solution=reference)
+    if isinstance(problem.prompt, str):
+        return text
     last = max(i for i, turn in enumerate(problem.prompt) if turn["role"] == "user")
     return [{**turn, "content": text} if i == last else turn for i, turn in enumerate(problem.prompt)]
 
@@ -317,6 +348,7 @@ def read_rows(
     answer_column: str = "answer",
     solve_prompt: str = "{problem}",
     copies: Iterable[int] | None = None,
+    system_prompt: str | None = None,
 ) -> Iterator[Problem]:
     """
     Every row as a `Problem`; with the `copies` that [`number_copies`] counts, each has an id of its own.
@@ -326,7 +358,7 @@ def read_rows(
     incomplete, lacks, index = [], "", -1
     for index, (row, copy) in enumerate(zip(rows, repeat(1) if copies is None else copies, strict=copies is not None)):
         try:
-            problem = read_row(row, index, answer_column, solve_prompt)
+            problem = read_row(row, index, answer_column, solve_prompt, system_prompt)
         except IncompleteRow as error:
             lacks = lacks or error.lacks
             incomplete.append(index + 1)
@@ -409,6 +441,17 @@ def encode_prompt(
     )["input_ids"]
 
 
+def as_completion(prompt: list[dict[str, str]] | str, text: str) -> list[dict[str, str]] | str:
+    """A completion of `prompt` in its form: text to a plain text, one message to messages."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def has_plain_prompts(features, columns: Iterable[str], answer_column: str = "answer") -> bool:
+    """Whether the prompts of a dataset with these `datasets.Features` are plain texts, which no chat template renders."""
+    column = find_format(columns, answer_column)[0]
+    return column == "prompt" and getattr(features[column], "dtype", None) in ("string", "large_string")
+
+
 def says_otherwise(processing_class, row: dict) -> str | None:
     """
     What a row's `completion_ids` decode to, where that is not its `completion`: they are ids of another vocabulary. `None` if all is well.
@@ -417,7 +460,7 @@ def says_otherwise(processing_class, row: dict) -> str | None:
     """
     if not row.get("completion_ids") or not row.get("completion"):
         return None
-    turns = [row["completion"]] if isinstance(row["completion"], str) else [t["content"] for t in row["completion"]]
+    turns = contents(row["completion"])
     if not all(isinstance(turn, str) for turn in turns):
         return None  # contents in parts, which no sampler here writes
     wanted = "".join(filter(str.isalnum, "".join(turns)))
@@ -438,14 +481,22 @@ def demonstration(row: dict) -> str | None:
     return None
 
 
-def output_features(input_features=None, columns: Iterable[str] = (), answer_column: str = "answer"):
+def output_features(
+    input_features=None,
+    columns: Iterable[str] = (),
+    answer_column: str = "answer",
+    chat_template_kwargs: dict[str, Any] | None = None,
+):
     """`datasets.Features` of the output: ours, then the carried columns with the type they came in."""
-    from datasets import Features, List, Value
+    from datasets import Dataset, Features, List, Value
 
-    turn = {"role": Value("string"), "content": Value("string")}
+    turns = List({"role": Value("string"), "content": Value("string")})
+    if input_features and has_plain_prompts(input_features, columns, answer_column):
+        turns = Value("string")
+    given = {"chat_template_kwargs": chat_template_kwargs} if chat_template_kwargs else None
     ours = {
-        "prompt": List(turn),
-        "completion": List(turn),
+        "prompt": turns,
+        "completion": turns,
         "id": Value("string"),
         "source": Value("string"),
         "answer": Value("string"),
@@ -460,14 +511,14 @@ def output_features(input_features=None, columns: Iterable[str] = (), answer_col
         "temperature": Value("float32"),
         "top_p": Value("float32"),
         "top_k": Value("int32"),
-        "behavior_prompt": List(turn),
+        "behavior_prompt": turns,
     }
     carried = (
         {new: input_features[old] for old, new in carried_columns(columns, answer_column).items()}
         if input_features
         else {}
     )
-    return Features({**ours, **carried})
+    return Features({**ours, **(Dataset.from_list([given]).features if given else {}), **carried})
 
 
 def attempt_features():
@@ -527,6 +578,7 @@ def load_rows(
     dataset_revision: str | None = None,
     streaming: bool = False,
     data_files: str | list[str] | None = None,
+    named: str = "dataset_name",
 ):
     """
     A `datasets.Dataset` from a JSONL, JSON, CSV or Parquet file, a directory (Parquet or `save_to_disk`) or a Hub id; an
@@ -536,6 +588,7 @@ def load_rows(
     Args:
         data_files (`str` or `list[str]`, *optional*): Files of a directory or repository, or URLs with `dataset_name="json"`, as for
             `datasets.load_dataset`.
+        named (`str`, *optional*, defaults to `"dataset_name"`): What the caller calls `dataset_name`, for what is said of it.
 
     Raises:
         ValueError: The file cannot be read, or there is no such split: a file and a single saved dataset are the split `train` only.
@@ -557,19 +610,19 @@ def load_rows(
     path = Path(dataset_name)
     if data_files and (path.is_file() or (path / "state.json").exists() or (path / "dataset_dict.json").exists()):
         raise ValueError(
-            f"You passed data_files={data_files} with dataset_name={dataset_name!r}, which has no files to choose from; they are for a Hub "
+            f"You passed data_files={data_files} with {named}={dataset_name!r}, which has no files to choose from; they are for a Hub "
             "dataset, a directory of files, or the names json, csv and parquet."
         )
     builders = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
     if path.is_file():
         if path.suffix not in builders:
-            raise ValueError(f"You passed dataset_name={dataset_name!r}; a file must end in {', '.join(builders)}.")
+            raise ValueError(f"You passed {named}={dataset_name!r}; a file must end in {', '.join(builders)}.")
         with path.open("rb") as file:
             head = file.read(1024)
         if not head.strip():
-            raise ValueError(f"You passed dataset_name={dataset_name!r}, but that file is empty.")
+            raise ValueError(f"You passed {named}={dataset_name!r}, but that file is empty.")
         if path.suffix == ".parquet" and not pq.read_metadata(path).num_rows:  # which `datasets` cannot read
-            raise ValueError(f"You passed dataset_name={dataset_name!r}, but that file has no rows.")
+            raise ValueError(f"You passed {named}={dataset_name!r}, but that file has no rows.")
         only_train("a file")
         return load_text_dataset(builders[path.suffix], dataset_split, streaming, data_files=glob.escape(str(path)))
     if path.is_dir() and any((path / f).exists() for f in ("dataset_dict.json", "state.json")):
@@ -584,7 +637,7 @@ def load_rows(
         rows = loaded[dataset_split]
         return rows.to_iterable_dataset() if streaming else rows
     if not path.is_dir() and (path.suffix in builders or dataset_name.startswith((".", "/", "~"))):
-        raise FileNotFoundError(f"You passed dataset_name={dataset_name!r}, but there is no such file or directory.")
+        raise FileNotFoundError(f"You passed {named}={dataset_name!r}, but there is no such file or directory.")
     where = {"data_files": data_files} if data_files else {}
     return load_text_dataset(
         dataset_name, dataset_split, streaming, name=dataset_config, revision=dataset_revision, **where

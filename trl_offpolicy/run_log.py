@@ -46,7 +46,7 @@ def status(
         left (`float`, *optional*): Attempts that are still to be drawn, those under way included ([`~scheduling.Scheduler.attempts_left`]).
 
     Returns:
-        `dict`: `rows` and their number by source; `sampled`, `tokens`, `acceptance/<stage>` and `truncated/<stage>` over the attempts that
+        `dict`: `rows` and their number by source; `drawn` tokens of this process; `sampled`, `tokens`, `acceptance/<stage>` and `truncated/<stage>` over the attempts that
             settled something (they do not depend on the window), `rejected/<why>` how many correct guided ones were not kept; `unused` and `unused_tokens` of those drawn beyond them, `aborted` ones
             that were stopped on the way, with the `aborted_tokens` drawn of them by then; `tokens_per_second` and `eta_seconds` (`None`
             until it can be told) of this process alone, without what a journal knew; `tokens_saved` of what K attempts for each problem
@@ -65,6 +65,7 @@ def status(
         **by_source,
         "sampled": counts["sampled"],
         "tokens": counts["tokens"],
+        "drawn": drawn,
         "tokens_per_second": round(rate, 1),
         **{f"acceptance/{s}": round(counts[f"{s}_correct"] / max(1, counts[f"{s}_sampled"]), 4) for s in stages},
         **{f"rejected/{why}": counts[f"rejected_{why}"] for why in Rejection if counts[f"rejected_{why}"]},
@@ -102,7 +103,7 @@ def _seconds_left(
 MOST_CUT, ENOUGH_ATTEMPTS = 0.25, 32
 
 
-def cut_advice(counts: Mapping[str, int], limit: int) -> str | None:
+def cut_advice(counts: Mapping[str, int], limit: int, begun: bool = True) -> str | None:
     """
     What to raise, and to what, where more than a quarter of the attempts were cut; `None` where they were not.
 
@@ -114,6 +115,7 @@ def cut_advice(counts: Mapping[str, int], limit: int) -> str | None:
     Args:
         counts (`Mapping`): `sampled`, `truncated`, `late_ends` and `late_tokens` of a run.
         limit (`int`): Its `max_completion_length`.
+        begun (`bool`, *optional*, defaults to `True`): Whether its `output_dir` has attempts, which another limit would not go on from.
     """
     sampled, cut = counts["sampled"], counts["truncated"]
     if cut <= MOST_CUT * sampled:
@@ -126,10 +128,8 @@ def cut_advice(counts: Mapping[str, int], limit: int) -> str | None:
     else:
         enough = 4 * limit
         told += ". None of the others came near it, so how long these would have become cannot be told"
-    return (
-        f"{told}: run again with --max_completion_length {enough} and another --output_dir (or --overwrite True, which deletes these "
-        "attempts), if the model's context is that long."
-    )
+    elsewhere = " and another --output_dir (or --overwrite True, which deletes these attempts)" if begun else ""
+    return f"{told}: run again with --max_completion_length {enough}{elsewhere}, if the model's context is that long."
 
 
 class RunLog:
@@ -139,7 +139,7 @@ class RunLog:
     A thread of its own shows it again every second, so that it moves while an engine draws and nothing is finished.
 
     Args:
-        path (`Path`): `metrics.jsonl`; lines are appended.
+        path (`Path`, *optional*): `metrics.jsonl`; lines are appended.
         total (`int`): Rows of the run.
         resumed (`int`): Attempts that the journal holds already.
         limit (`int`): `max_completion_length`, for [`cut_advice`].
@@ -157,7 +157,7 @@ class RunLog:
 
     def __init__(
         self,
-        path: Path,
+        path: Path | None,
         total: int,
         resumed: int,
         limit: int,
@@ -239,8 +239,9 @@ class RunLog:
                 self._log(line, last)
 
     def _log(self, line: dict, last: bool) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        if self.path is not None:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
         if self.wandb_run is not None:
             # Each increment is a file of its own, so one is worth as many attempts as all before it.
             if len(self.table.data) > (self.logged if last else 2 * self.logged):
@@ -253,7 +254,7 @@ def shown(line: dict) -> str:
     """What the status line says of a line of `metrics.jsonl`, the most important first: a narrow terminal cuts its end."""
     left = line["eta_seconds"]
     parts = [] if left is None else [f"{tqdm.format_interval(left)} left"]
-    parts += [f"{line['tokens_per_second']:,.0f} tok/s"]
+    parts += [f"{line['drawn']:,} tokens", f"{line['tokens_per_second']:,.0f} tok/s"]
     parts += [f"{source} {line[source] / max(1, line['rows']):.1%}" for source in map(str, Source)]
     for stage in (name.removeprefix("acceptance/") for name in line if name.startswith("acceptance/")):
         cut = f", {line[f'truncated/{stage}']:.0%} cut" if line[f"truncated/{stage}"] else ""

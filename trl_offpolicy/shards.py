@@ -10,7 +10,7 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,9 +80,12 @@ def withdraw(output_dir: Path, shard: Shard) -> None:
         (output_dir / "metrics.json").unlink(missing_ok=True)
 
 
-def check_siblings(output_dir: Path, shard: Shard, config: dict, overwrite: bool) -> None:
+def check_siblings(
+    output_dir: Path, shard: Shard, config: dict, overwrite: bool, free: Collection[str] = ("num_generations",)
+) -> None:
     """
-    Refuses to join a run whose other shards are of another number or, unless they are to be overwritten too, of another configuration.
+    Refuses to join a run whose other shards are of another number or, unless they are to be overwritten too, of another configuration (in
+    a field that is not `free`).
 
     Raises:
         ValueError: Names the file, and each field that differs.
@@ -96,7 +99,7 @@ def check_siblings(output_dir: Path, shard: Shard, config: dict, overwrite: bool
             )
         if overwrite or path == shard.file(output_dir, "journal.jsonl"):
             continue
-        if differing := differences(read_header(path), config):
+        if differing := differences(read_header(path), config, free):
             raise ValueError(
                 f"{path} is another shard of this run, but of another configuration: {differing}. Give every shard the same one."
             )

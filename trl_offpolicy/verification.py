@@ -128,6 +128,9 @@ class Verifier:
     def __name__(self) -> str:  # what GRPOTrainer calls its reward in the logs
         return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower()
 
+    def __repr__(self) -> str:
+        return type(self).__name__ + (describe(self).removeprefix(self.__name__) or "()")
+
     def _explain(self, completions: list[str], answers: list, **columns: list) -> list[tuple[Verdict, str]]:
         raise NotImplementedError
 

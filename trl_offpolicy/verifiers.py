@@ -19,7 +19,7 @@ from .answers import MAGNITUDES, normalize, number
 from .extraction import NO_ANSWER, Unparsable, stated_text, without_thinking
 from .rows import Verdict
 from .sampling import FAILED, Request, SamplingParams, attempt_seed, needs
-from .verification import Verifier, explain_with
+from .verification import Verifier, describe, explain_with
 
 
 class _StatedVerifier(Verifier):
@@ -176,7 +176,9 @@ class ExactMatchVerifier(_StatedVerifier):
         }
         if not golds:
             return Verdict.UNPARSABLE, "the gold answer is empty"
-        return (Verdict.CORRECT if self.normalized(stated) in golds else Verdict.WRONG), ""
+        if self.normalized(stated) in golds:
+            return Verdict.CORRECT, ""
+        return Verdict.WRONG, f"states {stated!r:.120}, the gold answer is {answer!r:.120}"
 
 
 @functools.cache
@@ -441,6 +443,9 @@ class _Combined(Verifier):
     @property
     def __name__(self) -> str:
         return f"{self.name}({', '.join(getattr(v, '__name__', type(v).__name__) for v in self.verifiers)})"
+
+    def __repr__(self) -> str:
+        return f"{self.name}({', '.join(repr(v) if isinstance(v, Verifier) else describe(v) for v in self.verifiers)})"
 
     def _explain(self, completions: list[str], answers: list, **columns: list) -> list[tuple[Verdict, str]]:
         rows = [{name: values[i] for name, values in columns.items()} for i in range(len(completions))]

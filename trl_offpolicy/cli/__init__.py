@@ -1,6 +1,6 @@
 """The `trl-offpolicy` command; on several GPUs `accelerate launch -m trl_offpolicy.cli COMMAND`.
 
-Every flag is also a key of `--config file.yaml`. The first line printed is where the results go, the last one the next
+Every flag is also a key of `--config file.yaml`. The first line says where the results go, the last one the next
 command to run. Exit codes: 0 done, 2 bad input, 3 stopped early and resumable.
 """
 
@@ -25,6 +25,7 @@ commands:
   eval       accuracy of a model on benchmarks: avg@k, pass@k, maj@k, greedy, with intervals
   gap        how far a rewritten dataset is from a model, before and after rewriting
   report     one page of what rewrites, trainings, evaluations and gaps have written
+  rows       the rows so far of an unfinished rewrite
   push       push a finished rewrite to the Hub: rows, attempts and card
 
   trl-offpolicy rewrite --model_name_or_path Qwen/Qwen2.5-Math-1.5B --dataset_name openai/gsm8k --dataset_config main \\
@@ -32,7 +33,8 @@ commands:
   trl-offpolicy rewrite --config rewrite.yaml                        # the same keys in a file; run again to resume
   trl-offpolicy sft --model_name_or_path M --dataset_name runs/gsm8k/dataset --objective iw --output_dir runs/gsm8k-iw
   trl-offpolicy agent --model_name_or_path M --dataset_name D --output_dir runs/agent --use_vllm
-  trl-offpolicy verify --dataset_name runs/gsm8k/dataset             # what is not correct goes to not_correct.jsonl
+  trl-offpolicy verify --dataset_name runs/gsm8k/dataset             # what is not correct goes to gsm8k.not_correct.jsonl
+  trl-offpolicy rows runs/gsm8k --so_far                             # what is settled while the run goes on
   trl-offpolicy push runs/gsm8k --hub_dataset_id me/gsm8k-on-policy   # or --push_to_hub --hub_dataset_id … when rewriting
   trl-offpolicy eval --model_name_or_path M --benchmarks math500 aime24 --preset paper --output_dir runs/eval
   trl-offpolicy gap --model_name_or_path M --dataset_name runs/gsm8k/dataset --output_dir runs/gap
@@ -46,6 +48,7 @@ COMMANDS = {
     "sft": ("sft", "sft"),
     "agent": ("agent", "agent"),
     "verify": ("verify", "verify"),
+    "rows": ("rewrite", "rows"),
     "push": ("rewrite", "push"),
     "eval": ("measure", "evaluate"),
     "gap": ("measure", "gap"),

@@ -1,6 +1,7 @@
 """`trl-offpolicy agent`, which `examples/train_agent.py` runs on several GPUs."""
 
 import contextlib
+import json
 import os
 import shlex
 import sys
@@ -11,6 +12,7 @@ from .. import prompts
 from ..control_tokens import HELP, MODES
 from ..rewrite_config import RewriteConfig
 from .arguments import (
+    TEMPLATE_METADATA,
     DemonstrationArguments,
     VerifierArguments,
     check_before_loading,
@@ -18,6 +20,7 @@ from .arguments import (
     load_demonstrations,
     make_verifier,
     parser_for,
+    read_template,
 )
 
 
@@ -73,6 +76,8 @@ class AgentArguments(DemonstrationArguments, VerifierArguments):
     solve_prompt: str = field(
         default=prompts.SOLVE_PROMPT, metadata={"help": "What a row without a prompt of its own is asked."}
     )
+    system_prompt: str | None = field(default=None, metadata={"help": "System turn before it."})
+    chat_template_path: str | None = field(default=None, metadata=TEMPLATE_METADATA)
     guided_prompt: str = field(
         default=prompts.GUIDED_PROMPT, metadata={"help": "What the agent is asked, with {problem} and {solution}."}
     )
@@ -97,7 +102,7 @@ def agent(argv: list[str]) -> int:
         arguments, args, model_args = _parse(argv)
     main = args.process_index == 0
     if main:
-        print(args.output_dir, flush=True)
+        print(f"output_dir: {args.output_dir}", flush=True)
         check_before_loading(args.output_dir, "wandb" if "wandb" in args.report_to else "none")
     try:
         trainer = _train(arguments, args, model_args)
@@ -164,10 +169,13 @@ def _train(arguments: AgentArguments, args, model_args):
     shared = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
     with loading(model):
         tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", **shared)
+        if template := read_template(arguments.chat_template_path):
+            tokenizer.chat_template = template
     with make_verifier(arguments) as verifier:
         dataset = agent_dataset(
             load_demonstrations(arguments, arguments.answer_column), verifier, arguments.answer_column, arguments.solve_prompt, arguments.guided_prompt,
-            arguments.qa_prompt, tokenizer, arguments.max_prompt_length, arguments.control_tokens,
+            arguments.qa_prompt, tokenizer, arguments.max_prompt_length, arguments.control_tokens, arguments.system_prompt,
+            args.chat_template_kwargs,
         )  # fmt: skip
         reward = GroupReward(
             verifier,
@@ -207,8 +215,8 @@ def _next_command(arguments: AgentArguments, args, model_args, adapter: str) -> 
     """The rewrite with the adapter, of the same rows, prompts and verifier, on the same base."""
     model, usual = model_args.model_name_or_path, {f.name: f.default for f in fields(arguments)}
     same = (
-        "dataset_name", "dataset_config", "dataset_split", "dataset_revision", "answer_column", "solve_prompt", "guided_prompt",
-        "verifier", "verifier_kwargs", "control_tokens",
+        "dataset_name", "dataset_config", "dataset_split", "dataset_revision", "data_files", "column_mapping", "answer_column", "solve_prompt", "system_prompt", "guided_prompt",
+        "chat_template_path", "verifier", "verifier_kwargs", "control_tokens",
     )  # fmt: skip
     given = {name: value for name in same if (value := getattr(arguments, name)) != usual[name]}
     for own, usual_of, name in (
@@ -219,6 +227,14 @@ def _next_command(arguments: AgentArguments, args, model_args, adapter: str) -> 
     ):
         if (value := getattr(own, name)) != getattr(usual_of, name):
             given[name] = str(value)
-    flags = [part for name, value in given.items() for part in (f"--{name}", value)]
+    if isinstance(mapping := given.get("column_mapping"), dict):  # from a config file
+        given["column_mapping"] = ",".join(f"{ours}={theirs}" for ours, theirs in mapping.items())
+    if arguments.skip_incomplete:
+        given["skip_incomplete"] = "True"
+    if args.chat_template_kwargs:
+        given["chat_template_kwargs"] = json.dumps(args.chat_template_kwargs)
+    flags = []
+    for name, value in given.items():
+        flags += [f"--{name}", *(value if isinstance(value, list) else [value])]
     command = ["trl-offpolicy", "rewrite", "--model_name_or_path", model, "--rewriter_adapter", adapter, *flags]
     return shlex.join([*command, "--stages", "guided", "--output_dir", f"{Path(adapter).name}-rewrite"])

@@ -17,6 +17,13 @@ from typing import Union, get_args, get_origin, get_type_hints
 from trl import TrlParser
 
 
+TEMPLATE_METADATA = {
+    "help": "Jinja file that renders conversations, for a base model without a chat template of its own.",
+    "aliases": ["--chat_template"],
+}
+TEMPLATE_KWARGS_HELP = """Variables of the chat template as JSON, e.g. '{"enable_thinking": false}'."""
+
+
 @dataclass(kw_only=True)
 class EngineArguments:
     """Which model, and the engine that samples it."""
@@ -25,6 +32,7 @@ class EngineArguments:
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
     dtype: str = field(default="auto", metadata={"help": "Weights' dtype: auto, bfloat16, float16 or float32."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code from the model's repository."})
+    chat_template_path: str | None = field(default=None, metadata=TEMPLATE_METADATA)
     sampler: str = field(
         default="transformers",
         metadata={"help": "Engine that samples.", "choices": ["transformers", "vllm", "openai"]},
@@ -199,8 +207,26 @@ class CommandParser(TrlParser):
                 raise ValueError(f"{where}: there is no option {key.value!r}{_closest(key.value, actions)}.")
 
 
+# What options are called elsewhere → the names that some command here has for it, the first that it has.
+SYNONYMS = {
+    **dict.fromkeys(("n", "k", "num_samples", "n_samples", "num_return_sequences", "samples"), ("num_generations",)),
+    **dict.fromkeys(("max_tokens", "max_new_tokens", "max_length"), ("max_completion_length",)),
+    **dict.fromkeys(("model", "model_name", "model_path", "pretrained"), ("model_name_or_path",)),
+    **dict.fromkeys(("dataset", "data", "dataset_path"), ("dataset_name", "benchmarks")),
+    **dict.fromkeys(("benchmark", "tasks", "task"), ("benchmarks",)),
+    **dict.fromkeys(("engine", "backend"), ("sampler",)),
+    **dict.fromkeys(("limit", "num_rows", "max_samples", "num_examples"), ("max_rows", "max_problems")),
+    **dict.fromkeys(("split",), ("dataset_split", "dataset_train_split")),
+    **dict.fromkeys(("epochs", "num_epochs"), ("num_train_epochs",)),
+    **dict.fromkeys(("lr",), ("learning_rate",)),
+    **dict.fromkeys(("output", "out", "save_dir"), ("output_dir", "output_file")),
+}
+
+
 def _closest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
+    bare = name.lstrip("-")
+    meant = (name.removesuffix(bare) + other for other in SYNONYMS.get(bare.replace("-", "_"), ()))
+    close = [other for other in meant if other in known] or difflib.get_close_matches(name, known, n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
@@ -360,6 +386,21 @@ def last_checkpoint(resume: str | None, output_dir: str) -> str | None:
     return checkpoint
 
 
+def read_template(path: str | None) -> str | None:
+    """The text of a chat template's file; `ValueError` if it is no template."""
+    from jinja2 import TemplateSyntaxError
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    if path is None:
+        return None
+    text = Path(path).expanduser().read_text()
+    try:
+        _compile_jinja_template(text)
+    except TemplateSyntaxError as error:
+        raise ValueError(f"{path}, line {error.lineno}: this is no Jinja template: {error.message}") from error
+    return text
+
+
 def check_dtype(dtype: str) -> None:
     if dtype in ("auto", "bfloat16", "float16", "float32"):
         return  # known without torch, which takes seconds to import
@@ -389,7 +430,7 @@ def check_model(arguments: EngineArguments):
     try:
         with loading(model):
             AutoConfig.from_pretrained(model, **shared)
-        return load_processing_class(model, **shared)
+        return load_processing_class(model, chat_template=read_template(arguments.chat_template_path), **shared)
     except ModelNotFound:
         if arguments.sampler == "openai":
             return None
@@ -406,6 +447,8 @@ _ENGINE_OF = {
 
 def make_sampler(arguments: EngineArguments, second_adapter: str | None = None):
     """The engine; one on which `with_adapter(second_adapter)` can be called, if that is asked for."""
+    from ..sampling import load_processing_class
+
     given = {name: value for name in _ENGINE_OF if (value := getattr(arguments, name)) is not None}
     for name, value in given.items():
         if _ENGINE_OF[name] != arguments.sampler:
@@ -415,12 +458,22 @@ def make_sampler(arguments: EngineArguments, second_adapter: str | None = None):
     from ..sampling import loading
 
     model, init = arguments.model_name_or_path, {"revision": arguments.model_revision}
+    if template := read_template(arguments.chat_template_path):
+        shared = {"trust_remote_code": arguments.trust_remote_code, **init}
+        given["processing_class"] = load_processing_class(model, chat_template=template, **shared)
     if arguments.sampler == "openai":
         from ..sampling.openai_sampler import OpenAISampler
 
         if not arguments.base_url:
             raise ValueError("--sampler openai needs --base_url, for example http://127.0.0.1:8000/v1.")
-        return OpenAISampler(model, batch_size=arguments.batch_size or 128, **given, **init)
+        sampler = OpenAISampler(model, batch_size=arguments.batch_size or 128, **given, **init)
+        if template and not sampler.takes_token_ids:
+            sampler.close()
+            raise ValueError(
+                f"You passed chat_template_path={arguments.chat_template_path!r}, but these servers render conversations themselves (they take "
+                "no token ids). Start them with that template (`vllm serve --chat-template FILE`) and leave the flag out."
+            )
+        return sampler
     with loading(model):
         init |= {"dtype": arguments.dtype, "trust_remote_code": arguments.trust_remote_code}
         if arguments.sampler == "vllm":
@@ -439,7 +492,7 @@ def make_sampler(arguments: EngineArguments, second_adapter: str | None = None):
         from ..sampling.transformers_sampler import TransformersSampler
 
         check_dtype(arguments.dtype)
-        return TransformersSampler(model, batch_size=arguments.batch_size or 64, model_init_kwargs=init)
+        return TransformersSampler(model, batch_size=arguments.batch_size or 64, model_init_kwargs=init, **given)
 
 
 def make_verifier(arguments: VerifierArguments):

@@ -10,20 +10,26 @@ from .. import prompts
 from ..control_tokens import HELP, MODES
 from ..sampling import SamplerError
 from .arguments import (
+    TEMPLATE_KWARGS_HELP,
+    TEMPLATE_METADATA,
     DatasetArguments,
     EngineArguments,
     VerifierArguments,
     check_before_loading,
     check_dtype,
+    check_model,
     load_dataset,
     make_sampler,
     make_verifier,
     parser_for,
+    read_template,
 )
 
 
+MOST_UNPARSABLE = 0.25  # share of a benchmark's samples above which an evaluation says so
 EVAL_EXAMPLES = """\
 examples:
+  trl-offpolicy eval --model_name_or_path M --benchmarks test.jsonl --output_dir runs/eval --dry_run    # what is asked, as the model reads it
   trl-offpolicy eval --model_name_or_path M --benchmarks math500 minerva_math olympiadbench aime24 amc23 --preset paper \\
       --output_dir runs/eval-paper --dtype bfloat16
   trl-offpolicy eval --model_name_or_path M --benchmarks math500 test.jsonl openai/gsm8k:main:test --output_dir runs/eval-base
@@ -32,8 +38,8 @@ examples:
   trl-offpolicy eval --model_name_or_path M --benchmarks math500 --num_generations 1 --temperature 0 --output_dir runs/greedy
   trl-offpolicy eval --config eval.yaml --greedy --shard 0/4            # on the first of four machines, 1/4 on the second, …
 
-Benchmarks: a name, a file with problem (or question) and answer, or a Hub dataset as id:config:split. An interrupted
-evaluation resumes: run the same command again.
+Benchmarks: a name, a file with problem (or question) and answer, or a Hub dataset as id:config:split. Rows with messages or
+a prompt of their own are asked in their words. An interrupted evaluation resumes: run the same command again.
 
 Preset `paper` (arXiv 2509.15157, as its code evaluates Qwen2.5-Math; `paper_llama` for Llama-3.1): T = 1, top_p 1, 16 samples,
 4096 tokens, seed 0, its prompt. What is not copied: a grader that lets 900 pass for 9, accuracies rounded to 0.1 for each
@@ -46,6 +52,7 @@ What was forgotten, by lm-eval (pip install lm-eval); the same template as in tr
 GAP_EXAMPLES = """\
 examples:
   trl-offpolicy gap --model_name_or_path M --dataset_name runs/gsm8k/dataset --output_dir runs/gap
+  trl-offpolicy gap --model_name_or_path M --dataset_name demos.jsonl --max_rows 200 --output_dir runs/gap-before    # before a rewrite
   trl-offpolicy gap --model_name_or_path M --dataset_name runs/gsm8k/dataset --output_dir runs/table3 --concatenate --dtype float16
 """
 
@@ -75,10 +82,14 @@ class EvalArguments(EngineArguments, VerifierArguments):
     top_p: float = field(default=1.0, metadata={"help": "Nucleus."})
     top_k: int = field(default=0, metadata={"help": "Highest-probability tokens kept, 0 for all."})
     max_completion_length: int = field(default=4096, metadata={"help": "Tokens of one sample."})
+    min_p: float = field(default=0.0, metadata={"help": "Least share of the likeliest token's probability."})
+    repetition_penalty: float = field(default=1.0, metadata={"help": "Penalty on tokens that were there before."})
+    stop: list[str] | None = field(default=None, metadata={"help": "Texts at which a sample ends, cut off it."})
     seed: int = field(default=42, metadata={"help": "Seed of the run; each sample derives its own from it."})
     greedy: bool = field(default=False, metadata={"help": "One more completion of each problem, at temperature 0."})
     solve_prompt: str = field(default=prompts.SOLVE_PROMPT, metadata={"help": "What a problem is asked."})
     system_prompt: str | None = field(default=None, metadata={"help": "System turn before it."})
+    chat_template_kwargs: str | None = field(default=None, metadata={"help": TEMPLATE_KWARGS_HELP})
     max_problems: int | None = field(default=None, metadata={"help": "Only the first problems of each benchmark."})
     shard: str = field(default="0/1", metadata={"help": "i/n asks the i-th of n blocks of each benchmark's problems."})
     overwrite: bool = field(default=False, metadata={"help": "Delete the journal of other settings in output_dir."})
@@ -91,6 +102,10 @@ class EvalArguments(EngineArguments, VerifierArguments):
     )
     train_dataset: str | None = field(default=None, metadata={"help": "Rows in training; another prompt is refused."})
     control_tokens: str = field(default="warn", metadata={"help": HELP, "choices": MODES})
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Print the first prompt of each benchmark and its gold answer, sample nothing."},
+    )
 
 
 @dataclass(kw_only=True)
@@ -108,9 +123,12 @@ class GapArguments(DatasetArguments):
     concatenate: bool = field(
         default=False, metadata={"help": "Bare problem + target without template, as the paper's Table 3."}
     )
-    chat_template_path: str | None = field(
-        default=None, metadata={"help": "Jinja file, where training used another than the tokenizer's."}
+    chat_template_path: str | None = field(default=None, metadata=TEMPLATE_METADATA)
+    chat_template_kwargs: str | None = field(default=None, metadata={"help": TEMPLATE_KWARGS_HELP})
+    solve_prompt: str = field(
+        default=prompts.SOLVE_PROMPT, metadata={"help": "What a demonstration's problem is asked, before any rewrite."}
     )
+    system_prompt: str | None = field(default=None, metadata={"help": "System turn before it."})
     control_tokens: str = field(default="warn", metadata={"help": HELP, "choices": MODES})
 
 
@@ -139,17 +157,20 @@ def evaluate(argv: list[str]) -> int:
         parser.set_defaults(**PRESETS[arguments.preset])  # below what a flag or the config file says
         (arguments,) = parser.parse_args_and_config(argv)
     arguments.output_dir = os.path.expanduser(arguments.output_dir)
-    print(arguments.output_dir, flush=True)
-    check_before_loading(arguments.output_dir, arguments.report_to)
+    print(f"output_dir: {arguments.output_dir}", flush=True)
+    if not arguments.dry_run:
+        check_before_loading(arguments.output_dir, arguments.report_to)
     rows = load_benchmarks(arguments.benchmarks)
     if arguments.max_problems is not None:
         rows = {name: each.select(range(min(arguments.max_problems, len(each)))) for name, each in rows.items()}
     options = {f.name: getattr(arguments, f.name) for f in fields(arguments)}
     elsewhere = fields(EngineArguments) + fields(VerifierArguments)
-    for name in ("benchmarks", "preset", "max_problems", *(f.name for f in elsewhere)):
+    for name in ("benchmarks", "preset", "max_problems", "dry_run", *(f.name for f in elsewhere)):
         options.pop(name)
     if arguments.train_dataset:
-        options["train_dataset"] = load_rows(arguments.train_dataset)
+        options["train_dataset"] = load_rows(arguments.train_dataset, named="train_dataset")
+    if arguments.dry_run:
+        return _show_questions(arguments, rows, options.get("train_dataset"))
     sampler = make_sampler(arguments)
     try:
         with make_verifier(arguments) as verifier:
@@ -163,10 +184,44 @@ def evaluate(argv: list[str]) -> int:
     print(tables.markdown(tables.accuracy(results)), end="")
     if arguments.baseline:
         print(tables.markdown(tables.comparison(results)), end="")
+    for told in _unread(results, arguments.verifier):
+        print(told)
     if not (Path(arguments.output_dir) / "results.json").exists():
         print(f"shard {arguments.shard} is done; results.json appears with the last of them")
         return 0
     print(_report_command(arguments.output_dir))
+    return 0
+
+
+def _unread(results: dict[str, dict], verifier: str) -> list[str]:
+    """A sentence on each benchmark of which many samples state no answer: more often than the model, its prompt is at fault."""
+    return [
+        f"{name}: {result['unparsable']:.0%} of the samples end without an answer that `--verifier {verifier}` reads, and count as wrong. "
+        "--dry_run shows what was asked; does it ask for the form that the verifier reads, and as the model was trained?"
+        for name, result in results.items()
+        if result["unparsable"] > MOST_UNPARSABLE
+    ]
+
+
+def _show_questions(arguments: EvalArguments, rows: dict, train_dataset) -> int:
+    """What each benchmark's first problem is asked, as the model reads it."""
+    from ..benchmarks import check_format, read_questions, without_control_tokens
+    from ..dry_run import shown_prompt
+    from ..rewrite_config import template_kwargs
+
+    tokenizer, given = check_model(arguments), template_kwargs(arguments.chat_template_kwargs)
+    asked = arguments.solve_prompt, arguments.system_prompt
+    questions = {name: read_questions(name, each, *asked) for name, each in rows.items()}
+    if tokenizer is not None:
+        check_format(tokenizer, questions, arguments.train_tokenizer, train_dataset, given)
+        questions = without_control_tokens(tokenizer, questions, arguments.control_tokens)
+    with make_verifier(arguments) as verifier:
+        for name, (first, *others) in questions.items():
+            print(shown_prompt(f"first prompt of {name}", first.prompt, tokenizer, given, verifier))
+            print(
+                f"gold answer: {first.answer!r}\n{name}: {1 + len(others):,} problems x {arguments.num_generations} samples"
+            )
+    print("nothing was sampled; drop --dry_run to start")
     return 0
 
 
@@ -178,7 +233,7 @@ def gap(argv: list[str]) -> int:
 
     check_dtype(arguments.dtype)
     arguments.output_dir = os.path.expanduser(arguments.output_dir)
-    print(arguments.output_dir, flush=True)
+    print(f"output_dir: {arguments.output_dir}", flush=True)
     check_before_loading(arguments.output_dir)
     template = arguments.chat_template_path
     result = measure_policy_gap(
@@ -186,7 +241,10 @@ def gap(argv: list[str]) -> int:
         load_dataset(arguments),
         batch_tokens=arguments.batch_tokens,
         concatenate=arguments.concatenate,
-        chat_template=Path(template).read_text() if template else None,
+        chat_template=read_template(template),
+        chat_template_kwargs=arguments.chat_template_kwargs,
+        solve_prompt=arguments.solve_prompt,
+        system_prompt=arguments.system_prompt,
         output_dir=arguments.output_dir,
         control_tokens=arguments.control_tokens,
         model_init_kwargs={
@@ -216,7 +274,7 @@ def report(argv: list[str]) -> int:
         argv = ["--run_dirs", *argv]
     (arguments,) = parser.parse_args_and_config(argv)
     arguments.output_dir = os.path.expanduser(arguments.output_dir)
-    print(arguments.output_dir, flush=True)
+    print(f"output_dir: {arguments.output_dir}", flush=True)
     check_before_loading(arguments.output_dir)
     print(write_report(arguments.run_dirs, arguments.output_dir, arguments.title, arguments.seed))
     return 0

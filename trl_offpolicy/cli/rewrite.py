@@ -1,10 +1,13 @@
-"""`trl-offpolicy rewrite` and `push`."""
+"""`trl-offpolicy rewrite`, `rows` and `push`."""
 
 import re
 import shlex
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import SimpleNamespace
+
+import yaml
 
 from ..guided_filters import REJECTIONS
 from ..redaction import redacted
@@ -21,6 +24,7 @@ from .arguments import (
     make_sampler,
     make_verifier,
     parser_for,
+    read_template,
 )
 
 
@@ -28,8 +32,9 @@ REWRITE_EXAMPLES = """\
 examples:
   trl-offpolicy rewrite --model_name_or_path M --dataset_name demos.jsonl --output_dir runs/demos
   trl-offpolicy rewrite --model_name_or_path M --dataset_name demos.parquet --output_dir runs/ablation --stages self
+  trl-offpolicy rewrite --config rewrite.yaml --dry_run --probe 32      # prompts; lengths, yield and cost from 32 rows
   trl-offpolicy rewrite --config rewrite.yaml --max_rows 100
-  trl-offpolicy rewrite --config rewrite.yaml --verifier numeric --verifier_kwargs '{"rel_tol": 0.05}'
+  trl-offpolicy rewrite --config rewrite.yaml --verifier numeric --verifier_kwargs '{"rel_tol": 0.05}' --rejudge   # of an old run
   trl-offpolicy rewrite --config rewrite.yaml --push_to_hub --hub_dataset_id me/demos-on-policy --private --push_every 1000
   trl-offpolicy rewrite --config rewrite.yaml --shard 0/4     # on the first of four machines, 1/4 on the second, …
   trl-offpolicy rewrite --model_name_or_path M --dataset_name D --output_dir runs/d --sampler vllm --tensor_parallel_size 2
@@ -39,6 +44,13 @@ examples:
       --rewriter_adapter runs/agent                # every row is retold by a trained agent (`trl-offpolicy agent`)
 
 An interrupted run resumes: run the same command again.
+"""
+
+ROWS_EXAMPLES = """\
+examples:
+  trl-offpolicy rows runs/demos --so_far        # while the run goes on, or after it was stopped; nothing is sampled
+
+A row is settled when an attempt at it is right, or when all are drawn. Those of which nothing was drawn yet come when the run goes on.
 """
 
 PUSH_EXAMPLES = """\
@@ -60,6 +72,17 @@ class RewriteArguments(DemonstrationArguments, EngineArguments, VerifierArgument
             "help": "Rewriting agent that draws in the guided stage: LoRA adapter of the model, Hub id or local directory; openai: the name "
             "under which it is served."
         },
+    )
+
+
+@dataclass
+class RowsArguments:
+    """Of which run."""
+
+    run_dir: str = field(metadata={"help": "Output directory of a rewrite; also the first word after `rows`."})
+    so_far: bool = field(
+        default=False,
+        metadata={"help": "Write the rows that are settled already to rows_so_far/ in the run's directory."},
     )
 
 
@@ -96,9 +119,15 @@ def rewrite(argv: list[str]) -> int:
         REWRITE_EXAMPLES,
     )
     arguments, config = parser.parse_args_and_config(argv)
-    print(config.output_dir, flush=True)
-    if not config.dry_run:
+    print(f"output_dir: {config.output_dir}", flush=True)
+    samples = not config.dry_run or config.probe > 0
+    if samples:
         check_before_loading(config.output_dir, config.report_to)
+    template = arguments.chat_template_path
+    if template is not None and not template.endswith((".jinja", ".j2")):
+        raise ValueError(
+            f"You passed chat_template_path={template!r}; training takes a file for a template only if its name ends in .jinja or .j2. Rename it."
+        )
     dataset = load_demonstrations(arguments, config.answer_column)
     # What is wrong with them is better known before a model is loaded.
     check_stages(dataset.column_names, config)
@@ -108,9 +137,9 @@ def rewrite(argv: list[str]) -> int:
             f"You passed rewriter_adapter={adapter!r} with stages={config.stages}: it draws in the stage `guided`."
         )
     verifier = make_verifier(arguments)
-    sampler = None if config.dry_run else make_sampler(arguments, adapter)
+    sampler = make_sampler(arguments, adapter) if samples else None
     agent = sampler.with_adapter(adapter) if sampler is not None and adapter is not None else None
-    tokenizer = check_model(arguments) if config.dry_run else None
+    tokenizer = None if samples else check_model(arguments)
     rewriter = DataRewriter(arguments.model_name_or_path, config, sampler, verifier, tokenizer, agent)
     try:
         # Where a model is served is nobody else's address.
@@ -136,7 +165,7 @@ def rewrite(argv: list[str]) -> int:
             if engine is not None:
                 engine.close()
     if rewritten is None:
-        print("nothing was sampled; drop --dry_run to start")
+        print("drop --dry_run and --probe to start" if samples else "nothing was sampled; drop --dry_run to start")
         return 0
     _print_summary(rewriter.metrics, config.max_completion_length)
     if (undrawn := rewriter.metrics["undrawn"]) and not config.accept_failed:
@@ -157,11 +186,15 @@ def rewrite(argv: list[str]) -> int:
         trained_on = _pushed(rewriter.push_to_hub, config.output_dir, config.hub_dataset_id, config.hub_token)
         if trained_on is None:
             return 3
-    print(_train_command(arguments.model_name_or_path, config, rewriter.metrics, trained_on))
+    print(
+        _train_command(
+            arguments.model_name_or_path, arguments.chat_template_path, config, rewriter.metrics, trained_on
+        )
+    )
     return 0
 
 
-def _train_command(model: str, config: RewriteConfig, metrics: dict, trained_on: str) -> str:
+def _train_command(model: str, template: str | None, config: RewriteConfig, metrics: dict, trained_on: str) -> str:
     """What trains on the rows, on all GPUs of a machine."""
     counts = metrics["yield"]
     if metrics.get("unsolved") == counts["total"]:
@@ -170,8 +203,71 @@ def _train_command(model: str, config: RewriteConfig, metrics: dict, trained_on:
     objective = "nll" if counts["expert"] == counts["total"] else "iw"
     command = ["accelerate", "launch", "-m", "trl_offpolicy.cli", "sft", "--model_name_or_path", model]
     command += ["--dataset_name", trained_on, "--objective", objective, "--output_dir", f"{config.output_dir}-sft"]
+    command += ["--chat_template_path", template] if template else []
     command += ["--report_to", "wandb"] if config.report_to == "wandb" else []
     return _wandb_environment(config) + shlex.join(command)
+
+
+def rows(argv: list[str]) -> int:
+    from ..rewriter import DataRewriter
+    from ..shards import Shard, journals_in
+
+    description = "The rows of an unfinished run that are settled already, as Parquet files; the run may be under way."
+    parser = parser_for(RowsArguments, "rows", description, ROWS_EXAMPLES)
+    named = ["--run_dir"] if argv and not argv[0].startswith("-") else []
+    (given,) = parser.parse_args_and_config([*named, *argv])
+    run = Path(given.run_dir).expanduser()
+    print(f"run_dir: {run}", flush=True)
+    if (run / "dataset").is_dir():
+        print(f"The run is finished; its rows are in {run / 'dataset'}.")
+        return 0
+    if not given.so_far:
+        raise ValueError(f"The run in {run} is not finished; add --so_far for the rows that are settled already.")
+    journals = journals_in(run)
+    if not journals or not (run / "run_config.yaml").exists():
+        raise ValueError(
+            f"There is no run of `trl-offpolicy rewrite` in {run}: it has no journal and no run_config.yaml."
+        )
+    settings = yaml.safe_load((run / "run_config.yaml").read_text())
+    if "dataset_name" not in settings:
+        raise ValueError(
+            f"The run in {run} was started in Python on rows that it cannot name; use `DataRewriter.rows_so_far(dataset, file)` there."
+        )
+    own = {f.name for f in fields(DemonstrationArguments)}
+    arguments = DemonstrationArguments(**{name: value for name, value in settings.items() if name in own})
+    dataset = load_demonstrations(arguments, settings["answer_column"])
+    own = {f.name for f in fields(RewriteConfig)}
+    options = {name: value for name, value in settings.items() if name in own} | {"output_dir": str(run)}
+    output = run / "rows_so_far"
+    output.mkdir(exist_ok=True)
+    for journal in journals:
+        shard = Shard.of_file(journal)
+        drawn_by, agent = _drawn_by(journal, settings)
+        config = RewriteConfig(**options | {"shard": str(shard), "push_to_hub": False})
+        rewriter = DataRewriter(drawn_by.name, config, sampler=drawn_by, guided_sampler=agent)
+        count = rewriter.rows_so_far(dataset, output / shard.parquet)
+        print(f"{count:,} of {len(shard.rows(len(dataset))):,} rows are settled: {output / shard.parquet}")
+    return 0
+
+
+def _drawn_by(journal: Path, settings: dict):
+    """What stands for the samplers that drew the attempts of a journal: their names, and the tokenizer of the prompts."""
+    from ..journal import read_header
+    from ..sampling import load_processing_class
+    from ..turns import stop_token_ids
+
+    header = read_header(journal)
+    revision = settings.get("model_revision")
+    kwargs = {"revision": revision, "trust_remote_code": settings.get("trust_remote_code", False)}
+    shared = {}
+    if header["chat_template"] is not None:  # else a server rendered the prompts
+        template = read_template(settings.get("chat_template_path"))
+        tokenizer = load_processing_class(header["model"], chat_template=template, **kwargs)
+        shared = {"processing_class": tokenizer, "stop_token_ids": stop_token_ids(tokenizer)}
+    sampler = SimpleNamespace(name=header["model"], revision=header["model_revision"], **shared)
+    if "rewriter_adapter" not in header:
+        return sampler, None
+    return sampler, SimpleNamespace(name=header["rewriter_adapter"], revision=header["rewriter_revision"], **shared)
 
 
 def push(argv: list[str]) -> int:
@@ -181,7 +277,7 @@ def push(argv: list[str]) -> int:
     parser = parser_for(PushArguments, "push", description, PUSH_EXAMPLES)
     named = ["--run_dir"] if argv and not argv[0].startswith("-") else []
     (given,) = parser.parse_args_and_config([*named, *argv])
-    print(given.run_dir, flush=True)
+    print(f"run_dir: {given.run_dir}", flush=True)
 
     def commit():
         return push_run(

@@ -3,8 +3,12 @@
 import contextlib
 import shlex
 import sys
+from dataclasses import dataclass, field
 
-from .arguments import check_before_loading, last_checkpoint, parser_for
+from trl import ScriptArguments
+
+from ..rewrite_config import template_kwargs
+from .arguments import TEMPLATE_KWARGS_HELP, check_before_loading, last_checkpoint, parser_for
 
 
 SFT_EXAMPLES = """\
@@ -19,13 +23,22 @@ It takes every option of TRL's `trl sft`, and those of the objective. On a machi
 """
 
 
+@dataclass
+class SFTArguments(ScriptArguments):
+    """TRL's, and how the rows are rendered."""
+
+    chat_template_kwargs: str | None = field(
+        default=None, metadata={"help": f"{TEMPLATE_KWARGS_HELP} Rows with a column of that name keep theirs."}
+    )
+
+
 def sft(argv: list[str]) -> int:
-    from trl import ModelConfig, ScriptArguments
+    from trl import ModelConfig
 
     from ..importance_weighted_sft_config import ImportanceWeightedSFTConfig
 
     parser = parser_for(
-        (ScriptArguments, ImportanceWeightedSFTConfig, ModelConfig),
+        (SFTArguments, ImportanceWeightedSFTConfig, ModelConfig),
         "sft",
         "Fine-tune on a rewritten dataset, or on any dataset that SFTTrainer takes, with an objective that weights each token.",
         SFT_EXAMPLES,
@@ -41,8 +54,9 @@ def sft(argv: list[str]) -> int:
         )
     main = args.process_index == 0
     if main:
-        print(args.output_dir, flush=True)
+        print(f"output_dir: {args.output_dir}", flush=True)
         check_before_loading(args.output_dir, "wandb" if "wandb" in args.report_to else "none")
+    script_args.chat_template_kwargs = template_kwargs(script_args.chat_template_kwargs)
     resume = last_checkpoint(args.resume_from_checkpoint, args.output_dir)
     try:
         _train(script_args, args, model_args, resume)
@@ -73,7 +87,12 @@ def _train(script_args, args, model_args, resume: str | None) -> None:
     if args.eval_strategy != "no":
         splits.append(script_args.dataset_test_split)
     train_dataset, *eval_dataset = (
-        load_rows(script_args.dataset_name, script_args.dataset_config, split, streaming=script_args.dataset_streaming)
+        _with_template_kwargs(
+            load_rows(
+                script_args.dataset_name, script_args.dataset_config, split, streaming=script_args.dataset_streaming
+            ),
+            script_args.chat_template_kwargs,
+        )
         for split in splits
     )
     trainer = ImportanceWeightedSFTTrainer(
@@ -90,3 +109,10 @@ def _train(script_args, args, model_args, resume: str | None) -> None:
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.end()
+
+
+def _with_template_kwargs(dataset, given: dict | None):
+    """The rows with what TRL passes to the chat template beside each; a row that has its own keeps it."""
+    if given is None:
+        return dataset
+    return dataset.map(lambda row: {"chat_template_kwargs": given | (row.get("chat_template_kwargs") or {})})

@@ -53,22 +53,28 @@ class VerifyArguments(DemonstrationArguments, VerifierArguments):
         default="answer",
         metadata={"help": "Gold answers (for code: the tests); where a row has none, its demonstration's box."},
     )
-    output_file: str = field(
-        default="not_correct.jsonl",
-        metadata={"help": "Where the rows that are not correct go, with verdict and reason."},
+    output_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where the rows that are not correct go, with verdict and reason; by default NAME.not_correct.jsonl, NAME being the dataset's."
+        },
     )
-    overwrite: bool = field(default=False, metadata={"help": "Replace output_file if there is one."})
+    overwrite: bool = field(
+        default=False, metadata={"help": "Replace output_file even if it is not of an earlier `verify`."}
+    )
 
 
 def verify(argv: list[str]) -> int:
     description = "Verify the answers of a dataset, print the verdicts, and write the rows that are not correct."
     (arguments,) = parser_for(VerifyArguments, "verify", description, VERIFY_EXAMPLES).parse_args_and_config(argv)
-    output = Path(arguments.output_file).expanduser()
-    print(output, flush=True)
+    output = Path(arguments.output_file or _file_for(arguments.dataset_name)).expanduser()
+    print(f"output_file: {output}", flush=True)
     if output.exists() and Path(arguments.dataset_name).exists() and output.samefile(arguments.dataset_name):
         raise ValueError(f"{output} is the dataset itself, and would be replaced; pass another --output_file.")
-    if output.exists() and not arguments.overwrite:
-        raise ValueError(f"{output} exists; pass --overwrite to replace it, or another --output_file.")
+    if output.exists() and not arguments.overwrite and not _is_ours(output):
+        raise ValueError(
+            f"{output} exists and is not what an earlier `verify` wrote; pass --overwrite to replace it, or another --output_file."
+        )
     dataset = load_demonstrations(arguments, arguments.answer_column)
     rows = _to_verify(plain_rows(dataset), arguments)
     media = media_columns(dataset)
@@ -97,6 +103,25 @@ def verify(argv: list[str]) -> int:
     bad = sum(n for (_, verdict), n in counts.items() if verdict is not Verdict.CORRECT)
     print(f"{bad:,} rows that are not correct: {output}" if bad else "every row is correct")
     return 0
+
+
+def _file_for(dataset_name: str) -> str:
+    """`gsm8k.not_correct.jsonl` for `openai/gsm8k`, `gsm8k.jsonl` and `runs/gsm8k/dataset`."""
+    path = Path(dataset_name)
+    if path.name in ("dataset", "rows_so_far"):  # of a run
+        path = path.absolute().parent
+    name = path.stem if path.suffix in (".jsonl", ".json", ".csv", ".parquet") else path.name
+    return f"{name}.not_correct.jsonl"
+
+
+def _is_ours(output: Path) -> bool:
+    """Whether a file is what `verify` writes, which it may write again: empty, or rows with what is said of them."""
+    with output.open("rb") as file:
+        first = file.readline()
+    try:
+        return not first or set(ODD) <= set(json.loads(first))
+    except (ValueError, TypeError):
+        return False
 
 
 def _as_text(value) -> str:

@@ -2,12 +2,13 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from jinja2 import TemplateError
 
@@ -19,6 +20,12 @@ class SamplerError(RuntimeError):
     """The engine cannot go on (it died, no server answers). What it finished before is not lost: run again to resume."""
 
 
+# With these a token is drawn from the model's own distribution.
+PLAIN = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+# Settings that journals and results from before December 2026 do not name, and what they were then.
+LATER = {"min_p": 0.0, "repetition_penalty": 1.0, "stop": ()}
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How a completion is drawn; the names are TRL's. `top_k=0` keeps the whole vocabulary."""
@@ -27,25 +34,57 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     max_completion_length: int = 2048
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        check_sampling(self.min_p, self.repetition_penalty, self.stop)
+        object.__setattr__(self, "stop", tuple(self.stop))
+
+    @property
+    def reshaping(self) -> dict[str, float]:
+        """
+        The settings, by name, for which a token is not drawn from the model's own distribution. Where there are none its log-prob is log μ.
+        """
+        return {name: value for name, plain in PLAIN.items() if (value := getattr(self, name)) != plain}
+
+    def settings(self) -> dict[str, Any]:
+        """By name, for a journal; without those of [`LATER`] that are at their default, which older journals do not name."""
+        return {name: value for name, value in asdict(self).items() if name not in LATER or value != LATER[name]}
+
+
+def check_sampling(min_p: float, repetition_penalty: float, stop: Sequence[str] | None) -> None:
+    """Raises `ValueError` for values that no engine can draw with."""
+    if not 0 <= min_p <= 1:
+        raise ValueError(f"You passed min_p={min_p}; it must be at least 0 and at most 1.")
+    if not repetition_penalty > 0:
+        raise ValueError(f"You passed repetition_penalty={repetition_penalty}; it must be above 0 (1 is none).")
+    if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop or ()):
+        raise ValueError(f"You passed stop={stop!r}; it must be a list of texts, none of them empty.")
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One completion to draw for the conversation `prompt`; the same `seed` draws the same completion again."""
+    """
+    One completion to draw for the conversation `prompt`, rendered with `chat_template_kwargs`, or for a plain text, which is not rendered; the
+    same `seed` draws the same completion again.
+    """
 
     id: str
-    prompt: list[dict[str, str]]
+    prompt: list[dict[str, str]] | str
     seed: int
     params: SamplingParams
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
     """What came back for the request of that `id`.
 
-    `completion_ids` end with the end-of-turn token when `finish_reason` is `"stop"`, and `log_probs` holds the model's
-    own log-probability (temperature 1, whole vocabulary) of each of them; `text` is their decoding ([`~turns.turn_text`])
-    (half a surrogate pair, which some servers write, is a `?`: nothing could store it).
+    `completion_ids` end with the end-of-turn token when `finish_reason` is `"stop"`, or with the one that completes a stop text, and `log_probs`
+    holds the model's own log-probability (temperature 1, whole vocabulary) of each of them; `text` is their decoding ([`~turns.turn_text`]),
+    up to a stop text (half a surrogate pair, which some servers write, is a `?`: nothing could store it).
     `finish_reason` is `"length"` when the limit cut the completion. When there is none, `error` says why: `"refused"` if the prompt
     cannot be asked (longer than the context, say), whatever the seed; `"error"` if the engine failed this once.
     """
@@ -90,6 +129,11 @@ class Sampler(Protocol):
 
     def close(self) -> None:
         """Frees the engine."""
+
+
+def described(sampler: Sampler) -> str:
+    """A sampler's `repr`: which engine draws from which weights."""
+    return f"{type(sampler).__name__}({sampler.name!r}, revision={sampler.revision!r})"
 
 
 def slots_of(sampler: Sampler) -> int:
@@ -148,8 +192,8 @@ def loading(model: str) -> Iterator[None]:
         raise ModelNotFound(f"{told}: {error}") from error
 
 
-def load_processing_class(model: str, processing_class=None, **kwargs):
-    """`processing_class`, or else the tokenizer of `model`; every engine renders its prompts with it.
+def load_processing_class(model: str, processing_class=None, chat_template: str | None = None, **kwargs):
+    """`processing_class`, or else the tokenizer of `model` (with `chat_template`, if given); every engine renders its prompts with it.
 
     Raises:
         ModelNotFound: There is no such model.
@@ -160,10 +204,13 @@ def load_processing_class(model: str, processing_class=None, **kwargs):
 
         with loading(model):
             processing_class = AutoTokenizer.from_pretrained(model, **kwargs)
+    if chat_template is not None:
+        processing_class.chat_template = chat_template
     if processing_class.chat_template is None:
         raise ValueError(
             f"The tokenizer of {model!r} has no chat template, so neither sampling nor SFT knows how to write down a "
-            "conversation. Pass a `processing_class` that has one (`trl.clone_chat_template` copies another model's)."
+            "conversation. Pass a `processing_class` that has one (`trl.clone_chat_template` copies another model's), or on the command line "
+            "--chat_template FILE, a Jinja template."
         )
     return processing_class
 
@@ -195,7 +242,7 @@ def load_model(model: str, **kwargs):
 def prompt_ids(processing_class, request: Request, context: int) -> list[int] | Completion:
     """The token ids of a request's prompt; or the answer to it if the chat template refuses it, or it leaves no room for a completion."""
     try:
-        ids = encode_prompt(processing_class, request.prompt)
+        ids = encode_prompt(processing_class, request.prompt, chat_template_kwargs=request.chat_template_kwargs)
     except TemplateError as error:
         reason = f"the chat template refuses the prompt: {error}"
     else:
@@ -206,12 +253,34 @@ def prompt_ids(processing_class, request: Request, context: int) -> list[int] | 
 
 
 def drawn_completion(
-    request_id: str, ids: list[int], log_probs: list[float], finish_reason: str, processing_class, stop_ids: list[int]
+    request_id: str,
+    ids: list[int],
+    log_probs: list[float],
+    finish_reason: str,
+    processing_class,
+    stop_ids: list[int],
+    stop: Sequence[str] = (),
 ) -> Completion:
-    """What an engine has drawn as a completion: over at the first of `stop_ids`, whether or not the engine stopped there."""
+    """
+    What an engine has drawn as a completion: over at the first of `stop_ids`, or with the token that completes the first of the texts `stop`,
+    wherever the engine ended it.
+    """
     if length := cut_turn(processing_class, stop_ids, ids, finish_reason == "length"):
         ids, log_probs, finish_reason = ids[:length], log_probs[:length], "stop"
-    return Completion(request_id, turn_text(processing_class, ids), ids, log_probs, finish_reason)
+    text = turn_text(processing_class, ids)
+    if holds(text, stop):
+        # Up to the token that completes the first of them, so that every engine has drawn as much.
+        whole = range(1, len(ids) + 1)
+        length = whole[bisect_left(whole, True, key=lambda n: holds(turn_text(processing_class, ids[:n]), stop))]
+        ids, log_probs, finish_reason = ids[:length], log_probs[:length], "stop"
+        text = turn_text(processing_class, ids)
+        text = text[: min(text.find(word) for word in stop if word in text)]
+    return Completion(request_id, text, ids, log_probs, finish_reason)
+
+
+def holds(text: str, stop: Sequence[str]) -> bool:
+    """Whether one of the texts `stop` is in `text`."""
+    return any(word in text for word in stop)
 
 
 def weights_digest(named_tensors) -> str:

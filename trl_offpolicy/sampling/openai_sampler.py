@@ -21,13 +21,14 @@ from urllib.parse import urlsplit
 
 from ..redaction import redacted
 from ..rows import says_otherwise
-from ..turns import end_of_turn_id, special_tokens, stop_token_ids
+from ..turns import end_of_turn_id, special_tokens, stop_token_ids, turn_text
 from . import (
     Completion,
     Request,
     SamplerError,
     SamplingParams,
     adapted_revision,
+    described,
     drawn_completion,
     load_processing_class,
     needs,
@@ -177,6 +178,13 @@ class OpenAISampler:
             self.close()
             raise
 
+    __repr__ = described
+
+    @property
+    def takes_token_ids(self) -> bool:
+        """Whether prompts are rendered here; else the servers' own chat template renders them."""
+        return self._dialect == "token_ids"
+
     def with_adapter(self, adapter: str) -> "OpenAISampler":
         """A sampler on the same servers that asks for `adapter` under that name (`vllm serve --lora-modules NAME=…`)."""
         urls, revision = [str(server.client.base_url) for server in self._servers], self.revision
@@ -198,10 +206,17 @@ class OpenAISampler:
 
     def submit(self, request: Request) -> None:
         ids = None
-        if self._dialect == "chat" and request.params.top_k > 0:
-            raise ValueError(
-                f"You passed top_k={request.params.top_k}, which {self._servers[0].url} does not take; use 0."
-            )
+        if self._dialect == "chat":
+            params, usual = request.params, SamplingParams()
+            for name in ("top_k", "min_p", "repetition_penalty"):
+                if getattr(params, name) != (plain := getattr(usual, name)):
+                    raise ValueError(
+                        f"You passed {name}={getattr(params, name)}, which {self._servers[0].url} does not take; use {plain:g}."
+                    )
+            if request.chat_template_kwargs:
+                raise ValueError(
+                    f"You passed chat_template_kwargs={request.chat_template_kwargs}, which {self._servers[0].url} does not take."
+                )
         if self._dialect == "token_ids":
             ids = prompt_ids(self.processing_class, request, min(server.context for server in self._servers))
             if isinstance(ids, Completion):
@@ -493,17 +508,25 @@ class OpenAISampler:
         # Said in so many words, or the model's generation config would decide. SGLang refuses 0 for the whole vocabulary.
         extra: dict[str, Any] = {}
         if dialect != "chat":
-            extra = {"top_k": params.top_k or -1, "min_p": 0.0, "repetition_penalty": 1.0}
+            extra = {
+                "top_k": params.top_k or -1,
+                "min_p": params.min_p,
+                "repetition_penalty": params.repetition_penalty,
+            }
             extra["stop_token_ids"] = self.stop_token_ids
-        elif self._stop:
-            extra["stop"] = self._stop
+        if stop := [*params.stop, *([self._stop] if dialect == "chat" and self._stop else [])]:
+            extra["stop"] = stop
         async with asyncio.timeout(self.request_timeout):
             if dialect == "token_ids":
                 fields["max_tokens"] = min(fields["max_tokens"], server.context - len(ids))
                 response = await client.completions.create(
                     prompt=ids, logprobs=0, extra_body={**extra, "return_token_ids": True}, **fields
                 )
+            elif isinstance(request.prompt, str):
+                response = await client.completions.create(prompt=request.prompt, extra_body=extra, **fields)
             else:
+                if request.chat_template_kwargs:
+                    extra["chat_template_kwargs"] = request.chat_template_kwargs
                 response = await client.chat.completions.create(messages=request.prompt, extra_body=extra, **fields)
         text, ids, log_probs, reason = read_answer(
             response, server.url, dialect == "token_ids", fields["max_tokens"], self._vocabulary
@@ -511,22 +534,25 @@ class OpenAISampler:
         if reason in ENDED_BY_SERVER:
             return Completion(request.id, "", [], [], "error", f"the server ended it: {reason}")
         if dialect != "token_ids":
-            if ends := [text.index(stop) for stop in self._stops if stop in text]:
+            if ends := [text.index(stop) for stop in (*self._stops, *params.stop) if stop in text]:
                 self._tell_unheeded(server, "stop")
                 text, reason = text[: min(ends)], "stop"
             return Completion(request.id, text, [], [], reason)
         if self.processing_class is None:  # the first question to a server
             return Completion(request.id, text, ids, log_probs, reason)
         self._compare(server, request.id, text, ids)
-        if not set(self.stop_token_ids).intersection(ids):
+        at_text = any(word in turn_text(self.processing_class, ids) for word in params.stop)
+        if not at_text and not set(self.stop_token_ids).intersection(ids):
             # A generation config, which only the server has, may end turns at another special token.
             special = ids[-1] in special_tokens(self.processing_class).all
             reason, told = ended(reason, special, len(ids), fields["max_tokens"])
             if told:
                 warnings.warn(f"{server.url} {told}", stacklevel=2)
-        completion = drawn_completion(request.id, ids, log_probs, reason, self.processing_class, self.stop_token_ids)
-        if len(completion.completion_ids) < len(ids):
-            self._tell_unheeded(server, "stop_token_ids")
+        completion = drawn_completion(
+            request.id, ids, log_probs, reason, self.processing_class, self.stop_token_ids, params.stop
+        )
+        if len(kept := completion.completion_ids) < len(ids):
+            self._tell_unheeded(server, "stop_token_ids" if kept[-1] in self.stop_token_ids else "stop")
         return completion
 
     def _compare(self, server: _Server, request_id: str, text: str, ids: list[int]) -> None:

@@ -28,7 +28,7 @@ def read_answer(
     Text, token ids, log-probs and finish reason of the one completion in a response of the `openai` SDK, which checks nothing.
 
     Args:
-        response: Of `completions.create` if `token_ids`, else of `chat.completions.create`; then ids and log-probs are empty.
+        response: Of `completions.create` or `chat.completions.create`; unless `token_ids`, ids and log-probs are empty.
         url (`str`): The server, for a message.
         token_ids (`bool`): Whether token ids and log-probs were asked for.
         most (`int`): How many tokens were asked for at most.
@@ -45,6 +45,8 @@ def read_answer(
         if token_ids:
             text, ids = choice.text, getattr(choice, "token_ids", None)
             log_probs = getattr(choice.logprobs, "token_logprobs", None)
+        elif not hasattr(choice, "message"):  # of a plain text
+            text, ids, log_probs = choice.text, [], []
         else:
             message = choice.message.model_dump(warnings=False)
             text, ids, log_probs = choice.message.content, [], []

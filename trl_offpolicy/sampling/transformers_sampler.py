@@ -15,19 +15,25 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    MinPLogitsWarper,
     PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
-from ..turns import stop_token_ids
+from ..turns import stop_token_ids, turn_text
 from . import (
     Completion,
     Request,
     SamplingParams,
     adapted_revision,
+    described,
     drawn_completion,
+    holds,
     hub_commit,
     load_model,
     load_processing_class,
@@ -42,7 +48,13 @@ class _SeededDraw(LogitsProcessor):
     """Chooses the next token of each row from the row's own random stream, and notes the model's log-prob of it."""
 
     def __init__(
-        self, seeds: list[int], params: SamplingParams, prompt_length: int, device, stop: list[int], room: list[int]
+        self,
+        seeds: list[int],
+        params: SamplingParams,
+        prompts: list[list[int]],
+        device,
+        stop: list[int],
+        room: list[int],
     ):
         # (steps, rows): the numbers of a row depend on its seed and on nothing else
         streams = [
@@ -50,7 +62,7 @@ class _SeededDraw(LogitsProcessor):
             for s in seeds
         ]
         self.uniform = torch.stack(streams, dim=1).to(device)
-        self.params, self.prompt_length = params, prompt_length
+        self.params, self.prompt_length = params, max(map(len, prompts))
         self.log_probs: list[torch.Tensor] = []  # one (rows,) tensor a step
         # Rows that are not at their end yet, by which the tokens are counted that completions will hold.
         self.stop, self.room = torch.tensor(stop, device=device), torch.tensor(room, device=device)
@@ -62,20 +74,46 @@ class _SeededDraw(LogitsProcessor):
             self.warpers.append(TopKLogitsWarper(params.top_k))
         if params.top_p < 1.0:
             self.warpers.append(TopPLogitsWarper(params.top_p))
+        if params.min_p > 0:
+            self.warpers.append(MinPLogitsWarper(params.min_p))
+        self.penalty = None
+        if params.repetition_penalty != 1.0:
+            self.penalty = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)
+            # Padding would be penalised, and differs from batch to batch: a prompt is padded with its own first token.
+            padded = [ids[:1] * (self.prompt_length - len(ids)) + ids for ids in prompts]
+            self.prompts = torch.tensor(padded, device=device)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         scores = scores.float()  # (rows, vocabulary)
         step = input_ids.shape[1] - self.prompt_length
+        likely = scores
+        if self.penalty is not None:
+            likely = self.penalty(torch.cat([self.prompts, input_ids[:, self.prompt_length :]], 1), scores)
         if self.params.temperature == 0.0:
-            token = scores.argmax(-1, keepdim=True)
+            token = likely.argmax(-1, keepdim=True)
         else:
-            cumulative = self.warpers(input_ids, scores).softmax(-1).double().cumsum(-1)
+            cumulative = self.warpers(input_ids, likely).softmax(-1).double().cumsum(-1)
             token = torch.searchsorted(cumulative, self.uniform[step][:, None] * cumulative[:, -1:], right=True)
             token = token.clamp(max=scores.shape[-1] - 1)  # (rows, 1)
         self.log_probs.append((scores.gather(-1, token) - scores.logsumexp(-1, keepdim=True))[:, 0])
         self.drawn += int(self.live.sum())
         self.live &= ~torch.isin(token[:, 0], self.stop) & (self.room > step + 1)
         return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
+
+
+class _StopTexts(StoppingCriteria):
+    """Ends a row when its completion holds one of the stop texts; the prompt's end is not looked at."""
+
+    def __init__(self, processing_class, draw: _SeededDraw):
+        self.processing_class, self.draw = processing_class, draw
+        self.window = max(len(text.encode()) for text in draw.params.stop) + 1  # tokens: one holds at least a byte
+
+    def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
+        start = max(self.draw.prompt_length, input_ids.shape[1] - self.window)
+        tails = (turn_text(self.processing_class, ids) for ids in input_ids[:, start:].tolist())
+        ended = torch.tensor([holds(tail, self.draw.params.stop) for tail in tails], device=input_ids.device)
+        self.draw.live &= ~ended
+        return ended
 
 
 class TransformersSampler:
@@ -123,6 +161,8 @@ class TransformersSampler:
         self._failed: list[Completion] = []
         # Entered while this one draws: switches an adapter off that another sampler on the same model draws with.
         self._without_adapter = contextlib.nullcontext
+
+    __repr__ = described
 
     def with_adapter(self, adapter: str) -> "TransformersSampler":
         """
@@ -204,8 +244,9 @@ class TransformersSampler:
         input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for _, ids in batch], device=device)
         attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for _, ids in batch], device=device)
         room = [self._room(*pair) for pair in batch]
-        seeds = [request.seed for request, _ in batch]
-        self._draw = draw = _SeededDraw(seeds, params, width, device, self.stop_token_ids, room)
+        seeds, prompts = [request.seed for request, _ in batch], [ids for _, ids in batch]
+        self._draw = draw = _SeededDraw(seeds, params, prompts, device, self.stop_token_ids, room)
+        stopping = StoppingCriteriaList([_StopTexts(self.processing_class, draw)] if params.stop else [])
         own_config, was_training = self.model.generation_config, self.model.training
         # The model's own generation config may carry a repetition penalty or a top_k: neither is the policy itself.
         self.model.generation_config = GenerationConfig(eos_token_id=self.stop_token_ids or None, pad_token_id=pad)
@@ -214,7 +255,7 @@ class TransformersSampler:
             with self._without_adapter():
                 output = self.model.generate(
                     input_ids=input_ids, attention_mask=attention_mask, do_sample=False, max_new_tokens=max(room),
-                    logits_processor=LogitsProcessorList([draw]),
+                    logits_processor=LogitsProcessorList([draw]), stopping_criteria=stopping,
                 )  # fmt: skip
         finally:
             self._draw, self._drawn = None, self._drawn + draw.drawn
@@ -223,6 +264,6 @@ class TransformersSampler:
         drawn = output[:, width:].tolist()
         log_probs = torch.stack(draw.log_probs, dim=1).tolist()
         return [
-            drawn_completion(r.id, ids[:n], lp[:n], "length", self.processing_class, self.stop_token_ids)
+            drawn_completion(r.id, ids[:n], lp[:n], "length", self.processing_class, self.stop_token_ids, params.stop)
             for (r, _), ids, lp, n in zip(batch, drawn, log_probs, room, strict=True)
         ]

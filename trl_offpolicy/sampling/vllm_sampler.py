@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from importlib.util import find_spec
+from itertools import chain
 from typing import Any
 
 from ..turns import stop_token_ids
@@ -20,6 +21,7 @@ from . import (
     SamplerError,
     adapted_revision,
     checkpoint_digest,
+    described,
     drawn_completion,
     hub_commit,
     load_processing_class,
@@ -90,13 +92,15 @@ class VLLMSampler:
         self._adapters: dict[str, int] = {}
         # Several samplers may share an engine: what waits for it and what is in it, and whose it is.
         self._waiting: dict[str, tuple[VLLMSampler, Request]] = {}
-        self._owners: dict[str, VLLMSampler] = {}
+        self._owners: dict[str, tuple[VLLMSampler, Request]] = {}
         self._encoded: tuple[list, list[int] | Completion] = [], []  # the last prompt and its token ids
         self._done: list[Completion] = []
         self._drawn = 0  # tokens of what is not under way any more
         self._shared = False
         if adapter is not None:
             self._adapt(adapter)
+
+    __repr__ = described
 
     def with_adapter(self, adapter: str) -> "VLLMSampler":
         """
@@ -145,7 +149,7 @@ class VLLMSampler:
             if isinstance(prompt, Completion):
                 owner._done.append(prompt)
             else:
-                self._owners[request.id] = owner
+                self._owners[request.id] = owner, request
                 self.engine.add_request(request.id, prompt, params, lora_request=owner._lora)
         self._waiting.clear()
 
@@ -154,8 +158,9 @@ class VLLMSampler:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        if request.prompt != self._encoded[0]:  # else another attempt at the problem of the last one
-            self._encoded = request.prompt, prompt_ids(self.processing_class, request, self.context)
+        asked = [request.prompt, request.chat_template_kwargs]
+        if asked != self._encoded[0]:  # else another attempt at the problem of the last one
+            self._encoded = asked, prompt_ids(self.processing_class, request, self.context)
         ids = self._encoded[1]
         prompt = (
             replace(ids, id=request.id)
@@ -165,7 +170,8 @@ class VLLMSampler:
         params = request.params
         return prompt, SamplingParams(
             temperature=params.temperature, top_p=params.top_p, top_k=params.top_k, max_tokens=params.max_completion_length, seed=request.seed,
-            stop_token_ids=[*self.stop_token_ids], logprobs=0, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+            min_p=params.min_p, repetition_penalty=params.repetition_penalty, stop=[*params.stop], detokenize=bool(params.stop),
+            stop_token_ids=[*self.stop_token_ids], logprobs=0, flat_logprobs=True, skip_special_tokens=False, output_kind=RequestOutputKind.FINAL_ONLY,
         )  # fmt: skip
 
     def poll(self) -> list[Completion]:
@@ -179,18 +185,19 @@ class VLLMSampler:
             except Exception as error:
                 raise SamplerError(f"the vLLM engine stopped: {type(error).__name__}: {error}") from error
             for output in outputs:
-                if output.finished and (owner := self._owners.pop(output.request_id, None)):
-                    owner._done.append(self._completion(output))
+                if output.finished and (found := self._owners.pop(output.request_id, None)):
+                    owner, request = found
+                    owner._done.append(self._completion(output, request.params.stop))
                     owner._drawn += len(output.outputs[0].token_ids)
 
     def _under_way(self) -> bool:
-        return self in self._owners.values() or any(owner is self for owner, _ in self._waiting.values())
+        return any(owner is self for owner, _ in chain(self._owners.values(), self._waiting.values()))
 
     def _under_way_tokens(self) -> dict[str, int]:
         """How many tokens the engine has drawn of each request of this sampler, as far as they have come out of its process."""
         states = list(self.engine.output_processor.request_states.values())  # at once, for another thread may read it
         drawn = {getattr(s, "external_req_id", s.request_id): s.detokenizer.num_output_tokens() for s in states}
-        return {name: tokens for name, tokens in drawn.items() if self._owners.get(name) is self}
+        return {name: tokens for name, tokens in drawn.items() if self._owners.get(name, (None,))[0] is self}
 
     @property
     def drawn_tokens(self) -> int:
@@ -214,13 +221,13 @@ class VLLMSampler:
         self.engine.engine_core.shutdown()
         del self.llm, self.engine
 
-    def _completion(self, output) -> Completion:
+    def _completion(self, output, stop: tuple[str, ...]) -> Completion:
         drawn = output.outputs[0]
         ids, log_probs = list(drawn.token_ids), list(drawn.logprobs.logprobs)
         if drawn.finish_reason not in ("stop", "length"):
             return Completion(output.request_id, "", [], [], "error", f"vLLM ended it: {drawn.finish_reason}")
         return drawn_completion(
-            output.request_id, ids, log_probs, drawn.finish_reason, self.processing_class, self.stop_token_ids
+            output.request_id, ids, log_probs, drawn.finish_reason, self.processing_class, self.stop_token_ids, stop
         )
 
 
