@@ -11,7 +11,7 @@ import pytest
 import yaml
 from conftest import POLICY
 
-from trl_offpolicy import RewriteConfig
+from trl_offpolicy import OpenAISampler, RewriteConfig, TransformersSampler
 from trl_offpolicy.cli import COMMANDS, main
 from trl_offpolicy.cli.arguments import parser_for
 from trl_offpolicy.cli.measure import EvalArguments
@@ -90,6 +90,10 @@ def test_a_config_file_means_what_the_command_line_means(tmp_path):
         ("- a", [], "must hold options as `key: value`"),
         ("", [], "must hold options as `key: value`"),
         ("env: 3", [], "`env` must hold variables"),
+        ("config: other.yaml", [], "line 1: there is no option 'config'"),
+        ("help: true", [], "line 1: there is no option 'help'"),
+        ("mention_phrases: [x, 'a?']", [], "You passed 'a?' in mention_phrases, which is found in every text"),
+        (None, ["--output_dir", " "], "You passed output_dir=' '; name a directory"),
         (None, ["--num_generation", "2"], "there is no option --num_generation (did you mean --num_generations?)"),
         (None, ["--selection", "firs"], "argument --selection: invalid choice: 'firs'"),
         (None, ["stray"], "stray belongs to no option"),
@@ -265,6 +269,22 @@ def test_commands_say_in_the_same_words_that_there_is_no_such_model(demonstratio
     argv = [command, "--model_name_or_path", model, *rows, str(demonstrations), "--output_dir", str(tmp_path / "out")]
     assert main(argv) == 2
     assert f"You passed model={model!r}, which cannot be loaded: " in capsys.readouterr().err
+
+
+def test_an_engines_numbers_are_above_zero(demonstrations, tmp_path, capsys, tiny_model, tokenizer):
+    openai = ("--sampler", "openai", "--base_url", "http://127.0.0.1:9")
+    for more, told in (
+        (("--batch_size", "0"), "batch_size=0"),
+        (("--batch_size", "-3"), "batch_size=-3"),
+        ((*openai, "--give_up_after", "-1"), "give_up_after=-1.0"),
+        (("--sampler", "vllm", "--max_model_len", "0"), "max_model_len=0"),
+    ):
+        assert main(rewrite_argv(demonstrations, tmp_path / "run", *more)) == 2
+        assert f"You passed {told}; it must be above 0." in capsys.readouterr().err
+    with pytest.raises(ValueError, match="batch_size=0"):
+        TransformersSampler(tiny_model, tokenizer, batch_size=0)
+    with pytest.raises(ValueError, match="request_timeout=0"):
+        OpenAISampler(POLICY, "http://127.0.0.1:9", request_timeout=0)
 
 
 def test_where_nothing_can_be_written_no_model_is_loaded(demonstrations, capsys, monkeypatch):

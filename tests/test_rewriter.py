@@ -329,6 +329,18 @@ def test_bad_datasets_are_refused_before_sampling(tmp_path):
     assert sampler.sampled == 0 and not (tmp_path / "run").exists()
 
 
+def test_a_run_that_cannot_begin_lets_go_of_its_journal(tmp_path):
+    """And, where it was to delete what another configuration made, of that before anything can fail."""
+    rewrite(tmp_path, rows(3))
+    (tmp_path / "run" / "run_config.yaml").unlink()
+    (tmp_path / "run" / "run_config.yaml").mkdir()
+    with pytest.raises(IsADirectoryError):
+        rewrite(tmp_path, rows(3), seed=7, overwrite=True)
+    assert not (tmp_path / "run" / "dataset").exists()
+    (tmp_path / "run" / "run_config.yaml").rmdir()
+    assert len(rewrite(tmp_path, rows(3), seed=7)[0]) == 3
+
+
 def test_other_configuration_in_the_run_directory(tmp_path):
     templates = [type("Tokenizer", (), {"chat_template": text}) for text in "ab"]
     for i, tokenizer in enumerate(templates):

@@ -294,12 +294,16 @@ class RewriteConfig:
                 raise ValueError(f"You passed {name}={getattr(self, name)}; it is a share, from 0 to 1.")
         for phrase in self.mention_phrases:
             try:
-                re.compile(phrase)
+                matches_nothing = re.compile(phrase).search("") is None
             except re.error as error:
                 raise ValueError(
                     f"You passed the phrase {phrase!r} in mention_phrases, which is no regular expression: {error}. A sign that means something in "
                     "one, such as ( or +, is written with \\ before it."
                 ) from error
+            if not matches_nothing:
+                raise ValueError(
+                    f"You passed {phrase!r} in mention_phrases, which is found in every text; leave it out."
+                )
         if self.expert_format not in EXPERT_FORMATS:
             raise ValueError(f"You passed expert_format={self.expert_format!r}; use one of {list(EXPERT_FORMATS)}.")
         check_sampling(self.min_p, self.repetition_penalty, self.stop)

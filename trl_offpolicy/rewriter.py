@@ -169,11 +169,14 @@ class DataRewriter:
         check_wandb(self.args.report_to)
         self._load_engines()
         origin = hub_origin(dataset) | ({} if dataset.split is None else {"dataset_split": str(dataset.split)})
-        journal, config = self._open_journal({**(run_config or {}), **origin}, dataset, keys)
+        journal, config = self._open_journal(dataset, keys)
         made = digest + json.dumps(config) + (self.args.expert_format if self.args.expert_format != "keep" else "")
         run = hashlib.blake2b(made.encode(), digest_size=16).hexdigest()
         part = "" if self.shard.count == 1 else f"-{self.shard.index}"
         try:
+            if journal.overwritten:
+                withdraw(self.output_dir, self.shard)
+            self._write_run_config({**(run_config or {}), **origin})
             with wandb_run(self.args.report_to, self.output_dir, "rewrite", config, part) as logged, _frozen_heap():
                 if self.args.push_to_hub:  # what would fail at the end is better known now
                     args = self.args
@@ -370,8 +373,8 @@ class DataRewriter:
             config["plain_prompts"] = "asked as they are"
         return config
 
-    def _open_journal(self, run_config: dict, dataset, keys: np.ndarray) -> tuple[Journal, dict]:
-        config, revision = self._identity(), self.sampler.revision
+    def _open_journal(self, dataset, keys: np.ndarray) -> tuple[Journal, dict]:
+        config = self._identity()
         self.output_dir.mkdir(parents=True, exist_ok=True)
         free = {"num_generations", "verifier"} if self.args.rejudge else {"num_generations"}
         check_siblings(self.output_dir, self.shard, config, self.args.overwrite, free)
@@ -380,24 +383,23 @@ class DataRewriter:
             probe.replace(path)
         elif path.exists() and not self.args.overwrite:
             self._look_at_verifier(path, config, dataset, keys)
-        journal = Journal(path, config, overwrite=self.args.overwrite)
+        return Journal(path, config, overwrite=self.args.overwrite), config
+
+    def _write_run_config(self, run_config: dict) -> None:
+        """The settings of the run, and whatever else `run_config` says, as keys of a `--config` file."""
         import yaml
 
         if self.guided_sampler is not None:
             run_config = {"rewriter_adapter": self.guided_sampler.name, **run_config}
         run_config = {"model_name_or_path": self.sampler.name, **run_config, **self.args.settings()}
-        if re.fullmatch(
-            "[0-9a-f]{40}", revision or ""
-        ):  # a commit; else a digest of the weights, by which they cannot be loaded
+        # A commit; else it is a digest of the weights, by which they cannot be loaded.
+        if re.fullmatch("[0-9a-f]{40}", revision := self.sampler.revision or ""):
             run_config["model_revision"] = revision
         write_whole(
             self.output_dir / "run_config.yaml",
             f"# Made with {versions('trl-offpolicy', 'trl', 'transformers', 'torch', 'vllm', 'math-verify', 'datasets')}.\n"
             + yaml.safe_dump(run_config, sort_keys=False, allow_unicode=True),
         )
-        if journal.overwritten:
-            withdraw(self.output_dir, self.shard)
-        return journal, config
 
     def _look_at_verifier(self, path: Path, config: dict, dataset, keys: np.ndarray) -> None:
         """Has the journal's texts judged anew if that is wanted; `ValueError` if the verifier, and nothing else, is another one and it is not."""

@@ -194,7 +194,8 @@ class CommandParser(TrlParser):
             raise ValueError(f"{path} must hold options as `key: value`, but holds {values!r:.100}.")
         for mapping in (root, *(node for _, node in root.value if isinstance(node, yaml.MappingNode))):
             _refuse_repeated_keys(mapping, path)
-        actions = {action.dest: action for action in reversed(self._actions)}  # `--x` before its complement `--no_x`
+        # `--x` before its complement `--no_x`; `--help` and `--config` are no options of a file.
+        actions = {a.dest: a for a in reversed(self._actions) if a.default is not argparse.SUPPRESS}
         hints = {name: hint for cls in self.dataclass_types for name, hint in get_type_hints(cls).items()}
         for key, node in root.value:
             where = f"{path}, line {key.start_mark.line + 1}"
@@ -366,6 +367,8 @@ def check_before_loading(output_dir: str, report_to: str = "none") -> None:
     """Proves that files can be written where the run's directory is or will be, and that W&B has a key, before minutes go into loading a model."""
     from ..run_log import check_wandb
 
+    if not output_dir.strip():
+        raise ValueError(f"You passed output_dir={output_dir!r}; name a directory, or . for the one you are in.")
     path = Path(output_dir).absolute()
     try:
         with tempfile.TemporaryFile(dir=next(p for p in (path, *path.parents) if p.exists())) as file:
@@ -455,8 +458,9 @@ def make_sampler(arguments: EngineArguments, second_adapter: str | None = None):
             raise ValueError(
                 f"You passed {name}={value!r} with sampler={arguments.sampler!r}; it is an option of --sampler {_ENGINE_OF[name]}."
             )
-    from ..sampling import loading
+    from ..sampling import check_positive, loading
 
+    check_positive(batch_size=arguments.batch_size, **{k: v for k, v in given.items() if isinstance(v, (int, float))})
     model, init = arguments.model_name_or_path, {"revision": arguments.model_revision}
     if template := read_template(arguments.chat_template_path):
         shared = {"trust_remote_code": arguments.trust_remote_code, **init}

@@ -151,6 +151,13 @@ def needs(package: str, extra: str, what: str):
         ) from error
 
 
+def check_positive(**numbers: float | None) -> None:
+    """`ValueError` if one of an engine's options is not above 0; `None` is one that was not passed."""
+    for name, number in numbers.items():
+        if number is not None and not number > 0:
+            raise ValueError(f"You passed {name}={number}; it must be above 0.")
+
+
 def template_digest(processing_class) -> str | None:
     """16 hex digits of the chat template that prompts are rendered with; `None` where nobody here renders them."""
     template = getattr(processing_class, "chat_template", None)

@@ -28,6 +28,7 @@ from . import (
     SamplerError,
     SamplingParams,
     adapted_revision,
+    check_positive,
     described,
     drawn_completion,
     load_processing_class,
@@ -124,6 +125,7 @@ class OpenAISampler:
         give_up_after: float = 300.0,
     ):
         needs("openai", "openai", "OpenAISampler")
+        check_positive(batch_size=batch_size, request_timeout=request_timeout, give_up_after=give_up_after)
         self.name, self.revision, self.served_model_name = model, revision or "unknown", served_model_name or model
         self.batch_size, self.request_timeout, self.give_up_after = batch_size, request_timeout, give_up_after
         self.processing_class = processing_class

@@ -31,6 +31,7 @@ from . import (
     Request,
     SamplingParams,
     adapted_revision,
+    check_positive,
     described,
     drawn_completion,
     holds,
@@ -136,6 +137,7 @@ class TransformersSampler:
         batch_tokens: int = 16384,
         model_init_kwargs: dict | None = None,
     ):
+        check_positive(batch_size=batch_size, batch_tokens=batch_tokens)
         init = model_init_kwargs or {}
         self.name = model if isinstance(model, str) else model.config._name_or_path or type(model).__name__
         shared = {k: v for k, v in init.items() if k in ("revision", "trust_remote_code")}
