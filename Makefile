@@ -3,7 +3,7 @@ VENV := .venv
 # Two threads on a busy two-core machine wait for each other; a policy this small wants one.
 RUN := OMP_NUM_THREADS=1 $(VENV)/bin/python
 
-.PHONY: quickstart test test-fast venv policy lint
+.PHONY: quickstart test test-fast venv policy lint docs
 
 quickstart: venv  ## the main job on the embedded default: rewrite, train, measure (runs/quickstart)
 	$(RUN) examples/quickstart.py
@@ -31,3 +31,7 @@ policy: venv  ## train the quickstart's base policy again (about half an hour of
 lint: venv  ## what pre-commit runs
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+docs: venv  ## the documentation as a site in build/site, warnings as errors
+	$(VENV)/bin/pip install -q -e '.[docs]' -c .ci/constraints.txt
+	$(VENV)/bin/mkdocs build --strict

@@ -136,7 +136,7 @@ def test_no_function_is_long_and_modules_look_upwards_only():
 
 
 def test_documented_commands_parse(tmp_path):
-    """Every full command of README, the examples and the command line's own last words takes the flags it is shown with."""
+    """Every full command of the documents, the examples and the command line's own last words takes the flags it is shown with."""
     import re
     import shlex
 
@@ -165,7 +165,7 @@ def test_documented_commands_parse(tmp_path):
     found = 0
     for name in (
         "README.md", "examples/train.py", "examples/train_agent.py", "examples/quickstart.py", "examples/rewrite_ray.py",
-        *(path.relative_to(ROOT) for path in (ROOT / "trl_offpolicy" / "cli").glob("*.py")),
+        *(path.relative_to(ROOT) for path in (*(ROOT / "trl_offpolicy" / "cli").glob("*.py"), *(ROOT / "docs").glob("*.md"))),
     ):  # fmt: skip
         text = re.sub(r"\\+\n", " ", (ROOT / name).read_text())
         for command, types in parsers.items():
@@ -185,7 +185,9 @@ def test_documented_commands_parse(tmp_path):
 def test_the_lowest_versions_that_are_declared_are_those_that_are_tested():
     """`.ci/lowest.txt`, which the workflow installs, against the bounds in pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = {k: v for k, v in project["optional-dependencies"].items() if k not in ("dev", "vllm", "embeddings")}
+    extras = {
+        k: v for k, v in project["optional-dependencies"].items() if k not in ("dev", "docs", "vllm", "embeddings")
+    }
     declared = [Requirement(line) for line in chain(project["dependencies"], *extras.values())]
     lines = [line.partition("#")[0].strip() for line in (ROOT / ".ci" / "lowest.txt").read_text().splitlines()]
     tested = {r.name.replace("_", "-"): next(iter(r.specifier)).version for r in map(Requirement, filter(None, lines))}
