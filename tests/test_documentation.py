@@ -81,6 +81,7 @@ def test_examples_in_contributing_work(tmp_path, monkeypatch):
     assert rewriter.rewrite(rows)["source"] == ["expert", "self"]
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(tmp_path, monkeypatch):
     """Cell by cell, with fewer problems, in a copy of the folder that it is run from."""
     import matplotlib

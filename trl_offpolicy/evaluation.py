@@ -108,13 +108,13 @@ def evaluate(
     Returns:
         `dict`: For each benchmark (of this shard's problems only, as long as other shards are missing):
 
-        - `avg@k`, `pass@j` for powers of two j and j = k, `maj@k`, `greedy` (if asked for): shares, each with `…_ci95`, a bootstrap interval
-          over problems; `avg@k_se`, the standard error over problems; `vs_baseline` ([`~estimators.compare`]), if there is one;
-        - `num_problems`, and `problem_ids`, `num_correct`, `num_judged`: lists in row order; `mean_length` in tokens;
-        - `truncated`, `unparsable`, `not_told`: shares of the samples that were cut, stated no answer, could not be judged or drawn
-          (time-outs, errors). The first two count as wrong, the last are left out, and a problem with fewer than j left is left out of
-          `pass@j`. `gold_unparsable`: problems whose gold answer the verifier cannot compare with;
-        - `entropy`: nats per token, the mean of -log π over the sampled tokens; `None` without log-probs or plain sampling.
+            - `avg@k`, `pass@j` for powers of two j and j = k, `maj@k`, `greedy` (if asked for): shares, each with `…_ci95`, a bootstrap interval
+              over problems; `avg@k_se`, the standard error over problems; `vs_baseline` ([`~estimators.compare`]), if there is one;
+            - `num_problems`, and `problem_ids`, `num_correct`, `num_judged`: lists in row order; `mean_length` in tokens;
+            - `truncated`, `unparsable`, `not_told`: shares of the samples that were cut, stated no answer, could not be judged or drawn
+              (time-outs, errors). The first two count as wrong, the last are left out, and a problem with fewer than j left is left out of
+              `pass@j`. `gold_unparsable`: problems whose gold answer the verifier cannot compare with;
+            - `entropy`: nats per token, the mean of -log π over the sampled tokens; `None` without log-probs or plain sampling.
 
     Raises:
         ValueError: A benchmark is empty or unknown, a row has no problem or no answer, the prompts' format is wrong, or `output_dir`

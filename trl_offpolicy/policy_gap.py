@@ -82,18 +82,18 @@ def measure_policy_gap(
     Returns:
         `dict`: For each source there is and for `"total"`:
 
-        - `rows`: their number;
-        - `before` (the demonstrations) and `after` (the rows' completions): `sequence_log_prob` (mean over rows of the sum, nats) with
-          standard error `sequence_log_prob_se`, `token_log_prob` (mean over all tokens), `perplexity` (exp of minus that),
-          `num_tokens` (mean length), and of the texts `hint_leakage` (share that speak of a reference), `distinct_2` and `self_bleu`
-          (of at most 200 texts); `after` also `copy_ratio` (share of 4-grams that the demonstration has too);
-        - `difference`: after minus before of `sequence_log_prob` and `token_log_prob`, and `length_matched`: per token, over
-          the first min(length before, length after) tokens of either target of a row;
-        - `behavior`, where μ is known: `rows`, `kl` (k3 estimate of KL(μ‖π), nats per token) and `ess` ((Σw)²/(n·Σw²) of the tokens'
-          unlimited w = π/μ). π is asked without the reference, μ was as the row was sampled.
+            - `rows`: their number;
+            - `before` (the demonstrations) and `after` (the rows' completions): `sequence_log_prob` (mean over rows of the sum, nats) with
+              standard error `sequence_log_prob_se`, `token_log_prob` (mean over all tokens), `perplexity` (exp of minus that),
+              `num_tokens` (mean length), and of the texts `hint_leakage` (share that speak of a reference), `distinct_2` and `self_bleu`
+              (of at most 200 texts); `after` also `copy_ratio` (share of 4-grams that the demonstration has too);
+            - `difference`: after minus before of `sequence_log_prob` and `token_log_prob`, and `length_matched`: per token, over
+              the first min(length before, length after) tokens of either target of a row;
+            - `behavior`, where μ is known: `rows`, `kl` (k3 estimate of KL(μ‖π), nats per token) and `ess` ((Σw)²/(n·Σw²) of the tokens'
+              unlimited w = π/μ). π is asked without the reference, μ was as the row was sampled.
 
-        `…_ci95` are bootstrap intervals over rows, `None` for a single row. `copy_ratio` of `self` rows, whose sampler never saw the
-        demonstration, is what two solutions of a problem share by chance; likewise their `hint_leakage`.
+            `…_ci95` are bootstrap intervals over rows, `None` for a single row. `copy_ratio` of `self` rows, whose sampler never saw the
+            demonstration, is what two solutions of a problem share by chance; likewise their `hint_leakage`.
 
     Raises:
         ValueError: The dataset is empty, is no rewrite, or its demonstrations were not carried through; or the model cannot be loaded.
