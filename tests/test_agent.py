@@ -145,7 +145,7 @@ def training_rows(num_rows=4, seed=5):
 def make_trainer(model, tokenizer, tmp_path, reward, rows=None, other_rewards=(), lora=None, **kwargs):
     defaults = {
         "per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 24, "max_steps": 2, "learning_rate": 1e-2,
-        "logging_steps": 1, "save_strategy": "no", "use_cpu": True, "bf16": False, "disable_tqdm": True, "activation_checkpointing": False,
+        "logging_steps": 1, "save_strategy": "no", "use_cpu": True, "bf16": False, "disable_tqdm": True, "gradient_checkpointing": False,
     }  # fmt: skip
     args = GRPOConfig(str(tmp_path), **{**defaults, **kwargs})
     return RewritingAgentTrainer(

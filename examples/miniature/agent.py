@@ -78,7 +78,7 @@ def train_agent(seed: int, steps: int, directory: Path) -> dict:
         args = GRPOConfig(
             str(directory), seed=seed, max_steps=steps, per_device_train_batch_size=32, per_device_eval_batch_size=32, num_generations=GROUP,
             gradient_accumulation_steps=PROMPTS * GROUP // 32, max_completion_length=192, learning_rate=1e-3, beta=0.001, logging_steps=1, save_strategy="no",
-            use_cpu=True, bf16=False, activation_checkpointing=False, disable_tqdm=True, report_to="none",
+            use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True, report_to="none",
         )  # fmt: skip
         trainer = RewritingAgentTrainer(
             POLICY, Kept(verifier), args, train, held_out, processing_class=AutoTokenizer.from_pretrained(POLICY),
