@@ -7,14 +7,16 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
+from pathlib import Path
 
 import psutil
 import pytest
 
 from trl_offpolicy.code_verifier import CodeVerifier, code_blocks, free_names, lines_of, read_pairs
 from trl_offpolicy.code_wire import decode, encode
-from trl_offpolicy.sandbox import Sandbox
+from trl_offpolicy.sandbox import Sandbox, _visible
 
 
 def python(code: str) -> str:
@@ -419,6 +421,9 @@ def test_nothing_of_this_machine_is_seen(verifier, tmp_path, monkeypatch):
     (tmp_path / "secret").write_text("hf_PlantedPlantedPlanted")
     (tmp_path / "home").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path))
+    own = {
+        Path(path).parts[2] for path in _visible() if path.startswith("/tmp/")
+    }  # this Python, if it is installed there
     look = f"""
         import glob, os, socket
         def look():
@@ -430,7 +435,7 @@ def test_nothing_of_this_machine_is_seen(verifier, tmp_path, monkeypatch):
         def processes():
             return max(int(p) for p in os.listdir('/proc') if p.isdigit())
         def files():
-            return [os.listdir('.'), os.listdir(os.environ['HOME']), os.path.exists({str(tmp_path)!r}), os.path.exists('/root/.cache'), os.path.exists('/home')]
+            return [sorted({{*os.listdir('.'), *os.listdir(os.environ['HOME'])}} - {own!r}), os.path.exists({str(tmp_path)!r}), os.path.exists('/root/.cache'), os.path.exists('/home')]
         def written():
             done = []
             for path in ('/usr/x', '/x', '/proc/sys/kernel/core_pattern', {str(tmp_path / "x")!r}, __import__('sys').executable, '/dev/x'):
@@ -454,7 +459,7 @@ def test_nothing_of_this_machine_is_seen(verifier, tmp_path, monkeypatch):
     tests = f"""
         assert not [t for t in look() if 'Planted' in t or 'root:x' in t]
         assert processes() < 50
-        assert files() == [[], [], False, False, False]
+        assert files() == [[], False, False, False]
         assert written() == []
         assert connect(2) == 'refused' and connect(1) == 'refused' and connect(40) == 'refused'
         assert kill({os.getpid()}) == 'unknown'
@@ -464,6 +469,27 @@ def test_nothing_of_this_machine_is_seen(verifier, tmp_path, monkeypatch):
         tests += "    assert not any(line.split()[:2] == ['65534', '0'] for line in mapped().splitlines())\n"  # nobody is nobody outside, too
     told = verifier.explain([python(look)], [textwrap.dedent(tests)])
     assert told == [("correct", "")]
+
+
+def test_what_is_installed_below_tmp_is_seen_and_cannot_be_written(verifier, tmp_path, monkeypatch):
+    """A virtual environment may lie there, where the sandbox has a folder of its own."""
+    installed = Path(tempfile.mkdtemp(dir="/tmp"))
+    try:
+        installed.chmod(0o755)  # who looks in the sandbox is nobody
+        (installed / "data").write_text("installed")
+        seen = [*_visible(), str(installed)]
+        monkeypatch.setattr("trl_offpolicy.sandbox._visible", lambda: seen)
+        code = f"""
+            def f():
+                text = open({str(installed / "data")!r}).read()
+                open('/tmp/mine', 'w').write(text)
+                try: open({str(installed / "data")!r}, 'w')
+                except OSError: return open('/tmp/mine').read()
+        """
+        told = CodeVerifier(sandbox=verifier._sandbox.kind).explain([python(code)], ["assert f() == 'installed'"])
+        assert told == [("correct", "")] and (installed / "data").read_text() == "installed"
+    finally:
+        shutil.rmtree(installed)
 
 
 def test_time_memory_and_processes_are_bounded(verifier):
@@ -539,7 +565,7 @@ def test_reasons_tell_no_secret_and_are_short(any_verifier, monkeypatch):
 def test_without_namespaces_code_is_refused(monkeypatch, tmp_path):
     """In a user namespace that allows no further one, which is what a container without rights looks like."""
     script = """
-        from trl_offpolicy.sandbox import Sandbox
+        from trl_offpolicy.sandbox import Sandbox, _visible
         def make(**kwargs):
             return Sandbox(**{"sandbox": None, "memory_mb": 512, "cpu_seconds": 5, "wall_seconds": 15.0, "allow_network": False, "allow_unsandboxed": False} | kwargs)
         try:

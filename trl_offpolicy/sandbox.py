@@ -197,14 +197,15 @@ def _bubblewrap(allow_network: bool) -> list[str]:
         "ALL",
     ]
     command += ["--uid", "65534", "--gid", "65534", *(["--share-net"] if allow_network else [])]
+    command += ["--tmpfs", "/tmp"]  # before what is visible, some of which may lie in it
     for path in _visible():
         if os.path.islink(path) and os.path.dirname(path) == "/":
             command += ["--symlink", os.readlink(path), path]
         else:
             command += ["--ro-bind", os.path.realpath(path), path]
     # bubblewrap started by root is root outside: without capabilities, but /proc/sys asks for no more than the user's id
-    writable = ["--proc", "/proc", "--remount-ro", "/proc", "--dev", "/dev", "--remount-ro", "/dev", "--tmpfs", "/tmp"]
-    return [*command, *writable, "--remount-ro", "/", "--chdir", "/tmp", "--"]
+    system = ["--proc", "/proc", "--remount-ro", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
+    return [*command, *system, "--remount-ro", "/", "--chdir", "/tmp", "--"]
 
 
 def _line(message) -> bytes:

@@ -104,6 +104,9 @@ def new_root(visible, temporary_bytes):
     os.mkdir("/tmp/old")
     call("syscall", CALLS["pivot_root"], "/tmp", "/tmp/old")
     os.chdir("/")
+    os.mkdir("/tmp")  # before what is visible, some of which may lie in it
+    size = f"mode=1777,size={temporary_bytes},nr_inodes=4096"
+    call("mount", "tmpfs", "/tmp", "tmpfs", MOUNT_NOSUID | MOUNT_NODEV, size)
     for path in sorted(visible):
         if os.path.lexists(path):
             continue  # in one that is there already
@@ -121,25 +124,14 @@ def new_root(visible, temporary_bytes):
     call("mount", "proc", "/proc", "proc", MOUNT_NOSUID | MOUNT_NODEV | MOUNT_NOEXEC, "subset=pid")
     call("umount2", "/old", UMOUNT_DETACH)
     os.rmdir("/old")
-    os.mkdir("/tmp")
-    call(
-        "syscall",
-        MOUNT_SETATTR,
-        -1,
-        "/",
-        AT_RECURSIVE,
-        struct.pack("QQQQ", MOUNT_READONLY | MOUNT_NOSUID, 0, 0, 0),
-        32,
-    )
-    call(
-        "mount",
-        "tmpfs",
-        "/tmp",
-        "tmpfs",
-        MOUNT_NOSUID | MOUNT_NODEV,
-        f"mode=1777,size={temporary_bytes},nr_inodes=4096",
-    )
+    set_attributes("/", AT_RECURSIVE, MOUNT_READONLY | MOUNT_NOSUID, 0)
+    set_attributes("/tmp", 0, 0, MOUNT_READONLY)
     os.chdir("/tmp")
+
+
+def set_attributes(path, flags, added, removed):
+    """Of the mount at `path`, and with AT_RECURSIVE of all below it."""
+    call("syscall", MOUNT_SETATTR, -1, path, flags, struct.pack("QQQQ", added, removed, 0, 0), 32)
 
 
 def bind(source, target):
