@@ -431,8 +431,9 @@ def test_memory_grows_by_a_few_dozen_bytes_a_row(tmp_path):
     rewrite(tmp_path, rows(10))  # whatever is imported or cached once
     small, large = peak(2000), peak(5000)
     fresh, resumed = ((b - a) / 3000 for a, b in zip(small, large, strict=True))
-    assert fresh < 64, fresh
-    assert resumed < 64 + 3.2 * 2 * 45, resumed  # 3.2 attempts a row in the journal; twice, while they are sorted
+    limit = 150  # a row as a dict has more than 500; buffers that come and go move a peak by 300 kB either way
+    assert fresh < limit, fresh
+    assert resumed < limit + 3.2 * 2 * 45, resumed  # 3.2 attempts a row in the journal; twice, while they are sorted
 
 
 # ---- the numbers shown ----
