@@ -177,6 +177,37 @@ def test_sft_says_what_is_wrong_before_a_model_is_loaded(tmp_path, capsys, argv,
     assert message in capsys.readouterr().err
 
 
+def test_sft_says_which_flag_a_machine_without_a_gpu_needs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: False)
+    argv = [
+        "sft",
+        "--model_name_or_path",
+        POLICY,
+        "--dataset_name",
+        "D",
+        "--output_dir",
+        str(tmp_path),
+        "--bf16",
+        "True",
+    ]
+    assert main(argv) == 2 and "add --use_cpu" in capsys.readouterr().err
+
+
+def test_sft_names_the_columns_that_it_cannot_train_on(demonstrations, tmp_path, capsys):
+    argv = [
+        "--model_name_or_path",
+        POLICY,
+        "--dataset_name",
+        str(demonstrations),
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--use_cpu",
+    ]
+    assert main(["sft", *argv]) == 2
+    said = capsys.readouterr().err
+    assert "columns ['problem', 'solution', 'n'], and SFT takes prompt + completion" in said
+
+
 @pytest.fixture
 def demonstrations(tmp_path):
     file = tmp_path / "demos.jsonl"
@@ -243,10 +274,10 @@ def test_rows_that_lack_a_part_are_all_said_as_a_person_counts_and_can_be_left_o
     more = ("--model_name_or_path", POLICY, "--dry_run")
     assert main(rewrite_argv(file, tmp_path / "run", *more)) == 2
     told = capsys.readouterr().err
-    assert "2 of 5 rows (2, 4) have (counted from 1) no demonstration: `solution` is None" in told
+    assert "2 of 5 rows (2, 4; counted from 1) have no demonstration: `solution` is None" in told
     assert "--skip_incomplete" in told
     with pytest.warns(
-        UserWarning, match=r"2 of 5 rows .2, 4. have .counted from 1. no problem or nothing to fall back"
+        UserWarning, match=r"2 of 5 rows .2, 4; counted from 1. have no problem or nothing to fall back"
     ):
         assert main(rewrite_argv(file, tmp_path / "run", *more, "--skip_incomplete")) == 0
     assert "p0" in capsys.readouterr().out

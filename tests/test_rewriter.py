@@ -322,7 +322,7 @@ def test_bad_datasets_are_refused_before_sampling(tmp_path):
         (Dataset.from_dict({"problem": [], "solution": []}), "has no rows"),
         (Dataset.from_dict({"text": ["a"]}), "columns \\['text'\\]"),
         ({"train": 1}, "one split"),
-        (rows(3) + [{"problem": "p", "solution": None, "row": 3}], r"1 of 4 rows .4. have"),
+        (rows(3) + [{"problem": "p", "solution": None, "row": 3}], r"1 of 4 rows .4; counted from 1. have"),
     ]:
         with pytest.raises(ValueError, match=message):
             rewrite(tmp_path, data, sampler=sampler)
@@ -844,6 +844,10 @@ def test_a_probe_s_attempts_are_the_run_s_first(tmp_path, capsys):
     wrong = len(of["guided"]) / 40  # of `random`, every attempt of a stage is drawn: 3, and 3 more where none is right
     attempts = int(re.search(r"about ([\d,]+) attempts", told.rpartition("probe:")[2])[1].replace(",", ""))
     assert attempts == pytest.approx(300 + 300 * wrong**3, rel=0.05)
+    assert " tok/s of this probe" in told
+    rewrite(tmp_path, rows(100), dry_run=True, probe=40, **options)  # which has nothing to draw any more
+    again = capsys.readouterr().out
+    assert "so their speed is not known" in again and f"about {attempts} attempts" in again and "tok/s" not in again
     sampler = Remembering()
     rewritten, _ = rewrite(tmp_path, rows(100), sampler=sampler, **options)
     assert rewritten.to_list() == expected.to_list()

@@ -35,6 +35,7 @@ def probe_report(
     probed: int,
     total: int,
     attempts: float,
+    earlier: int,
     seconds: float,
     args: RewriteConfig,
 ) -> str:
@@ -46,7 +47,8 @@ def probe_report(
         counts (`Mapping`): What was counted of them.
         probed, total (`int`): Rows that were asked, and rows of the run.
         attempts (`float`): How many the run will take ([`~scheduling.Scheduler.attempts_left`]).
-        seconds (`float`): How long these took.
+        earlier (`int`): Tokens of them that an earlier probe had drawn.
+        seconds (`float`): How long the others took.
         args ([`RewriteConfig`]): The run's.
     """
     lines = [f"---- probe: the first attempt of each stage at {probed:,} of {total:,} rows ----"]
@@ -58,12 +60,14 @@ def probe_report(
             lines.append(f"{told}; half of them have {middle:,} tokens or fewer, 95% {most:,} or fewer")
     tokens, sampled = counts["tokens"], counts["sampled"]
     if sampled and tokens:
-        rate = tokens / max(seconds, 1e-9)
         expected = attempts * tokens / sampled
-        lines.append(
-            f"estimate for {total:,} rows, if all are like these: about {attempts:,.0f} attempts, {expected:,.0f} tokens, "
-            f"{tqdm.format_interval(expected / rate)} at the {rate:,.0f} tok/s of this probe, which an engine with more in flight exceeds"
-        )
+        told = f"estimate for {total:,} rows, each stage accepting (accepted + 1) of (attempts + 2): about {attempts:,.0f} attempts, {expected:,.0f} tokens"
+        if (new := tokens - earlier) > 0:
+            rate = new / max(seconds, 1e-9)
+            told += f", {tqdm.format_interval(expected / rate)} at the {rate:,.0f} tok/s of this probe, which an engine with more in flight exceeds"
+        else:
+            told += "; an earlier probe had drawn all of these attempts, so their speed is not known"
+        lines.append(told)
     if advice := cut_advice(counts, args.max_completion_length, begun=False):
         lines.append(advice)
     lines.append("These attempts are journaled: a run with the same settings begins with them.")

@@ -477,6 +477,7 @@ class DataRewriter:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         chosen = np.linspace(0, len(keys), min(self.args.probe, len(keys)), endpoint=False, dtype=int)
         journal = Journal(self.shard.file(self.output_dir, "probe.jsonl"), self._identity(), overwrite=True)
+        earlier = sum(entry["num_tokens"] for _, entry in journal.entries(until="reason"))
         began = time.monotonic()
         try:
             once = replace(self.args, num_generations=1, push_every=0)
@@ -489,7 +490,7 @@ class DataRewriter:
                 self.verifier.close()
         rates = Counter({name: counts[name] for name in counts if name.endswith(("_sampled", "_correct"))})
         attempts = Scheduler((), len(keys), self.args, rates).attempts_left()
-        print(probe_report(drawn, counts, len(chosen), len(keys), attempts, seconds, self.args))  # noqa: T201
+        print(probe_report(drawn, counts, len(chosen), len(keys), attempts, earlier, seconds, self.args))  # noqa: T201
 
     def _dry_run(self, dataset, keys: np.ndarray) -> None:
         total = len(keys)

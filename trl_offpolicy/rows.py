@@ -228,6 +228,7 @@ class IncompleteRow(ValueError):
         self.lacks = lacks
 
 
+FROM_ONE = "; counted from 1"
 _COMPLETE = "Fill it in, or leave such rows out: --skip_incomplete on the command line, `dataset.filter` in Python."
 
 
@@ -324,10 +325,10 @@ def tell_missing_answers(rows: Iterable[dict], column: str, instead: str) -> Ite
         )
 
 
-def numbered(indices: Sequence[int], total: int) -> str:
-    """`3 of 40 rows (5, 7, 12) have`: how many rows something is said of, and which."""
+def numbered(indices: Sequence[int], total: int, counted: str = "") -> str:
+    """`3 of 40 rows (5, 7, 12) have`: how many rows something is said of, and which; `counted` says how they are, if not from 0."""
     shown = ", ".join(map(str, indices[:10])) + (f" and {len(indices) - 10:,} more" if len(indices) > 10 else "")
-    return f"{len(indices):,} of {total:,} rows ({shown}) have"
+    return f"{len(indices):,} of {total:,} rows ({shown}{counted}) have"
 
 
 def guided_prompt(problem: Problem, template: str = GUIDED_PROMPT, clean: bool = True) -> list[dict[str, str]] | str:
@@ -366,7 +367,7 @@ def read_rows(
             yield problem if copy == 1 else replace(problem, id=copy_id(int(problem.id, 16), copy))
     if incomplete:
         first = f" (row {incomplete[0]})" if len(incomplete) > 1 else ""
-        raise ValueError(f"{numbered(incomplete, index + 1)} (counted from 1) {lacks}{first}. {_COMPLETE}")
+        raise ValueError(f"{numbered(incomplete, index + 1, FROM_ONE)} {lacks}{first}. {_COMPLETE}")
 
 
 def complete_rows(dataset, answer_column: str = "answer"):
@@ -379,8 +380,8 @@ def complete_rows(dataset, answer_column: str = "answer"):
             incomplete.append(index)
     if not incomplete:
         return dataset
-    numbers = numbered([index + 1 for index in incomplete], len(dataset))
-    warnings.warn(f"{numbers} (counted from 1) no problem or nothing to fall back to: left out.", stacklevel=2)
+    numbers = numbered([index + 1 for index in incomplete], len(dataset), FROM_ONE)
+    warnings.warn(f"{numbers} no problem or nothing to fall back to: left out.", stacklevel=2)
     return dataset.select(sorted({*range(len(dataset))}.difference(incomplete)))
 
 

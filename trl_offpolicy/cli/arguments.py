@@ -171,7 +171,12 @@ class CommandParser(TrlParser):
                     self.error(f"there is no option {name}{_closest(name, self._option_string_actions)}")
         if path is not None:
             self._read_config(Path(path).expanduser(), ignore_unknown=return_remaining_strings)
-        *parsed, rest = self.parse_args_into_dataclasses(args, return_remaining_strings=True)
+        try:
+            *parsed, rest = self.parse_args_into_dataclasses(args, return_remaining_strings=True)
+        except ValueError as error:
+            if "use_cpu" not in str(error):
+                raise
+            self.error("training uses bfloat16, which needs a GPU here: add --use_cpu to train on the CPU")
         if rest and not return_remaining_strings:
             self.error(f"{shlex.join(rest)} belongs to no option")
         return (*parsed, rest) if return_remaining_strings else tuple(parsed)

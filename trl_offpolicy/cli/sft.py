@@ -95,6 +95,7 @@ def _train(script_args, args, model_args, resume: str | None) -> None:
         )
         for split in splits
     )
+    _check_columns(train_dataset, args.dataset_text_field)
     trainer = ImportanceWeightedSFTTrainer(
         model=model_args.model_name_or_path,
         args=args,
@@ -109,6 +110,15 @@ def _train(script_args, args, model_args, resume: str | None) -> None:
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.end()
+
+
+def _check_columns(dataset, text_field: str) -> None:
+    names = dataset.column_names  # `None` of some streams
+    if names and not {"prompt", "messages", "conversations", "input_ids", text_field} & set(names):
+        raise ValueError(
+            f"The dataset has the columns {names}, and SFT takes prompt + completion, messages, conversations, input_ids or a column of texts "
+            "(--dataset_text_field). Train on what `trl-offpolicy rewrite` made of these rows, or rename their columns with `dataset.rename_columns`."
+        )
 
 
 def _with_template_kwargs(dataset, given: dict | None):
