@@ -193,19 +193,24 @@ def test_sft_says_which_flag_a_machine_without_a_gpu_needs(tmp_path, capsys, mon
     assert main(argv) == 2 and "add --use_cpu" in capsys.readouterr().err
 
 
-def test_sft_names_the_columns_that_it_cannot_train_on(demonstrations, tmp_path, capsys):
-    argv = [
-        "--model_name_or_path",
-        POLICY,
-        "--dataset_name",
-        str(demonstrations),
-        "--output_dir",
-        str(tmp_path / "out"),
-        "--use_cpu",
-    ]
-    assert main(["sft", *argv]) == 2
-    said = capsys.readouterr().err
-    assert "columns ['problem', 'solution', 'n'], and SFT takes prompt + completion" in said
+@pytest.mark.parametrize("names", [("problem", "solution"), ("question", "answer"), ("instruction", "output")])
+def test_sft_takes_demonstrations_as_a_rewrite_keeps_them(tmp_path, names):
+    """The formats that a rewrite reads, against the rows of one that solves nothing."""
+    from datasets import Dataset
+    from scripted import ScriptedSampler, verify
+
+    from trl_offpolicy import DataRewriter
+    from trl_offpolicy.cli.sft import _as_expert_rows
+
+    rows = [dict(zip(names, (f"gold:{i} ?", f"{i} + 0 = <<{i}+0={i}>>{i}\n#### {i}"), strict=True)) for i in range(4)]
+    args = RewriteConfig(str(tmp_path), num_generations=1)
+    expected = DataRewriter("scripted", args, ScriptedSampler(p_self=0, p_guided=0), verify).rewrite(rows)
+    with pytest.warns(UserWarning, match=" and ".join(names)):
+        given = _as_expert_rows(Dataset.from_list(rows), "text")
+    assert set(expected["source"]) == {"expert"} and "boxed" in given[0]["completion"][0]["content"]
+    assert given.to_list() == expected.select_columns(["prompt", "completion"]).to_list()
+    with pytest.raises(ValueError, match="'colour'.*SFT takes.*problem . solution"):
+        _as_expert_rows(Dataset.from_list([{"colour": "red"}]), "text")
 
 
 @pytest.fixture

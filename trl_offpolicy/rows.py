@@ -27,9 +27,9 @@ from json.encoder import encode_basestring_ascii as _quote
 from pathlib import Path
 from typing import Any
 
-from .demonstrations import clean_reference
+from .demonstrations import asks_for_box, clean_reference, in_asked_form
 from .extraction import final_answer
-from .prompts import GUIDED_PROMPT, contents, fill
+from .prompts import GUIDED_PROMPT, SOLVE_PROMPT, contents, fill
 
 
 class Source(StrEnum):
@@ -445,6 +445,15 @@ def encode_prompt(
 def as_completion(prompt: list[dict[str, str]] | str, text: str) -> list[dict[str, str]] | str:
     """A completion of `prompt` in its form: text to a plain text, one message to messages."""
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def expert_row(row: dict, index: int, answer_column: str = "answer", solve_prompt: str = SOLVE_PROMPT) -> dict:
+    """`prompt` and `completion` of a row as an `expert` row of a rewrite has them; raises as [`read_row`] does."""
+    problem = read_row(row, index, answer_column, solve_prompt)
+    text = problem.demonstration
+    if asks_for_box(problem.prompt):
+        text = in_asked_form(text, problem.answer)
+    return {"prompt": problem.prompt, "completion": as_completion(problem.prompt, text)}
 
 
 def has_plain_prompts(features, columns: Iterable[str], answer_column: str = "answer") -> bool:

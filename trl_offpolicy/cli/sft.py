@@ -3,6 +3,7 @@
 import contextlib
 import shlex
 import sys
+import warnings
 from dataclasses import dataclass, field
 
 from trl import ScriptArguments
@@ -88,14 +89,19 @@ def _train(script_args, args, model_args, resume: str | None) -> None:
         splits.append(script_args.dataset_test_split)
     train_dataset, *eval_dataset = (
         _with_template_kwargs(
-            load_rows(
-                script_args.dataset_name, script_args.dataset_config, split, streaming=script_args.dataset_streaming
+            _as_expert_rows(
+                load_rows(
+                    script_args.dataset_name,
+                    script_args.dataset_config,
+                    split,
+                    streaming=script_args.dataset_streaming,
+                ),
+                args.dataset_text_field,
             ),
             script_args.chat_template_kwargs,
         )
         for split in splits
     )
-    _check_columns(train_dataset, args.dataset_text_field)
     trainer = ImportanceWeightedSFTTrainer(
         model=model_args.model_name_or_path,
         args=args,
@@ -112,13 +118,28 @@ def _train(script_args, args, model_args, resume: str | None) -> None:
     trainer.end()
 
 
-def _check_columns(dataset, text_field: str) -> None:
+def _as_expert_rows(dataset, text_field: str):
+    """
+    Rows that `SFTTrainer` takes, as they are; those in a format that else only a rewrite reads (problem + solution, Alpaca, …) as the
+    `expert` rows that it makes of them.
+    """
+    from ..rows import FORMATS, expert_row
+
     names = dataset.column_names  # `None` of some streams
-    if names and not {"prompt", "messages", "conversations", "input_ids", text_field} & set(names):
+    if not names or {"prompt", "messages", "conversations", "input_ids", text_field} & set(names):
+        return dataset
+    pair = next((pair for pair in FORMATS if set(pair) <= set(names)), None)
+    if pair is None:
         raise ValueError(
-            f"The dataset has the columns {names}, and SFT takes prompt + completion, messages, conversations, input_ids or a column of texts "
-            "(--dataset_text_field). Train on what `trl-offpolicy rewrite` made of these rows, or rename their columns with `dataset.rename_columns`."
+            f"The dataset has the columns {names}, but SFT takes input_ids, a column of texts (--dataset_text_field) or one of "
+            f"{', '.join(' + '.join(dict.fromkeys(pair)) for pair in FORMATS)}. Rename yours with `dataset.rename_columns`."
         )
+    warnings.warn(
+        f"{' and '.join(pair)} are trained on as a rewrite would keep them: asked with its prompt, answered with the demonstration, whose "
+        "final answer is put into a box where the prompt asks for one.",
+        stacklevel=2,
+    )
+    return dataset.map(expert_row, with_indices=True, remove_columns=names)
 
 
 def _with_template_kwargs(dataset, given: dict | None):
