@@ -111,7 +111,10 @@ def main():
             means = {False: fit(self_share, spread), True: fit(guided_share / left, spread)}
             drawn = [sum(failing(means[stage], spread, k) for k in range(K)) for stage in (False, True)]
             expected = K * (1 + left) / (drawn[0] + left * drawn[1])
-            result = compare(rows(args.simulated_rows), Spread(means, spread), verify)
+            # A simulated solution is a box and nothing else: a stub, and a copy of the reference.
+            result = compare(
+                rows(args.simulated_rows), Spread(means, spread), verify, min_guided_length=0.0, max_guided_copy=1.0
+            )
             print(f"{f'{name}':15s}  {describe(result)}   spread {spread:<4} expected {expected:.2f} x", flush=True)
 
 
