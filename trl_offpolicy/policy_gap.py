@@ -26,7 +26,7 @@ from .rows import (
     as_completion,
     demonstration,
     encode_prompt,
-    find_format,
+    known_format,
     plain_rows,
     read_rows,
     says_otherwise,
@@ -142,12 +142,8 @@ def _demonstrations_as_rows(
     rows: list[dict], answer_column: str, solve_prompt: str, system_prompt: str | None
 ) -> list[dict]:
     """Demonstrations that were not rewritten as the rows that they would be if none were; anything else as it is."""
-    if not rows or {"source", "completion_ids"} & rows[0].keys():
-        return rows
-    try:
-        find_format(rows[0])
-    except ValueError:  # `_check_rows` says what is missing
-        return rows
+    if not rows or {"source", "completion_ids"} & rows[0].keys() or known_format(rows[0]) is None:
+        return rows  # `_check_rows` says what is missing, if anything is
     return [
         {
             "id": problem.id,

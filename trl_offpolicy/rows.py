@@ -72,6 +72,7 @@ FORMATS = (
     ("conversations", "conversations"),  # ShareGPT
     ("instruction", "output"),  # Alpaca, whose `input` stands below the instruction
 )
+KNOWN_FORMATS = ", ".join(" + ".join(dict.fromkeys(pair)) for pair in FORMATS)  # as a message names them
 ASKED = (
     "problem",
     "question",
@@ -135,6 +136,12 @@ def media_columns(dataset) -> list[str]:
     return [name for name, feature in dataset.features.items() if require_storage_embed(feature)]
 
 
+def known_format(columns: Iterable[str]) -> tuple[str, str] | None:
+    """The first of [`FORMATS`] whose columns are all there."""
+    columns = set(columns)
+    return next((pair for pair in FORMATS if columns.issuperset(pair)), None)
+
+
 def find_format(columns: Iterable[str], answer_column: str | None = None) -> tuple[str, str | None]:
     """
     (prompt column, demonstration column) of a dataset with these `columns`. With `answer_column`, gold answers in it are enough, and the
@@ -144,16 +151,14 @@ def find_format(columns: Iterable[str], answer_column: str | None = None) -> tup
         ValueError: There is neither; names what was found.
     """
     columns = list(columns)
-    for pair in FORMATS:
-        if set(pair) <= set(columns):
-            return pair
+    if pair := known_format(columns):
+        return pair
     if answer_column in columns:
         for column in PROBLEM_COLUMNS:
             if column in columns:
                 return column, None
     raise ValueError(
-        f"The dataset has the columns {columns}, but needed is a problem and its demonstration: one of "
-        f"{', '.join(' + '.join(dict.fromkeys(pair)) for pair in FORMATS)}"
+        f"The dataset has the columns {columns}, but needed is a problem and its demonstration: one of {KNOWN_FORMATS}"
         + (f"; or {' or '.join(PROBLEM_COLUMNS)} with a gold `{answer_column}`" if answer_column else "")
         + ". Rename yours with `dataset.rename_columns`, or on the command line with --column_mapping problem=mine,solution=mine_too."
     )

@@ -123,16 +123,16 @@ def _as_expert_rows(dataset, text_field: str):
     Rows that `SFTTrainer` takes, as they are; those in a format that else only a rewrite reads (problem + solution, Alpaca, …) as the
     `expert` rows that it makes of them.
     """
-    from ..rows import FORMATS, expert_row
+    from ..rows import KNOWN_FORMATS, expert_row, known_format
 
     names = dataset.column_names  # `None` of some streams
     if not names or {"prompt", "messages", "conversations", "input_ids", text_field} & set(names):
         return dataset
-    pair = next((pair for pair in FORMATS if set(pair) <= set(names)), None)
+    pair = known_format(names)
     if pair is None:
         raise ValueError(
-            f"The dataset has the columns {names}, but SFT takes input_ids, a column of texts (--dataset_text_field) or one of "
-            f"{', '.join(' + '.join(dict.fromkeys(pair)) for pair in FORMATS)}. Rename yours with `dataset.rename_columns`."
+            f"The dataset has the columns {names}, but SFT takes input_ids, a column of texts (--dataset_text_field) or one of {KNOWN_FORMATS}. "
+            "Rename yours with `dataset.rename_columns`."
         )
     warnings.warn(
         f"{' and '.join(pair)} are trained on as a rewrite would keep them: asked with its prompt, answered with the demonstration, whose "
