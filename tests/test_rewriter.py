@@ -848,6 +848,8 @@ def test_a_probe_s_attempts_are_the_run_s_first(tmp_path, capsys):
     rewrite(tmp_path, rows(100), dry_run=True, probe=40, **options)  # which has nothing to draw any more
     again = capsys.readouterr().out
     assert "so their speed is not known" in again and f"about {attempts} attempts" in again and "tok/s" not in again
+    rewrite(tmp_path, rows(100), dry_run=True, probe=7, **options)  # other rows, some of which were never asked
+    assert " tok/s of this probe" in capsys.readouterr().out
     sampler = Remembering()
     rewritten, _ = rewrite(tmp_path, rows(100), sampler=sampler, **options)
     assert rewritten.to_list() == expected.to_list()

@@ -477,20 +477,23 @@ class DataRewriter:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         chosen = np.linspace(0, len(keys), min(self.args.probe, len(keys)), endpoint=False, dtype=int)
         journal = Journal(self.shard.file(self.output_dir, "probe.jsonl"), self._identity(), overwrite=True)
-        earlier = sum(entry["num_tokens"] for _, entry in journal.entries(until="reason"))
-        began = time.monotonic()
+        rows = {copy_id(*key[:2]) for key in keys[chosen].tolist()}
+
+        def drawn() -> list[dict]:
+            return [entry for _, entry in journal.entries(until="reason") if entry["id"] in rows]
+
+        earlier, began = sum(entry["num_tokens"] for entry in drawn()), time.monotonic()
         try:
             once = replace(self.args, num_generations=1, push_every=0)
             counts = self._run(dataset.select(chosen), keys[chosen], journal, None, once, None).counts
-            seconds, rows = time.monotonic() - began, {copy_id(*key[:2]) for key in keys[chosen].tolist()}
-            drawn = [entry for _, entry in journal.entries(until="reason") if entry["id"] in rows]
+            seconds, attempts = time.monotonic() - began, drawn()
         finally:
             journal.close()
             if hasattr(self.verifier, "close"):
                 self.verifier.close()
         rates = Counter({name: counts[name] for name in counts if name.endswith(("_sampled", "_correct"))})
-        attempts = Scheduler((), len(keys), self.args, rates).attempts_left()
-        print(probe_report(drawn, counts, len(chosen), len(keys), attempts, earlier, seconds, self.args))  # noqa: T201
+        expected = Scheduler((), len(keys), self.args, rates).attempts_left()
+        print(probe_report(attempts, counts, len(chosen), len(keys), expected, earlier, seconds, self.args))  # noqa: T201
 
     def _dry_run(self, dataset, keys: np.ndarray) -> None:
         total = len(keys)
