@@ -64,7 +64,7 @@ def main():
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
     from trl_offpolicy import measure_policy_gap
-    from trl_offpolicy.policy_gap import targets
+    from trl_offpolicy.evaluation.policy_gap import targets
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     clock = time.perf_counter if device == "cuda" else time.process_time

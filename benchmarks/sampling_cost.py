@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "examples")]
 from scripted import ScriptedSampler, rows, verify  # noqa: E402
 
 from trl_offpolicy import DataRewriter, RewriteConfig, TransformersSampler  # noqa: E402
-from trl_offpolicy.sampling import Completion  # noqa: E402
+from trl_offpolicy.sampling.sampler import Completion  # noqa: E402
 
 
 K = 10

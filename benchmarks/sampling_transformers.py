@@ -22,8 +22,8 @@ sys.path.insert(0, str(ROOT / "examples"))
 from quickstart_task import problems  # noqa: E402
 
 from trl_offpolicy import TransformersSampler  # noqa: E402
-from trl_offpolicy.rows import encode_prompt  # noqa: E402
-from trl_offpolicy.sampling import Request, SamplingParams, attempt_seed  # noqa: E402
+from trl_offpolicy.data.tokenization import encode_prompt  # noqa: E402
+from trl_offpolicy.sampling.sampler import Request, SamplingParams, attempt_seed  # noqa: E402
 
 
 def main():

@@ -37,7 +37,7 @@ def make_trainer(ours: bool, objective: str, vocab_size: int, layout: str):
     from trl import SFTConfig, SFTTrainer
 
     from trl_offpolicy import ImportanceWeightedSFTConfig, ImportanceWeightedSFTTrainer
-    from trl_offpolicy.rows import encode_prompt
+    from trl_offpolicy.data.tokenization import encode_prompt
 
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(POLICY)

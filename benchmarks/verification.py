@@ -24,7 +24,8 @@ from pathlib import Path
 from math_verify import parse
 from math_verify import verify as math_verify
 
-from trl_offpolicy import MathVerifier, verification
+from trl_offpolicy import MathVerifier
+from trl_offpolicy.verification.worker import Worker
 
 
 DATA = Path(__file__).parents[1] / "tests" / "data"
@@ -236,7 +237,7 @@ def _measured(pairs: list[tuple[str, str]], timeout: float, bad: set[int] = froz
     Its time is that between two answers, with what a kill before it cost; answers that came together with a bad one's are left out.
     """
     spent, done = 0.0, 0
-    results_of = verification._Worker.results
+    results_of = Worker.results
 
     def timed(worker, readable):
         nonlocal spent, done
@@ -251,11 +252,11 @@ def _measured(pairs: list[tuple[str, str]], timeout: float, bad: set[int] = froz
         verifier.verify(["1"] * 8, ["1"] * 8)
         for worker in verifier._workers:
             worker.answered = time.perf_counter()
-        verification._Worker.results = timed
+        Worker.results = timed
         try:
             results = verifier.explain([p for p, _ in pairs], [g for _, g in pairs])
         finally:
-            verification._Worker.results = results_of
+            Worker.results = results_of
     return results, done / spent
 
 

@@ -13,7 +13,7 @@ made obsolete.
 from dataclasses import dataclass, field, replace
 
 from trl_offpolicy import DataRewriter, RewriteConfig
-from trl_offpolicy.rows import load_rows
+from trl_offpolicy.data.loading import load_rows
 
 
 @dataclass

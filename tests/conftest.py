@@ -82,10 +82,10 @@ def command(capsys):
 
 # The processes of a test are forked from one that has imported this once, instead of importing it again each time.
 IMPORTED = (
-    "rewriter",
-    "evaluation",
-    "importance_weighted_sft_trainer",
-    "rewriting_agent",
+    "rewriting.rewriter",
+    "evaluation.evaluate",
+    "trainer.importance_weighted_sft_trainer",
+    "agent.rewriting_agent_trainer",
     "sampling.transformers_sampler",
 )
 multiprocessing.get_context("forkserver").set_forkserver_preload([f"trl_offpolicy.{name}" for name in IMPORTED])

@@ -5,8 +5,8 @@ import random
 import signal
 
 from trl_offpolicy import DataRewriter, RewriteConfig
-from trl_offpolicy.journal import Journal
-from trl_offpolicy.sampling import Completion
+from trl_offpolicy.runs.journal import Journal
+from trl_offpolicy.sampling.sampler import Completion
 
 
 class ScriptedSampler:

@@ -32,9 +32,14 @@ from trl_offpolicy import (
     TransformersSampler,
     cli,
 )
-from trl_offpolicy.group_rewards import alignment_reward, diversity_reward, task_gate, total_reward
-from trl_offpolicy.prompts import PAPER_QA_PROMPT, REASONING_PROMPT
-from trl_offpolicy.rewriting_agent import Candidate, GroupReward, RewritingAgentTrainer, agent_dataset
+from trl_offpolicy.agent.group_rewards import alignment_reward, diversity_reward, task_gate, total_reward
+from trl_offpolicy.agent.rewriting_agent_trainer import (
+    Candidate,
+    GroupReward,
+    RewritingAgentTrainer,
+    agent_dataset,
+)
+from trl_offpolicy.data.prompts import PAPER_QA_PROMPT, REASONING_PROMPT
 
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}

@@ -14,7 +14,7 @@ from conftest import POLICY
 from trl_offpolicy import OpenAISampler, RewriteConfig, TransformersSampler
 from trl_offpolicy.cli import COMMANDS, main
 from trl_offpolicy.cli.arguments import parser_for
-from trl_offpolicy.cli.measure import EvalArguments
+from trl_offpolicy.cli.evaluate import EvalArguments
 from trl_offpolicy.cli.rewrite import RewriteArguments
 
 
@@ -417,7 +417,7 @@ def test_sft_takes_the_same_flag_for_a_template_and_rewrite_only_a_file_that_it_
     assert main(["rewrite", *argv, "--chat_template", "template.txt"]) == 2
     assert "chat_template_path='template.txt'; training takes a file" in capsys.readouterr().err
     from trl_offpolicy.cli.arguments import parser_for
-    from trl_offpolicy.importance_weighted_sft_config import ImportanceWeightedSFTConfig
+    from trl_offpolicy.trainer.importance_weighted_sft_config import ImportanceWeightedSFTConfig
 
     parser = parser_for(ImportanceWeightedSFTConfig, "sft", "", "")
     (args,) = parser.parse_args_and_config(["--output_dir", "o", "--chat_template", "t.jinja", "--bf16", "False"])
@@ -462,7 +462,7 @@ def test_a_dict_for_a_config_names_the_class(tmp_path):
 
 def test_reprs_say_what_it_is():
     from trl_offpolicy import DataRewriter, MathVerifier, TransformersSampler
-    from trl_offpolicy.verifiers import ExactMatchVerifier, all_of
+    from trl_offpolicy.verification.verifiers import ExactMatchVerifier, all_of
 
     assert repr(DataRewriter("M", RewriteConfig("O"))) == (
         "DataRewriter('M', output_dir='O', stages=['self', 'guided'], num_generations=8)"
@@ -583,7 +583,7 @@ def test_a_dry_evaluation_shows_what_is_asked(tmp_path, capsys):
 
 
 def test_an_evaluation_without_readable_answers_says_where_to_look():
-    from trl_offpolicy.cli.measure import _unread
+    from trl_offpolicy.cli.evaluate import _unread
 
     (told,) = _unread({"a": {"unparsable": 0.5}, "b": {"unparsable": 0.1}}, "exact")
     assert (

@@ -8,9 +8,9 @@ from datasets import Dataset
 from scripted import ScriptedSampler, rows, verify
 
 from trl_offpolicy import DataRewriter, RewriteConfig, evaluate, measure_policy_gap
-from trl_offpolicy.control_tokens import ControlTokens
-from trl_offpolicy.rewriting_agent import agent_dataset
-from trl_offpolicy.rows import encode_prompt
+from trl_offpolicy.agent.rewriting_agent_trainer import agent_dataset
+from trl_offpolicy.data.control_tokens import ControlTokens
+from trl_offpolicy.data.tokenization import encode_prompt
 
 
 BREAK_IN = "<|im_end|>\n<|im_start|>assistant\n"

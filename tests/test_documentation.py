@@ -38,13 +38,25 @@ def test_readme_is_read_in_four_minutes():
 
 def test_every_file_is_in_the_architecture_and_every_page_in_the_menu():
     listed = (ROOT / "docs" / "architecture.md").read_text()
-    for path in (ROOT / "trl_offpolicy").rglob("*.py"):
-        name = path.relative_to(ROOT / "trl_offpolicy").as_posix()
-        assert name in listed or name in ("__init__.py", "cli/__main__.py"), (
-            f"{name} is missing in docs/architecture.md"
-        )
-    for name in re.findall(r"^  (\w[\w/]*\.py)", listed, flags=re.M):
+    rooms = listed[listed.index("trl_offpolicy/\n") : listed.index("examples/\n")]
+    there = {}
+    for line in rooms.splitlines()[1:]:
+        names = re.match(r"\s*([\w./]+(?:, [\w./]+)*)", line)[1].split(", ")
+        if names[0].endswith("/"):
+            room = names[0].rstrip("/")
+            there[room] = {"__init__.py"}
+        else:
+            there[room].update(names)
+    package = ROOT / "trl_offpolicy"
+    there["cli"].add("__main__.py")
+    assert there == {
+        path.parent.name: {file.name for file in path.parent.glob("*.py")} for path in package.glob("*/__init__.py")
+    }
+    for name in re.findall(r"^  (\w[\w/]*\.py)", listed.replace(rooms, ""), flags=re.M):
         assert any((ROOT / folder / name).exists() for folder in ("trl_offpolicy", "examples", "benchmarks")), name
+    assert re.findall(r"`(\w+)`", (ROOT / "README.md").read_text().split("[Architecture]")[1].split("·")[0]) == list(
+        there
+    )
     menu = str(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
     for page in (ROOT / "docs").rglob("*.md"):
         assert page.relative_to(ROOT / "docs").as_posix() in menu

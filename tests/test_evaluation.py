@@ -12,12 +12,20 @@ from scripted import ScriptedSampler, rows, verify
 from test_trainers import wandb_records
 
 from trl_offpolicy import Verdict, evaluate
-from trl_offpolicy.answers import canonical
-from trl_offpolicy.benchmarks import PRESETS, load_benchmark, load_benchmarks, read_questions
-from trl_offpolicy.estimators import accuracies, bootstrap, compare, majority, paired_test, pass_at_k, share_interval
-from trl_offpolicy.prompts import SOLVE_PROMPT
-from trl_offpolicy.rows import read_rows
-from trl_offpolicy.sampling import Completion
+from trl_offpolicy.answers.normalization import canonical
+from trl_offpolicy.data.formats import read_rows
+from trl_offpolicy.data.prompts import SOLVE_PROMPT
+from trl_offpolicy.evaluation.benchmarks import PRESETS, load_benchmark, load_benchmarks, read_questions
+from trl_offpolicy.evaluation.estimators import (
+    accuracies,
+    bootstrap,
+    compare,
+    majority,
+    paired_test,
+    pass_at_k,
+    share_interval,
+)
+from trl_offpolicy.sampling.sampler import Completion
 
 
 def benchmark(num_rows=30):

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from trl_offpolicy.extraction import MAX_STATEMENTS, NO_ANSWER, Unparsable, segments, stated_answer, stated_text
+from trl_offpolicy.answers.extraction import (
+    MAX_STATEMENTS,
+    NO_ANSWER,
+    Unparsable,
+    segments,
+    stated_answer,
+    stated_text,
+)
 
 
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -9,15 +9,19 @@ import pytest
 from scripted import ScriptedSampler, verify
 from test_rewriter import config, rewrite
 
-from trl_offpolicy import RewriteConfig, prompts
+from trl_offpolicy import RewriteConfig
 from trl_offpolicy.cli.rewrite import _print_summary
-from trl_offpolicy.demonstrations import clean_reference, in_asked_form
-from trl_offpolicy.guided_filters import REJECTIONS, Rejection, false_step, reject_guided
-from trl_offpolicy.hub import _attempt_files, edited_card, read_run
-from trl_offpolicy.journal import read_entries, read_header
-from trl_offpolicy.rewrite_config import GUIDED_FILTERS
-from trl_offpolicy.rows import demonstration, guided_prompt, read_row
-from trl_offpolicy.sampling import Completion
+from trl_offpolicy.data import prompts
+from trl_offpolicy.data.demonstrations import clean_reference, in_asked_form
+from trl_offpolicy.data.formats import demonstration, guided_prompt, read_row
+from trl_offpolicy.data.rows import REJECTIONS, Rejection
+from trl_offpolicy.rewriting.dataset_card import edited_card
+from trl_offpolicy.rewriting.guided_filters import false_step, reject_guided
+from trl_offpolicy.rewriting.push import _attempt_files
+from trl_offpolicy.rewriting.rewrite_config import GUIDED_FILTERS
+from trl_offpolicy.runs.journal import read_entries, read_header
+from trl_offpolicy.runs.run_directory import read_run
+from trl_offpolicy.sampling.sampler import Completion
 
 
 GSM8K = {

@@ -37,10 +37,12 @@ from trl_offpolicy import (
     measure_policy_gap,
 )
 from trl_offpolicy.cli.rewrite import RewriteArguments
-from trl_offpolicy.hub import END, open_repo, push_run, read_card, read_run
-from trl_offpolicy.rows import output_features
-from trl_offpolicy.run_log import PeriodicPush, wandb_run
-from trl_offpolicy.sampling import SamplerError
+from trl_offpolicy.data.formats import output_features
+from trl_offpolicy.rewriting.dataset_card import END
+from trl_offpolicy.rewriting.push import open_repo, push_run, read_card
+from trl_offpolicy.runs.run_directory import read_run
+from trl_offpolicy.runs.run_log import PeriodicPush, wandb_run
+from trl_offpolicy.sampling.sampler import SamplerError
 
 
 SOURCE_CARD = "---\nlicense: apache-2.0\nlanguage: en\n---\n# Demonstrations\n"
@@ -504,7 +506,7 @@ def test_pushed_every_so_many_rows(tmp_path, hub, monkeypatch):
                 wait([self.under_way])
             super().update(rows)
 
-    monkeypatch.setattr("trl_offpolicy.rewriter.PeriodicPush", Awaited)
+    monkeypatch.setattr("trl_offpolicy.rewriting.rewriter.PeriodicPush", Awaited)
     hub.fail("POST .*/commit/", 403)
     with pytest.warns(UserWarning, match="403"):
         out = run.rewrite(Dataset.from_list(rows(60)))

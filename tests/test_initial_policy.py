@@ -13,7 +13,7 @@ from test_trainers import QUESTIONS, config, demonstrations, rewritten, train
 from trl import SFTConfig, SFTTrainer
 
 from trl_offpolicy import ImportanceWeightedSFTConfig, ImportanceWeightedSFTTrainer
-from trl_offpolicy.scoring import head_logits, lm_head, target_log_probs
+from trl_offpolicy.trainer.log_probs import head_logits, lm_head, target_log_probs
 
 
 FAMILIES = {
@@ -245,7 +245,7 @@ def test_scores_are_cached(tmp_path, tiny_model, tokenizer, monkeypatch):
     columns = []
     for attempt in range(3):
         if attempt == 1:  # the second time nothing is scored
-            monkeypatch.setattr("trl_offpolicy.initial_policy.target_log_probs", None)
+            monkeypatch.setattr("trl_offpolicy.trainer.initial_policy.target_log_probs", None)
         if attempt == 2:
             with torch.no_grad():
                 tiny_model.model.norm.weight.mul_(1.5)

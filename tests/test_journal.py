@@ -8,7 +8,7 @@ import zlib
 
 import pytest
 
-from trl_offpolicy.journal import Journal, read_entries, read_header
+from trl_offpolicy.runs.journal import Journal, read_entries, read_header
 
 
 def attempts(number):

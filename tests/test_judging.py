@@ -6,10 +6,11 @@ import threading
 import pytest
 from scripted import ScriptedSampler, rows
 
-from trl_offpolicy import DataRewriter, RewriteConfig, evaluate, judging
-from trl_offpolicy.judging import VerdictQueue, judge
-from trl_offpolicy.rows import Verdict
-from trl_offpolicy.sampling import Completion, SamplerError
+from trl_offpolicy import DataRewriter, RewriteConfig, evaluate
+from trl_offpolicy.data.rows import Verdict
+from trl_offpolicy.sampling.sampler import Completion, SamplerError
+from trl_offpolicy.verification import verdict_queue as judging
+from trl_offpolicy.verification.verdict_queue import VerdictQueue, judge
 
 
 class Recording:

@@ -8,15 +8,21 @@ import pytest
 from scripted import ScriptedSampler
 
 from trl_offpolicy import RewriteConfig, evaluate
-from trl_offpolicy.answers import MAX_VOTE, canonical
-from trl_offpolicy.demonstrations import in_asked_form
-from trl_offpolicy.extraction import Unparsable, final_answer, stated_answer
-from trl_offpolicy.guided_filters import false_step, reject_guided
-from trl_offpolicy.hub import fence
-from trl_offpolicy.rows import Verdict, read_row
-from trl_offpolicy.sampling import Completion
-from trl_offpolicy.text_statistics import copy_ratio, distinct_n, leaks_hint, self_bleu
-from trl_offpolicy.verifiers import ExactMatchVerifier, JsonSchemaVerifier, MultipleChoiceVerifier, NumericVerifier
+from trl_offpolicy.answers.extraction import Unparsable, final_answer, stated_answer
+from trl_offpolicy.answers.normalization import MAX_VOTE, canonical
+from trl_offpolicy.cards import fence
+from trl_offpolicy.data.demonstrations import in_asked_form
+from trl_offpolicy.data.formats import read_row
+from trl_offpolicy.data.rows import Verdict
+from trl_offpolicy.data.text_statistics import copy_ratio, distinct_n, leaks_hint, self_bleu
+from trl_offpolicy.rewriting.guided_filters import false_step, reject_guided
+from trl_offpolicy.sampling.sampler import Completion
+from trl_offpolicy.verification.verifiers import (
+    ExactMatchVerifier,
+    JsonSchemaVerifier,
+    MultipleChoiceVerifier,
+    NumericVerifier,
+)
 
 
 LENGTH = 30_000  # characters: twenty milliseconds' reading, or many seconds' where the work grows with their square

@@ -14,9 +14,9 @@ from scripted import ScriptedSampler, rows, verify
 
 from trl_offpolicy import evaluate, measure_policy_gap
 from trl_offpolicy.cli import main
-from trl_offpolicy.rows import encode_prompt
-from trl_offpolicy.sampling import Request, SamplingParams, attempt_seed
-from trl_offpolicy.text_statistics import copy_ratio, distinct_n, leaks_hint, self_bleu
+from trl_offpolicy.data.text_statistics import copy_ratio, distinct_n, leaks_hint, self_bleu
+from trl_offpolicy.data.tokenization import encode_prompt
+from trl_offpolicy.sampling.sampler import Request, SamplingParams, attempt_seed
 
 
 def rewritten_rows(tokenizer):
@@ -227,7 +227,7 @@ def test_self_bleu_equals_bleu_of_each_text_against_the_others():
 
 
 def test_evaluation_counts_every_sample_once():
-    from trl_offpolicy.rows import content_id
+    from trl_offpolicy.data.rows import content_id
 
     benchmark = [{"problem": r["problem"], "answer": i % 50} for i, r in enumerate(rows(40))]
     k, seed = 6, 11

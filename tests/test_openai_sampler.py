@@ -22,7 +22,7 @@ from test_sampling import drain
 from trl_offpolicy import DataRewriter, OpenAISampler, RewriteConfig
 from trl_offpolicy.cli import main
 from trl_offpolicy.cli.rewrite import _command_for
-from trl_offpolicy.sampling import Request, SamplerError, SamplingParams
+from trl_offpolicy.sampling.sampler import Request, SamplerError, SamplingParams
 from trl_offpolicy.sampling.server_answers import read_answer, retry_after
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from trl_offpolicy.redaction import redacted
+from trl_offpolicy.data.redaction import redacted
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from markdown_it import MarkdownIt
 from scripted import ScriptedSampler, rows, verify
 
 from trl_offpolicy import DataRewriter, RewriteConfig, evaluate, measure_policy_gap
-from trl_offpolicy.report import write_report
-from trl_offpolicy.tables import markdown, plain
+from trl_offpolicy.reporting.report import write_report
+from trl_offpolicy.reporting.tables import markdown, plain
 
 
 EVIL = "<script>alert(1)</script> & | <img src=x onerror=alert(2)>"

@@ -19,12 +19,14 @@ from conftest import POLICY
 from datasets import Dataset, load_dataset
 from scripted import ScriptedSampler, rewrite_rows, rows, verify
 
-from trl_offpolicy import DataRewriter, RewriteConfig, TransformersSampler, prompts
-from trl_offpolicy.hub import _attempt_files
-from trl_offpolicy.rows import Verdict, demonstration, stored
-from trl_offpolicy.sampling import Completion, Request, SamplingParams, attempt_seed
-from trl_offpolicy.verifiers import NumericVerifier
-from trl_offpolicy.whole_file import partial_file, write_whole
+from trl_offpolicy import DataRewriter, RewriteConfig, TransformersSampler
+from trl_offpolicy.data import prompts
+from trl_offpolicy.data.formats import demonstration
+from trl_offpolicy.data.rows import Verdict, stored
+from trl_offpolicy.data.whole_file import partial_file, write_whole
+from trl_offpolicy.rewriting.push import _attempt_files
+from trl_offpolicy.sampling.sampler import Completion, Request, SamplingParams, attempt_seed
+from trl_offpolicy.verification.verifiers import NumericVerifier
 
 
 def config(tmp_path, **kwargs):
@@ -41,7 +43,7 @@ def rewrite(tmp_path, data, sampler=None, verifier=verify, **kwargs):
 def naive(data, args, sampler):
     """One problem after another, one attempt after another: the definition."""
     results = []
-    from trl_offpolicy.rows import read_rows
+    from trl_offpolicy.data.formats import read_rows
 
     for problem in read_rows(data, solve_prompt=args.solve_prompt):
         outcome = ("expert", problem.demonstration, 0, 0)

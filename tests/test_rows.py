@@ -7,18 +7,11 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
-from trl_offpolicy import prompts
-from trl_offpolicy.rows import (
-    carried_columns,
-    content_id,
-    demonstration,
-    final_answer,
-    find_format,
-    load_rows,
-    number_copies,
-    output_features,
-    read_rows,
-)
+from trl_offpolicy.answers.extraction import final_answer
+from trl_offpolicy.data import prompts
+from trl_offpolicy.data.formats import carried_columns, demonstration, find_format, output_features, read_rows
+from trl_offpolicy.data.loading import load_rows
+from trl_offpolicy.data.rows import content_id, number_copies
 
 
 DATA = Path(__file__).parent / "data"
@@ -204,7 +197,7 @@ def test_texts_are_what_the_file_holds(tmp_path, monkeypatch):
     big = [{"answer": 12345678901234567890123, "n": 0.5}, {"answer": 7, "n": 1.0}]
     odd = [{"answer": 2**53 + 1, "n": 0.1234567890123456}, {"answer": 1.5, "n": -0.5}]  # no float is 2**53 + 1
     for batch in (8 << 20, 500):  # all at once, and a few lines at a time
-        monkeypatch.setattr("trl_offpolicy.text_files.BATCH", batch)
+        monkeypatch.setattr("trl_offpolicy.data.text_files.BATCH", batch)
         for name, rows, expected in [
             ("dated", dated, dated),
             ("mixed", mixed, [{**row, "answer": text} for row, text in zip(mixed, texts, strict=True)]),
@@ -269,7 +262,7 @@ def test_a_file_that_cannot_be_read_is_named_with_the_line(tmp_path, name, conte
 
 
 def test_a_column_that_changes_its_type_late_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("trl_offpolicy.text_files.BATCH", 50)
+    monkeypatch.setattr("trl_offpolicy.data.text_files.BATCH", 50)
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"n": i if i < 20 else "x"}) for i in range(30)))
     with pytest.raises(ValueError, match="a.jsonl: from line .* on, values have other types than before"):
         load_rows(str(tmp_path / "a.jsonl"))

@@ -11,8 +11,9 @@ from conftest import needs_vllm
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from trl_offpolicy import OpenAISampler, TransformersSampler, VLLMSampler
-from trl_offpolicy.rows import encode_prompt
-from trl_offpolicy.sampling import Request, SamplerError, SamplingParams, attempt_seed, load_model
+from trl_offpolicy.data.tokenization import encode_prompt
+from trl_offpolicy.sampling.loading import load_model
+from trl_offpolicy.sampling.sampler import Request, SamplerError, SamplingParams, attempt_seed
 from trl_offpolicy.sampling.vllm_sampler import cpu_memory, lora_engine_kwargs
 
 

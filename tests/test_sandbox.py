@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from trl_offpolicy.code_verifier import CodeVerifier, code_blocks, free_names, lines_of, read_pairs
-from trl_offpolicy.code_wire import decode, encode
-from trl_offpolicy.sandbox import Sandbox, _visible
+from trl_offpolicy.sandbox.code_wire import decode, encode
+from trl_offpolicy.sandbox.sandbox import Sandbox, _visible
+from trl_offpolicy.verification.code_verifier import CodeVerifier, code_blocks, free_names, lines_of, read_pairs
 
 
 def python(code: str) -> str:
@@ -478,7 +478,7 @@ def test_what_is_installed_below_tmp_is_seen_and_cannot_be_written(verifier, tmp
         installed.chmod(0o755)  # who looks in the sandbox is nobody
         (installed / "data").write_text("installed")
         seen = [*_visible(), str(installed)]
-        monkeypatch.setattr("trl_offpolicy.sandbox._visible", lambda: seen)
+        monkeypatch.setattr("trl_offpolicy.sandbox.sandbox._visible", lambda: seen)
         code = f"""
             def f():
                 text = open({str(installed / "data")!r}).read()
@@ -531,7 +531,7 @@ def test_a_sandbox_ends_with_this_process(verifier):
     """Also when it is killed: nothing of it is left."""
     script = f"""
         import os, sys, threading, time
-        from trl_offpolicy.code_verifier import CodeVerifier
+        from trl_offpolicy.verification.code_verifier import CodeVerifier
         verifier = CodeVerifier(timeout=60, sandbox={verifier._sandbox.kind!r})
         code = "```python\\nimport os\\ndef f(): os.execvp('sleep', ['sleep', '87.{os.getpid()}'])\\n```"
         threading.Thread(target=verifier.verify, args=([code], ["assert f()"])).start()
@@ -565,7 +565,7 @@ def test_reasons_tell_no_secret_and_are_short(any_verifier, monkeypatch):
 def test_without_namespaces_code_is_refused(monkeypatch, tmp_path):
     """In a user namespace that allows no further one, which is what a container without rights looks like."""
     script = """
-        from trl_offpolicy.sandbox import Sandbox, _visible
+        from trl_offpolicy.sandbox.sandbox import Sandbox, _visible
         def make(**kwargs):
             return Sandbox(**{"sandbox": None, "memory_mb": 512, "cpu_seconds": 5, "wall_seconds": 15.0, "allow_network": False, "allow_unsandboxed": False} | kwargs)
         try:

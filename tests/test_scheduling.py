@@ -15,12 +15,12 @@ from scripted import ScriptedSampler, rewrite_rows, rows, verify
 from test_rewriter import config, naive, rewrite
 
 from trl_offpolicy import DataRewriter
-from trl_offpolicy.guided_filters import Rejection
-from trl_offpolicy.journal import Journal
-from trl_offpolicy.rows import KEY, Verdict, copy_id, read_rows
-from trl_offpolicy.run_log import RunLog, cut_advice, status
-from trl_offpolicy.sampling import Completion, SamplerError, attempt_seed
-from trl_offpolicy.scheduling import KnownAttempts, Speculation
+from trl_offpolicy.data.formats import read_rows
+from trl_offpolicy.data.rows import KEY, Rejection, Verdict, copy_id
+from trl_offpolicy.rewriting.scheduler import KnownAttempts, Speculation
+from trl_offpolicy.runs.journal import Journal
+from trl_offpolicy.runs.run_log import RunLog, cut_advice, status
+from trl_offpolicy.sampling.sampler import Completion, SamplerError, attempt_seed
 
 
 @pytest.fixture(autouse=True)
@@ -347,7 +347,7 @@ def test_keep_rejected_false_drops_what_no_row_needs(tmp_path):
 
 
 def test_rows_are_checked_once_and_again_when_they_change(tmp_path, monkeypatch):
-    from trl_offpolicy import rewriter
+    from trl_offpolicy.rewriting import rewriter
 
     checks, number_copies = [], rewriter.number_copies
     monkeypatch.setattr(rewriter, "number_copies", lambda ids: checks.append(len(ids)) or number_copies(ids))

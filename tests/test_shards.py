@@ -12,8 +12,8 @@ from scripted import ScriptedSampler, rewrite_rows, rows, verify
 from test_rewriter import rewrite
 
 from trl_offpolicy import DataRewriter, RewriteConfig
-from trl_offpolicy.shards import Shard, published
-from trl_offpolicy.whole_file import write_whole
+from trl_offpolicy.data.whole_file import write_whole
+from trl_offpolicy.runs.shards import Shard, published
 
 
 def union(run: Path) -> list[dict]:
@@ -70,7 +70,7 @@ def test_the_last_shard_may_finish_while_another_reads_its_rows_back(tmp_path):
 
 
 def test_shards_take_turns_whatever_file_is_replaced_meanwhile(tmp_path, monkeypatch):
-    monkeypatch.setattr("trl_offpolicy.shards.lock", lambda handle, how: fcntl.flock(handle, how | fcntl.LOCK_NB))
+    monkeypatch.setattr("trl_offpolicy.runs.shards.lock", lambda handle, how: fcntl.flock(handle, how | fcntl.LOCK_NB))
     rewrite(tmp_path, rows(3))
     with published(tmp_path / "run"):
         rewrite_config = tmp_path / "run" / "run_config.yaml"

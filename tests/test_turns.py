@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import trl
 
-from trl_offpolicy.extraction import stated_answer
-from trl_offpolicy.sampling import drawn_completion
-from trl_offpolicy.turns import end_of_turn_id, stop_token_ids, turn_text
+from trl_offpolicy.answers.extraction import stated_answer
+from trl_offpolicy.data.turns import end_of_turn_id, stop_token_ids, turn_text
+from trl_offpolicy.sampling.sampler import drawn_completion
 
 
 IM_END, EOS = 2, 0  # of the quickstart's tokenizer

@@ -16,13 +16,13 @@ import pytest
 from conftest import ROOT
 from datasets import Dataset, Features, Image, Value
 
-from trl_offpolicy import MathVerifier, Verdict, verification
-from trl_offpolicy.answers import unit
+from trl_offpolicy import MathVerifier, Verdict
+from trl_offpolicy.answers.extraction import final_answer, stated_text
+from trl_offpolicy.answers.normalization import unit
 from trl_offpolicy.cli import main
-from trl_offpolicy.extraction import stated_text
-from trl_offpolicy.math_grading import grade
-from trl_offpolicy.rows import final_answer
-from trl_offpolicy.verification import MEMORY_LIMIT
+from trl_offpolicy.verification import worker
+from trl_offpolicy.verification.math_grading import grade
+from trl_offpolicy.verification.worker import MEMORY_LIMIT
 
 
 DATA = Path(__file__).parent / "data"
@@ -181,8 +181,8 @@ def test_all_workers_of_a_process_are_forked_from_one_that_has_imported():
 
 def test_uninterruptible_code_is_killed_from_outside(monkeypatch):
     """The budget inside is far away here (code in C would ignore it), so only the parent can end it."""
-    monkeypatch.setattr(verification, "WALL", 0.01)
-    monkeypatch.setattr(verification, "OVER_BUDGET", 0.01)
+    monkeypatch.setattr(worker, "WALL", 0.01)
+    monkeypatch.setattr(worker, "OVER_BUDGET", 0.01)
     with MathVerifier(timeout=60, num_workers=1) as verifier:
         ((verdict, reason),) = verifier.explain(["\\boxed{9^{9^{9^9}}}"], ["1"])
         assert verdict == "timeout" and reason.startswith("killed after")
@@ -194,7 +194,7 @@ def test_a_worker_gives_way_to_the_engine_and_is_out_of_the_way_of_ctrl_c():
     with MathVerifier(num_workers=1) as verifier:
         verifier.verify(["1"], ["1"])
         pid = verifier._workers[0].pid
-        assert os.getpriority(os.PRIO_PROCESS, pid) == min(19, os.getpriority(os.PRIO_PROCESS, 0) + verification.NICE)
+        assert os.getpriority(os.PRIO_PROCESS, pid) == min(19, os.getpriority(os.PRIO_PROCESS, 0) + worker.NICE)
         assert os.getsid(pid) == os.getsid(0) and os.getpgid(pid) != os.getpgid(0)
 
 

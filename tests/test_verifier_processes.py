@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 
 from trl_offpolicy import MathVerifier
-from trl_offpolicy.verification import default_workers
+from trl_offpolicy.verification.verifier import default_workers
 
 
 def pairs(n, wrong_every):

@@ -8,8 +8,8 @@ import pytest
 from conftest import POLICY
 
 from trl_offpolicy import MathVerifier, Verdict
-from trl_offpolicy.verification import explain_with
-from trl_offpolicy.verifiers import (
+from trl_offpolicy.verification.verifier import explain_with
+from trl_offpolicy.verification.verifiers import (
     ExactMatchVerifier,
     JsonSchemaVerifier,
     JudgeVerifier,
@@ -234,10 +234,10 @@ def test_judge_agrees_with_the_whole_distribution(tiny_model, tokenizer):
     """The verdict from drawn tokens against P(YES) / (P(YES) + P(NO)) of a forward over the whole vocabulary."""
     import torch
 
-    from trl_offpolicy import prompts
-    from trl_offpolicy.rows import encode_prompt
+    from trl_offpolicy.data import prompts
+    from trl_offpolicy.data.tokenization import encode_prompt
     from trl_offpolicy.sampling.transformers_sampler import TransformersSampler
-    from trl_offpolicy.verifiers import JUDGE_PROMPT
+    from trl_offpolicy.verification.verifiers import JUDGE_PROMPT
 
     completions, answers = [f"so it is {i}" for i in range(6)], ["3"] * 6
     words = {}

@@ -3,6 +3,7 @@
 Importing this package imports neither torch nor trl: each public name is loaded when it is first used.
 """
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -10,21 +11,21 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOME = {
-    "DataRewriter": "rewriter",
-    "RewriteConfig": "rewrite_config",
+    "DataRewriter": "rewriting.rewriter",
+    "RewriteConfig": "rewriting.rewrite_config",
     "TransformersSampler": "sampling.transformers_sampler",
     "VLLMSampler": "sampling.vllm_sampler",
     "OpenAISampler": "sampling.openai_sampler",
-    "MathVerifier": "verification",
-    "Verdict": "rows",
-    "Source": "rows",
-    "RewriteDataCollator": "data_collator",
-    "ImportanceWeightedSFTConfig": "importance_weighted_sft_config",
-    "ImportanceWeightedSFTTrainer": "importance_weighted_sft_trainer",
-    "DFTConfig": "dft_trainer",
-    "DFTTrainer": "dft_trainer",
-    "measure_policy_gap": "policy_gap",
-    "evaluate": "evaluation",
+    "MathVerifier": "verification.math_verifier",
+    "Verdict": "data.rows",
+    "Source": "data.rows",
+    "RewriteDataCollator": "trainer.data_collator",
+    "ImportanceWeightedSFTConfig": "trainer.importance_weighted_sft_config",
+    "ImportanceWeightedSFTTrainer": "trainer.importance_weighted_sft_trainer",
+    "DFTConfig": "trainer.dft_trainer",
+    "DFTTrainer": "trainer.dft_trainer",
+    "measure_policy_gap": "evaluation.policy_gap",
+    "evaluate": "evaluation.evaluate",
 }
 __all__ = list(_HOME)
 
@@ -52,3 +53,24 @@ def __getattr__(name):
 
 def __dir__():
     return sorted([*globals(), *_HOME])
+
+
+def relocated(old: str, *places: str):
+    """
+    A `__getattr__` for the module `old`, whose names are in `places` (modules of this package) now: it finds them there with a
+    `DeprecationWarning` that says where.
+    """
+
+    def find(name: str):
+        for place in places:
+            found = import_module(f".{place}", __name__)
+            if not name.startswith("__") and hasattr(found, name):
+                warnings.warn(
+                    f"{old}.{name} has moved to {found.__name__}; the old place goes with the next release.",
+                    DeprecationWarning,
+                    stacklevel=2,
+                )
+                return getattr(found, name)
+        raise AttributeError(f"module {old!r} has no attribute {name!r}")
+
+    return find

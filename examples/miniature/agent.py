@@ -59,7 +59,7 @@ def train_agent(seed: int, steps: int, directory: Path) -> dict:
     from trl import GRPOConfig
 
     from trl_offpolicy import MathVerifier
-    from trl_offpolicy.rewriting_agent import GroupReward, RewritingAgentTrainer, agent_dataset
+    from trl_offpolicy.agent.rewriting_agent_trainer import GroupReward, RewritingAgentTrainer, agent_dataset
 
     seen: list[dict] = []
 

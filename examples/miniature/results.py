@@ -30,7 +30,7 @@ def estimate(bases: list[np.ndarray]) -> dict:
 
 def conditions_table(conditions: dict) -> str:
     """Base → condition → value, bounds and meaning, as Markdown."""
-    from trl_offpolicy.tables import markdown, number
+    from trl_offpolicy.reporting.tables import markdown, number
 
     first, rows = next(iter(conditions.values())), []
     for name, asked in first.items():
@@ -43,7 +43,7 @@ def conditions_table(conditions: dict) -> str:
 
 def accuracy_table(results: dict, labels: dict[str, str]) -> str:
     """Every metric of every method, and the paired differences of the first one, as Markdown."""
-    from trl_offpolicy.tables import markdown
+    from trl_offpolicy.reporting.tables import markdown
 
     def cell(found: dict | None, sign: str = "") -> str:
         return f"{100 * found['mean']:{sign}.1f} ± {100 * found['half']:.1f}" if found else ""

@@ -178,7 +178,7 @@ def conditions(args, base: int, sources: list[str], left: list, control: list[st
     from train_quickstart_policy import accuracy
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from trl_offpolicy.estimators import bootstrap
+    from trl_offpolicy.evaluation.estimators import bootstrap
 
     guided = [recovered for _, recovered in left]
     gain = [g - (c == "self") for g, c in zip(guided, control, strict=True)]
@@ -212,7 +212,7 @@ def training_rows(args, base: int, which: str):
     """The rows that a method trains on."""
     from datasets import Dataset, load_dataset
 
-    from trl_offpolicy.journal import read_entries
+    from trl_offpolicy.runs.journal import read_entries
 
     if which == "demonstrations":
         return Dataset.from_list(splits(args, base)["train"])

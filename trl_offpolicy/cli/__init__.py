@@ -10,8 +10,8 @@ import sys
 import warnings
 from importlib import import_module
 
-from ..redaction import redacted
-from ..sampling import SamplerError
+from ..data.redaction import redacted
+from ..sampling.sampler import SamplerError
 
 
 USAGE = """\
@@ -48,11 +48,11 @@ COMMANDS = {
     "sft": ("sft", "sft"),
     "agent": ("agent", "agent"),
     "verify": ("verify", "verify"),
-    "rows": ("rewrite", "rows"),
-    "push": ("rewrite", "push"),
-    "eval": ("measure", "evaluate"),
-    "gap": ("measure", "gap"),
-    "report": ("measure", "report"),
+    "rows": ("rows", "rows"),
+    "push": ("push", "push"),
+    "eval": ("evaluate", "evaluate"),
+    "gap": ("gap", "gap"),
+    "report": ("report", "report"),
 }
 
 

@@ -8,9 +8,9 @@ import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from .. import prompts
-from ..control_tokens import HELP, MODES
-from ..rewrite_config import RewriteConfig
+from ..data import prompts
+from ..data.control_tokens import HELP, MODES
+from ..rewriting.rewrite_config import RewriteConfig
 from .arguments import (
     TEMPLATE_METADATA,
     DemonstrationArguments,
@@ -155,8 +155,8 @@ def _train(arguments: AgentArguments, args, model_args):
     from transformers import AutoTokenizer
     from trl import get_peft_config, get_quantization_config
 
-    from ..rewriting_agent import GroupReward, RewritingAgentTrainer, agent_dataset
-    from ..sampling import loading
+    from ..agent.rewriting_agent_trainer import GroupReward, RewritingAgentTrainer, agent_dataset
+    from ..sampling.loading import loading
 
     resume = last_checkpoint(args.resume_from_checkpoint, args.output_dir)
     args.model_init_kwargs = {

@@ -102,12 +102,12 @@ class DemonstrationArguments(DatasetArguments):
 
 # Name on the command line → (module, class).
 VERIFIERS = {
-    "math": ("verification", "MathVerifier"),
-    "choice": ("verifiers", "MultipleChoiceVerifier"),
-    "exact": ("verifiers", "ExactMatchVerifier"),
-    "numeric": ("verifiers", "NumericVerifier"),
-    "json": ("verifiers", "JsonSchemaVerifier"),
-    "code": ("code_verifier", "CodeVerifier"),
+    "math": ("verification.math_verifier", "MathVerifier"),
+    "choice": ("verification.verifiers", "MultipleChoiceVerifier"),
+    "exact": ("verification.verifiers", "ExactMatchVerifier"),
+    "numeric": ("verification.verifiers", "NumericVerifier"),
+    "json": ("verification.verifiers", "JsonSchemaVerifier"),
+    "code": ("verification.code_verifier", "CodeVerifier"),
 }
 
 
@@ -324,7 +324,7 @@ def parser_for(types, command: str, description: str, examples: str) -> CommandP
 
 
 def load_dataset(arguments: DatasetArguments):
-    from ..rows import load_rows
+    from ..data.loading import load_rows
 
     dataset = load_rows(
         arguments.dataset_name,
@@ -343,7 +343,7 @@ def load_dataset(arguments: DatasetArguments):
 
 
 def load_demonstrations(arguments: DemonstrationArguments, answer_column: str):
-    from ..rows import complete_rows
+    from ..data.formats import complete_rows
 
     dataset = load_dataset(arguments)
     return complete_rows(dataset, answer_column) if arguments.skip_incomplete else dataset
@@ -370,7 +370,7 @@ def _column_mapping(mapping: str | dict, columns: list[str]) -> dict[str, str]:
 
 def check_before_loading(output_dir: str, report_to: str = "none") -> None:
     """Proves that files can be written where the run's directory is or will be, and that W&B has a key, before minutes go into loading a model."""
-    from ..run_log import check_wandb
+    from ..runs.run_log import check_wandb
 
     if not output_dir.strip():
         raise ValueError(f"You passed output_dir={output_dir!r}; name a directory, or . for the one you are in.")
@@ -430,7 +430,7 @@ def check_model(arguments: EngineArguments):
     """
     from transformers import AutoConfig
 
-    from ..sampling import ModelNotFound, load_processing_class, loading
+    from ..sampling.loading import ModelNotFound, load_processing_class, loading
 
     model, shared = arguments.model_name_or_path, {"revision": arguments.model_revision}
     shared["trust_remote_code"] = arguments.trust_remote_code
@@ -455,7 +455,7 @@ _ENGINE_OF = {
 
 def make_sampler(arguments: EngineArguments, second_adapter: str | None = None):
     """The engine; one on which `with_adapter(second_adapter)` can be called, if that is asked for."""
-    from ..sampling import load_processing_class
+    from ..sampling.loading import load_processing_class
 
     given = {name: value for name in _ENGINE_OF if (value := getattr(arguments, name)) is not None}
     for name, value in given.items():
@@ -463,7 +463,8 @@ def make_sampler(arguments: EngineArguments, second_adapter: str | None = None):
             raise ValueError(
                 f"You passed {name}={value!r} with sampler={arguments.sampler!r}; it is an option of --sampler {_ENGINE_OF[name]}."
             )
-    from ..sampling import check_positive, loading
+    from ..sampling.loading import loading
+    from ..sampling.sampler import check_positive
 
     check_positive(batch_size=arguments.batch_size, **{k: v for k, v in given.items() if isinstance(v, (int, float))})
     model, init = arguments.model_name_or_path, {"revision": arguments.model_revision}

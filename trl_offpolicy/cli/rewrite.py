@@ -3,17 +3,14 @@
 import re
 import shlex
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
-import yaml
-
-from ..guided_filters import REJECTIONS
-from ..redaction import redacted
-from ..rewrite_config import RewriteConfig
-from ..run_log import cut_advice
-from ..sampling import SamplerError
+from ..data.redaction import redacted
+from ..data.rows import REJECTIONS
+from ..rewriting.rewrite_config import RewriteConfig
+from ..runs.run_log import cut_advice
+from ..sampling.sampler import SamplerError
 from .arguments import (
     DemonstrationArguments,
     EngineArguments,
@@ -24,8 +21,8 @@ from .arguments import (
     make_sampler,
     make_verifier,
     parser_for,
-    read_template,
 )
+from .push import pushed
 
 
 REWRITE_EXAMPLES = """\
@@ -46,21 +43,6 @@ examples:
 An interrupted run resumes: run the same command again.
 """
 
-ROWS_EXAMPLES = """\
-examples:
-  trl-offpolicy rows runs/demos --so_far        # while the run goes on, or after it was stopped; nothing is sampled
-
-A row is settled when an attempt at it is right, or when all are drawn. Those of which nothing was drawn yet come when the run goes on.
-"""
-
-PUSH_EXAMPLES = """\
-examples:
-  trl-offpolicy push runs/demos --hub_dataset_id me/demos-on-policy --private
-  trl-offpolicy push runs/demos --hub_dataset_id me/demos-on-policy --push_attempts False --hub_revision v2
-
-The token is HF_TOKEN's, or that of `hf auth login`. A push is one commit: the Hub has all of it or none. If it failed, run it again.
-"""
-
 
 @dataclass(kw_only=True)
 class RewriteArguments(DemonstrationArguments, EngineArguments, VerifierArguments):
@@ -75,42 +57,9 @@ class RewriteArguments(DemonstrationArguments, EngineArguments, VerifierArgument
     )
 
 
-@dataclass
-class RowsArguments:
-    """Of which run."""
-
-    run_dir: str = field(metadata={"help": "Output directory of a rewrite; also the first word after `rows`."})
-    so_far: bool = field(
-        default=False,
-        metadata={"help": "Write the rows that are settled already to rows_so_far/ in the run's directory."},
-    )
-
-
-@dataclass
-class PushArguments:
-    """Which run goes where."""
-
-    run_dir: str = field(
-        metadata={"help": "Output directory of a finished rewrite; also the first word after `push`."}
-    )
-    hub_dataset_id: str = field(metadata={"help": "Dataset repository: owner/name."})
-    hub_private_repo: bool = field(
-        default=False, metadata={"help": "Whether a new repository is private.", "aliases": ["--private"]}
-    )
-    hub_token: str | None = field(
-        default=None, repr=False, metadata={"help": "Hub token; better in HF_TOKEN, where no process list shows it."}
-    )
-    hub_revision: str | None = field(default=None, metadata={"help": "Branch to push to, made if there is none."})
-    push_attempts: bool = field(default=True, metadata={"help": "Push every attempt too, as config `attempts`."})
-    accept_failed: bool = field(
-        default=False,
-        metadata={"help": "Push though the engine failed at some attempts, which a rewrite tries again."},
-    )
-
-
 def rewrite(argv: list[str]) -> int:
-    from ..hub import refusals
-    from ..rewriter import DataRewriter, check_stages
+    from ..rewriting.push import refusals
+    from ..rewriting.rewriter import DataRewriter, check_stages
 
     parser = parser_for(
         (RewriteArguments, RewriteConfig),
@@ -183,7 +132,7 @@ def rewrite(argv: list[str]) -> int:
         return 0
     trained_on = f"{config.output_dir}/dataset"
     if config.push_to_hub:
-        trained_on = _pushed(rewriter.push_to_hub, config.output_dir, config.hub_dataset_id, config.hub_token)
+        trained_on = pushed(rewriter.push_to_hub, config.output_dir, config.hub_dataset_id, config.hub_token)
         if trained_on is None:
             return 3
     print(
@@ -208,116 +157,11 @@ def _train_command(model: str, template: str | None, config: RewriteConfig, metr
     return _wandb_environment(config) + shlex.join(command)
 
 
-def rows(argv: list[str]) -> int:
-    from ..rewriter import DataRewriter
-    from ..shards import Shard, journals_in
-
-    description = "The rows of an unfinished run that are settled already, as Parquet files; the run may be under way."
-    parser = parser_for(RowsArguments, "rows", description, ROWS_EXAMPLES)
-    named = ["--run_dir"] if argv and not argv[0].startswith("-") else []
-    (given,) = parser.parse_args_and_config([*named, *argv])
-    run = Path(given.run_dir).expanduser()
-    print(f"run_dir: {run}", flush=True)
-    if (run / "dataset").is_dir():
-        print(f"The run is finished; its rows are in {run / 'dataset'}.")
-        return 0
-    if not given.so_far:
-        raise ValueError(f"The run in {run} is not finished; add --so_far for the rows that are settled already.")
-    journals = journals_in(run)
-    if not journals or not (run / "run_config.yaml").exists():
-        raise ValueError(
-            f"There is no run of `trl-offpolicy rewrite` in {run}: it has no journal and no run_config.yaml."
-        )
-    settings = yaml.safe_load((run / "run_config.yaml").read_text())
-    if "dataset_name" not in settings:
-        raise ValueError(
-            f"The run in {run} was started in Python on rows that it cannot name; use `DataRewriter.rows_so_far(dataset, file)` there."
-        )
-    own = {f.name for f in fields(DemonstrationArguments)}
-    arguments = DemonstrationArguments(**{name: value for name, value in settings.items() if name in own})
-    dataset = load_demonstrations(arguments, settings["answer_column"])
-    own = {f.name for f in fields(RewriteConfig)}
-    options = {name: value for name, value in settings.items() if name in own} | {"output_dir": str(run)}
-    output = run / "rows_so_far"
-    output.mkdir(exist_ok=True)
-    for journal in journals:
-        shard = Shard.of_file(journal)
-        drawn_by, agent = _drawn_by(journal, settings)
-        config = RewriteConfig(**options | {"shard": str(shard), "push_to_hub": False})
-        rewriter = DataRewriter(drawn_by.name, config, sampler=drawn_by, guided_sampler=agent)
-        count = rewriter.rows_so_far(dataset, output / shard.parquet)
-        print(f"{count:,} of {len(shard.rows(len(dataset))):,} rows are settled: {output / shard.parquet}")
-    return 0
-
-
-def _drawn_by(journal: Path, settings: dict):
-    """What stands for the samplers that drew the attempts of a journal: their names, and the tokenizer of the prompts."""
-    from ..journal import read_header
-    from ..sampling import load_processing_class
-    from ..turns import stop_token_ids
-
-    header = read_header(journal)
-    revision = settings.get("model_revision")
-    kwargs = {"revision": revision, "trust_remote_code": settings.get("trust_remote_code", False)}
-    shared = {}
-    if header["chat_template"] is not None:  # else a server rendered the prompts
-        template = read_template(settings.get("chat_template_path"))
-        tokenizer = load_processing_class(header["model"], chat_template=template, **kwargs)
-        shared = {"processing_class": tokenizer, "stop_token_ids": stop_token_ids(tokenizer)}
-    sampler = SimpleNamespace(name=header["model"], revision=header["model_revision"], **shared)
-    if "rewriter_adapter" not in header:
-        return sampler, None
-    return sampler, SimpleNamespace(name=header["rewriter_adapter"], revision=header["rewriter_revision"], **shared)
-
-
-def push(argv: list[str]) -> int:
-    from ..hub import push_run
-
-    description = "Push a finished rewrite to the Hub: its rows, its attempts and a card made from its journal."
-    parser = parser_for(PushArguments, "push", description, PUSH_EXAMPLES)
-    named = ["--run_dir"] if argv and not argv[0].startswith("-") else []
-    (given,) = parser.parse_args_and_config([*named, *argv])
-    print(f"run_dir: {given.run_dir}", flush=True)
-
-    def commit():
-        return push_run(
-            given.run_dir,
-            given.hub_dataset_id,
-            given.hub_private_repo or None,
-            given.hub_token,
-            given.hub_revision,
-            given.push_attempts,
-            accept_failed=given.accept_failed,
-        )
-
-    repo_id = _pushed(commit, given.run_dir, given.hub_dataset_id, given.hub_token)
-    if repo_id is None:
-        return 3
-    print(f"""python -c "from datasets import load_dataset; print(load_dataset('{repo_id}', split='train'))\"""")
-    return 0
-
-
-def _pushed(push, run_dir: str, repo_id: str, token: str | None) -> str | None:
-    """The full name of the repository that was pushed to; `None` if the push failed, after saying why, what has become of it, and how to go on."""
-    try:
-        commit = push()
-    except (ValueError, FileNotFoundError):  # what was passed is at fault
-        raise
-    except (Exception, KeyboardInterrupt) as error:  # whatever a network can do to it: the rows are on the disk
-        told = f"the push failed: {type(error).__name__}: {error}".rstrip(": ")
-        notes = getattr(error, "__notes__", None) or ["Nothing has changed on the Hub."]
-        print(redacted("\n".join([told, *notes, "To push again:"]), token), file=sys.stderr)
-        print(shlex.join(["trl-offpolicy", "push", run_dir, "--hub_dataset_id", repo_id]))
-        return None
-    print(f"pushed: {commit.commit_url}")
-    return commit.repo_url.repo_id
-
-
 def _wandb_environment(config) -> str:
     """What ties the training to this run on W&B."""
     if config.report_to != "wandb":
         return ""
-    from ..run_log import wandb_group
+    from ..runs.run_log import wandb_group
 
     log_model = "WANDB_LOG_MODEL=end " if config.wandb_log_artifacts else ""
     return f"WANDB_RUN_GROUP={shlex.quote(wandb_group(Path(config.output_dir)))} {log_model}"

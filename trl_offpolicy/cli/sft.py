@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from trl import ScriptArguments
 
-from ..rewrite_config import template_kwargs
+from ..data.tokenization import template_kwargs
 from .arguments import TEMPLATE_KWARGS_HELP, check_before_loading, last_checkpoint, parser_for
 
 
@@ -36,7 +36,7 @@ class SFTArguments(ScriptArguments):
 def sft(argv: list[str]) -> int:
     from trl import ModelConfig
 
-    from ..importance_weighted_sft_config import ImportanceWeightedSFTConfig
+    from ..trainer.importance_weighted_sft_config import ImportanceWeightedSFTConfig
 
     parser = parser_for(
         (SFTArguments, ImportanceWeightedSFTConfig, ModelConfig),
@@ -74,8 +74,8 @@ def sft(argv: list[str]) -> int:
 def _train(script_args, args, model_args, resume: str | None) -> None:
     from trl import get_peft_config, get_quantization_config
 
-    from ..importance_weighted_sft_trainer import ImportanceWeightedSFTTrainer
-    from ..rows import load_rows
+    from ..data.loading import load_rows
+    from ..trainer.importance_weighted_sft_trainer import ImportanceWeightedSFTTrainer
 
     args.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -123,7 +123,7 @@ def _as_expert_rows(dataset, text_field: str):
     Rows that `SFTTrainer` takes, as they are; those in a format that else only a rewrite reads (problem + solution, Alpaca, …) as the
     `expert` rows that it makes of them.
     """
-    from ..rows import KNOWN_FORMATS, expert_row, known_format
+    from ..data.formats import KNOWN_FORMATS, expert_row, known_format
 
     names = dataset.column_names  # `None` of some streams
     if not names or {"prompt", "messages", "conversations", "input_ids", text_field} & set(names):

@@ -11,19 +11,10 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from ..rewriter import batched
-from ..rows import (
-    Source,
-    Verdict,
-    carried_columns,
-    find_format,
-    media_columns,
-    moved,
-    plain_rows,
-    read_row,
-    tell_missing_answers,
-)
-from ..verification import explain_with
+from ..data.formats import carried_columns, find_format, moved, read_row, tell_missing_answers
+from ..data.loading import batched, media_columns, plain_rows
+from ..data.rows import Source, Verdict
+from ..verification.verifier import explain_with
 from .arguments import DemonstrationArguments, VerifierArguments, load_demonstrations, make_verifier, parser_for
 
 

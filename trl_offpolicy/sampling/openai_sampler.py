@@ -19,19 +19,19 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..redaction import redacted
-from ..rows import says_otherwise
-from ..turns import end_of_turn_id, special_tokens, stop_token_ids, turn_text
-from . import (
+from ..data.redaction import redacted
+from ..data.tokenization import says_otherwise
+from ..data.turns import end_of_turn_id, special_tokens, stop_token_ids, turn_text
+from .loading import load_processing_class
+from .provenance import adapted_revision
+from .sampler import (
     Completion,
     Request,
     SamplerError,
     SamplingParams,
-    adapted_revision,
     check_positive,
     described,
     drawn_completion,
-    load_processing_class,
     needs,
     prompt_ids,
 )

@@ -7,8 +7,8 @@ import time
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from ..redaction import redacted
-from . import SamplerError
+from ..data.redaction import redacted
+from .sampler import SamplerError
 
 
 # An engine that computes in 16 bits may say a little more than 0.

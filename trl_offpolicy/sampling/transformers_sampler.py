@@ -25,23 +25,19 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ..turns import stop_token_ids, turn_text
-from . import (
+from ..data.turns import stop_token_ids, turn_text
+from .loading import load_model, load_processing_class
+from .provenance import adapted_revision, hub_commit, local_directory, weights_digest
+from .sampler import (
     Completion,
     Request,
     SamplingParams,
-    adapted_revision,
     check_positive,
     described,
     drawn_completion,
     holds,
-    hub_commit,
-    load_model,
-    load_processing_class,
-    local_directory,
     needs,
     prompt_ids,
-    weights_digest,
 )
 
 

@@ -14,20 +14,10 @@ from importlib.util import find_spec
 from itertools import chain
 from typing import Any
 
-from ..turns import stop_token_ids
-from . import (
-    Completion,
-    Request,
-    SamplerError,
-    adapted_revision,
-    checkpoint_digest,
-    described,
-    drawn_completion,
-    hub_commit,
-    load_processing_class,
-    local_directory,
-    prompt_ids,
-)
+from ..data.turns import stop_token_ids
+from .loading import load_processing_class
+from .provenance import adapted_revision, checkpoint_digest, hub_commit, local_directory
+from .sampler import Completion, Request, SamplerError, described, drawn_completion, prompt_ids
 
 
 class VLLMSampler:

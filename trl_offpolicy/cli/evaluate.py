@@ -1,0 +1,174 @@
+"""`trl-offpolicy eval`, `gap` and `report`."""
+
+import os
+import shlex
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from ..data import prompts
+from ..data.control_tokens import HELP, MODES
+from ..sampling.sampler import SamplerError
+from .arguments import (
+    TEMPLATE_KWARGS_HELP,
+    EngineArguments,
+    VerifierArguments,
+    check_before_loading,
+    check_model,
+    make_sampler,
+    make_verifier,
+    parser_for,
+)
+
+
+MOST_UNPARSABLE = 0.25  # share of a benchmark's samples above which an evaluation says so
+EVAL_EXAMPLES = """\
+examples:
+  trl-offpolicy eval --model_name_or_path M --benchmarks test.jsonl --output_dir runs/eval --dry_run    # what is asked, as the model reads it
+  trl-offpolicy eval --model_name_or_path M --benchmarks math500 minerva_math olympiadbench aime24 amc23 --preset paper \\
+      --output_dir runs/eval-paper --dtype bfloat16
+  trl-offpolicy eval --model_name_or_path M --benchmarks math500 test.jsonl openai/gsm8k:main:test --output_dir runs/eval-base
+  trl-offpolicy eval --model_name_or_path runs/sft --benchmarks math500 --output_dir runs/eval-sft --baseline runs/eval-base \\
+      --train_dataset runs/gsm8k/dataset                                # paired test; another prompt than in training is refused
+  trl-offpolicy eval --model_name_or_path M --benchmarks math500 --num_generations 1 --temperature 0 --output_dir runs/greedy
+  trl-offpolicy eval --config eval.yaml --greedy --shard 0/4            # on the first of four machines, 1/4 on the second, …
+
+Benchmarks: a name, a file with problem (or question) and answer, or a Hub dataset as id:config:split. Rows with messages or
+a prompt of their own are asked in their words. An interrupted evaluation resumes: run the same command again.
+
+Preset `paper` (arXiv 2509.15157, as its code evaluates Qwen2.5-Math; `paper_llama` for Llama-3.1): T = 1, top_p 1, 16 samples,
+4096 tokens, seed 0, its prompt. What is not copied: a grader that lets 900 pass for 9, accuracies rounded to 0.1 for each
+run, a second BOS for Llama, and another prompt in training than here.
+
+What was forgotten, by lm-eval (pip install lm-eval); the same template as in training, greedy:
+  lm_eval --model hf --model_args pretrained=runs/sft,dtype=bfloat16 --tasks mmlu,ifeval --apply_chat_template --batch_size auto
+"""
+
+
+@dataclass(kw_only=True)
+class EvalArguments(EngineArguments, VerifierArguments):
+    """What is evaluated, on what, and how."""
+
+    benchmarks: list[str] = field(
+        metadata={"help": "Names, files, or Hub datasets as id, id:split or id:config:split."}
+    )
+    output_dir: str = field(
+        metadata={"help": "Run directory: journal, samples and results. An interrupted run resumes from it."}
+    )
+    preset: str | None = field(
+        default=None,
+        metadata={"help": "Settings of a paper; flags beside it win.", "choices": ["paper", "paper_llama"]},
+    )
+    num_generations: int = field(default=16, metadata={"help": "Samples of each problem: k."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; 0 with one sample is greedy."})
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus."})
+    top_k: int = field(default=0, metadata={"help": "Highest-probability tokens kept, 0 for all."})
+    max_completion_length: int = field(default=4096, metadata={"help": "Tokens of one sample."})
+    min_p: float = field(default=0.0, metadata={"help": "Least share of the likeliest token's probability."})
+    repetition_penalty: float = field(default=1.0, metadata={"help": "Penalty on tokens that were there before."})
+    stop: list[str] | None = field(default=None, metadata={"help": "Texts at which a sample ends, cut off it."})
+    seed: int = field(default=42, metadata={"help": "Seed of the run; each sample derives its own from it."})
+    greedy: bool = field(default=False, metadata={"help": "One more completion of each problem, at temperature 0."})
+    solve_prompt: str = field(default=prompts.SOLVE_PROMPT, metadata={"help": "What a problem is asked."})
+    system_prompt: str | None = field(default=None, metadata={"help": "System turn before it."})
+    chat_template_kwargs: str | None = field(default=None, metadata={"help": TEMPLATE_KWARGS_HELP})
+    max_problems: int | None = field(default=None, metadata={"help": "Only the first problems of each benchmark."})
+    shard: str = field(default="0/1", metadata={"help": "i/n asks the i-th of n blocks of each benchmark's problems."})
+    overwrite: bool = field(default=False, metadata={"help": "Delete the journal of other settings in output_dir."})
+    report_to: str = field(
+        default="none", metadata={"help": "Where the results are logged too.", "choices": ["none", "wandb"]}
+    )
+    baseline: str | None = field(default=None, metadata={"help": "Run directory of another model to compare with."})
+    train_tokenizer: str | None = field(
+        default=None, metadata={"help": "Tokenizer in training; another chat template is refused."}
+    )
+    train_dataset: str | None = field(default=None, metadata={"help": "Rows in training; another prompt is refused."})
+    control_tokens: str = field(default="warn", metadata={"help": HELP, "choices": MODES})
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Print the first prompt of each benchmark and its gold answer, sample nothing."},
+    )
+
+
+def evaluate(argv: list[str]) -> int:
+    from ..data.loading import load_rows
+    from ..evaluation.benchmarks import PRESETS, load_benchmarks
+    from ..evaluation.evaluate import evaluate as run
+    from ..reporting import tables
+
+    description = "Measure a model: sample k completions of each problem, verify them, report accuracies with intervals over problems."
+    parser = parser_for(EvalArguments, "eval", description, EVAL_EXAMPLES)
+    (arguments,) = parser.parse_args_and_config(argv)
+    if arguments.preset:
+        parser.set_defaults(**PRESETS[arguments.preset])  # below what a flag or the config file says
+        (arguments,) = parser.parse_args_and_config(argv)
+    arguments.output_dir = os.path.expanduser(arguments.output_dir)
+    print(f"output_dir: {arguments.output_dir}", flush=True)
+    if not arguments.dry_run:
+        check_before_loading(arguments.output_dir, arguments.report_to)
+    rows = load_benchmarks(arguments.benchmarks)
+    if arguments.max_problems is not None:
+        rows = {name: each.select(range(min(arguments.max_problems, len(each)))) for name, each in rows.items()}
+    options = {f.name: getattr(arguments, f.name) for f in fields(arguments)}
+    elsewhere = fields(EngineArguments) + fields(VerifierArguments)
+    for name in ("benchmarks", "preset", "max_problems", "dry_run", *(f.name for f in elsewhere)):
+        options.pop(name)
+    if arguments.train_dataset:
+        options["train_dataset"] = load_rows(arguments.train_dataset, named="train_dataset")
+    if arguments.dry_run:
+        return _show_questions(arguments, rows, options.get("train_dataset"))
+    sampler = make_sampler(arguments)
+    try:
+        with make_verifier(arguments) as verifier:
+            results = run(arguments.model_name_or_path, rows, sampler=sampler, verifier=verifier, **options)
+    except (KeyboardInterrupt, SamplerError) as error:
+        print(f"\nstopped; every finished sample is in {arguments.output_dir}. {error}".rstrip())
+        print("Run the same command again to resume.")
+        return 3
+    finally:
+        sampler.close()
+    print(tables.markdown(tables.accuracy(results)), end="")
+    if arguments.baseline:
+        print(tables.markdown(tables.comparison(results)), end="")
+    for told in _unread(results, arguments.verifier):
+        print(told)
+    if not (Path(arguments.output_dir) / "results.json").exists():
+        print(f"shard {arguments.shard} is done; results.json appears with the last of them")
+        return 0
+    print(report_command(arguments.output_dir))
+    return 0
+
+
+def _unread(results: dict[str, dict], verifier: str) -> list[str]:
+    """A sentence on each benchmark of which many samples state no answer: more often than the model, its prompt is at fault."""
+    return [
+        f"{name}: {result['unparsable']:.0%} of the samples end without an answer that `--verifier {verifier}` reads, and count as wrong. "
+        "--dry_run shows what was asked; does it ask for the form that the verifier reads, and as the model was trained?"
+        for name, result in results.items()
+        if result["unparsable"] > MOST_UNPARSABLE
+    ]
+
+
+def _show_questions(arguments: EvalArguments, rows: dict, train_dataset) -> int:
+    """What each benchmark's first problem is asked, as the model reads it."""
+    from ..data.tokenization import template_kwargs
+    from ..evaluation.benchmarks import check_format, read_questions, without_control_tokens
+    from ..rewriting.dry_run import shown_prompt
+
+    tokenizer, given = check_model(arguments), template_kwargs(arguments.chat_template_kwargs)
+    asked = arguments.solve_prompt, arguments.system_prompt
+    questions = {name: read_questions(name, each, *asked) for name, each in rows.items()}
+    if tokenizer is not None:
+        check_format(tokenizer, questions, arguments.train_tokenizer, train_dataset, given)
+        questions = without_control_tokens(tokenizer, questions, arguments.control_tokens)
+    with make_verifier(arguments) as verifier:
+        for name, (first, *others) in questions.items():
+            print(shown_prompt(f"first prompt of {name}", first.prompt, tokenizer, given, verifier))
+            print(
+                f"gold answer: {first.answer!r}\n{name}: {1 + len(others):,} problems x {arguments.num_generations} samples"
+            )
+    print("nothing was sampled; drop --dry_run to start")
+    return 0
+
+
+def report_command(output_dir: str) -> str:
+    return shlex.join(["trl-offpolicy", "report", output_dir, "--output_dir", f"{output_dir}/report"])

@@ -1,0 +1,1 @@
+"""Accuracy on benchmarks and the policy gap of a dataset, with intervals."""

@@ -1,0 +1,437 @@
+"""Accuracy on problems with a final answer: sample k times, verify, report avg@k, pass@k and maj@k with intervals over problems.
+
+    evaluate("Qwen/Qwen2.5-Math-1.5B", ["math500", "aime24"], output_dir="runs/eval-base", **PRESETS["paper"])
+
+Each sample is a line of a journal, so an interrupted evaluation resumes, and the results are computed from journals alone: the
+last of several shards to finish finds all the others' there.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
+
+from tqdm.auto import tqdm
+
+from ..answers.extraction import stated_text
+from ..answers.normalization import canonical
+from ..cards import versions
+from ..data import prompts
+from ..data.control_tokens import check_mode
+from ..data.loading import batched
+from ..data.rows import Verdict, stored
+from ..data.tokenization import template_kwargs
+from ..data.whole_file import partial_file, write_whole
+from ..reporting import tables
+from ..runs.journal import Journal, differences, read_entries
+from ..runs.run_log import check_wandb, wandb_run
+from ..runs.shards import Shard, check_siblings
+from ..sampling.provenance import template_digest
+from ..sampling.sampler import (
+    FAILED,
+    LATER,
+    Completion,
+    Request,
+    Sampler,
+    SamplerError,
+    SamplingParams,
+    attempt_seed,
+)
+from ..verification.math_verifier import MathVerifier
+from ..verification.verdict_queue import VerdictQueue, abandoning
+from ..verification.verifier import describe
+from .benchmarks import Question, check_format, load_benchmarks, read_questions, without_control_tokens
+from .estimators import accuracies, compare, share_interval
+
+
+NOT_JUDGED = (Verdict.TIMEOUT, Verdict.ERROR)
+
+
+class Key(NamedTuple):
+    """What identifies a sample: `stage` is "eval", or "greedy" for the one at temperature 0."""
+
+    benchmark: str
+    id: str
+    stage: str
+    attempt: int
+
+
+def evaluate(
+    model,
+    benchmarks,
+    num_generations: int = 16,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    max_completion_length: int = 4096,
+    seed: int = 42,
+    solve_prompt: str = prompts.SOLVE_PROMPT,
+    system_prompt: str | None = None,
+    greedy: bool = False,
+    output_dir: str | None = None,
+    shard: str = "0/1",
+    overwrite: bool = False,
+    report_to: str = "none",
+    baseline: str | None = None,
+    train_tokenizer=None,
+    train_dataset=None,
+    control_tokens: str = "warn",
+    sampler: Sampler | None = None,
+    verifier=None,
+    processing_class=None,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    stop: list[str] | None = None,
+    chat_template_kwargs: dict | str | None = None,
+) -> dict[str, dict]:
+    """
+    avg@k, pass@k and maj@k of `model` on each benchmark.
+
+    Args:
+        model (`str` or `PreTrainedModel`): What is evaluated (ignored when a `sampler` is passed).
+        benchmarks (`list[str]` or `dict[str, Iterable[dict]]`): Names, files or Hub ids ([`~evaluation.benchmarks.load_benchmark`]); or rows by
+            name, each with `answer` and a prompt as a rewrite takes it: `messages`, a conversational `prompt`, a plain text `prompt`, which is
+            asked without a chat template; or with `problem` or `question`, which `solve_prompt` turns into messages.
+        num_generations (`int`, *optional*, defaults to `16`): k; the papers' avg@16.
+        system_prompt (`str`, *optional*): A system turn before problems that have no prompt of their own.
+        min_p, repetition_penalty, stop, chat_template_kwargs, control_tokens (*optional*): As in [`RewriteConfig`].
+        greedy (`bool`, *optional*, defaults to `False`): Also draw one completion of each problem at temperature 0.
+        output_dir (`str`, *optional*): Run directory: journal, `samples.parquet`, `results.json`, `results.md`. An interrupted run resumes from it.
+        shard (`str`, *optional*, defaults to `"0/1"`): `i/n`, the i-th of n blocks of problems; `output_dir` has the results with the last.
+        report_to (`str`, *optional*, defaults to `"none"`): `"wandb"` logs the numbers of `results.json`; needs `output_dir`.
+        baseline (`str`, *optional*): Run directory of another model: paired comparison with it on the same problems.
+        train_tokenizer, train_dataset (*optional*): With what it was trained; another format is refused ([`~evaluation.benchmarks.check_training_format`]).
+
+    Returns:
+        `dict`: For each benchmark (of this shard's problems only, as long as other shards are missing):
+
+            - `avg@k`, `pass@j` for powers of two j and j = k, `maj@k`, `greedy` (if asked for): shares, each with `…_ci95`, a bootstrap interval
+              over problems; `avg@k_se`, the standard error over problems; `vs_baseline` ([`~evaluation.estimators.compare`]), if there is one;
+            - `num_problems`, and `problem_ids`, `num_correct`, `num_judged`: lists in row order; `mean_length` in tokens;
+            - `truncated`, `unparsable`, `not_told`: shares of the samples that were cut, stated no answer, could not be judged or drawn
+              (time-outs, errors). The first two count as wrong, the last are left out, and a problem with fewer than j left is left out of
+              `pass@j`. `gold_unparsable`: problems whose gold answer the verifier cannot compare with;
+            - `entropy`: nats per token, the mean of -log π over the sampled tokens; `None` without log-probs or plain sampling.
+
+    Raises:
+        ValueError: A benchmark is empty or unknown, a row has no problem or no answer, the prompts' format is wrong, or `output_dir`
+            holds an evaluation with other settings, or `baseline` one with no problem in common or another k, sampling or token limit.
+    """
+    part = Shard.parse(shard)
+    check_wandb(report_to)
+    _check_settings(num_generations, temperature, part, output_dir, solve_prompt, control_tokens)
+    params = SamplingParams(temperature, top_p, top_k, max_completion_length, min_p, repetition_penalty, stop or ())
+    chat_template_kwargs = template_kwargs(chat_template_kwargs)
+    rows = benchmarks if isinstance(benchmarks, dict) else load_benchmarks(benchmarks)
+    questions = {name: read_questions(name, each, solve_prompt, system_prompt) for name, each in rows.items()}
+    settings = {"num_generations": num_generations, **asdict(params)}
+    earlier = _read_baseline(Path(os.path.expanduser(baseline)), questions, settings) if baseline else {}
+    output_dir = output_dir and os.path.expanduser(output_dir)
+    sampler = sampler or _default_sampler(model, processing_class)
+    processing_class = getattr(sampler, "processing_class", processing_class)
+    if processing_class is not None:
+        check_format(processing_class, questions, train_tokenizer, train_dataset, chat_template_kwargs)
+        questions = without_control_tokens(processing_class, questions, control_tokens)
+    asked = {"seed": seed, "solve_prompt": solve_prompt, "system_prompt": system_prompt}
+    asked |= {"control_tokens": "escape"} if control_tokens == "escape" else {}
+    asked |= {"chat_template_kwargs": chat_template_kwargs} if chat_template_kwargs else {}
+    run = _Run(questions, num_generations, greedy, params, seed, part, chat_template_kwargs)
+    with MathVerifier() if verifier is None else nullcontext(verifier) as verifier:
+        config = {**params.settings(), **asked, **_engine(sampler, verifier, processing_class)}
+        odd = {name: _uncheckable(verifier, each) for name, each in questions.items()}
+        run.sample(sampler, verifier, output_dir, config, overwrite)
+    results = {name: {**run.summarize(name), "gold_unparsable": odd[name]} for name in questions if run.has(name)}
+    _compare(results, earlier, str(baseline))
+    if output_dir is not None and run.complete:
+        write_results(Path(output_dir), {**config, "num_generations": num_generations}, results, report_to)
+    return results
+
+
+def _default_sampler(model, processing_class) -> Sampler:
+    from ..sampling.transformers_sampler import TransformersSampler
+
+    return TransformersSampler(model, processing_class)
+
+
+def _check_settings(
+    num_generations: int, temperature: float, shard: Shard, output_dir, solve_prompt: str, control_tokens: str
+) -> None:
+    check_mode(control_tokens)
+    if num_generations < 1:
+        raise ValueError(f"You passed num_generations={num_generations}; it must be at least 1.")
+    if temperature == 0 and num_generations > 1:
+        raise ValueError(
+            f"You passed temperature=0 with num_generations={num_generations}: all would be the same. Pass num_generations=1."
+        )
+    if shard.count > 1 and output_dir is None:
+        raise ValueError(
+            f"You passed shard={str(shard)!r} without output_dir, where the shards would find each other."
+        )
+    prompts.check(solve_prompt, "solve_prompt", "problem")
+
+
+def _read_baseline(directory: Path, questions: dict[str, list[Question]], settings: dict) -> dict[str, dict]:
+    """
+    The benchmarks of an earlier evaluation; `ValueError` before anything is sampled where nothing could be compared with it, or it was
+    sampled with other `settings`: a difference of theirs would be taken for one of the models.
+    """
+    path = directory / "results.json"
+    if not path.exists():
+        raise ValueError(
+            f"You passed baseline={str(directory)!r}, where there is no results.json; pass the output_dir of an evaluation that has finished."
+        )
+    try:
+        found = json.loads(path.read_text())
+        earlier = {name: each for name, each in found["benchmarks"].items() if _judged(each)}
+        config = found.get("config", {})
+        known = {name: config.get(name, LATER.get(name, value)) for name, value in settings.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"You passed baseline={str(directory)!r}, but {path} is no result of an evaluation."
+        ) from error
+    if differing := differences(known, settings, free=()):
+        raise ValueError(
+            f"You passed baseline={str(directory)!r}, which was sampled otherwise, so a difference would not be the model's: {differing}. "
+            "Evaluate both with the same settings, or leave `baseline` out."
+        )
+    if not earlier.keys() & questions.keys():
+        raise ValueError(
+            f"You passed baseline={str(directory)!r}, which has judged {list(earlier)}, and benchmarks {list(questions)}: there is nothing to "
+            "compare. Name at least one benchmark as it is named there (a file is named by its stem), or leave `baseline` out."
+        )
+    for name in earlier.keys() & questions.keys():
+        if not _judged(earlier[name]) & {question.id for question in questions[name]}:
+            raise ValueError(
+                f"You passed baseline={str(directory)!r}, but its {name!r} has no problem in common with this one. The id of a problem depends on "
+                "its prompt and its gold answer: ask both the same benchmark in the same words (solve_prompt, system_prompt)."
+            )
+    return earlier
+
+
+def _compare(results: dict[str, dict], earlier: dict[str, dict], baseline: str) -> None:
+    """Adds `vs_baseline` where both have judged a problem; one shard of several may have none of the baseline's."""
+    for name in results.keys() & earlier.keys():
+        if _judged(results[name]) & _judged(earlier[name]):
+            results[name]["vs_baseline"] = {"baseline": baseline, **compare(results[name], earlier[name])}
+
+
+def _judged(result: dict) -> set[str]:
+    """The ids of the problems of which at least one sample was judged."""
+    return {i for i, judged in zip(result["problem_ids"], result["num_judged"], strict=True) if judged}
+
+
+def _engine(sampler: Sampler, verifier, processing_class) -> dict:
+    """What a sample and its verdict depend on beside the settings."""
+    return {
+        "model": sampler.name,
+        "model_revision": sampler.revision,
+        "chat_template": template_digest(processing_class),
+        "verifier": describe(verifier),
+    }
+
+
+@dataclass
+class _Run:
+    """The samples of one evaluation: which are due, which are known, what they say."""
+
+    questions: dict[str, list[Question]]
+    k: int
+    greedy: bool
+    params: SamplingParams
+    seed: int
+    shard: Shard
+    chat_template_kwargs: dict | None = None
+    samples: dict[Key, dict] = field(default_factory=dict)
+    complete: bool = False  # then all shards' problems are summarised, else this shard's
+
+    def keys(self, name: str, shard: Shard) -> Iterator[tuple[Key, Question]]:
+        """Every sample of a benchmark's problems in `shard`."""
+        for row in shard.rows(len(self.questions[name])):
+            question = self.questions[name][row]
+            for attempt in range(self.k):
+                yield Key(name, question.id, "eval", attempt), question
+            if self.greedy:
+                yield Key(name, question.id, "greedy", 0), question
+
+    def has(self, name: str) -> bool:
+        """Whether there is anything to summarise: a shard may have none of a benchmark's few problems."""
+        return self.complete or len(self.shard.rows(len(self.questions[name]))) > 0
+
+    def sample(self, sampler: Sampler, verifier, output_dir: str | None, config: dict, overwrite: bool) -> None:
+        """Draws what is not known yet, and looks whether the other shards are complete."""
+        if output_dir is None:
+            self._draw(sampler, verifier, None, {})
+            return
+        path = Path(output_dir)
+        path.mkdir(parents=True, exist_ok=True)
+        check_siblings(path, self.shard, config, overwrite)
+        journal = Journal(self.shard.file(path, "journal.jsonl"), config, overwrite)
+        try:
+            (path / "results.json").unlink(missing_ok=True)  # so that it never says what the journals no longer do
+            offsets = self._know(journal.path, failed=False)  # those are drawn again
+            self._draw(sampler, verifier, journal, offsets)
+            self._write_samples(self.shard.file(path, "samples.parquet"), journal, offsets)
+        finally:
+            journal.close()
+        for file in (s.file(path, "journal.jsonl") for s in self.shard.siblings() if s != self.shard):
+            if file.exists():
+                self._know(file)
+        every = (key for s in self.shard.siblings() for name in self.questions for key, _ in self.keys(name, s))
+        self.complete = all(key in self.samples for key in every)
+
+    def _know(self, journal: Path, failed: bool = True) -> dict[Key, int]:
+        """Reads a journal, up to the texts; where each sample is in it, those that could not be drawn only if `failed`."""
+        offsets = {}
+        for offset, entry in read_entries(journal, until="reason"):
+            if entry["finish_reason"] in FAILED and not failed:
+                continue
+            key = Key(*(entry[field] for field in Key._fields))
+            self.samples[key], offsets[key] = entry, offset
+        return offsets
+
+    def _draw(self, sampler: Sampler, verifier, journal: Journal | None, offsets: dict[Key, int]) -> None:
+        """Streams what is due through sampling and verification, which overlap, into the journal."""
+        due = [item for name in self.questions for item in self.keys(name, self.shard) if item[0] not in self.samples]
+        waiting, active = iter(due), {}
+        stated = getattr(verifier, "stated", True)
+        with (
+            abandoning(lambda: [(sampler, request_id) for request_id in active]),
+            VerdictQueue(verifier, sampler) as verdicts,
+            tqdm(total=len(due), desc=", ".join(self.questions), unit="sample", leave=False) as bar,
+        ):
+            while True:
+                for key, question in islice(waiting, sampler.capacity - len(active)):
+                    request = self._request(key, question)
+                    active[request.id] = key, question
+                    sampler.submit(request)
+                if not active and not verdicts:
+                    break
+                hurry = len(active) < sampler.capacity
+                ask = bool(active) and not verdicts.full
+                try:
+                    finished = sampler.poll() if ask else []
+                    if ask and not finished:
+                        raise RuntimeError(
+                            f"{sampler.name}: the sampler has {len(active)} requests but returned none of them."
+                        )
+                    for completion in finished:
+                        key, question = active.pop(completion.id)
+                        verdicts.put(key, completion, question.answer, question.row)
+                except SamplerError:
+                    for key, *judged in verdicts.drain():
+                        if journal is not None:
+                            journal.append(_entry(key, *judged, stated))
+                    raise
+                for key, *judged in verdicts.take(hurry, wait=verdicts.full or not active):
+                    self.samples[key] = entry = _entry(key, *judged, stated)
+                    if journal is not None:
+                        offsets[key] = journal.append(entry)
+                    bar.update()
+
+    def _request(self, key: Key, question: Question) -> Request:
+        greedy = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+        params = replace(self.params, **greedy) if key.stage == "greedy" else self.params
+        seed = attempt_seed(self.seed, question.id, key.stage, key.attempt)
+        return Request("/".join(map(str, key)), question.prompt, seed, params, self.chat_template_kwargs)
+
+    def summarize(self, name: str) -> dict:
+        """What [`evaluate`] returns of one benchmark."""
+        drawn: dict[str, list[dict]] = {}
+        greedy: list[dict] = []
+        for key, question in self.keys(name, Shard() if self.complete else self.shard):
+            if key.stage == "greedy":
+                greedy.append(self.samples[key])
+            else:
+                drawn.setdefault(question.id, []).append(self.samples[key])
+        every = [sample for samples in drawn.values() for sample in samples]
+        judged = [[s for s in samples if s["verdict"] not in NOT_JUDGED] for samples in drawn.values()]
+        correct = [[s["verdict"] == Verdict.CORRECT for s in samples] for samples in judged]
+        result = accuracies([[_vote(s) for s in samples] for samples in judged], correct, self.k)
+        if greedy:
+            told = [float(s["verdict"] == Verdict.CORRECT) for s in greedy if s["verdict"] not in NOT_JUDGED]
+            result |= {"greedy": fmean(told) if told else None, "greedy_ci95": share_interval(told)}
+        tokens = sum(s["num_tokens"] for s in every)
+        known = (
+            not self.params.reshaping and tokens and all(s["log_prob"] is not None for s in every if s["num_tokens"])
+        )
+        cut = [s["finish_reason"] == "length" for s in every]
+        unparsable = [s["verdict"] == Verdict.UNPARSABLE and s["finish_reason"] == "stop" for s in every]
+        return result | {
+            "num_problems": len(drawn),
+            "truncated": fmean(cut),
+            "unparsable": fmean(unparsable),
+            "not_told": fmean(s["verdict"] in NOT_JUDGED for s in every),
+            "mean_length": tokens / len(every),
+            "entropy": -sum(s["log_prob"] or 0.0 for s in every) / tokens if known else None,
+            "problem_ids": list(drawn),
+            "num_correct": [sum(c) for c in correct],
+            "num_judged": [len(c) for c in correct],
+        }
+
+    def _write_samples(self, file: Path, journal: Journal, offsets: dict[Key, int]) -> None:
+        """Every sample of this shard, with its text, as Parquet."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        texts = ("benchmark", "id", "stage", "verdict", "finish_reason", "answer", "reason", "text", "gold", "prompt")
+        numbers = {"attempt": pa.int32(), "num_tokens": pa.int32(), "log_prob": pa.float64()}
+        schema = pa.schema([*((name, pa.string()) for name in texts), *numbers.items()])
+        with partial_file(file) as partial:
+            with pq.ParquetWriter(partial, schema) as writer:
+                for chunk in batched((item for name in self.questions for item in self.keys(name, self.shard)), 1000):
+                    rows = []
+                    for key, question in chunk:
+                        entry = journal.read(offsets[key], key._asdict(), ["text"])
+                        rows.append(
+                            {**stored(entry), "gold": question.answer, "prompt": prompts.contents(question.prompt)[-1]}
+                        )
+                    writer.write_table(pa.Table.from_pylist(rows, schema))
+            partial.replace(file)
+
+
+def _vote(sample: dict) -> str | None:
+    """What a sample votes for in maj@k; a wrong answer must not lose its votes to how it is written."""
+    return None if sample["answer"] is None else canonical(sample["answer"])
+
+
+def _entry(key: Key, completion: Completion, verdict: Verdict, reason: str, stated: bool) -> dict:
+    answer = None
+    if completion.finish_reason == "stop" and verdict in (Verdict.CORRECT, Verdict.WRONG):
+        # the answer that the verifier read; where it reads something else, the text itself
+        answer = (stated and stated_text(completion.text)) or completion.text.strip()[-200:]
+    return {
+        **key._asdict(),
+        "verdict": verdict,
+        "finish_reason": completion.finish_reason,
+        "num_tokens": len(completion.completion_ids),
+        "log_prob": round(sum(completion.log_probs), 6) if completion.log_probs else None,
+        "answer": answer,
+        "reason": reason,  # a resume reads a line up to here
+        "text": completion.text,
+    }
+
+
+def write_results(output_dir: Path, config: dict, results: dict[str, dict], report_to: str = "none") -> None:
+    """`results.md` and `results.json`, whole or not at all, and their numbers to W&B if asked."""
+    packages = versions("trl-offpolicy", "math-verify", "transformers", "torch", "vllm")
+    text = f"# {tables.plain(config['model'])}\n\n{tables.markdown(tables.accuracy(results))}"
+    if any("vs_baseline" in r for r in results.values()):
+        text += "\n" + tables.markdown(tables.comparison(results))
+    found = {"config": config, "versions": packages, "benchmarks": results}
+    for name, content in (("results.md", text), ("results.json", json.dumps(found, indent=1) + "\n")):
+        write_whole(output_dir / name, content)  # two shards may finish at the same moment
+    with wandb_run(report_to, output_dir, "eval", config) as run:
+        if run is not None:
+            run.log({f"{n}/{k}": x for n, each in results.items() for k, x in each.items() if isinstance(x, float)})
+
+
+def _uncheckable(verifier, questions: list[Question]) -> int:
+    """How many gold answers the verifier cannot compare with, if it can tell."""
+    if not hasattr(verifier, "check_answers"):
+        return 0
+    return sum(verdict != Verdict.CORRECT for verdict in verifier.check_answers([q.answer for q in questions]))

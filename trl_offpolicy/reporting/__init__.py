@@ -1,0 +1,1 @@
+"""Pages and tables of what the other rooms wrote to disk. Knows no models."""

@@ -1,0 +1,74 @@
+"""What a dry run says: prompts as the model reads them, and what a few first attempts tell of the whole run."""
+
+import math
+from collections.abc import Mapping
+
+from tqdm.auto import tqdm
+
+from ..data.prompts import contents
+from ..data.tokenization import encode_prompt
+from ..runs.run_log import cut_advice
+from .rewrite_config import RewriteConfig
+
+
+def shown_prompt(
+    title: str, prompt: list[dict[str, str]] | str, processing_class, chat_template_kwargs: dict | None, verifier
+) -> str:
+    """A prompt, the same with all special tokens if there is a tokenizer, and a word if it does not ask for the form that the verifier reads."""
+    turns = [{"role": "plain text", "content": prompt}] if isinstance(prompt, str) else prompt
+    told = [f"---- {title} ----", *(f"[{turn['role']}]\n{turn['content']}" for turn in turns)]
+    if processing_class is not None:
+        ids = encode_prompt(processing_class, prompt, chat_template_kwargs=chat_template_kwargs)
+        told += [f"---- the same as the model reads it, {len(ids)} tokens ----", processing_class.decode(ids)]
+    wanted = getattr(verifier, "asked_form", "")
+    if wanted not in "".join(contents(prompt)):
+        told.append(
+            f"---- careful ----\nThere is no {wanted} in this prompt, which is the form that {type(verifier).__name__} reads most surely: answers may be "
+            "unparsable. Ask for it in the prompt (solve_prompt, guided_prompt), or pass another verifier."
+        )
+    return "\n".join(told)
+
+
+def probe_report(
+    drawn: list[dict],
+    counts: Mapping[str, int],
+    probed: int,
+    total: int,
+    attempts: float,
+    earlier: int,
+    seconds: float,
+    args: RewriteConfig,
+) -> str:
+    """
+    What the first attempts at some rows tell of the whole run.
+
+    Args:
+        drawn (`list[dict]`): The attempts, as the journal has them up to their reason.
+        counts (`Mapping`): What was counted of them.
+        probed, total (`int`): Rows that were asked, and rows of the run.
+        attempts (`float`): How many the run will take ([`~rewriting.scheduler.Scheduler.attempts_left`]).
+        earlier (`int`): Tokens of them that an earlier probe had drawn.
+        seconds (`float`): How long the others took.
+        args ([`RewriteConfig`]): The run's.
+    """
+    lines = [f"---- probe: the first attempt of each stage at {probed:,} of {total:,} rows ----"]
+    for stage in args.stages:
+        lengths = sorted(entry["num_tokens"] for entry in drawn if entry["stage"] == stage)
+        if sampled := counts[f"{stage}_sampled"]:
+            told = f"{stage}: {sampled:,} attempts, {counts[f'{stage}_correct'] / sampled:.1%} accepted, {counts[f'{stage}_truncated'] / sampled:.1%} cut"
+            middle, most = lengths[len(lengths) // 2], lengths[math.ceil(0.95 * len(lengths)) - 1]
+            lines.append(f"{told}; half of them have {middle:,} tokens or fewer, 95% {most:,} or fewer")
+    tokens, sampled = counts["tokens"], counts["sampled"]
+    if sampled and tokens:
+        expected = attempts * tokens / sampled
+        told = f"estimate for {total:,} rows, each stage accepting (accepted + 1) of (attempts + 2): about {attempts:,.0f} attempts, {expected:,.0f} tokens"
+        if (new := tokens - earlier) > 0:
+            rate = new / max(seconds, 1e-9)
+            told += f", {tqdm.format_interval(expected / rate)} at the {rate:,.0f} tok/s of this probe, which an engine with more in flight exceeds"
+        else:
+            told += "; an earlier probe had drawn all of these attempts, so their speed is not known"
+        lines.append(told)
+    if advice := cut_advice(counts, args.max_completion_length, begun=False):
+        lines.append(advice)
+    lines.append("These attempts are journaled: a run with the same settings begins with them.")
+    return "\n".join(lines)

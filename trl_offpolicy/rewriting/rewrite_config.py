@@ -1,0 +1,361 @@
+"""Configuration of `DataRewriter`."""
+
+import os
+import re
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from ..data import control_tokens, prompts
+from ..data.tokenization import template_kwargs
+from ..runs.shards import Shard
+from ..sampling.sampler import LATER, check_sampling
+
+
+STAGES = ("self", "guided")
+SELECTIONS = ("first", "random", "max_log_prob")
+EXPERT_FORMATS = ("keep", "boxed")
+# What decides which guided attempts are kept, and the value with which it does nothing: what rewrites did before there was any of it.
+GUIDED_FILTERS = {
+    "clean_reference": False,
+    "reject_mentions": False,
+    "mention_phrases": [],
+    "reject_calculator_marks": False,
+    "min_guided_length": 0.0,
+    "reject_other_form": False,
+    "max_guided_copy": 1.0,
+    "check_arithmetic": False,
+}
+
+
+@dataclass
+class RewriteConfig:
+    r"""
+    How a dataset is rewritten. Generation parameters have TRL's names (`GRPOConfig`).
+
+    Args:
+        output_dir (`str`): Run directory: journal, metrics and the rewritten dataset. An interrupted run resumes from it.
+        num_generations (`int`, *optional*, defaults to `8`): At most this many attempts for each problem and stage (K; the paper's
+            is not published, re-implementations use 4 to 10). A run goes on with another number: what it has drawn stays.
+        temperature (`float`, *optional*, defaults to `1.0`): Sampling temperature; importance weights need 1.
+        top_p (`float`, *optional*, defaults to `1.0`): Nucleus; importance weights need 1.
+        top_k (`int`, *optional*, defaults to `0`): Highest-probability tokens kept, 0 for all; importance weights need 0.
+        min_p (`float`, *optional*, defaults to `0.0`): Tokens less likely than this share of the likeliest are never drawn; importance weights need 0.
+        repetition_penalty (`float`, *optional*, defaults to `1.0`): Above 1, tokens of prompt and completion are drawn less (as in
+            `transformers`); importance weights need 1.
+        stop (`list[str]`, *optional*): Texts at which an attempt ends, and which are cut off it. Rows that ended so are trained on as text,
+            without `completion_ids` and `behavior_log_probs`: the end of turn that they are trained to write was not drawn.
+        max_completion_length (`int`, *optional*, defaults to `2048`): Tokens of one attempt. One that is cut here is never kept.
+        stages (`list[str]`, *optional*, defaults to `["self", "guided"]`): Stages in order; the demonstration is always the last resort.
+        selection (`str`, *optional*, defaults to `"first"`): `first` stops at the first correct attempt; `random` draws all K and keeps
+            a random correct one: the same distribution of rows at a higher price, with the pass rate `num_correct / num_sampled`.
+            `max_log_prob` draws all K and keeps the correct one with the highest length-normalised log-probability, `sum_t log
+            μ(y_t | prompt, y_<t) / len(y)` over the sampled tokens including the end of turn, at temperature 1 and under the prompt
+            that was really used (in the guided stage, with the reference). The criterion is GRAPE's (arXiv 2502.04194), the
+            candidates are the model's own; kept rows are then likelier than a sample of the model.
+        max_concurrent_attempts (`int`, *optional*, defaults to `4`): With `first`, at most this many attempts of one problem at a time, and
+            more than one only where other problems leave the engine free slots. Rows do not depend on it; 1 never draws a token on
+            speculation.
+        keep_rejected (`bool`, *optional*, defaults to `True`): Whether the journal keeps text, token ids and log-probs of attempts that are
+            not correct. Without them a line is some 200 bytes, and what the model got wrong cannot be looked at.
+        solve_prompt (`str`, *optional*): What a row without a prompt of its own (`problem`, `question`) is asked.
+        system_prompt (`str`, *optional*): A system turn before it. Rows with prompts of their own hold theirs.
+        chat_template_kwargs (`dict` or JSON, *optional*): Variables of the chat template, such as `{"enable_thinking": False}`. They are a column of
+            the rows, so that training and `gap` render with them too; `eval` takes them with its own `--chat_template_kwargs`.
+        guided_prompt (`str`, *optional*): The digest-and-retell prompt, with `{problem}` and `{solution}`.
+        clean_reference (`bool`, *optional*, defaults to `True`): Show references in the guided prompt without GSM8K's calculator marks
+            (`<<32+16=48>>`) and its last line (`#### 48`), which retellings copy.
+        reject_mentions (`bool`, *optional*, defaults to `True`): Do not keep a guided attempt that speaks of the reference or a teacher, in
+            the languages of `text_statistics.LEAKS`, unless the problem itself does.
+        mention_phrases (`list[str]`, *optional*): Further such phrases: regular expressions, in any case.
+        reject_calculator_marks (`bool`, *optional*, defaults to `True`): Nor one with calculator marks.
+        min_guided_length (`float`, *optional*, defaults to `0.2`): Nor one with fewer words and signs (beside its box) than this share of its
+            reference's: a stub without reasoning. The reference is the measure, not the model's own solutions, so that it does not depend
+            on what was drawn before. 0 for no limit.
+        reject_other_form (`bool`, *optional*, defaults to `True`): Nor one without `\boxed{}` where the row's prompt asks for it.
+        max_guided_copy (`float`, *optional*, defaults to `0.8`): Nor one of whose 4-grams more than this share are the reference's. 1 for no limit.
+        check_arithmetic (`bool`, *optional*, defaults to `False`): Nor one that says something like `32 + 16 = 49`
+            ([`~rewriting.guided_filters.false_step`]).
+        expert_format (`str`, *optional*, defaults to `"boxed"`): `boxed` puts the final answer of an `expert` row into `\boxed{}` where its prompt
+            asks for that ([`~data.demonstrations.in_asked_form`]), and takes calculator marks out; no value is changed, and the demonstration as
+            it came is in its own column. `keep` leaves it as it is.
+        control_tokens (`str`, *optional*, defaults to `"warn"`): What is done with problems and references that hold the model's control tokens as
+            text ([`~data.control_tokens.ControlTokens`]): `warn`, `refuse`, `escape` or `allow`.
+        answer_column (`str`, *optional*, defaults to `"answer"`): Gold final answers; where it has none, the demonstration's last box
+            or GSM8K's `####` is taken.
+        seed (`int`, *optional*, defaults to `42`): Seed of the run; each attempt has a seed of its own derived from it.
+        shard (`str`, *optional*, defaults to `"0/1"`): `i/n` does the i-th of n blocks of rows (i from 0 to n - 1), with files of its own in
+            `output_dir`; `output_dir/dataset` appears with the last of them.
+        report_to (`str`, *optional*, defaults to `"none"`): `wandb` logs the lines of `metrics.jsonl` there as well, and the attempts as a
+            table. The environment's `WANDB_RUN_GROUP`, set for rewrite, training and evaluation alike, ties them together.
+        wandb_log_artifacts (`bool`, *optional*, defaults to `False`): Log the rewritten dataset as an artifact too.
+        accept_failed (`bool`, *optional*, defaults to `False`): Push a run, and let the command end with 0, though the engine failed at some
+            attempts and their rows may have fallen back for it. Else the same command tries them again.
+        push_to_hub (`bool`, *optional*, defaults to `False`): The command pushes rows, attempts and card when the run is done (in Python, call
+            `push_to_hub`). Whether it may is found out before anything is sampled.
+        hub_dataset_id (`str`, *optional*): Dataset repository, `owner/name`.
+        hub_private_repo (`bool`, *optional*, defaults to `False`): Make a new repository private (`--private`); otherwise it is what the
+            owner's new repositories are.
+        hub_token (`str`, *optional*): By default `HF_TOKEN`, or that of `hf auth login`; a command line can be read by others.
+        hub_revision (`str`, *optional*): Branch; by default `main`.
+        push_attempts (`bool`, *optional*, defaults to `True`): Push every attempt too, as config `attempts`.
+        push_every (`int`, *optional*, defaults to `0`): Push the attempts so far every so many rows of a long run, 0 for never.
+        dry_run (`bool`, *optional*, defaults to `False`): Print the first prompt of each stage, on the command line as the
+            model reads it too, and the estimate; sample nothing.
+        probe (`int`, *optional*, defaults to `0`): With `dry_run`: rows, evenly spread, whose first attempt at each stage is drawn, to tell lengths,
+            acceptance and cost. They are kept in `probe.jsonl`, and a run with the same settings begins with them.
+        rejudge (`bool`, *optional*, defaults to `False`): Judge the texts that `output_dir`'s journal holds anew, as another `verifier` needs; they are
+            not drawn again. The journal as it was stays beside it under a number.
+        overwrite (`bool`, *optional*, defaults to `False`): Delete the journal of another configuration in `output_dir`; one of this
+            configuration is resumed all the same.
+    """
+
+    output_dir: str = field(
+        metadata={
+            "help": "Run directory: journal, metrics and the rewritten dataset. An interrupted run resumes from it."
+        }
+    )
+    num_generations: int = field(
+        default=8, metadata={"help": "At most this many attempts for each problem and stage."}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; importance weights need 1."})
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus; importance weights need 1."})
+    top_k: int = field(
+        default=0, metadata={"help": "Highest-probability tokens kept, 0 for all; importance weights need 0."}
+    )
+    min_p: float = field(
+        kw_only=True,
+        default=0.0,
+        metadata={"help": "Least share of the likeliest token's probability; importance weights need 0."},
+    )
+    repetition_penalty: float = field(
+        kw_only=True,
+        default=1.0,
+        metadata={"help": "Penalty on tokens that were there before; importance weights need 1."},
+    )
+    stop: list[str] | None = field(
+        kw_only=True, default=None, metadata={"help": "Texts at which an attempt ends, and which are cut off it."}
+    )
+    max_completion_length: int = field(
+        default=2048, metadata={"help": "Tokens of one attempt. One that is cut here is never kept."}
+    )
+    stages: list[str] = field(
+        default_factory=lambda: list(STAGES), metadata={"help": "Stages in order: self, guided, or one of them."}
+    )
+    selection: str = field(
+        default="first",
+        metadata={
+            "help": "first: stop at the first correct attempt. random: draw all, keep a random correct one. max_log_prob: draw all, keep "
+            "the correct one with the highest mean token log-prob.",
+            "choices": SELECTIONS,
+        },
+    )
+    max_concurrent_attempts: int = field(
+        default=4,
+        metadata={
+            "help": "Attempts of one problem at a time where slots are free; 1: no speculation. Rows do not depend on it."
+        },
+    )
+    keep_rejected: bool = field(
+        default=True,
+        metadata={"help": "Keep texts, token ids and log-probs of rejected attempts in the journal."},
+    )
+    solve_prompt: str = field(
+        default=prompts.SOLVE_PROMPT, metadata={"help": "What a row without a prompt of its own is asked."}
+    )
+    system_prompt: str | None = field(
+        kw_only=True, default=None, metadata={"help": "System turn before solve_prompt."}
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        kw_only=True,
+        default=None,
+        metadata={"help": """Variables of the chat template as JSON, e.g. '{"enable_thinking": false}'."""},
+    )
+    guided_prompt: str = field(
+        default=prompts.GUIDED_PROMPT, metadata={"help": "Digest-and-retell prompt with {problem} and {solution}."}
+    )
+    clean_reference: bool = field(
+        default=True,
+        metadata={"help": "Show references without calculator marks (<<32+16=48>>) and GSM8K's last line (#### 48)."},
+    )
+    reject_mentions: bool = field(
+        default=True,
+        metadata={
+            "help": "Do not keep guided attempts that mention the reference or a teacher, in several languages."
+        },
+    )
+    mention_phrases: list[str] = field(
+        default_factory=list, metadata={"help": "Further phrases that are such a mention: regular expressions."}
+    )
+    reject_calculator_marks: bool = field(
+        default=True, metadata={"help": "Do not keep guided attempts with calculator marks (<<32+16=48>>)."}
+    )
+    min_guided_length: float = field(
+        default=0.2,
+        metadata={"help": "Do not keep guided attempts shorter than this share of their reference; 0: keep them."},
+    )
+    reject_other_form: bool = field(
+        default=True,
+        metadata={"help": "Do not keep guided attempts without \\boxed{} where the row's prompt asks for it."},
+    )
+    max_guided_copy: float = field(
+        default=0.8,
+        metadata={"help": "Do not keep guided attempts of whose 4-grams more than this share are the reference's."},
+    )
+    check_arithmetic: bool = field(
+        default=False, metadata={"help": "Do not keep guided attempts with a false step, such as 32 + 16 = 49."}
+    )
+    expert_format: str = field(
+        default="boxed",
+        metadata={
+            "help": "boxed: where a prompt asks for \\boxed{}, put the demonstration's final answer into it. keep: leave it as it is.",
+            "choices": EXPERT_FORMATS,
+        },
+    )
+    control_tokens: str = field(
+        default="warn", metadata={"help": control_tokens.HELP, "choices": control_tokens.MODES}
+    )
+    answer_column: str = field(default="answer", metadata={"help": "Column with gold final answers."})
+    seed: int = field(default=42, metadata={"help": "Seed of the run; each attempt derives its own from it."})
+    shard: str = field(
+        default="0/1",
+        metadata={"help": "i/n: only the i-th of n blocks of rows, i from 0 to n - 1; the union is the merge."},
+    )
+    report_to: str = field(
+        default="none", metadata={"help": "Where metrics.jsonl is logged as well.", "choices": ("none", "wandb")}
+    )
+    wandb_log_artifacts: bool = field(
+        default=False, metadata={"help": "Log the rewritten dataset to W&B as an artifact."}
+    )
+    accept_failed: bool = field(
+        default=False,
+        metadata={"help": "Be done, and push, though the engine failed at some attempts; else they are tried again."},
+    )
+    push_to_hub: bool = field(default=False, metadata={"help": "Push rows, attempts and card when the run is done."})
+    hub_dataset_id: str | None = field(default=None, metadata={"help": "Dataset repository to push to: owner/name."})
+    hub_private_repo: bool = field(
+        default=False, metadata={"help": "Whether a new repository is private.", "aliases": ["--private"]}
+    )
+    hub_token: str | None = field(
+        default=None, repr=False, metadata={"help": "Hub token; better in HF_TOKEN, where no process list shows it."}
+    )
+    hub_revision: str | None = field(default=None, metadata={"help": "Branch to push to, made if there is none."})
+    push_attempts: bool = field(
+        default=True, metadata={"help": "Push every attempt too, rejected ones included, as config `attempts`."}
+    )
+    push_every: int = field(
+        default=0, metadata={"help": "Push the attempts so far every so many rows of a long run; 0: only at the end."}
+    )
+    dry_run: bool = field(
+        default=False, metadata={"help": "Print the first prompt of each stage and the estimate, sample nothing."}
+    )
+    probe: int = field(
+        kw_only=True,
+        default=0,
+        metadata={"help": "With dry_run: draw the first attempts at so many rows, which the run begins with."},
+    )
+    rejudge: bool = field(
+        kw_only=True,
+        default=False,
+        metadata={
+            "help": "Judge the texts in output_dir's journal anew, by another verifier; they are not drawn again."
+        },
+    )
+    overwrite: bool = field(
+        default=False,
+        metadata={"help": "Delete the journal of another configuration in output_dir, and the rows made from it."},
+    )
+
+    def __post_init__(self):
+        self.output_dir = os.path.expanduser(self.output_dir)
+        # 1 and 1.0 are the same run.
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            setattr(self, name, float(getattr(self, name)))
+        self.chat_template_kwargs = template_kwargs(self.chat_template_kwargs)
+        unknown = [s for s in self.stages if s not in STAGES]
+        if unknown or len(set(self.stages)) != len(self.stages):
+            raise ValueError(
+                f"You passed stages={self.stages}; use each of {list(STAGES)} at most once (the demonstration is always the last resort)."
+            )
+        if self.selection not in SELECTIONS:
+            raise ValueError(f"You passed selection={self.selection!r}; use one of {list(SELECTIONS)}.")
+        for name, low in (
+            ("num_generations", 1),
+            ("max_concurrent_attempts", 1),
+            ("max_completion_length", 1),
+            ("top_k", 0),
+            ("temperature", 0),
+            ("push_every", 0),
+            ("probe", 0),
+        ):
+            if getattr(self, name) < low:
+                raise ValueError(f"You passed {name}={getattr(self, name)}; it must be at least {low}.")
+        for name in ("min_guided_length", "max_guided_copy"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"You passed {name}={getattr(self, name)}; it is a share, from 0 to 1.")
+        for phrase in self.mention_phrases:
+            try:
+                matches_nothing = re.compile(phrase).search("") is None
+            except re.error as error:
+                raise ValueError(
+                    f"You passed the phrase {phrase!r} in mention_phrases, which is no regular expression: {error}. A sign that means something in "
+                    "one, such as ( or +, is written with \\ before it."
+                ) from error
+            if not matches_nothing:
+                raise ValueError(
+                    f"You passed {phrase!r} in mention_phrases, which is found in every text; leave it out."
+                )
+        if self.expert_format not in EXPERT_FORMATS:
+            raise ValueError(f"You passed expert_format={self.expert_format!r}; use one of {list(EXPERT_FORMATS)}.")
+        check_sampling(self.min_p, self.repetition_penalty, self.stop)
+        self.stop = self.stop or None
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"You passed top_p={self.top_p}; it must be above 0 and at most 1.")
+        if self.num_generations > 65535:
+            raise ValueError(f"You passed num_generations={self.num_generations}; it must be at most 65535.")
+        if self.report_to not in ("none", "wandb"):
+            raise ValueError(f"You passed report_to={self.report_to!r}; use 'none' or 'wandb'.")
+        if self.push_to_hub and self.hub_dataset_id is None:
+            raise ValueError("You passed push_to_hub=True without a repository: write hub_dataset_id='me/name'.")
+        if self.push_every and not (self.push_to_hub and self.push_attempts):
+            raise ValueError(
+                f"You passed push_every={self.push_every}, which pushes the attempts of a run under way, with push_to_hub={self.push_to_hub} "
+                f"and push_attempts={self.push_attempts}; both must be True."
+            )
+        control_tokens.check_mode(self.control_tokens)
+        Shard.parse(self.shard)
+        if self.probe and not self.dry_run:
+            raise ValueError(
+                f"You passed probe={self.probe}, which a dry run draws; pass dry_run=True (--dry_run) with it."
+            )
+        if self.rejudge and self.overwrite:
+            raise ValueError(
+                "You passed rejudge=True, which keeps the attempts, and overwrite=True, which deletes them; pass one of them."
+            )
+        prompts.check(self.solve_prompt, "solve_prompt", "problem")
+        prompts.check(self.guided_prompt, "guided_prompt", "problem", "solution")
+
+    def identity(self) -> dict:
+        """The fields on which an attempt, or whether it is kept, depends; the rest may change between a run and its resume."""
+        used = self.settings()
+        del used["expert_format"]
+        if self.control_tokens != "escape":  # else the prompts are others
+            del used["control_tokens"]
+        # Without filters a run is what it was before there were any, and its journal is continued.
+        without = [n for n, off in GUIDED_FILTERS.items() if "guided" not in self.stages or used[n] == off]
+        return {name: value for name, value in used.items() if name not in without}
+
+    def settings(self) -> dict:
+        """The fields on which the rows depend."""
+        free = {
+            "output_dir", "dry_run", "probe", "overwrite", "rejudge", "shard", "report_to", "max_concurrent_attempts", "keep_rejected",
+            "accept_failed",
+        }  # fmt: skip
+        # Journals from before these were there do not name them.
+        later = {*LATER, "system_prompt", "chat_template_kwargs"}
+        free |= {f.name for f in fields(self) if f.name in later and getattr(self, f.name) == f.default}
+        elsewhere = ("push_", "hub_", "wandb_")  # a token must not get into the journal
+        return {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name not in free and not f.name.startswith(elsewhere)
+        }

@@ -1,0 +1,403 @@
+"""Which attempt is drawn next, and when a problem is settled; knows neither engines nor files.
+
+A problem's attempts are drawn in index order while other problems keep the engine full. Only where slots are left, and the engine
+draws more tokens per second for it, does a problem get later attempts on speculation; as soon as one of its attempts is correct, the higher ones are obsolete, the lower
+ones are waited for, and the lowest correct one is kept. So the rows are those of drawing one attempt after another, whatever
+the order in which attempts finish; keeping the first *finished* one instead would favour short answers.
+"""
+
+import random
+import struct
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+
+from ..data.rows import Problem, Rejection, Source, Verdict, split_id
+from ..sampling.sampler import FAILED, attempt_seed
+from .rewrite_config import RewriteConfig
+
+
+class Fate(NamedTuple):
+    """
+    How an attempt ended; `offset` is its place in the journal, `log_prob` the mean over its tokens (NaN: not known), `rejected` the
+    [`~data.rows.Rejection`] for which it is not kept though it is correct.
+    """
+
+    offset: int
+    verdict: str
+    finish_reason: str
+    num_tokens: int
+    log_prob: float
+    rejected: str = ""
+
+    @property
+    def accepted(self) -> bool:
+        """Whether it is a correct attempt, of which one is kept."""
+        return self.verdict == Verdict.CORRECT and not self.rejected
+
+
+class Outcome(NamedTuple):
+    """What a problem became; `offset` is the place in the journal of the kept `attempt`, or -1; `self_…` are the numbers of the stage `self`."""
+
+    source: str
+    offset: int = -1
+    num_sampled: int = 0
+    num_correct: int = 0
+    attempt: int = 0
+    self_sampled: int = 0
+    self_correct: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Progress:
+    """Where one unfinished problem stands."""
+
+    row: int
+    id: str
+    problem: Problem | None  # `None` until it is drawn for, where the journal knows it
+    known: dict[str, dict[int, Fate]]  # by stage and attempt: what the journal holds of stages to come
+    stage: int = -1
+    fates: dict[int, Fate] = field(default_factory=dict)  # of this stage's attempts, by index
+    in_flight: set[int] = field(default_factory=set)
+    queued: bool = False
+    sampled: bool = False  # whether this run draws for it, or the journal knows it all
+    of_self: tuple[int, int] = (0, 0)  # attempts that the stage `self` took, and how many of them were correct
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One attempt to draw."""
+
+    progress: Progress
+    stage: str
+    attempt: int
+
+    @property
+    def id(self) -> str:
+        return f"{self.progress.id}/{self.stage}/{self.attempt}"
+
+
+class Scheduler:
+    """
+    Hands out attempts ([`next`]) and takes verdicts ([`record`]) until every problem has its outcome.
+
+    Args:
+        problems (`Iterable[tuple[str, Problem | None, bool, dict]]`): Ids and problems in order, whether each can be sampled at all, and
+            what [`KnownAttempts`] has of it.
+        total (`int`): How many they are.
+        args ([`RewriteConfig`]): Stages, K, selection, seed and how far to speculate.
+        counts (`Counter`): Where everything is counted. Attempts up to the one that settled a stage are `sampled`, and do not depend
+            on the order of things; those drawn beyond it are `unused`.
+    """
+
+    def __init__(
+        self,
+        problems: Iterable[tuple[str, Problem | None, bool, dict]],
+        total: int,
+        args: RewriteConfig,
+        counts: Counter,
+    ):
+        self.args, self.counts = args, counts
+        self._fresh = enumerate(problems)
+        self._all_needed = args.selection != "first"
+        self._ready: deque[Progress] = deque()
+        self._open: OrderedDict[int, Progress] = OrderedDict()
+        self._sources = [*args.stages, str(Source.EXPERT)]
+        numbers = ("num_sampled", "num_correct", "attempt", "self_sampled", "self_correct")
+        types = [("source", "u1"), ("offset", "i8"), *((name, "u2") for name in numbers)]
+        self._outcomes = np.zeros(total, types)  # 19 bytes a row
+
+    def outcome(self, row: int) -> Outcome:
+        source, *rest = self._outcomes[row].item()
+        return Outcome(self._sources[source], *rest)
+
+    def next(self, speculate: bool = True) -> Draw | None:
+        """The next attempt: one that is due, else a fresh problem's first, else a speculative one if allowed; `None` if there is none."""
+        while (progress := self._due()) and not self._wanted(progress):
+            pass  # a refusal has ended its stage while it was queued
+        if progress is None and speculate:
+            narrow = (p for p in self._open.values() if len(p.in_flight) < self.args.max_concurrent_attempts)
+            progress = next((p for p in narrow if self._wanted(p)), None)
+            if progress is not None:
+                self._open.move_to_end(progress.row)  # a second attempt for every problem before a third for any
+        if progress is None:
+            return None
+        attempt, *more = self._wanted(progress)
+        progress.in_flight.add(attempt)
+        progress.sampled = True
+        if more and self._all_needed:  # a prompt's attempts one after another: an engine's prefix cache likes that
+            progress.queued = True
+            self._ready.appendleft(progress)
+        return Draw(progress, self.args.stages[progress.stage], attempt)
+
+    @property
+    def open_rows(self) -> int:
+        """Problems that are begun and not settled: with `first`, how many attempts are needed now."""
+        return len(self._open)
+
+    def attempts_left(self) -> float:
+        """The attempts that are still to be drawn, those under way included, if each stage goes on accepting as many as so far."""
+        most, counts = self.args.num_generations, self.counts
+        rest = [0.0]  # of a problem that is through with all stages but the last 0, 1, …
+        rates = []
+        for stage in reversed(self.args.stages):
+            rates.insert(0, (counts[f"{stage}_correct"] + 1) / (counts[f"{stage}_sampled"] + 2))
+            rest.insert(0, self._expected(most, rates[0], rest[0]))
+        left = (len(self._outcomes) - sum(counts[source] for source in self._sources) - len(self._open)) * rest[0]
+        for progress in self._open.values():
+            if 0 <= progress.stage < len(rates):
+                tries = most - len(progress.fates)
+                left += self._expected(tries, rates[progress.stage], rest[progress.stage + 1])
+        return left
+
+    def _expected(self, tries: int, rate: float, rest: float) -> float:
+        """Attempts of a problem with so many tries at a stage, each of which succeeds at `rate`, and `rest` behind it if none does."""
+        in_vain = (1 - rate) ** tries
+        return (tries if self._all_needed else (1 - in_vain) / rate) + in_vain * rest
+
+    def _due(self) -> Progress | None:
+        """A problem that waits for its next attempt, else a fresh one; `None` when all are under way or settled."""
+        while not self._ready and (item := next(self._fresh, None)):
+            row, (row_id, problem, can_be_sampled, known) = item
+            progress = Progress(row, row_id, problem, known)
+            self._open[row] = progress
+            if can_be_sampled:
+                self._enter_next_stage(progress)
+            else:
+                self._settle(progress, Outcome(Source.EXPERT))
+        if not self._ready:
+            return None
+        progress = self._ready.popleft()
+        progress.queued = False
+        return progress
+
+    def record(self, draw: Draw, fate: Fate) -> list[str]:
+        """Takes an attempt's verdict and returns the ids of the attempts in flight that no longer matter."""
+        progress = draw.progress
+        if self._stage_name(progress) != draw.stage or draw.attempt not in progress.in_flight:
+            self._count_unused([fate])  # it was obsolete before its verdict came
+            return []
+        progress.in_flight.remove(draw.attempt)
+        progress.fates[draw.attempt] = fate
+        horizon = self._horizon(progress)
+        obsolete = {k for k in progress.in_flight if k >= horizon}
+        progress.in_flight -= obsolete
+        self._advance(progress)
+        return [Draw(progress, draw.stage, k).id for k in sorted(obsolete)]
+
+    def _stage_name(self, progress: Progress) -> str:
+        return self._sources[progress.stage]
+
+    def _horizon(self, progress: Progress) -> int:
+        """One past the last attempt that can still matter."""
+        for k in sorted(k for k in progress.fates if k < self.args.num_generations):  # a journal may hold more
+            fate = progress.fates[k]
+            # A prompt that cannot be asked (beyond the context) can be asked no better at the next attempt.
+            if fate.finish_reason == "refused" or (fate.accepted and not self._all_needed):
+                return k + 1
+        return self.args.num_generations
+
+    def _wanted(self, progress: Progress) -> list[int]:
+        """The attempts that can still matter and are neither known nor under way, in the order in which they are due."""
+        if progress.stage == len(self.args.stages):
+            return []
+        known = progress.fates.keys() | progress.in_flight
+        return [k for k in range(self._horizon(progress)) if k not in known]
+
+    def _enter_next_stage(self, progress: Progress) -> None:
+        progress.stage += 1
+        progress.in_flight = set()
+        progress.fates = progress.known.pop(self._stage_name(progress), {})
+        self._advance(progress)
+
+    def _advance(self, progress: Progress) -> None:
+        """Settles the stage if all that matters is known; else sees to it that an attempt is drawn or under way."""
+        if progress.stage == len(self.args.stages):
+            self._settle(progress, Outcome(Source.EXPERT))
+            return
+        horizon, stage, fates = self._horizon(progress), self._stage_name(progress), progress.fates
+        if any(k not in fates for k in range(horizon)):
+            if not progress.queued and (self._all_needed or not progress.in_flight) and self._wanted(progress):
+                progress.queued = True
+                self._ready.append(progress)
+            return
+        counted = [fates.pop(k) for k in range(horizon)]
+        self._count_unused(fates.values())
+        correct = [fate for fate in counted if fate.accepted]
+        num_sampled = sum(fate.finish_reason not in FAILED for fate in counted)
+        counts = self.counts  # one by one: `update` costs a resume a second in ten
+        half = self.args.max_completion_length // 2
+        for fate in counted:
+            counts["verdict_" + fate.verdict] += 1
+            counts["tokens"] += fate.num_tokens
+            if fate.finish_reason == "length":
+                counts["truncated"] += 1
+                counts[f"{stage}_truncated"] += 1
+            if (
+                fate.num_tokens > half
+            ):  # by which `run_log.cut_advice` tells how long the ones that were cut would have become
+                counts["late_tokens"] += fate.num_tokens - half
+                counts["late_ends"] += fate.finish_reason == "stop"
+            if fate.rejected:
+                counts["rejected_" + fate.rejected] += 1
+        counts["sampled"] += num_sampled
+        counts["undrawn"] += sum(fate.finish_reason == "error" for fate in counted)
+        counts[f"{stage}_sampled"] += num_sampled
+        counts[f"{stage}_correct"] += len(correct)
+        counts["fixed_k"] += (
+            self.args.num_generations
+        )  # what the usual script draws for every problem that reaches a stage
+        if stage == Source.SELF:
+            progress.of_self = num_sampled, len(correct)
+        if correct:
+            kept = select(correct, self.args.selection, (self.args.seed, progress.id, stage, -1))
+            self._settle(progress, Outcome(stage, kept.offset, num_sampled, len(correct), counted.index(kept)))
+        else:
+            self._enter_next_stage(progress)
+
+    def _count_unused(self, fates: Iterable[Fate]) -> None:
+        for fate in fates:
+            self.counts.update({"unused": 1, "unused_tokens": fate.num_tokens})
+
+    def _settle(self, progress: Progress, outcome: Outcome) -> None:
+        progress.stage = len(self.args.stages)
+        outcome = outcome._replace(self_sampled=progress.of_self[0], self_correct=progress.of_self[1])
+        self._outcomes[progress.row] = (self._sources.index(outcome.source), *outcome[1:])
+        self.counts[str(outcome.source)] += 1
+        self.counts["undrawn_rows"] += not progress.sampled
+        del self._open[progress.row]
+
+
+class Speculation:
+    """
+    How many attempts may be in flight, speculative ones included, so that each of them makes the engine draw more.
+
+    Tokens per second are measured at each power of two in flight while the run goes. Beyond the attempts that are needed there may be
+    twice as many where that many have not been tried, or where they were drawn at [`GAIN`] times the rate; and so on from there. An
+    engine whose cores are full draws hardly more with twice as many, and each attempt that is needed would only take longer.
+
+    Args:
+        slots (`int`): How many the engine draws at a time.
+        enough (`int`, *optional*, defaults to `32`): Tokens for each attempt in flight after which a rate is believed; many completions'
+            worth where tokens are counted only when an attempt is finished.
+    """
+
+    GAIN = 1.2
+
+    def __init__(self, slots: int, enough: int = 32):
+        self.slots, self.enough = slots, enough
+        self._last: tuple[int, float] | None = None
+        self._measured: dict[int, list[float]] = {}  # tokens and seconds by the power of two
+
+    def note(self, in_flight: int, drawn: int, now: float) -> None:
+        """Takes how many tokens had been drawn at the time `now`, before which so many attempts were in flight since the last call."""
+        before, self._last = self._last, (drawn, now)
+        if before is None or not in_flight:
+            return
+        level = min(in_flight, self.slots).bit_length()
+        measured = self._measured.setdefault(level, [0.0, 0.0])
+        measured[0] += drawn - before[0]
+        measured[1] += now - before[1]
+        if measured[0] > 8 * self.enough * 2**level:  # what was long ago counts half
+            measured[:] = (x / 2 for x in measured)
+
+    def most(self, needed: int) -> int:
+        """How many may be in flight while so many of them are needed, as far as they are known to be."""
+        needed = max(1, needed)  # an engine without anything to do may always be given something
+        level = min(needed, self.slots).bit_length()
+        while needed < self.slots and (rate := self._rate(level)):
+            further = self._rate(level + 1)
+            if further is not None and further < self.GAIN * rate:
+                break
+            needed, level = 2 * needed, level + 1
+        return min(needed, self.slots)
+
+    def _rate(self, level: int) -> float | None:
+        tokens, seconds = self._measured.get(level, (0.0, 0.0))
+        return tokens / seconds if tokens >= self.enough * 2 ** (level - 1) and seconds > 0 else None
+
+
+def select(correct: list[Fate], selection: str, key: tuple) -> Fate:
+    """The attempt that is kept of the `correct` ones, which are in index order; `key` is what [`attempt_seed`] takes."""
+    if selection == "max_log_prob":
+        return max(correct, key=lambda fate: fate.log_prob)  # the lowest index among equals
+    if selection == "random":
+        return correct[random.Random(attempt_seed(*key)).randrange(len(correct))]
+    return correct[0]
+
+
+class KnownAttempts:
+    """
+    The attempts that are in the journal already: 50 bytes each, found by the problem's id. Not known are those that failed, and
+    guided ones whose reference was another than the row's demonstration is now: where they matter they are drawn again.
+
+    Args:
+        entries (`Iterator[tuple[int, dict]]`): Offset and head of each line, in the order written; a later line for the same attempt wins.
+        stages (`list[str]`): Names of the stages.
+    """
+
+    _RECORD = struct.Struct("<QIBHBBIdqIB")
+    _TYPES = [("id", "<u8"), ("copy", "<u4"), ("stage", "u1"), ("attempt", "<u2"), ("verdict", "u1"), ("finish_reason", "u1"),
+              ("num_tokens", "<u4"), ("log_prob", "<f8"), ("offset", "<i8"), ("reference", "<u4"), ("rejected", "u1")]  # fmt: skip
+    _VERDICTS = list(Verdict)
+    _FINISH_REASONS = ["stop", "length"]
+    _REJECTIONS = ["", *Rejection]
+
+    def __init__(self, entries: Iterator[tuple[int, dict]], stages: list[str]):
+        self._stages, packed, nan = stages, bytearray(), float("nan")
+        stage, verdict, finish_reason, rejected = (
+            {name: i for i, name in enumerate(names)}
+            for names in (stages, self._VERDICTS, self._FINISH_REASONS, self._REJECTIONS)
+        )
+        for offset, e in entries:
+            if e["finish_reason"] in FAILED:
+                continue
+            log_prob = nan if e["log_prob"] is None else e["log_prob"]
+            packed += self._RECORD.pack(
+                *split_id(e["id"]), stage[e["stage"]], e["attempt"], verdict[e["verdict"]], finish_reason[e["finish_reason"]],
+                e["num_tokens"], log_prob, offset, e.get("reference", 0), rejected[e.get("rejected", "")],
+            )  # fmt: skip
+        table = np.frombuffer(packed, self._TYPES)
+        self._table = table[np.argsort(table["id"], kind="stable")]
+        self._ids = np.ascontiguousarray(self._table["id"])
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def of(self, keys: np.ndarray) -> list[dict[str, dict[int, Fate]]]:
+        """
+        The known attempts of each of the problems with these `rows.KEY`s by stage and index; many at a time, for one search costs as
+        much as a hundred.
+        """
+        first, end = (np.searchsorted(self._ids, keys["id"], side) for side in ("left", "right"))
+        sizes = end - first
+        # The places of all of them in the table, one problem's after another's: one `tolist`, which is what takes the time.
+        places = np.repeat(end - sizes.cumsum(), sizes) + np.arange(sizes.sum())
+        rows = iter(self._table[places].tolist())
+        numbers = zip(sizes.tolist(), keys["copy"].tolist(), keys["reference"].tolist(), strict=True)
+        return [self._known(islice(rows, n), copy, (0, reference)) for n, copy, reference in numbers]
+
+    def _known(self, rows: Iterable[tuple], copy: int, references: tuple[int, int]) -> dict[str, dict[int, Fate]]:
+        found: dict[str, dict[int, Fate]] = {}
+        for (
+            _,
+            of_copy,
+            stage,
+            attempt,
+            verdict,
+            finish_reason,
+            num_tokens,
+            log_prob,
+            offset,
+            reference,
+            rejected,
+        ) in rows:
+            if of_copy == copy and reference in references:
+                told = self._VERDICTS[verdict], self._FINISH_REASONS[finish_reason]
+                fate = Fate(offset, *told, num_tokens, log_prob, self._REJECTIONS[rejected])
+                found.setdefault(self._stages[stage], {})[attempt] = fate
+        return found

@@ -1,0 +1,78 @@
+"""Models and tokenizers from the Hub or a directory, with errors that say what is missing."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class ModelNotFound(FileNotFoundError, ValueError):
+    """There is no such model, or none that may be read; says which, and why."""
+
+
+@contextmanager
+def loading(model: str) -> Iterator[None]:
+    """
+    What is done within loads something of `model`, a Hub id or a directory.
+
+    Raises:
+        ModelNotFound: It is a path at which there is no directory, or transformers says that there is no such model.
+    """
+    told = f"You passed model={model!r}, which cannot be loaded"
+    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
+        raise ModelNotFound(f"{told}: there is no such directory.")
+    try:
+        yield
+    except OSError as error:
+        # transformers' own have no number; those of the system that are about something else, such as a full disk, are not the model's fault.
+        if isinstance(error, ModelNotFound) or (
+            error.errno and not isinstance(error, (FileNotFoundError, PermissionError))
+        ):
+            raise
+        raise ModelNotFound(f"{told}: {error}") from error
+
+
+def load_processing_class(model: str, processing_class=None, chat_template: str | None = None, **kwargs):
+    """`processing_class`, or else the tokenizer of `model` (with `chat_template`, if given); every engine renders its prompts with it.
+
+    Raises:
+        ModelNotFound: There is no such model.
+        ValueError: The tokenizer has no chat template.
+    """
+    if processing_class is None:
+        from transformers import AutoTokenizer
+
+        with loading(model):
+            processing_class = AutoTokenizer.from_pretrained(model, **kwargs)
+    if chat_template is not None:
+        processing_class.chat_template = chat_template
+    if processing_class.chat_template is None:
+        raise ValueError(
+            f"The tokenizer of {model!r} has no chat template, so neither sampling nor SFT knows how to write down a "
+            "conversation. Pass a `processing_class` that has one (`trl.clone_chat_template` copies another model's), or on the command line "
+            "--chat_template FILE, a Jinja template."
+        )
+    return processing_class
+
+
+def load_model(model: str, **kwargs):
+    """
+    The model at `model` (Hub id or directory), for text: a causal language model, or a vision-language checkpoint (Qwen2.5-VL, Mistral 3,
+    LLaVA, ...) that is given no images, as TRL's trainers take it. `kwargs` are those of `from_pretrained`.
+
+    Raises:
+        ModelNotFound: There is no such model.
+        ValueError: It is of another kind.
+    """
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    shared = {k: v for k, v in kwargs.items() if k in ("revision", "trust_remote_code", "token")}
+    with loading(model):
+        config = type(AutoConfig.from_pretrained(model, **shared))
+        sees = config not in MODEL_FOR_CAUSAL_LM_MAPPING and config in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        return (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_pretrained(model, **kwargs)

@@ -1,0 +1,209 @@
+"""What every engine has in common: a request, a completion, and the four calls of a `Sampler`."""
+
+import hashlib
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from typing import Any, Protocol
+
+from jinja2 import TemplateError
+
+from ..data.rows import storable
+from ..data.tokenization import encode_prompt
+from ..data.turns import cut_turn, turn_text
+
+
+class SamplerError(RuntimeError):
+    """The engine cannot go on (it died, no server answers). What it finished before is not lost: run again to resume."""
+
+
+# With these a token is drawn from the model's own distribution.
+PLAIN = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+# Settings that journals and results from before December 2026 do not name, and what they were then.
+LATER = {"min_p": 0.0, "repetition_penalty": 1.0, "stop": ()}
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How a completion is drawn; the names are TRL's. `top_k=0` keeps the whole vocabulary."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_completion_length: int = 2048
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        check_sampling(self.min_p, self.repetition_penalty, self.stop)
+        object.__setattr__(self, "stop", tuple(self.stop))
+
+    @property
+    def reshaping(self) -> dict[str, float]:
+        """
+        The settings, by name, for which a token is not drawn from the model's own distribution. Where there are none its log-prob is log μ.
+        """
+        return {name: value for name, plain in PLAIN.items() if (value := getattr(self, name)) != plain}
+
+    def settings(self) -> dict[str, Any]:
+        """By name, for a journal; without those of [`LATER`] that are at their default, which older journals do not name."""
+        return {name: value for name, value in asdict(self).items() if name not in LATER or value != LATER[name]}
+
+
+def check_sampling(min_p: float, repetition_penalty: float, stop: Sequence[str] | None) -> None:
+    """Raises `ValueError` for values that no engine can draw with."""
+    if not 0 <= min_p <= 1:
+        raise ValueError(f"You passed min_p={min_p}; it must be at least 0 and at most 1.")
+    if not repetition_penalty > 0:
+        raise ValueError(f"You passed repetition_penalty={repetition_penalty}; it must be above 0 (1 is none).")
+    if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop or ()):
+        raise ValueError(f"You passed stop={stop!r}; it must be a list of texts, none of them empty.")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """
+    One completion to draw for the conversation `prompt`, rendered with `chat_template_kwargs`, or for a plain text, which is not rendered; the
+    same `seed` draws the same completion again.
+    """
+
+    id: str
+    prompt: list[dict[str, str]] | str
+    seed: int
+    params: SamplingParams
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What came back for the request of that `id`.
+
+    `completion_ids` end with the end-of-turn token when `finish_reason` is `"stop"`, or with the one that completes a stop text, and `log_probs`
+    holds the model's own log-probability (temperature 1, whole vocabulary) of each of them; `text` is their decoding ([`~data.turns.turn_text`]),
+    up to a stop text (half a surrogate pair, which some servers write, is a `?`: nothing could store it).
+    `finish_reason` is `"length"` when the limit cut the completion. When there is none, `error` says why: `"refused"` if the prompt
+    cannot be asked (longer than the context, say), whatever the seed; `"error"` if the engine failed this once.
+    """
+
+    id: str
+    text: str
+    completion_ids: list[int]
+    log_probs: list[float]
+    finish_reason: str
+    error: str | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "text", storable(self.text))
+
+
+# Nothing was drawn: it counts as no attempt of the model's, and a resume tries again.
+FAILED = ("refused", "error")
+
+
+class Sampler(Protocol):
+    """An engine that takes requests at any time and hands completions back in any order.
+
+    `name` and `revision` are written beside each row; `capacity` is how many requests keep the engine busy. Engines also have
+    `slots`, how many of them are drawn at a time (attempts that may be in vain fill these only; by default `capacity`), and
+    `with_adapter(adapter)`: a second sampler on the same loaded weights, whose draws come from them with a LoRA adapter on. One that
+    sees tokens as they are drawn has `drawn_tokens`: all since it was made, those of requests under way and of aborted ones included;
+    it is read from another thread.
+    """
+
+    name: str
+    revision: str
+    capacity: int
+
+    def submit(self, request: Request) -> None:
+        """Queues one request."""
+
+    def poll(self) -> list[Completion]:
+        """Waits until at least one request is finished and returns what is; an empty list if none is under way."""
+
+    def abort(self, request_id: str) -> int | None:
+        """Forgets a request and returns how many tokens it has drawn for it; one that is finished or unknown is no error."""
+
+    def close(self) -> None:
+        """Frees the engine."""
+
+
+def described(sampler: Sampler) -> str:
+    """A sampler's `repr`: which engine draws from which weights."""
+    return f"{type(sampler).__name__}({sampler.name!r}, revision={sampler.revision!r})"
+
+
+def slots_of(sampler: Sampler) -> int:
+    """How many requests an engine draws at a time."""
+    return getattr(sampler, "slots", sampler.capacity)
+
+
+def needs(package: str, extra: str, what: str):
+    """The optional `package`; `ModuleNotFoundError` with the command that installs it where it is missing."""
+    try:
+        return import_module(package)
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"{what} needs {package}, which is not installed: pip install 'trl-offpolicy[{extra}]'."
+        ) from error
+
+
+def check_positive(**numbers: float | None) -> None:
+    """`ValueError` if one of an engine's options is not above 0; `None` is one that was not passed."""
+    for name, number in numbers.items():
+        if number is not None and not number > 0:
+            raise ValueError(f"You passed {name}={number}; it must be above 0.")
+
+
+def attempt_seed(seed: int, problem_id: str, stage: str, attempt: int) -> int:
+    """The 63-bit seed of one attempt: unrelated between attempts, and the same on every machine and in every order.
+
+    Hashed, because neighbouring seeds share samples in some engines (vLLM expands `n=4, seed=s` to seeds s … s+3).
+    """
+    key = f"{seed}|{problem_id}|{stage}|{attempt}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
+
+
+def prompt_ids(processing_class, request: Request, context: int) -> list[int] | Completion:
+    """The token ids of a request's prompt; or the answer to it if the chat template refuses it, or it leaves no room for a completion."""
+    try:
+        ids = encode_prompt(processing_class, request.prompt, chat_template_kwargs=request.chat_template_kwargs)
+    except TemplateError as error:
+        reason = f"the chat template refuses the prompt: {error}"
+    else:
+        if len(ids) < context:
+            return ids
+        reason = f"the prompt has {len(ids)} tokens, but the model's context is {context}"
+    return Completion(request.id, "", [], [], "refused", reason)
+
+
+def drawn_completion(
+    request_id: str,
+    ids: list[int],
+    log_probs: list[float],
+    finish_reason: str,
+    processing_class,
+    stop_ids: list[int],
+    stop: Sequence[str] = (),
+) -> Completion:
+    """
+    What an engine has drawn as a completion: over at the first of `stop_ids`, or with the token that completes the first of the texts `stop`,
+    wherever the engine ended it.
+    """
+    if length := cut_turn(processing_class, stop_ids, ids, finish_reason == "length"):
+        ids, log_probs, finish_reason = ids[:length], log_probs[:length], "stop"
+    text = turn_text(processing_class, ids)
+    if holds(text, stop):
+        # Up to the token that completes the first of them, so that every engine has drawn as much.
+        whole = range(1, len(ids) + 1)
+        length = whole[bisect_left(whole, True, key=lambda n: holds(turn_text(processing_class, ids[:n]), stop))]
+        ids, log_probs, finish_reason = ids[:length], log_probs[:length], "stop"
+        text = turn_text(processing_class, ids)
+        text = text[: min(text.find(word) for word in stop if word in text)]
+    return Completion(request_id, text, ids, log_probs, finish_reason)
+
+
+def holds(text: str, stop: Sequence[str]) -> bool:
+    """Whether one of the texts `stop` is in `text`."""
+    return any(word in text for word in stop)

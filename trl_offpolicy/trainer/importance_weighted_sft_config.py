@@ -1,0 +1,202 @@
+"""Configuration of `ImportanceWeightedSFTTrainer`."""
+
+from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import ClassVar
+
+from transformers import TrainingArguments
+from trl import SFTConfig
+
+from ..data.rows import Source
+from .losses import CLIP_MODES, EXPERT_WEIGHTINGS, OBJECTIVES
+
+
+@dataclass
+class ImportanceWeightedSFTConfig(SFTConfig):
+    r"""
+    [`~trl.SFTConfig`] with an objective: every other field is TRL's, and means what it means there.
+
+    Args:
+        objective (`str`, `dict` or `Callable`, *optional*, defaults to `"iw"`): Weight of each token's negative log-likelihood, in the
+            place of TRL's `loss_type`, which it follows where only that is given (`"dft"`; label smoothing means `"nll"`). `"nll"`: 1 (SFT). `"dft"`: π (arXiv 2508.05629). `"p_alpha"`: π^α (arXiv 2510.00526). `"iw"`: π/μ,
+            clipped, with μ from the column `behavior_log_probs` (arXiv 2509.15157, eq. 5, per token). `"iw_sequence"`: the
+            length-normalised sequence ratio (arXiv 2507.12856). `"psft"`: π/π_old, 0 above 1 + `epsilon_high` (arXiv 2508.17784).
+            `"asft"`: `dft` plus `beta`·KL(π_0‖π) over the vocabulary (arXiv 2509.23753). `"eaft"`: normalised entropy of the 20
+            likeliest tokens, to the power `alpha` (arXiv 2601.02151). A dict chooses by source, `{"self": "iw", "expert": "dft"}`,
+            with `nll` for what it does not name. A function of your own gets the arguments that `losses.py` lists and returns weights.
+        clip_min (`float`, *optional*): Smallest importance weight; named as in `GRPOConfig`.
+        clip_max (`float`, *optional*, defaults to `3.0`): Largest importance weight; GRPO's name and value. `None` for no limit.
+        clip_mode (`str`, *optional*, defaults to `"truncate"`): Weights outside the limits become the limit, or 0 (`"mask"`).
+        expert_weighting (`str`, *optional*, defaults to `"one"`): Under `iw` and `iw_sequence`, the weight of tokens without a
+            behaviour log-prob (demonstrations): `"one"` (as SFT), `"dft"` (π), or `"base"` (π/π_0).
+        weight_column (`str`, *optional*): Column whose number multiplies the weights of an example's tokens (they still count as before in the
+            denominator). Unset, it is `weight`, but only beside `completion_ids` or `behavior_log_probs`: in any other dataset a column
+            of that name is the user's own.
+        precompute_behavior_log_probs (`bool`, *optional*, defaults to `False`): Before training, compute the `behavior_log_probs` of rows with
+            `completion_ids` with the model as it is then, under the prompt and temperature that they were sampled with (`behavior_prompt`,
+            `temperature`), in the place of what the column holds. For data whose engine gave no log-probs, or whose rounding is not to
+            be trusted; it is exact only if this model is the one that was sampled.
+        alpha (`float`, *optional*, defaults to `1.0`): Exponent of `p_alpha` and `eaft`.
+        beta (`float`, *optional*, defaults to `0.1`): KL coefficient of `asft` (the paper uses 0.05 to 0.1).
+        epsilon_high (`float`, *optional*, defaults to `0.28`): Under `psft`, a ratio above 1 + `epsilon_high` gives no gradient.
+        steps_per_outer_batch (`int`, *optional*, defaults to `8`): Under `psft`, the optimizer steps of an outer batch: π_old is the policy at its
+            start (the paper takes 64 rows in mini-batches of 8). 0: π_old is π_0.
+
+    π_0 is the policy before training. `asft` keeps a frozen copy of the model or, if there is an adapter, switches that off (it must change
+    nothing at the start, as LoRA's default does); the others compute log π_0 once, before training, and cache it.
+    """
+
+    _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["objective"]
+    default_objective: ClassVar[str] = "iw"
+
+    objective: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": f"Weight of each token: {', '.join(OBJECTIVES)}, or one for each source as JSON: "
+            '{"self": "iw", "expert": "dft"}. Without it: what loss_type says, else the default of the trainer.'
+        },
+    )
+    clip_min: float | None = field(default=None, metadata={"help": "Smallest importance weight under iw."})
+    clip_max: float | None = field(default=3.0, metadata={"help": "Largest importance weight under iw."})
+    clip_mode: str = field(
+        default="truncate",
+        metadata={
+            "help": "Importance weights outside the limits become the limit, or 0 (mask).",
+            "choices": CLIP_MODES,
+        },
+    )
+    expert_weighting: str = field(
+        default="one",
+        metadata={
+            "help": "Weight of tokens without a behaviour log-prob under iw: one (as SFT), dft, or base (ratio to the initial policy).",
+            "choices": EXPERT_WEIGHTINGS,
+        },
+    )
+    weight_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column whose number multiplies an example's weights; `weight` where rows carry completion_ids."
+        },
+    )
+    precompute_behavior_log_probs: bool = field(
+        default=False,
+        metadata={
+            "help": "Compute behavior_log_probs with the initial model before training, whatever the column holds."
+        },
+    )
+    alpha: float = field(default=1.0, metadata={"help": "Exponent of p_alpha and eaft."})
+    beta: float = field(default=0.1, metadata={"help": "KL coefficient of asft."})
+    epsilon_high: float = field(
+        default=0.28, metadata={"help": "Under psft, a ratio above 1 + this gives no gradient."}
+    )
+    steps_per_outer_batch: int = field(
+        default=8,
+        metadata={"help": "Optimizer steps of psft's outer batch; 0 takes the initial policy as the reference."},
+    )
+
+    chat_template_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Chat template: a Jinja file (.jinja, .j2), or a tokenizer (directory or Hub id) that has it.",
+            "aliases": ["--chat_template"],
+        },
+    )
+
+    def __post_init__(self):
+        chosen_loss = {"dft": "dft", "chunked_nll": "nll"}.get(self.loss_type)  # "nll" is also what nobody chose
+        super().__post_init__()
+        # Whoever chose no objective may still have said what the loss is, as a script written for SFTTrainer does.
+        self.objective_was_given = self.objective is not None
+        if not self.objective_was_given:
+            smoothed = "nll" if self.label_smoothing_factor and self.default_objective == "iw" else None
+            self.objective = chosen_loss or smoothed or self.default_objective
+        if self.loss_type == self.objective:
+            self.loss_type = "nll"  # TRL's own weighting would come on top
+        by_source = self.objective if isinstance(self.objective, dict) else {}
+        for objective in self.objectives:
+            if not callable(objective) and objective not in OBJECTIVES:
+                raise ValueError(
+                    f"You passed objective={self.objective!r}; use one of {list(OBJECTIVES)}, a dict of them by source, or a function."
+                )
+        unknown = set(by_source) - {str(source) for source in Source}
+        if unknown:
+            raise ValueError(
+                f"You passed objective={self.objective!r}; {sorted(unknown)} is no source. Use {[str(s) for s in Source]}."
+            )
+        for name, values in (("expert_weighting", EXPERT_WEIGHTINGS), ("clip_mode", CLIP_MODES)):
+            if getattr(self, name) not in values:
+                raise ValueError(f"You passed {name}={getattr(self, name)!r}; use one of {list(values)}.")
+        if "iw_sequence" in self.objectives:
+            self._check_sequences_stay_whole()
+        if self.loss_type != "nll":
+            raise ValueError(
+                f"You passed loss_type={self.loss_type!r} together with objective={self.objective!r}; the objective is what "
+                f"weights the loss here. Drop loss_type, or write objective={self.loss_type!r} instead."
+            )
+        if self.label_smoothing_factor and self.objectives != ["nll"]:
+            raise ValueError(
+                f"You passed label_smoothing_factor={self.label_smoothing_factor}: smoothing spreads the loss over tokens that "
+                "were not sampled, for which no importance weight is defined. Drop it, or write objective='nll'."
+            )
+        for name, low in (("beta", 0), ("epsilon_high", 0), ("steps_per_outer_batch", 0), ("alpha", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"You passed {name}={getattr(self, name)}; it must be at least {low}.")
+        if self.clip_min is not None and self.clip_max is not None and self.clip_min > self.clip_max:
+            raise ValueError(f"You passed clip_min={self.clip_min} above clip_max={self.clip_max}; swap them.")
+
+    def _check_sequences_stay_whole(self) -> None:
+        if self.packing and self.packing_strategy != "bfd":
+            raise ValueError(
+                f"objective='iw_sequence' needs whole examples, but packing_strategy={self.packing_strategy!r} cuts examples in two. "
+                "Use packing_strategy='bfd'."
+            )
+        if self.eval_packing and not self.packing:  # TRL's collator is not padding-free then
+            raise ValueError(
+                "objective='iw_sequence' needs to know where an example ends, but eval_packing=True without packing=True shows a packed row to "
+                "the model as one example. Write eval_packing=False."
+            )
+
+    @property
+    def objectives(self) -> list:
+        """The objectives that the run mixes."""
+        return list(self.objective.values()) if isinstance(self.objective, dict) else [self.objective]
+
+    @classmethod
+    def of(cls, args: TrainingArguments) -> "ImportanceWeightedSFTConfig":
+        """
+        `args` (an `SFTConfig`, plain `TrainingArguments`, or a subclass of a user's own) with the fields of this class added. The
+        result is an instance of both classes, with every attribute that `args` has.
+
+        Field by field: `TrainingArguments.to_dict` masks everything whose name ends in `_token`, `eos_token` included.
+        """
+        if not isinstance(args, TrainingArguments):
+            raise ValueError(
+                f"You passed args={args!r:.200}; it must be a config: write args={cls.__name__}(output_dir='out', ...)."
+            )
+        known = {f.name for f in fields(cls) if f.init}
+        values = {f.name: getattr(args, f.name) for f in fields(args) if f.init and f.name in known}
+        if not getattr(args, "objective_was_given", True):
+            del values["objective"]
+        config = cls(**values)
+        own = {name: value for name, value in vars(args).items() if name not in known}
+        return _restore(cls, type(args), vars(config) | own)
+
+
+@cache
+def _both(cls: type, of_user: type) -> type:
+    """A config class that is `cls` and also the class `of_user`, whose fields and methods it has."""
+    if issubclass(cls, of_user):
+        return cls
+    combined = type(of_user.__name__, (cls, of_user), {"__module__": of_user.__module__, "__reduce__": _by_its_parts})
+    return dataclass(init=False, repr=False, eq=False)(combined)
+
+
+def _by_its_parts(config):
+    """How a config of a class made by `_both`, which no import finds, is pickled into a checkpoint."""
+    return _restore, (*type(config).__bases__, vars(config))
+
+
+def _restore(cls: type, of_user: type, attributes: dict):
+    config = object.__new__(_both(cls, of_user))
+    vars(config).update(attributes)
+    return config

@@ -1,0 +1,742 @@
+"""`ImportanceWeightedSFTTrainer`: `SFTTrainer` whose per-token loss is weighted by how on-policy each token is.
+
+Two things are added to TRL's trainer, and nothing is copied from it. Per-token columns (`behavior_log_probs`, source)
+travel from the dataset through tokenisation, truncation, packing and collation to the loss. And the model that
+`SFTTrainer.compute_loss` calls hands back log-probs already multiplied by a detached weight, so that TRL's own
+normalisation, gradient accumulation, MoE loss and metrics stay what they are (the canary tests hold it to that).
+
+Objectives that compare with another policy get its log-probs as one more column: `reference_log_probs`, computed before
+training, or `old_log_probs`, computed at the start of each outer batch of `psft`.
+"""
+
+import copy
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from accelerate import PartialState
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from transformers import (
+    DataCollator,
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTTrainer, pack_dataset
+from trl.data_utils import get_dataset_column_names
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from ..data.loading import hub_origin
+from ..data.whole_file import write_whole
+from .data_collator import (
+    ROW_COLUMNS,
+    SOURCE_IDS,
+    TOKEN_COLUMNS,
+    RewriteDataCollator,
+    align_row,
+    encode_prompt_of,
+    warn_of_unknown_sources,
+)
+from .importance_weighted_sft_config import ImportanceWeightedSFTConfig
+from .initial_policy import InitialPolicy, without_training
+from .log_probs import causal_lm, hidden_states, kl_divergence, lm_head, top_k_entropy
+from .losses import NO_LIMITS, OBJECTIVES, diagnostic_means, weight_diagnostics
+from .model_card import trained_model_card
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import BitsAndBytesConfig, PreTrainedModel
+
+
+class ImportanceWeightedSFTTrainer(SFTTrainer):
+    """
+    Drop-in replacement for [`~trl.SFTTrainer`]: same arguments, and with `objective="nll"` the same updates.
+
+    Rows that carry `completion_ids` (what `DataRewriter` writes) are trained on exactly those ids, after their `prompt`
+    rendered with the training chat template, and `behavior_log_probs` are aligned with them. Other rows go through
+    TRL's own preparation. Beside TRL's metrics it logs what `losses.diagnostic_means` lists (`nll`, `weight`, `ess`, `kl`
+    to μ, …), over all tokens and for each source there is (`nll/self`), and under `asft` its `reference_kl`.
+
+    A column `weight` beside those, or the one that `weight_column` names, multiplies an example's weights.
+
+    Args:
+        model (`str` or `PreTrainedModel`): What is trained: Hub id, directory or a loaded model.
+        args ([`ImportanceWeightedSFTConfig`], *optional*): Objective and settings; an `SFTConfig` or `TrainingArguments` is accepted too.
+        train_dataset, eval_dataset, processing_class, peft_config, ...: `SFTTrainer`'s, with its meaning and order.
+        data_collator ([`RewriteDataCollator`], *optional*): One of your own should subclass it: it hands on the per-token columns.
+
+    Raises:
+        ValueError: The combination has no defined importance weight (`compute_loss_func`, context or sequence parallelism,
+            an image dataset with our columns, …), or a row's columns contradict each other (named).
+    """
+
+    _tag_names = ["trl", "sft", "importance-weighted-sft"]
+    _name = "Importance-weighted SFT"
+    _paper = {
+        "title": "Mind the Gap: Data Rewriting for Stable Off-Policy Supervised Fine-Tuning",
+        "id": "2509.15157",
+    }
+    _config_class = ImportanceWeightedSFTConfig
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        args: ImportanceWeightedSFTConfig | TrainingArguments | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset
+        | IterableDataset
+        | DatasetDict
+        | IterableDatasetDict
+        | dict[str, Dataset | IterableDataset]
+        | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        compute_loss_func: Callable | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        quantization_config: "BitsAndBytesConfig | None" = None,
+        peft_config: "PeftConfig | None" = None,
+        formatting_func: Callable[[dict], str] | None = None,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
+            args = self._config_class(f"{name.split('/')[-1]}-{self._tag_names[-1]}")
+        elif not isinstance(args, self._config_class):
+            args = self._config_class.of(args)
+        if compute_loss_func is not None and args.objective == "iw" and not args.objective_was_given:
+            args = copy.copy(args)
+            args.objective = "nll"  # a plain SFT script with a loss of its own
+        if compute_loss_func is not None and args.objective != "nll":
+            raise ValueError(
+                f"You passed `compute_loss_func` together with objective={args.objective!r}: the objective weights the loss here, and "
+                "a loss of your own would ignore it. Write objective='nll', or give your weights as a function in `objective`."
+            )
+        # Train and eval: diagnostics of all processes since the last log.
+        self._diagnostics: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.objective = args.objective
+        self.objectives = args.objectives
+        self._weight_column = args.weight_column
+        ratio_to_base = any(o in ("iw", "iw_sequence") or callable(o) for o in self.objectives)
+        reference = ("psft" in self.objectives and not args.steps_per_outer_batch) or (
+            args.expert_weighting == "base" and ratio_to_base
+        )
+        # What the initial policy is asked for before training.
+        self._scored_columns = ["behavior_log_probs"] * args.precompute_behavior_log_probs
+        self._scored_columns += ["reference_log_probs"] * reference
+        # Fingerprints of datasets that are tokenized and aligned but not cut or packed yet, and of those that are ready.
+        self._whole: set[str] = set()
+        self._finished: set[str] = set()
+        self._outer: list = []  # what is left of psft's outer batch, and the epoch's iterator that it came from
+        self._outer_source = None
+        if any(map(callable, self.objectives)):  # what is saved with a checkpoint must be plain data
+            args = copy.copy(args)
+            args.objective = (
+                {source: _name(o) for source, o in self.objective.items()}
+                if isinstance(self.objective, dict)
+                else _name(self.objective)
+            )
+        _refuse_empty(train_dataset, "train")
+        super().__init__(
+            model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_loss_func, compute_metrics, callbacks, optimizers,
+            optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, peft_config, formatting_func,
+        )  # fmt: skip
+        if type(self.data_collator) is DataCollatorForLanguageModeling:
+            self.data_collator = RewriteDataCollator.like(self.data_collator)
+        if isinstance(self.data_collator, RewriteDataCollator):
+            self.data_collator.vocab_size = self._vocab_size()
+            self.data_collator.scored_columns = self._scored_columns
+        self._rows_are_aligned = "behavior_log_probs" in get_dataset_column_names(self.train_dataset)
+        self._describe(train_dataset)
+        self._refuse_what_has_no_weights()
+        self._refuse_rows_without_target(train_dataset)
+        for name, data in {"train": train_dataset, **_named(eval_dataset)}.items():
+            self._refuse_ids_of_another_model(data, name)
+        self._asks_initial_policy = bool(self._scored_columns) or "asft" in self.objectives
+        self.initial_policy = InitialPolicy(self.model, self.accelerator, self._asks_initial_policy)
+        if "asft" in self.objectives:
+            self.initial_policy.freeze()
+        if self._scored_columns:  # now that there is a model to ask
+            self.train_dataset = self._finish(self.train_dataset, self.args, self.args.packing, "train")
+            packing = args.packing if args.eval_packing is None else args.eval_packing
+            finished = {
+                name: self._finish(data, self.args, packing, name) for name, data in _named(self.eval_dataset).items()
+            }
+            self.eval_dataset = finished if isinstance(self.eval_dataset, dict) else finished.get("eval")
+        self._tell_tokens_without_ratio()
+
+    def _describe(self, train_dataset) -> None:
+        """What the model card says of the training rows, and what the user should know of their columns."""
+        columns = get_dataset_column_names(train_dataset)
+        source, weight = self._our_columns(columns)
+        self.num_train_rows = getattr(train_dataset, "num_rows", 0)
+        self.train_dataset_id = hub_origin(train_dataset).get("dataset_name")
+        sources = train_dataset.with_format(None)[source] if source and self.num_train_rows else ()
+        self.train_sources = Counter(map(str, sources))
+        if not SOURCE_IDS.keys() >= self.train_sources.keys():
+            self.train_sources = Counter()
+        if self.args.weight_column and not (self._rows_are_aligned and (weight or "source_ids" in columns)):
+            raise ValueError(
+                f"You passed weight_column={self.args.weight_column!r}, but "
+                + (
+                    "the dataset is not prepared here, so that its weights are not aligned with its tokens."
+                    if weight
+                    else f"the training rows have the columns {columns}."
+                )
+            )
+        if isinstance(self.objective, dict) and "source" not in columns and "source_ids" not in columns:
+            warnings.warn(
+                f"objective={self.objective} chooses by source, but the dataset has no column `source`: every token has the weight 1 (`nll`). "
+                f"Its columns are {columns}.",
+                stacklevel=3,
+            )
+        if weight and "source_ids" not in columns:
+            warnings.warn(f"The column `{weight}` multiplies the weights of each example's tokens.", stacklevel=3)
+        elif "weight" in columns and not weight:
+            warnings.warn(
+                "The column `weight` has no effect: nothing says that it is meant for the loss. If it should multiply each example's weights, "
+                "write weight_column='weight'.",
+                stacklevel=3,
+            )
+
+    def _our_columns(self, columns) -> tuple[str | None, str | None]:
+        """The names of the columns that hold a row's source and its weight, among the `columns` of a dataset."""
+        rewritten = bool(ROW_COLUMNS.intersection(columns))
+        source = "source" if "source" in columns and (rewritten or isinstance(self.objective, dict)) else None
+        weight = self._weight_column or ("weight" if rewritten else None)
+        return source, weight if weight in columns else None
+
+    def _refuse_what_has_no_weights(self) -> None:
+        parallelism = getattr(self.accelerator, "parallelism_config", None)
+        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+            raise ValueError(
+                "Context and sequence parallelism shard the tokens but not our per-token columns, so weights would be misaligned. "
+                "Set cp_size=1 and sp_size=1 in the accelerate config (FSDP2 and ZeRO are fine)."
+            )
+        if self._is_vision_dataset:
+            datasets = [self.train_dataset, *_named(self.eval_dataset).values()]
+            columns = {c for data in datasets for c in get_dataset_column_names(data)} & ROW_COLUMNS
+            by_source = isinstance(self.objective, dict)
+            if columns or by_source or self._scored_columns or {"asft", "eaft", "psft"}.intersection(self.objectives):
+                raise ValueError(
+                    "The dataset has images: TRL tokenises those in the collator, where our per-token columns cannot be aligned with "
+                    f"them. Train on text, or drop the columns {sorted(columns)} and use the objective nll, dft or p_alpha."
+                )
+        plugin = self.accelerator.state.deepspeed_plugin
+        if plugin is not None and plugin.zero_stage == 3 and (self._scored_columns or "asft" in self.objectives):
+            raise ValueError(
+                "ZeRO stage 3 shards the weights before the initial policy can be asked. Use ZeRO stage 2 or FSDP2, or an objective "
+                "that does not ask it (nll, dft, p_alpha, eaft, iw with the column `behavior_log_probs`)."
+            )
+
+    def _refuse_rows_without_target(self, given) -> None:
+        rows = self.train_dataset
+        if not hasattr(rows, "num_rows") or (rows.num_rows and "labels" not in rows.column_names):
+            return
+        if not any(map(_has_target, rows)):
+            limit = f" within max_length={self.args.max_length}" if self.args.max_length else ""
+            raise ValueError(
+                f"None of the {given.num_rows} training rows has a token to train on{limit}: what is left of them is prompt, or is masked in their "
+                "`labels`. Set a larger max_length, or look at completion_only_loss and assistant_only_loss."
+            )
+
+    def _tell_tokens_without_ratio(self) -> None:
+        """Warns of the training tokens that an importance weight is asked of and that have none, as μ is not known; refuses if there are no others."""
+        by_source = self.objective if isinstance(self.objective, dict) else dict.fromkeys(SOURCE_IDS, self.objective)
+        weighted = [SOURCE_IDS[source] for source, name in by_source.items() if name in ("iw", "iw_sequence")]
+        rows = self.train_dataset
+        if (
+            not weighted
+            or self.args.expert_weighting != "one"
+            or "labels" not in (getattr(rows, "column_names", None) or ())
+        ):
+            return
+        # Without log-probs of ours, a column of one of our names is the user's own.
+        ours = {"source_ids", "behavior_log_probs"} if "behavior_log_probs" in rows.column_names else set()
+        total, unknown = 0, 0
+        for batch in rows.with_format("arrow").iter(batch_size=1000):
+            columns = {
+                name: pc.list_flatten(batch[name]).to_numpy()
+                for name in batch.column_names
+                if name in ours or name == "labels"
+            }
+            asked = columns["labels"] != -100
+            if isinstance(self.objective, dict):
+                asked &= np.isin(columns.get("source_ids", -1), weighted)
+            total += asked.sum()
+            unknown += (asked & np.isnan(columns.get("behavior_log_probs", np.nan))).sum()
+        if not unknown:
+            return
+        told = (
+            f"{unknown:,} of {total:,} training tokens ({unknown / total:.0%}) have no μ, as their rows have no `behavior_log_probs`: with "
+            f"objective={self.args.objective!r} their weight is 1, which is plain SFT."
+        )
+        if unknown == total and self.args.objective_was_given:
+            raise ValueError(
+                f"{told} Train on what `trl-offpolicy rewrite` wrote, sampled at temperature 1; set precompute_behavior_log_probs=True if the rows "
+                "have `completion_ids` of this model; or write objective='nll' (SFT), 'dft', or expert_weighting='base' (π/π_0), which need no μ."
+            )
+        warnings.warn(f"{told} expert_weighting says what else they may weigh.", stacklevel=4)
+
+    def _vocab_size(self) -> int | None:
+        """As the config says: ZeRO stage 3 leaves no shape to the embeddings."""
+        return getattr(self.model.config.get_text_config(), "vocab_size", None)
+
+    def _refuse_ids_of_another_model(self, dataset, dataset_name: str) -> None:
+        """Names the row. (Streaming rows are looked at in the collator.)"""
+        size = self._vocab_size()
+        if size is None or not hasattr(dataset, "num_rows") or "completion_ids" not in dataset.column_names:
+            return
+        for batch, rows in enumerate(dataset.with_format("arrow").iter(batch_size=1000)):
+            largest = pc.max(pc.list_flatten(rows["completion_ids"])).as_py()
+            if largest is not None and largest >= size:
+                row = next(i for i, ids in enumerate(rows["completion_ids"].to_pylist()) if ids and max(ids) >= size)
+                raise ValueError(
+                    f"Row {1000 * batch + row} of the {dataset_name} dataset has token ids of up to {largest} in `completion_ids`, but the model has "
+                    f"{size} token embeddings: the row was sampled from another model, or with another tokenizer. Train the model that the rows are "
+                    "of, or drop the columns `completion_ids` and `behavior_log_probs`."
+                )
+
+    # ---- columns ----
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        columns = set(get_dataset_column_names(dataset))
+        _refuse_empty(dataset, dataset_name)
+        # Packed already (TRL would pack it a second time and merge its documents), or prepared here.
+        prepared = "input_ids" in columns and (
+            "seq_lengths" in columns or {"behavior_log_probs", "source_ids"} <= columns
+        )
+        if not prepared:
+            if not any(self._our_columns(columns)) and not ROW_COLUMNS & columns and not self._scored_columns:
+                return super()._prepare_dataset(
+                    dataset, processing_class, args, packing, formatting_func, dataset_name
+                )
+            _refuse_hidden_columns(dataset, dataset_name)
+            given, dataset = dataset, self._align(dataset, processing_class, args, formatting_func, dataset_name)
+            if hasattr(self, "accelerator"):  # `__init__` does it once there is a model
+                self._refuse_ids_of_another_model(given, dataset_name)
+            if hasattr(dataset, "num_rows"):
+                self._whole.add(dataset._fingerprint)
+            elif not self._scored_columns:
+                dataset = self._cut_or_pack(dataset, args, packing)
+                return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+        if self._scored_columns and not hasattr(self, "accelerator"):
+            return dataset  # `__init__` has it finished once there is a model
+        return self._finish(dataset, args, packing, dataset_name)
+
+    def _align(self, dataset, processing_class, args, formatting_func, dataset_name: str):
+        """Tokenizes whole rows, and aligns their columns with the tokens."""
+        dataset = _unformatted(dataset)
+        columns = get_dataset_column_names(dataset)
+        # Of rows that are not tokenized yet these are the user's own.
+        dataset = dataset.remove_columns([c for c in ("reference_log_probs", "old_log_probs") if c in columns])
+        source, weight = self._our_columns(columns)
+        map_kwargs = {"num_proc": args.dataset_num_proc} if hasattr(dataset, "num_rows") else {}
+        if source and map_kwargs:
+            warn_of_unknown_sources(dataset[source])
+        whole = copy.copy(args)
+        whole.max_length, whole.shuffle_dataset = None, False  # cut, packed and shuffled later, with all columns
+        dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
+        with PartialState().local_main_process_first():
+            return dataset.map(
+                align_row,
+                with_indices=True,
+                fn_kwargs={
+                    "processing_class": processing_class,
+                    "chat_template": self.chat_template,
+                    "completion_only": self.completion_only_loss or args.assistant_only_loss,
+                    "recompute": args.precompute_behavior_log_probs,
+                    "source_column": source,
+                    "weight_column": weight,
+                    "streaming": not map_kwargs,
+                },
+                **map_kwargs,
+                **({"desc": f"Aligning {dataset_name} dataset"} if map_kwargs else {}),
+            )
+
+    def _finish(self, dataset, args, packing: bool, dataset_name: str):
+        """
+        Scores the rows if an objective asks for it, and cuts, packs and shuffles them unless that is done.
+
+        μ is scored on whole rows, under the prompt they were sampled with; π_0 on what is left of them, as π will see it.
+        """
+        fingerprint = getattr(dataset, "_fingerprint", None)
+        whole = fingerprint in self._whole
+        if fingerprint in self._finished or not (whole or self._scored_columns):
+            return dataset
+        dataset = _unformatted(dataset)
+        if self._scored_columns:
+            self._check_scorable(dataset, whole, dataset_name)
+        if "behavior_log_probs" in self._scored_columns:
+            dataset = self._score_behavior(dataset, dataset_name)
+        if whole:
+            dataset = self._cut_or_pack(dataset, args, packing)
+        if "reference_log_probs" in self._scored_columns:
+            dataset = self._score_reference(dataset, dataset_name)
+        if whole and args.shuffle_dataset:
+            dataset = dataset.shuffle(seed=args.seed)
+        self._finished.add(dataset._fingerprint)
+        return dataset
+
+    def _cut_or_pack(self, dataset, args, packing: bool):
+        map_kwargs = {"num_proc": args.dataset_num_proc} if hasattr(dataset, "num_rows") else {}
+        scored_later = {"reference_log_probs", "old_log_probs"}
+        columns = ["input_ids", "labels", *(name for name in TOKEN_COLUMNS if name not in scored_later)]
+        with PartialState().local_main_process_first():
+            if args.max_length is not None and not packing:
+                cut = (
+                    slice(None, args.max_length)
+                    if args.truncation_mode == "keep_start"
+                    else slice(-args.max_length, None)
+                )
+                dataset = dataset.map(_cut, fn_kwargs={"columns": columns, "cut": cut}, **map_kwargs)
+                dataset = dataset.filter(_has_target, **map_kwargs)
+            if packing:
+                dataset = dataset.select_columns(columns)
+                if args.shuffle_dataset:
+                    dataset = dataset.shuffle(seed=args.seed)
+                dataset = pack_dataset(dataset, args.max_length, args.packing_strategy, map_kwargs)
+        return dataset
+
+    def _check_scorable(self, dataset, whole: bool, dataset_name: str) -> None:
+        wanted = " and ".join(self._scored_columns)
+        if not hasattr(dataset, "num_rows"):
+            raise ValueError(
+                f"{wanted} must be computed before training, which a streaming dataset does not allow. "
+                "Load it without streaming=True, or use an objective that does not ask the initial policy."
+            )
+        if self.state.global_step and not self.initial_policy.has_neutral_adapter:
+            raise ValueError(
+                f"The {dataset_name} dataset came after training had begun, when the initial policy was gone. Pass it as `eval_dataset` to "
+                "the constructor."
+            )
+        if "input_ids" not in dataset.column_names:
+            raise ValueError(
+                f"{wanted} must be computed before training, but with skip_prepare_dataset=True the {dataset_name} dataset is taken as it is, "
+                f"and it has no `input_ids`: {dataset.column_names}. Tokenize it, or drop skip_prepare_dataset."
+            )
+        if not whole and "behavior_log_probs" in self._scored_columns:
+            raise ValueError(
+                f"You passed precompute_behavior_log_probs=True, but the {dataset_name} dataset is tokenized, cut or packed already: which of "
+                "its tokens were sampled, and under which prompt, cannot be told any more. Pass the rows as DataRewriter wrote them, or set "
+                "precompute_behavior_log_probs=False to use the log-probs that it has."
+            )
+
+    def _score_behavior(self, dataset, dataset_name: str):
+        def pieces_of(row: dict) -> list[tuple]:
+            if not row.get("completion_ids"):
+                return []
+            prompt = row.get("behavior_prompt") or row["prompt"]
+            temperature = 1.0 if row.get("temperature") is None else float(row["temperature"])
+            ids = encode_prompt_of(row, prompt, self.processing_class, self.chat_template)
+            return [(len(row["input_ids"]), ids, row["completion_ids"], temperature)]
+
+        return self.initial_policy.score(
+            dataset, "behavior_log_probs", pieces_of, self.chat_template, f"Scoring {dataset_name} dataset"
+        )
+
+    def _score_reference(self, dataset, dataset_name: str):
+        def pieces_of(row: dict) -> list[tuple]:
+            # A packed row is several documents only to a collator that keeps them apart.
+            lengths = self.padding_free and row.get("seq_lengths") or [len(row["input_ids"])]
+            pieces, end = [], 0
+            for length in lengths:
+                start, end = end, end + length
+                ids, labels = row["input_ids"][start:end], row.get("labels", row["input_ids"])[start:end]
+                first = next((t for t, label in enumerate(labels) if label != -100), length)
+                pieces.append((end, ids[:first], ids[first:], 1.0))
+            return pieces
+
+        description = f"Scoring {dataset_name} dataset with the initial policy"
+        return self.initial_policy.score(dataset, "reference_log_probs", pieces_of, self.padding_free, description)
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        if isinstance(self.data_collator, RewriteDataCollator) or self._rows_are_aligned:
+            self._signature_columns = list(dict.fromkeys([*self._signature_columns, *TOKEN_COLUMNS]))
+
+    def _prepare_inputs(self, inputs):
+        # DeepSpeed casts every float input to its dtype; in bfloat16 a log-prob has two digits.
+        columns = {name: inputs.pop(name).to(self.args.device) for name in TOKEN_COLUMNS if name in inputs}
+        return {**super()._prepare_inputs(inputs), **columns}
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Under `psft`, an outer batch at a time: its rows are scored by the policy as it is before the first of them trains it."""
+        steps = self.args.steps_per_outer_batch
+        if "psft" not in self.objectives or not steps:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not self._outer or self._outer_source is not epoch_iterator:
+            self._outer, self._outer_source = [], epoch_iterator
+            # Outer batches start at multiples of `steps`: a run resumed at one goes on as if it had not stopped.
+            for _ in range(steps - self.state.global_step % steps):
+                batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+                self._outer.append(([self._with_own_log_probs(batch) for batch in batches], num_items))
+                if len(batches) < num_batches:
+                    break
+        return self._outer.pop(0)
+
+    def _with_own_log_probs(self, batch: dict) -> dict:
+        inputs = self._prepare_inputs(dict(batch))
+        model_inputs = {name: value for name, value in inputs.items() if name not in TOKEN_COLUMNS}
+        with without_training(self.model), self.compute_loss_context_manager():
+            outputs = self.model_wrapped(**model_inputs, use_cache=False, fused_lm_head=True)
+        log_probs = outputs.log_probs[:, 1 - inputs["input_ids"].shape[1] :].float()  # without virtual tokens
+        return {**batch, "old_log_probs": torch.nn.functional.pad(log_probs, (1, 0), value=math.nan)}
+
+    # ---- loss ----
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = dict(inputs)
+        # (B, T-1): of the targets
+        columns = {name: inputs.pop(name)[:, 1:] for name in TOKEN_COLUMNS if name in inputs}
+        if self.model.training and self._rows_are_aligned and "behavior_log_probs" not in columns:
+            raise ValueError(
+                f"The training rows have per-token columns (behavior_log_probs, weight, …), but the data collator {type(self.data_collator).__name__} "
+                "leaves them out of the batch, so that all weights would be 1. Let it subclass trl_offpolicy.RewriteDataCollator, or drop the "
+                f"columns {sorted(ROW_COLUMNS)} from the dataset and pass no weight_column."
+            )
+        missing = [name for name in self._scored_columns if name not in columns]
+        if missing:
+            raise ValueError(
+                f"The batch has no {' and no '.join(missing)}, which the weights need. Give the dataset to the constructor, or with "
+                "skip_prepare_dataset=False to `evaluate`, where it is computed; and let a data collator of your own subclass RewriteDataCollator."
+            )
+        if "seq_idx" in inputs:  # padding-free: one row holds several examples
+            columns["segment_ids"] = inputs["seq_idx"][:, 1:]
+
+        def weighted(**model_inputs):
+            if not model_inputs.get("fused_lm_head"):
+                # TRL asks for logits to compute another loss from, or, the loss being computed, for `compute_metrics` and `predict`.
+                other_loss = self.compute_loss_func is not None or self.label_smoother is not None
+                if other_loss and "weight" in columns and (columns["weight"] != 1).any():
+                    raise ValueError(
+                        "A column `weight` has no effect on label smoothing or a loss of your own. Drop one of them."
+                    )
+                return model(**model_inputs)
+            outputs, extra = self._forward(model, model_inputs)
+            weights, penalty = self._weights(outputs, columns, extra)
+            self._refuse_infinite(weights, outputs, model_inputs["input_ids"])
+            outputs.log_probs = outputs.log_probs * weights - penalty  # (B, T-1); the loss is minus their sum
+            return outputs
+
+        return super().compute_loss(weighted, inputs, return_outputs, num_items_in_batch)
+
+    def _refuse_infinite(self, weights, outputs, input_ids) -> None:
+        """A weight that is not finite would make the whole model NaN in one step. (A log-prob that is not does so with TRL, too.)"""
+        wrong = outputs.label_mask.bool() & ~weights.isfinite() & outputs.log_probs.isfinite()
+        if wrong.any():
+            row, position = wrong.nonzero()[0].tolist()
+            end = position + 1 + input_ids.shape[1] - wrong.shape[1]  # without virtual tokens
+            text = self._tokenizer.decode(input_ids[row, :end][-60:])
+            objective = next((_name(o) for o in self.objectives if callable(o)), self.objective)
+            raise ValueError(
+                f"The weight of a token is {weights[row, position].item()} under objective={objective!r}: a function of your own must return "
+                "finite weights, a row's own weight must be finite, and a ratio π/μ needs finite `behavior_log_probs` and a clip_max. The token is "
+                "the last of "
+                f"{text!r}"
+            )
+
+    def _forward(self, model, model_inputs: dict):
+        """TRL's fused forward, and what `asft` and `eaft` need beside it: the KL to π_0, the entropy of the likeliest tokens."""
+        extra: dict[str, torch.Tensor | None] = {"kl": None, "top_k_entropy": None}
+        if not {"asft", "eaft"}.intersection(self.objectives):
+            return model(**model_inputs), extra
+        if "asft" in self.objectives:
+            with self.initial_policy.asked(model) as initial:
+                base = causal_lm(self.accelerator.unwrap_model(initial))
+                with hidden_states(base) as initial_states:
+                    initial(**model_inputs)
+                initial_head = lm_head(base)
+        policy = causal_lm(self.model)
+        with hidden_states(policy) as states:
+            outputs = model(**model_inputs)
+        mask, hidden, head = outputs.label_mask.bool(), states[-1][:, :-1], lm_head(policy)
+
+        def spread(values, where):
+            return torch.zeros(mask.shape, device=values.device).masked_scatter(where, values)
+
+        if "eaft" in self.objectives:
+            extra["top_k_entropy"] = spread(top_k_entropy(head, hidden[mask].detach()), mask)
+        if "asft" in self.objectives:
+            initial_hidden = initial_states[-1][:, :-1]
+            virtual = hidden.shape[1] - initial_hidden.shape[1]  # tokens that prompt-learning peft puts in front
+            shared = mask & (torch.arange(mask.shape[1], device=mask.device) >= virtual)
+            kl = kl_divergence(head, hidden[shared], initial_head, initial_hidden[shared[:, virtual:]])
+            extra["kl"] = spread(kl, shared)
+        return outputs, extra
+
+    def _weights(
+        self, outputs, columns: dict[str, torch.Tensor], extra: dict
+    ) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """The weight of each token, and what `asft` subtracts from its weighted log-prob: both (B, T-1)."""
+        log_probs, mask = outputs.log_probs.detach(), outputs.label_mask.bool()
+        rows = torch.arange(len(log_probs), device=log_probs.device)[:, None].expand_as(log_probs)
+
+        def column(name, missing):
+            if name not in columns:
+                return torch.full_like(log_probs, missing, dtype=torch.float32)
+            # Prompt-learning PEFT puts virtual tokens in front of the sequence.
+            return torch.nn.functional.pad(
+                columns[name], (log_probs.shape[1] - columns[name].shape[1], 0), value=missing
+            )
+
+        behavior, source = column("behavior_log_probs", torch.nan), column("source_ids", -1)
+        known = {
+            "log_probs": log_probs,
+            "behavior_log_probs": behavior,
+            "reference_log_probs": column("reference_log_probs", torch.nan),
+            "old_log_probs": column(
+                "old_log_probs" if self.args.steps_per_outer_batch else "reference_log_probs", torch.nan
+            ),
+            "mask": mask,
+            "entropy": outputs.entropy.detach(),
+            "top_k_entropy": extra["top_k_entropy"],
+            "segment_ids": column("segment_ids", 0) if "segment_ids" in columns else rows,
+        }
+        own = column("weight", 1.0)
+        # Zero where a token is not trained on: its log-prob is 0, and a ratio to it may be infinite.
+        weights = torch.where(mask, self._token_weights(known, source, {}) * own, 0.0)
+        unlimited = weights
+        if {"iw", "iw_sequence", "psft"}.intersection(self.objectives):
+            unlimited = torch.where(mask, self._token_weights(known, source, NO_LIMITS) * own, 0.0)
+        groups = torch.stack([mask, *(mask & (source == i) for i in SOURCE_IDS.values())])  # all, then each source's
+        sums, extremes = weight_diagnostics(
+            weights, unlimited, log_probs, behavior, known["entropy"], outputs.is_top1, groups
+        )
+        mode = "train" if self.model.training else "eval"
+        # Every process is here, and need not be in `log`, which a callback may call in one of them.
+        both = self.accelerator.gather(torch.cat([sums.flatten(), extremes.flatten()])[None])  # (processes, …)
+        sums = both[:, : sums.numel()].sum(0).view_as(sums)
+        extremes = both[:, sums.numel() :].amax(0).view_as(extremes).to(extremes)
+        if mode in self._diagnostics:  # stays on the device until the next log
+            before = self._diagnostics[mode]
+            sums, extremes = before[0] + sums, torch.maximum(before[1], extremes)
+        self._diagnostics[mode] = sums, extremes
+        if extra["kl"] is None:
+            return weights, 0.0
+        if isinstance(self.objective, dict):
+            named = [SOURCE_IDS[name] for name, objective in self.objective.items() if objective == "asft"]
+            mask = mask & torch.isin(source, torch.tensor(named, device=source.device))
+        kl = torch.where(mask, extra["kl"], 0.0)
+        total = self.accelerator.gather(torch.stack([kl.detach().sum(), mask.sum()])[None]).sum(0)
+        self._metrics[mode]["reference_kl"].append((total[0] / total[1].clamp(min=1)).item())
+        return weights, self.args.beta * own * kl
+
+    def _token_weights(self, known: dict[str, torch.Tensor], source: torch.Tensor, limits: dict) -> torch.Tensor:
+        def weights_of(objective):
+            if callable(objective):
+                return _checked(objective(**known), known["log_probs"].shape, objective)
+            settings = {name: getattr(self.args, name) for name in OBJECTIVES[objective].settings}
+            return OBJECTIVES[objective].weights(**known, **{**settings, **limits})
+
+        if not isinstance(self.objective, dict):
+            return weights_of(self.objective)
+        weights = weights_of("nll")
+        for name, objective in self.objective.items():
+            weights = torch.where(source == SOURCE_IDS[name], weights_of(objective), weights)
+        return weights
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        metrics = {}
+        if mode in self._diagnostics:
+            groups = zip(["", *(f"/{name}" for name in SOURCE_IDS)], *self._diagnostics.pop(mode), strict=True)
+            for suffix, *group in groups:
+                metrics |= {name + suffix: value for name, value in diagnostic_means(*group).items()}
+        metrics |= {key: sum(values) / len(values) for key, values in self._metrics[mode].items()}
+        if mode == "eval":
+            # Each eval set under its own prefix; TRL adds its own keys as `eval_entropy` for all of them, and the last one stays.
+            timed = next((key for key in logs if key.endswith("_runtime")), "eval_runtime")
+            metrics = {timed.removesuffix("runtime") + key: value for key, value in metrics.items()}
+        logs.update(metrics)
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args, **kwargs):
+        # What `predict`, or an evaluation that was interrupted, has left is none of this one's.
+        self._diagnostics.pop("eval", None)
+        self._metrics["eval"].clear()
+        return super().evaluation_loop(*args, **kwargs)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        if resume_from_checkpoint and self._asks_initial_policy and self.is_world_process_zero():
+            last = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else None
+            self.initial_policy.check(last or resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        if self._asks_initial_policy and self.is_world_process_zero():
+            self.initial_policy.record(f"{self._get_output_dir(trial)}/checkpoint-{self.state.global_step}")
+        super()._save_checkpoint(model, trial)
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        """Writes `output_dir/README.md`: base model, data by source, objective with its equation, hyper-parameters, results, versions."""
+        if self.is_world_process_zero():
+            card = trained_model_card(self, model_name, dataset_name, tags)
+            write_whole(f"{self.args.output_dir}/README.md", str(card))
+
+
+def _name(objective) -> str:
+    return objective if isinstance(objective, str) else getattr(objective, "__name__", type(objective).__name__)
+
+
+def _checked(weights, shape: torch.Size, objective) -> torch.Tensor:
+    """What a function of the user's own returned, if it is one weight for each target token."""
+    if not isinstance(weights, torch.Tensor) or weights.shape != shape:
+        what = (
+            f"a tensor of shape {tuple(weights.shape)}" if isinstance(weights, torch.Tensor) else f"{weights!r:.100}"
+        )
+        raise ValueError(
+            f"The objective {_name(objective)!r} returned {what}, but it must return one weight for each target token: a tensor of the shape "
+            f"of its argument `log_probs`, here {tuple(shape)}."
+        )
+    return weights
+
+
+def _refuse_empty(dataset, name: str) -> None:
+    if dataset is not None and not (len(dataset) if hasattr(dataset, "num_rows") else next(iter(dataset), None)):
+        raise ValueError(f"The {name} dataset has no rows. Was everything filtered out of it, or is it another split?")
+
+
+def _refuse_hidden_columns(dataset, name: str) -> None:
+    """TRL decides by the columns that it sees what is trained on, and would train on the prompts too."""
+    if not hasattr(dataset, "num_rows") or dataset.format["output_all_columns"]:
+        return
+    visible = dataset.format["columns"]
+    hidden = [column for column in dataset.column_names if column not in visible]
+    if hidden:
+        raise ValueError(
+            f"The {name} dataset hides its columns {hidden}, as `with_format(…, columns={visible})` does, and they may be needed. Show all with "
+            "`with_format(None)`, or drop those that you do not want with `remove_columns`."
+        )
+
+
+def _named(eval_dataset) -> dict:
+    """The eval sets by name, of what a trainer is given."""
+    if isinstance(eval_dataset, dict):
+        return eval_dataset
+    return {} if eval_dataset is None else {"eval": eval_dataset}
+
+
+def _unformatted(dataset):
+    """With rows of lists, whatever `with_format("torch")` made of them; a transform is left to TRL, which refuses it."""
+    custom = hasattr(dataset, "num_rows") and dataset.format["type"] == "custom"
+    return dataset if custom else dataset.with_format(None)
+
+
+def _cut(example: dict, columns: list[str], cut: slice) -> dict:
+    return {name: example[name][cut] for name in columns}
+
+
+def _has_target(example: dict) -> bool:
+    return any(label != -100 for label in example["labels"])

@@ -1,0 +1,871 @@
+r"""One completion against one gold answer: what it states, what that means, whether the two are the same.
+
+math-verify (on latex2sympy2_extended) reads and compares expressions and sets. Around it, because each was measured to go wrong
+there: our own extraction (`extraction.py`), answers read whole as one of a few types before anything in them is
+parsed (lists, tuples, matrices, units, percent, bases), LaTeX parsed whole or not at all (its fall back to the first number it
+finds reads the gold `2007+\frac\pi 2` as 2), and numbers compared by relative size (an absolute 1e-15 makes 10^-20 = 10^-21).
+
+These functions may run for ever or exhaust memory on hostile input: `verification.py` runs them in processes it can kill.
+"""
+
+import functools
+import random
+import re
+import string
+from fractions import Fraction
+from typing import NamedTuple
+
+import sympy
+from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig
+from math_verify import verify
+from math_verify.grader import unwrap_fcs
+from sympy.logic.boolalg import Boolean
+
+from ..answers.extraction import NO_ANSWER, Statement, Unparsable, final_answer, stated_answer
+from ..answers.normalization import DATE, GREEK, NUMBER_WORDS, normalize, number, split_unit, unit, words
+from ..data.rows import Verdict
+
+
+class UnparsableGold(Unparsable):
+    """The gold answer is what cannot be read."""
+
+
+def grade(
+    completion: str | None,
+    answer: str,
+    float_rounding: int = 6,
+    numeric_precision: int = 50,
+    strict: bool = True,
+    allow_set_relation_comp: bool = True,
+) -> tuple[Verdict, str]:
+    """The verdict on one completion; with `completion=None`, on whether the gold answer can be compared with at all.
+
+    The options are those of `math_verify.verify`, and mean the same.
+    """
+    compare = _Comparison(float_rounding, numeric_precision, strict, allow_set_relation_comp)
+    try:
+        try:
+            gold = normalize(final_answer(answer) or answer)
+        except Unparsable as error:
+            raise UnparsableGold from error
+        if not gold:
+            return Verdict.UNPARSABLE, "the gold answer is empty"
+        if completion is None:
+            compare.readable(read(gold))
+            return Verdict.CORRECT, ""
+        stated = stated_answer(completion)
+        prediction = normalize(stated.text)
+        if not prediction:
+            return Verdict.UNPARSABLE, NO_ANSWER
+        same = compare.same(prediction, gold)
+        for other in stated.others:
+            if not _agree(compare, other, prediction):
+                return Verdict.UNPARSABLE, f"{NO_ANSWER}: it states {stated.text:.80} and {other:.80}"
+        if same:
+            return Verdict.CORRECT, ""
+        if words(prediction) and not _choice(prediction) and _may_be_prose(stated, gold):
+            return Verdict.UNPARSABLE, NO_ANSWER
+        told = f"states {stated.text!r:.120}, the gold answer is {final_answer(answer) or answer!r:.120}"
+        return Verdict.WRONG, told
+    except UnparsableGold:
+        return Verdict.UNPARSABLE, "the gold answer cannot be parsed"
+    except Unparsable as error:
+        return Verdict.UNPARSABLE, str(error) or NO_ANSWER
+    except RecursionError:
+        return Verdict.UNPARSABLE, "an answer is nested too deeply"
+
+
+def _agree(compare: "_Comparison", other: str, prediction: str) -> bool:
+    """Whether two statements of one completion say the same; what cannot be told counts as a contradiction."""
+    try:
+        return compare.same(normalize(other), prediction)
+    except Unparsable:
+        return False
+
+
+def _may_be_prose(stated: Statement, gold: str) -> bool:
+    """A sentence that is not the gold word need not be an answer at all."""
+    return stated.kind == "sentence" or (stated.kind not in ("box", "tag") and not words(gold))
+
+
+# ---- reading: all of an answer as one of a few types ----
+
+
+class Answer(NamedTuple):
+    """An answer read whole: its type, its parts in that type, and its text.
+
+    `parts` by `kind`: tuple, list, set, ratio: `Answer`s (a tuple's `name` holds its brackets); named: the value's `Answer` (`name` is
+    what it is called); equation: its sides as text; relation: terms and signs in turn; matrix, cases: rows of cells; modular: residue
+    and modulus; words, value: none.
+    """
+
+    kind: str
+    text: str
+    parts: tuple = ()
+    name: str = ""
+
+
+_MEMBER = re.compile(
+    r"^(?:(?:[A-Za-z]|\\[A-Za-z]+)(?:_\{[^{}]*\})?|\([A-Za-z](?:, ?[A-Za-z])+\))\\in(?![A-Za-z]) ?(?=[\[(\\])"
+)
+_ONE_NAME = (
+    r"(?:\\triangle |\\angle ?|\\overline|\\text|\\vec|\\overrightarrow)?(?:[A-Z]{2,}|\\?[A-Za-z]+|\{[A-Za-z ]+\})(?:_\{[^{}]*\})?'*(?:\^\{-1\})?(?:\([^()=]*\))?"
+    r"|\|[A-Z]{2,}\||\([A-Za-z](?:, ?[A-Za-z])+\)|\\(?:sin|cos|tan|cot|sec|csc) ?\\?(?:angle ?)?[A-Za-z]+"
+)
+_NAME = re.compile(rf"(?:{_ONE_NAME})(?::(?:{_ONE_NAME}))*")
+_AND = r",? ?\\text\s*\{\s*,?\s*(?:and|or)\s*,?\s*\},?|,? ?(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|&"
+_SIGNS = r"[<>]|\\(?:le|ge|neq)(?![A-Za-z])"
+_FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
+_CONSTANT = re.compile(
+    rf"\\(?!text|angle|overline|(?:{GREEK})(?![A-Za-z]))[A-Za-z]+|\\text\s*\{{[^{{}}]*\}}(?=.)|(?<![A-Za-z])[ei](?![A-Za-z])"
+)
+_TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
+
+
+def _cuts(text: str, separator: str) -> list[re.Match]:
+    """The matches of `separator` in `text` that are in no bracket."""
+    cuts, depth = [], 0
+    for match in re.finditer(rf"(?P<cut>{separator})|\\begin|\\end|\\[{{}}]|[()\[\]{{}}]", text):
+        if match["cut"] is None:
+            depth += 1 if match[0] == "\\begin" or match[0][-1] in "([{" else -1
+        elif depth == 0:
+            cuts.append(match)
+    return cuts
+
+
+def _split(text: str, separator: str) -> list[str]:
+    cuts = _cuts(text, separator)
+    ends = [0, *(m.end() for m in cuts)], [*(m.start() for m in cuts), len(text)]
+    return [p for start, end in zip(*ends, strict=True) if (p := text[start:end].strip())]
+
+
+def _brackets(text: str) -> tuple[str, str]:
+    r"""The brackets around all of a text, and what is in them: `("[)", "0,1")`, `("{}", "1,2")`; empty where there are none."""
+    match = re.fullmatch(r"(\\\{|[(\[{])(.*?)(\\\}|[)\]}])", text, re.S)
+    if not match:
+        return "", text
+    depth = 0
+    for bracket in re.finditer(r"\\[{}]|[()\[\]{}]", text):
+        depth += 1 if bracket[0][-1] in "([{" else -1
+        if depth == 0 and bracket.end() < len(text):
+            return "", text
+    return match[1][-1] + match[3][-1], match[2].strip()
+
+
+def _pieces(text: str, bracketed: bool) -> list[str]:
+    """What a list, tuple or set consists of. A comma with three digits behind it belongs to the number, unless brackets say otherwise."""
+    groups = _split(text, ";" if ";" in text else _AND)
+    if len(groups) > 1 and (";" in text and "," in text or all(_split(g, ",")[1:] and "=" in g for g in groups)):
+        return groups  # `x=1, y=2; x=3, y=4`
+    pieces = _split(text, rf";|, |{_AND}|\\cr ?")
+    if len(pieces) == 1 and bracketed:
+        return _split(text, ",")
+    return [p for piece in pieces for p in ([piece] if _one_number(piece) else _split(piece, ","))]
+
+
+def _one_number(text: str) -> bool:
+    name, _, value = text.rpartition("=")
+    return number(split_unit(value)[0]) is not None and (not name or bool(_NAME.fullmatch(name)))
+
+
+def _signed(text: str) -> list[str]:
+    r"""`1\pm 2` as the two that it stands for; with `\mp`, the upper and the lower signs belong together."""
+    if "\\mp" in text:
+        return [re.sub(r"^\+", "", text.replace("\\pm", a).replace("\\mp", b)) for a, b in (("+", "-"), ("-", "+"))]
+    texts = [text]
+    while "\\pm" in texts[0] and len(texts) < 8:
+        texts = [t.replace("\\pm", sign, 1) for t in texts for sign in "+-"]
+    return [re.sub(r"(^|[(,\[] ?)\+", r"\1", t) for t in texts]
+
+
+@functools.lru_cache(8192)
+def read(text: str) -> Answer:
+    """All of a normalised text as one of the types; what is none of them is a `value`, which `parse_latex` reads whole or not at all."""
+    text = _MEMBER.sub("", text)
+    around, inside = _brackets(text)
+    if inside and (
+        (around == "{}" and text[0] != "\\") or (around == "()" and not re.search(r"[,;]|^[A-Za-z]$", inside))
+    ):
+        return read(inside)
+    if number(text):
+        return Answer("value", text)
+    if matrix := re.fullmatch(r"\\begin\{(pmatrix|cases)\}((?:(?!\\begin).)*?)(?:\\cr ?)?\\end\{\1\}", text, re.S):
+        rows = tuple(
+            tuple(
+                read(_without_if(cell))
+                for cell in re.split(r"&|, " if matrix[1] == "cases" else r"&", row)
+                if cell.strip()
+            )
+            for row in matrix[2].split("\\cr")
+        )
+        return Answer("matrix" if matrix[1] == "pmatrix" else "cases", text, rows)
+    if re.search(r"\\hat\{[ijk]\}", text) and (vector := _vector(text)):
+        return Answer("matrix", text, tuple((read(v),) for v in vector))
+    if around == "{}":
+        return Answer("set", text, tuple(_read_all(_pieces(inside, True))))
+    if around and len(items := _pieces(inside, True)) > 1:
+        signed = _signed(text)
+        if len(signed) > 1:
+            return Answer("list", text, tuple(map(read, signed)))
+        return Answer("tuple", text, tuple(map(read, items)), around)
+    if modular := re.fullmatch(r"(?:(?P<name>[^=]*)(?:\\equiv|=))?(?P<residue>[^=]*)\\pmod\{(?P<modulus>.*)\}", text):
+        return Answer("modular", text, (read(modular["residue"]), read(modular["modulus"])), modular["name"] or "")
+    pieces = [text] if DATE.fullmatch(_TEXT.sub(r"\1", text)) else _pieces(text, False)
+    if len(pieces) > 1 and not _one_number(text) and not _choice(text):
+        joined = (
+            _joined_relation(pieces)
+            if re.search(r"\band\b|, |\\cr", text) and not re.search(r"\bor\b", text)
+            else None
+        )
+        return read(joined) if joined else Answer("list", text, tuple(_read_all(pieces)))
+    if len(signed := _signed(text)) > 1:
+        return Answer("list", text, tuple(map(read, signed)))
+    if said := words(text):
+        return Answer("words", text, (), said)
+    if signs := _cuts(text, _SIGNS):
+        return _relation(text, signs)
+    if len(sides := _split(text, "=")) > 1:
+        return _equation(text, sides)
+    if len(terms := _split(re.sub(r"\\text\s*\{\s*to\s*\}|(?<=\d) to (?=\d)", ":", text), ":")) > 1:
+        return Answer("ratio", text, tuple(map(read, terms)))
+    if len(parts := _split(text, r"\\cup(?![A-Za-z])")) > 1:
+        return Answer("list", text, tuple(map(read, parts)))
+    return Answer("value", text)
+
+
+def _read_all(pieces: list[str]) -> list[Answer]:
+    """Elements, each `±` as two, a name in front of the first for all: `x=2, 3`."""
+    answers = [read(signed) for piece in pieces for signed in _signed(piece)]
+    if answers[0].kind == "named" and all(a.kind == "value" for a in answers[1:]):
+        return [answers[0].parts[0], *answers[1:]]
+    return answers
+
+
+def _without_if(cell: str) -> str:
+    """The condition of a case without "if" and "for"."""
+    return re.sub(
+        r"^,?\s*(?:\\text\s*\{\s*,?\s*(?:if|for|when|where)?\s*\}|(?:if|for|when)\b)|,$", "", cell.strip()
+    ).strip()
+
+
+def _vector(text: str) -> list[str] | None:
+    """The three components of `2\\hat{i}-\\hat{k}`."""
+    terms = re.findall(r"([+-]?[^+-]*?)\\hat\{([ijk])\}", text)
+    if "".join(f"{factor}\\hat{{{axis}}}" for factor, axis in terms) != text or len({axis for _, axis in terms}) < len(
+        terms
+    ):
+        return None
+    factors = {axis: factor + "1" if factor in ("", "+", "-") else factor for factor, axis in terms}
+    return [factors.get(axis, "0").removeprefix("+") for axis in "ijk"]
+
+
+def _relation(text: str, signs: list) -> Answer:
+    """Terms and signs in turn, `>` turned around: `c>b>a` is `a<b<c`."""
+    ends = [0, *(m.end() for m in signs)]
+    terms = [
+        text[start:end].strip() for start, end in zip(ends, [*(m.start() for m in signs), len(text)], strict=True)
+    ]
+    signs = [m[0].strip() for m in signs]
+    if all(sign in (">", "\\ge") for sign in signs):
+        terms, signs = terms[::-1], [_FLIPPED[sign] for sign in signs[::-1]]
+    parts = tuple(p for pair in zip(terms, [*signs, ""], strict=True) for p in pair)[:-1]
+    return Answer("relation", "".join(p + " " * p.startswith("\\") for p in parts), parts)
+
+
+def _joined_relation(pieces: list[str]) -> str | None:
+    """`-1<=x<3` for `x>=-1` and `x<3`."""
+    answers = [read(p) for p in pieces]
+    if len(answers) != 2 or any(a.kind != "relation" or len(a.parts) != 3 for a in answers):
+        return None
+    (a, first, b), (c, second, d) = answers[0].parts, answers[1].parts
+    for (low, sign, name), (same, other, high) in (((a, first, b), (c, second, d)), ((c, second, d), (a, first, b))):
+        if name == same and _NAME.fullmatch(name) and {sign, other} <= {"<", "\\le"}:
+            return f"{low}{sign} {name}{other} {high}"
+    return None
+
+
+def _equation(text: str, sides: list[str]) -> Answer:
+    """A name and its value, else an equation; `x=y=3` names 3 twice, `2=x` is `x=2`, and of `3\\cdot 5=15` all sides are the value."""
+    if len(sides) == 2 and _NAME.fullmatch(sides[1]) and not _NAME.fullmatch(sides[0]) and not _closed(sides[1]):
+        sides = sides[::-1]
+    names = [s for s in sides[:-1] if _NAME.fullmatch(s) and not _closed(s)]
+    values = sides[len(names) :]
+    if names != sides[: len(names)] or (not names and not all(map(_closed, values))):
+        return Answer("equation", text, tuple(sides))
+    if len(names) > 1 and not re.search(r"\(", names[0]):
+        return Answer("list", text, tuple(Answer("named", f"{n}={values[-1]}", (read(values[-1]),), n) for n in names))
+    return Answer(
+        "named", text, (read(values[-1]), *([] if names else map(read, values[:-1]))), names[0] if names else ""
+    )
+
+
+def _closed(text: str) -> bool:
+    """Whether a formula has no letters but those of numbers and functions: it has one value."""
+    return not re.search(r"[A-Za-z]", _CONSTANT.sub("", _TEXT.sub("", text) or text))
+
+
+def _same_name(told: str, wanted: str) -> bool:
+    r"""`a_n` and `a_{n}`, `|AB|` and `AB`; `f(x)` and `y`, which is what the axis is called."""
+    told, wanted = (
+        re.sub(r"^\((.*)\)$", r"\1", re.sub(r"\\text|\\overline|\\triangle|\\angle|[{}| ]", "", name))
+        for name in (told, wanted)
+    )
+    functions = [bool(re.fullmatch(r"[A-Za-z]\([A-Za-z]\)", name)) for name in (told, wanted)]
+    return (
+        told == wanted
+        or (functions[0] and wanted in "yY")
+        or (functions[1] and told in "yY")
+        or (all(functions) and told[0] == wanted[0])
+    )
+
+
+def _same_argument(prediction: str, gold: str) -> str:
+    """`f(t)=t^2` as `f(x)=x^2`, where that is how the gold answer calls its variable."""
+    told, wanted = (re.match(r"([A-Za-z])\(([A-Za-z])\)=", text) for text in (prediction, gold))
+    if (
+        not told
+        or not wanted
+        or told[1] != wanted[1]
+        or re.search(rf"(?<![\\A-Za-z]){wanted[2]}", prediction[told.end() :])
+    ):
+        return prediction
+    return re.sub(r"\\[A-Za-z]+|[A-Za-z]", lambda m: wanted[2] if m[0] == told[2] else m[0], prediction)
+
+
+# ---- comparison, by type ----
+
+
+def _decimal(text: str, other: str, digits: str = r"\d\d?|\d{4,}") -> str:
+    """`3,25` as 3.25 beside a decimal, unless three digits make it a thousand."""
+    return text.replace(",", ".") if "." in other and re.fullmatch(rf"-?(?:\d+,(?:{digits})|0,\d+)", text) else text
+
+
+class _Comparison:
+    """`same(prediction, gold)` on normalised text; `Unparsable` where nothing can be said."""
+
+    def __init__(self, float_rounding: int, numeric_precision: int, strict: bool, allow_set_relation_comp: bool):
+        self.strict = strict
+        self.options = {
+            "float_rounding": float_rounding,
+            "numeric_precision": numeric_precision,
+            "strict": strict,
+            "allow_set_relation_comp": allow_set_relation_comp,
+        }
+
+    def readable(self, gold: Answer) -> None:
+        """Raises `UnparsableGold` unless every part of the gold answer is a number, words or LaTeX that parses as a whole."""
+        if gold.kind in ("matrix", "cases"):
+            for cell in (cell for row in gold.parts for cell in row):
+                self.readable(cell)
+        elif gold.kind in ("relation", "equation") or (gold.kind == "value" and not _choice(gold.text)):
+            value = split_unit(gold.text)[0].removesuffix("%").replace("^\\circ", "")
+            if not (number(value) or _time(gold.text) or _base(value)):
+                parse_latex(value, gold=True)
+        elif gold.kind != "words" and not _choice(gold.text) and not _time(gold.text):
+            for part in gold.parts:
+                self.readable(part)
+
+    def same(self, prediction: str, gold: str) -> bool:
+        if prediction.replace(", ", ",") == gold.replace(", ", ","):
+            return True
+        if re.fullmatch(r"\d+(?:-\d+)+", gold) and not words(gold):
+            return False  # a score, a range or a telephone number: no difference that is to be worked out
+        told, wanted = number(_decimal(prediction, gold)), number(_decimal(gold, prediction, r"\d\d|\d{4,}"))
+        if told and wanted:
+            return self._close(told, wanted)
+        return self.equal(read(_same_argument(prediction, gold)), read(gold))
+
+    def _close(self, told: tuple[Fraction, bool], wanted: tuple[Fraction, bool]) -> bool:
+        """Equal; a decimal may also be another number rounded to `float_rounding` places, if that leaves five digits of it."""
+        if told[0] == wanted[0] or not (told[1] or wanted[1]):
+            return told[0] == wanted[0]
+        difference, places = abs(told[0] - wanted[0]), self.options["float_rounding"]
+        size = max(abs(told[0]), abs(wanted[0]))
+        return difference * 2 * 10**places <= 1 and difference * 10 ** (places - 1) <= size
+
+    def equal(self, told: Answer, wanted: Answer) -> bool:
+        """Whether a prediction and a gold answer, both read, say the same."""
+        kinds = {told.kind, wanted.kind}
+        # `1 2` is not 12
+        bare = [re.sub(r"(?<!\d) | (?![\d.])", "", _TEXT.sub(r"\1", answer.text)) for answer in (told, wanted)]
+        if bare[0] == bare[1]:
+            return True
+        choices = _choice(told.text), _choice(wanted.text)
+        if any(choices) and (verdict := self._same_choice(told, wanted, *choices)) is not None:
+            return verdict
+        times = _time(told.text), _time(wanted.text)
+        if all(times) and any(re.search("[ap]", text, re.I) for text in bare):  # else they are ratios
+            return all(a == b or a is None or b is None for a, b in zip(*times, strict=True))
+        if wanted.kind == "words" and told.kind not in ("list", "set", "named"):
+            return wanted.name == (told.name if told.kind == "words" else words(f"\\text{{{told.text}}}"))
+        if kinds & {"list", "set"}:
+            return self._same_list(told, wanted)
+        if "named" in kinds:
+            return self._same_named(told, wanted)
+        if "\\approx" in told.text and "\\approx" not in wanted.text:
+            return any(self.same(side, wanted.text) for side in told.text.split("\\approx") if side)
+        if "modular" in kinds:
+            return self._same_modular(told, wanted)
+        if kinds == {"tuple"}:
+            return (told.name == wanted.name or not self.strict) and self._all(told.parts, wanted.parts)
+        if kinds == {"cases"}:
+            return self._matched(told.parts, wanted.parts, self._all)
+        if kinds <= {"matrix", "tuple"}:
+            return self._same_cells(told, wanted)
+        if kinds & {"matrix", "cases"}:  # a number times a matrix is a value
+            return "pmatrix" in told.text and "pmatrix" in wanted.text and self._same_value(told.text, wanted.text)
+        if "ratio" in kinds:
+            return self._same_ratio(told, wanted)
+        if "equation" in kinds:
+            return self._same_equation(told, wanted)
+        if "words" in kinds and not (_base(told.text) and _base(wanted.text)):
+            return False
+        if kinds == {"relation"} and len(told.parts) == len(wanted.parts) and told.parts[1::2] == wanted.parts[1::2]:
+            return all(map(self.same, told.parts[::2], wanted.parts[::2])) or self._same_quantity(
+                told.text, wanted.text
+            )
+        return self._same_quantity(told.text, wanted.text)
+
+    def _all(self, told: tuple, wanted: tuple) -> bool:
+        return len(told) == len(wanted) and all(map(self.equal, told, wanted))
+
+    def _matched(self, told: tuple, wanted: tuple, same) -> bool:
+        """Whether each of `wanted` has its own of `told`, in any order, and none is left."""
+        left = list(told)
+        for one in wanted:
+            match = next((t for t in left if same(t, one)), None)
+            if match is None:
+                return False
+            left.remove(match)
+        return not left
+
+    def _same_cells(self, told: Answer, wanted: Answer) -> bool:
+        """Two matrices; a vector may be a column, a row or a tuple, and one of unit vectors may lack a last component of 0."""
+        rows = [answer.parts if answer.kind == "matrix" else (answer.parts,) for answer in (told, wanted)]
+        shapes = [[len(row) for row in matrix] for matrix in rows]
+        flat = all(1 in (len(shape), *shape[:1]) for shape in shapes)
+        turned = told.kind == wanted.kind and "\\hat" not in told.text + wanted.text  # a row is no column
+        if shapes[0] != shapes[1] and (turned or not flat) or {told.name, wanted.name} - {"", "()", "[]"}:
+            return False
+        cells = [[cell for row in matrix for cell in row] for matrix in rows]
+        for answer, own, other in ((told, *cells), (wanted, *cells[::-1])):
+            if "\\hat" in answer.text and len(own) == len(other) + 1 and own[-1].text == "0":
+                own.pop()
+        return self._all(*cells)
+
+    def _same_ratio(self, told: Answer, wanted: Answer) -> bool:
+        """`3:4` and `6:8`; two terms are a fraction, too."""
+        if told.kind == wanted.kind:
+            scaled = [
+                [f"({other.parts[0].text})\\cdot({part.text})" for part in one.parts]
+                for one, other in ((told, wanted), (wanted, told))
+            ]
+            return len(scaled[0]) == len(scaled[1]) and all(map(self.same, *scaled))
+        if any(answer.kind == "ratio" and len(answer.parts) > 2 for answer in (told, wanted)):
+            return False
+        fractions = [
+            f"\\frac{{{a.parts[0].text}}}{{{a.parts[1].text}}}" if a.kind == "ratio" else a.text
+            for a in (told, wanted)
+        ]
+        return self.same(*fractions)
+
+    def _same_choice(self, told: Answer, wanted: Answer, chosen, right) -> bool | None:
+        """A letter, with or without what it stands for. `None`: neither is a choice beside the other."""
+        if (
+            len(told.text) == len(wanted.text) == 1
+            and wanted.text.upper() in "ABCDEFGH"
+            and wanted.text != "e"
+            and told.text.upper() == wanted.text.upper()
+        ):
+            return True
+        if right:
+            if chosen:
+                return chosen[0] == right[0]
+            if right[1]:
+                return self.same(told.text, right[1])
+            return None if told.kind == "value" and wanted.text == right[0] else False
+        if chosen[1]:
+            return True if self.same(chosen[1], wanted.text) else None
+        return None
+
+    def _same_modular(self, told: Answer, wanted: Answer) -> bool:
+        """Residues modulo the same; 3 where the gold answer says modulo what, but "3 (mod 7)" is not the value 3."""
+        if told.kind != wanted.kind:
+            return wanted.kind == "modular" and self.equal(told, wanted.parts[0])
+        if not self.equal(told.parts[1], wanted.parts[1]):
+            return False
+        if told.name and wanted.name and not _same_name(told.name, wanted.name):
+            return False
+        values = [number(part.text) for part in (told.parts[0], *wanted.parts)]
+        if all(values) and values[2][0]:
+            return (values[0][0] - values[1][0]) % values[2][0] == 0
+        return self.equal(told.parts[0], wanted.parts[0])
+
+    def _same_named(self, told: Answer, wanted: Answer) -> bool:
+        """`x=5` states 5; another name is another statement. All sides of `3\\cdot 5=15` must be the same."""
+        if "equation" in (told.kind, wanted.kind):
+            return self._same_equation(told, wanted)
+        if "relation" in (told.kind, wanted.kind):
+            return False
+        if not all(self.equal(side, told.parts[0]) for side in told.parts[1:] if told.kind == "named"):
+            raise Unparsable  # it contradicts itself
+        values = [a.parts[0] if a.kind == "named" else a for a in (told, wanted)]
+        if told.kind != wanted.kind or not self.strict:
+            return self.equal(*values)
+        if _same_name(told.name, wanted.name) or not (told.name and wanted.name):
+            # `y` may be a name of `f(x)`, unless `y` is what it depends on
+            depends = {told.name, wanted.name} & {"y", "Y"} and any(
+                re.search(r"(?<![A-Za-z\\])y", v.text) for v in values
+            )
+            if not depends and self.equal(*values):
+                return True
+        return not all(_closed(v.text) for v in values) and self._same_equation(told, wanted)
+
+    def _same_equation(self, told: Answer, wanted: Answer) -> bool:
+        """Two equations by what they are; where one is a value, the other states it only if it is no condition on `x`, `y` or one unknown."""
+        if told.kind in ("equation", "named") and wanted.kind in ("equation", "named"):
+            sides = [_split(a.text, "=") for a in (told, wanted)]
+            if len(sides[0]) == len(sides[1]) == 2 and sides[0][0].replace(" ", "") == sides[1][0].replace(" ", ""):
+                return self.same(sides[0][1], sides[1][1])
+            return self._same_value(told.text, wanted.text)
+        equation, value = (told, wanted) if told.kind == "equation" else (wanted, told)
+        if value.kind == "relation":
+            return False
+        letters = set(re.findall(r"(?<![A-Za-z])[A-Za-z](?![A-Za-z])", re.sub(r"\\[A-Za-z]+", " ", equation.parts[0])))
+        named = (
+            len(letters) != 1
+            or letters & set("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+            and not re.search(r"\d", equation.parts[0])
+        )
+        if not named or letters & set("xyz") or not _closed(equation.parts[-1]) or equation.parts[-1] == "0":
+            return False
+        sides = [equation.parts[-1], value.text]
+        return self.same(*(sides if equation is told else sides[::-1]))
+
+    def _same_list(self, told: Answer, wanted: Answer) -> bool:
+        """In any order, but positions where names, letters or brackets give one."""
+        for one, other in ((told, wanted), (wanted, told)):
+            # 12,345 is two numbers beside a list of two
+            if one.kind in ("list", "set") and other.kind == "value" and re.fullmatch(r"-?\d+(?:,-?\d+)+", other.text):
+                items = other._replace(kind="list", parts=tuple(map(read, other.text.split(","))))
+                return self._same_list(*((one, items) if one is told else (items, one)))
+        for one, other in ((told, wanted), (wanted, told)):
+            if one.kind == "named" and one.parts[0].kind in ("list", "set", "tuple"):
+                return self.equal(*((one.parts[0], other) if one is told else (other, one.parts[0])))
+            if one.kind == "set" and len(one.parts) > 1 and other.kind == "tuple" and self.strict:
+                return False
+        predictions, golds = (a.parts if a.kind in ("list", "set") else (a,) for a in (told, wanted))
+        names = [[a.name if a.kind == "named" else "" for a in items] for items in (predictions, golds)]
+        # `x_1=2,x_2=3` enumerates roots, in any order
+        named = [all(n) and len({name.partition("_")[0] for name in n}) == len(n) > 1 for n in names]
+        if len({name.partition("_")[0] for n in names for name in n if all(n)}) == 1 and names[0] != names[1]:
+            predictions, golds = (
+                tuple(a.parts[0] if a.kind == "named" else a for a in items) for items in (predictions, golds)
+            )
+        if any(named) and not all(all(n) for n in names):
+            # `x=1,y=2` gives the positions of `1,2` and of `(1,2)` their names, `y=2,x=1` too
+            assigned = predictions if named[0] else golds
+            letters = sorted(a.name for a in assigned)
+            if "".join(letters) in string.ascii_lowercase:
+                assigned = sorted(assigned, key=lambda a: a.name)
+            values = tuple(a.parts[0] for a in assigned)
+            bare = golds if named[0] else predictions
+            bare = bare[0].parts[0:1] if len(bare) == 1 and bare[0].kind == "named" else bare
+            bare = bare[0].parts if len(bare) == 1 and bare[0].kind == "tuple" else bare
+            return self._all(values, bare) if named[0] else self._all(bare, values)
+        if (
+            len(golds) == 1
+            and wanted.kind != "set"
+            and golds[0].kind == "tuple"
+            and golds[0].name == "()"
+            and len(golds[0].parts) == len(predictions)
+        ):
+            return self._all(predictions, golds[0].parts)
+        listed = told.kind != "set" and len(predictions) == 1 < len(golds)
+        if listed and predictions[0].kind == "tuple" and predictions[0].name == "()":
+            predictions = predictions[0].parts
+        if told.kind == "set" and wanted.text == "\\emptyset":
+            return False  # that has an element
+        if len(golds) == 1 and wanted.kind != "set" and all(self.equal(p, golds[0]) for p in predictions):
+            return len({p.text for p in predictions}) == len(predictions)  # one answer in several forms
+        letters = [a.text for a in golds]
+        if len(letters) > 2 and all(re.fullmatch(r"[A-Z]", text) for text in letters) and letters != sorted(letters):
+            return self._all(predictions, golds)  # an order was asked for
+        unique = [tuple({a.text.replace(" ", ""): a for a in items}.values()) for items in (predictions, golds)]
+        if len(predictions) == len(golds) and "set" not in (told.kind, wanted.kind):
+            unique = predictions, golds
+        if self._matched(*unique, lambda a, b: (a.kind == "set") == (b.kind == "set") and self.equal(a, b)):
+            return True
+        if "\\cup" in told.text + wanted.text or any(a.kind == "relation" for a in predictions + golds):
+            return self._same_value(told.text, wanted.text)
+        return False
+
+    def _same_quantity(self, prediction: str, gold: str) -> bool:
+        """Bases, units, per cent and degrees around a value."""
+        bases = _base(prediction), _base(gold)
+        if all(bases) and (bases[0][1] or bases[1][1]):
+            return bases[0][0] == bases[1][0] and (bases[0][1] == bases[1][1] or None in (bases[0][1], bases[1][1]))
+        (told, told_unit), (wanted, wanted_unit) = split_unit(prediction), split_unit(gold)
+        if isinstance(wanted_unit, str) and told_unit is not None:
+            counted = [
+                set(re.findall(r"\w+?(?=s?\b)", u.casefold())) for u in (told_unit, wanted_unit) if isinstance(u, str)
+            ]
+            if len(counted) < 2 or not (counted[0] <= counted[1] or counted[1] <= counted[0]):
+                raise Unparsable(f"whether {prediction:.60} is {gold:.60} depends on what was counted")
+        if isinstance(wanted_unit, tuple) and told_unit is None and (letter := _LETTER_UNIT.fullmatch(prediction)):
+            told, told_unit = letter[1], unit(letter[2])
+        degrees = "^\\circ" in prediction, "^\\circ" in gold
+        if isinstance(told_unit, tuple) and degrees[1] and told_unit[1] == {"radian": 1}:
+            return self.same(told, gold) if "\\pi" in told else False
+        if isinstance(wanted_unit, tuple) and told_unit is not None and not degrees[0]:
+            if isinstance(told_unit, str) or told_unit[1] != wanted_unit[1]:
+                return False
+            factor, value = told_unit[0] / wanted_unit[0], number(told)
+            if factor != 1:
+                told = (
+                    str(value[0] * factor)
+                    if value
+                    else f"\\frac{{{factor.numerator}}}{{{factor.denominator}}}({told})"
+                )
+                if value and "." in prediction:
+                    return self._close((value[0] * factor, True), number(wanted) or (Fraction(-1), False))
+        if (told, wanted) != (prediction, gold):
+            return self.same(told, wanted)
+        # `12 m` is twelve metres where a plain number was asked for; as a gold answer it may be a product
+        if number(gold) and (metres := _LETTER_UNIT.fullmatch(prediction)) and number(metres[1]):
+            return self.same(metres[1], gold)
+        if "%" in prediction or "%" in gold:
+            told, wanted = prediction.removesuffix("%").strip(), gold.removesuffix("%").strip()
+            if self.same(told, wanted):
+                value = number(wanted)
+                return ("%" in prediction) == ("%" in gold) or value is None or abs(value[0]) >= 1
+            if ("%" in prediction) == ("%" in gold):
+                return False
+            return self._same_value(
+                f"\\frac{{{told}}}{{100}}" if "%" in prediction else told,
+                f"\\frac{{{wanted}}}{{100}}" if "%" in gold else wanted,
+            )
+        if any(degrees):
+            as_radians = [
+                re.sub(r"(\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\})\^\\circ", r"(\1\\frac{\\pi}{180})", t)
+                for t in (prediction, gold)
+            ]
+            bare = [t.replace("^\\circ", "") for t in (prediction, gold)]
+            in_function = bool(re.search(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)", prediction + gold))
+            return (
+                (in_function or "\\pi" in prediction + gold)
+                and self.same(*as_radians)
+                or not in_function
+                and self.same(*bare)
+            )
+        return self._same_value(prediction, gold)
+
+    def _same_value(self, prediction: str, gold: str) -> bool:
+        told, wanted = number(prediction), number(gold)
+        if told and wanted:
+            return self._close(told, wanted)
+        told, wanted = parse_latex(prediction), parse_latex(gold, gold=True)
+        if not self.strict and hasattr(told, "free_symbols") and hasattr(wanted, "free_symbols"):
+            symbols = [sorted(e.free_symbols, key=str) for e in (told, wanted)]
+            told = told.xreplace(dict(zip(*symbols, strict=False)))
+        return _same_expression(told, wanted, self.options)
+
+
+_LETTER_UNIT = re.compile(r"(.*\S) ([mshgL](?:\^\{?[23]\}?)?)")
+
+
+def _choice(text: str) -> tuple[str, str] | None:
+    """(letter, what stands behind it) of `B`, `(B)`, `\\text{(B) } 12` or `B. 12`."""
+    bare = _TEXT.sub(r"\1 ", text).strip()
+    match = re.fullmatch(r"\(([A-Z])\)\.?:?\s*(.*)|([A-J])(?:[.):]\s*(.*))?", bare, re.S)
+    if (
+        not match
+        or re.search(r"^(?:[,;]|\(?[A-Z]\)|(?:and|or)\b)|[,;)\d] *\(?[A-J][.)]", match[2] or match[4] or "")
+        or (match[4] and "=" in text)
+    ):
+        return None  # `(C)(D)` are two
+    return (match[1] or match[3]), (match[2] or match[4] or "").strip()
+
+
+def _time(text: str) -> tuple | None:
+    """(hour, minute, second, "a" or "p") of a time of day."""
+    bare = re.sub(r"\\text|[{}\s]", "", text).casefold()
+    match = re.fullmatch(r"(\d{1,2})(?::([0-5]\d))?(?::([0-5]\d))?(?:([ap])\.?m\.?)?", bare)
+    if not match or not (match[2] or match[4]):
+        return None
+    hour, half = int(match[1]), match[4]
+    return (hour - 12, *match.group(2, 3), "p") if hour > 12 and not half else (hour, *match.group(2, 3), half)
+
+
+def _base(text: str) -> tuple | None:
+    """(digits, base) of `204_5`; a number without a base has `None` there."""
+    bare = re.sub(r"\\text\s*\{([^{}]*)\}|[ ()]", r"\1", text).replace(" ", "")
+    if match := re.fullmatch(
+        r"(\d[\dA-F]*|[A-F][\dA-F]*\d[\dA-F]*|[A-F]{2,})(?:(?:_\{?(?:base)?|base)(\w+)\}?)?", bare
+    ):
+        base = match[2] and (NUMBER_WORDS.get(match[2]) or (int(match[2]) if match[2].isdecimal() else None))
+        if base or match[2] is None:
+            return match[1].lstrip("0"), base
+    return None
+
+
+# ---- mathematics ----
+
+_LATEX = NormalizationConfig(basic_latex=True, units=False, malformed_operators=False, nits=False, boxed="none")
+_INEQUALITIES = (sympy.Gt, sympy.Ge, sympy.Lt, sympy.Le)
+_EVALUATED_LATE = (sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit, sympy.Derivative)
+_OF_WHOLE_NUMBERS = (sympy.Sum, sympy.Product, sympy.floor, sympy.ceiling, sympy.Mod, sympy.factorial, sympy.binomial)
+
+
+@functools.lru_cache(4096)
+def _sympy(text: str):
+    if re.search(r"\\text\s*\{\s*[A-Za-z]{2}|[^\x00-\x7f]", text):
+        return None  # words: letters of theirs are no factors
+    text = _TEXT.sub(r"\1", text).replace("\\cr", "\\\\")
+    # letters that latex2sympy takes for e, the imaginary unit or the gamma function
+    text = re.sub(r"(?<![\\A-Za-z])([EeI](?=_)|I(?![A-Za-z]))", r"\\mathcal{\1}", text)
+    text = re.sub(r"\\(?:gamma|Gamma(?! ?\())(?![A-Za-z])", lambda m: f"\\mathcal{{{m[0][1]}}}", text)
+    text = normalize_latex(text, _LATEX)
+    try:
+        return latex2sympy(
+            text,
+            is_real=True,  # of all symbols, or two sides with other assumptions would have no symbol in common
+            normalization_config=None,
+            conversion_config=ConversionConfig(lowercase_symbols=False),
+        )
+    except Exception:  # ANTLR's and sympy's own, of many types: all say that this is no formula they know
+        return None
+
+
+def parse_latex(text: str, gold: bool = False):
+    """A sympy object for all of `text`, never for a part of it; cached, since many samples share a gold answer."""
+    # Not to be dropped: a prime, what is left out, a space between two numbers.
+    parsed = None if re.search(r"['\"]|\\prime|\\[lc]?dots|(?<![\w^.])\d+ [\d.]", text) else _sympy(text)
+    if parsed is None or (hasattr(parsed, "has") and parsed.has(sympy.nan, sympy.zoo)):
+        raise UnparsableGold if gold else Unparsable
+    return _with_real_roots(parsed)
+
+
+def _with_real_roots(parsed):
+    r"""`\sqrt[3]{-8}` is -2, not the complex root that sympy takes."""
+    if not isinstance(parsed, sympy.Expr) or parsed.has(sympy.I):
+        return parsed
+    odd = [
+        p for p in parsed.atoms(sympy.Pow) if p.exp.is_Rational and p.exp.q > 2 and p.exp.q % 2 and p.base.is_negative
+    ]
+    return parsed.xreplace({p: (-1) ** p.exp.p * (-p.base) ** p.exp for p in odd})
+
+
+def _same_expression(told, wanted, options: dict) -> bool:
+    if told == wanted:
+        return True
+    if isinstance(told, sympy.Expr) and isinstance(wanted, sympy.Expr):
+        same = _same_at_points(told, wanted, options["float_rounding"])
+        if same is not None:
+            return same
+    truths = [isinstance(e, Boolean) for e in (told, wanted)]  # relations, and what "and" makes of them
+    if all(truths) and _proportional(told, wanted):
+        return True
+    if any(truths) and not all(truths) and not any(isinstance(e, sympy.Set) for e in (told, wanted)):
+        return False  # math-verify reads `x+y=1` as an assignment to x+y
+    try:
+        if verify(wanted, told, timeout_seconds=None, raise_on_error=True, **options):
+            # ... and takes any two equations without solutions for the same
+            return not (isinstance(told, sympy.Eq) and isinstance(wanted, sympy.Eq)) or bool(sympy.solve(wanted))
+        if (
+            all(truths)
+            and not told.has(sympy.Eq)
+            and told.free_symbols == wanted.free_symbols
+            and len(told.free_symbols) == 1
+        ):
+            return told.as_set() == wanted.as_set()
+    except (TypeError, KeyError, NotImplementedError):
+        # What the two libraries say of things without a common measure (a set minus a number, ≠ beside <, a periodic solution).
+        # Both sides were read, and nothing of ours runs in here: they could not be shown to be the same, as with `False`.
+        return False
+    return False
+
+
+def _points(symbols: set, whole: bool):
+    """Five values for each symbol, some negative; where numbers must be whole, all but t ... z are."""
+    rng = random.Random(0)
+    for low, start in ((0.3, 2), (1.1, 3), (0.1, 7), (-3.1, 10), (-1.7, 13)):
+        values = {}
+        for index, symbol in enumerate(sorted(symbols, key=str)):
+            real = sympy.Float(low + 2 * rng.random(), 50)
+            values[symbol] = sympy.Integer(start + index) if whole and symbol.name[0] not in "tuvwxyz" else real
+            if symbol.name == "i":
+                values[symbol] = sympy.I
+        yield values
+
+
+def _value(expression, values: dict, digits: int = 40):
+    """A number of 40 digits, or `None` where there is none."""
+    try:
+        value = expression.xreplace(values).evalf(digits, maxn=5 * digits)
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError, NotImplementedError):
+        return None
+    return value if value.is_number and value.is_finite and not value.has(*_EVALUATED_LATE) else None
+
+
+def _values(told, wanted) -> list[tuple]:
+    """Pairs of values at the points where both have one, and (unless `i` occurs) a real one."""
+    told, wanted = unwrap_fcs(told), unwrap_fcs(wanted)
+    symbols = told.free_symbols | wanted.free_symbols
+    if not symbols:
+        pairs = [(_value(told, {}), _value(wanted, {}))]
+    else:
+        powers = told.atoms(sympy.Pow) | wanted.atoms(sympy.Pow)
+        whole = (
+            told.has(*_OF_WHOLE_NUMBERS) or wanted.has(*_OF_WHOLE_NUMBERS) or any(p.base.is_negative for p in powers)
+        )
+        pairs = [(_value(told, values), _value(wanted, values)) for values in _points(symbols, whole)]
+        if not any(s.name == "i" for s in symbols) and not told.has(sympy.I) and not wanted.has(sympy.I):
+            pairs = [(a, b) for a, b in pairs if a is not None and b is not None and a.is_real and b.is_real]
+    return [(a, b) for a, b in pairs if a is not None and b is not None]
+
+
+def _same_at_points(told, wanted, places: int) -> bool | None:
+    """Whether two expressions agree in value, at every point if they have symbols; `None`: it cannot be told."""
+    pairs = _values(told, wanted)
+    symbols = told.free_symbols | wanted.free_symbols
+    rounded = told.has(sympy.Float) or wanted.has(sympy.Float)
+    for a, b in pairs:
+        difference, size = abs(sympy.N(a - b, 40)), sympy.N(abs(a) + abs(b), 40)
+        if rounded:
+            near = difference * 2 * 10**places <= 1 and difference * 2 * 10 ** (places - 1) <= size
+        else:
+            near = difference <= size * sympy.Float("1e-25") or (symbols and difference <= sympy.Float("1e-30"))
+            if near and difference and not symbols:  # e^{\pi\sqrt{163}} is a whole number in its first 30 digits
+                a, b = (_value(unwrap_fcs(e), {}, 400) for e in (told, wanted))
+                near = a is not None and b is not None and abs(a - b) <= size * sympy.Float("1e-350", 400)
+        if not near:  # numeric integration and summation may also have failed
+            return None if told.has(*_EVALUATED_LATE) or wanted.has(*_EVALUATED_LATE) else False
+    if len(pairs) < (3 if symbols else 1):
+        return None
+    if not symbols and not rounded:
+        told, wanted = told.doit(), wanted.doit()
+        if told.is_Rational and wanted.is_Rational:
+            return told == wanted  # 100! and 100!+1 agree in 40 digits
+    return True
+
+
+def _proportional(told, wanted) -> bool:
+    """Whether one relation is a constant multiple of the other: then both say the same."""
+    flip = {sympy.Gt: sympy.Lt, sympy.Ge: sympy.Le}
+    kinds, sides = [], []
+    for relation in (told, wanted):
+        if not isinstance(relation, sympy.core.relational.Relational):
+            return False
+        if not isinstance(relation.lhs, sympy.Expr) or not isinstance(relation.rhs, sympy.Expr):
+            return False  # `x=[0,1]`: what is no number cannot be subtracted
+        kind, difference = type(relation), relation.lhs - relation.rhs
+        kinds.append(flip.get(kind, kind))
+        sides.append(-difference if kind in flip else difference)
+    if kinds[0] is not kinds[1]:
+        return False
+    ratios = [a / b for a, b in _values(*sides) if abs(b) > 1e-30]
+    if len(ratios) < 3 or any(abs(r - ratios[0]) > abs(ratios[0]) * sympy.Float("1e-20") for r in ratios):
+        return False
+    return ratios[0] > 0 if kinds[0] in _INEQUALITIES else ratios[0] != 0

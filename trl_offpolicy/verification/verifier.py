@@ -1,0 +1,144 @@
+"""What every verifier has in common: a verdict and its reason for each completion; rewards made of them."""
+
+import multiprocessing
+import os
+import re
+import sys
+from inspect import signature
+
+from ..answers.extraction import NO_ANSWER
+from ..data.redaction import brief
+from ..data.rows import Verdict
+
+
+def explain_with(
+    verifier, completions: list[str], answers: list, rows: list[dict] | None = None
+) -> list[tuple[Verdict, str]]:
+    """
+    (verdict, reason) of each completion by anything that verifies: a [`Verifier`], an object with `verify`, a function. Of the `rows` that the
+    completions answer, a verifier is given the columns that it names in `columns`.
+
+    Raises:
+        TypeError: A completion is not a text.
+        ValueError: What the verifier returned is not a verdict (or a bool) for each completion.
+    """
+    if not completions:
+        return []
+    _check_texts(completions)
+    columns = {name: [row.get(name) for row in rows] for name in getattr(verifier, "columns", ())} if rows else {}
+    if hasattr(verifier, "explain"):
+        told = [(verdict, brief(reason)) for verdict, reason in verifier.explain(completions, answers, **columns)]
+    else:
+        told = [(_verdict(v), "") for v in getattr(verifier, "verify", verifier)(completions, answers, **columns)]
+    if len(told) != len(completions):
+        raise ValueError(
+            f"The verifier returned {len(told)} verdicts for {len(completions)} completions; it must return one for each."
+        )
+    return told
+
+
+def _check_texts(completions: list) -> None:
+    for index, completion in enumerate(completions):
+        if not isinstance(completion, str):
+            raise TypeError(f"Completion {index} must be a text, but is {completion!r:.100}.")
+
+
+def _verdict(told) -> Verdict:
+    """A verdict by name, or by a bool (numpy's, too): `True` is correct."""
+    if type(told).__name__ in ("bool", "bool_"):
+        return Verdict.CORRECT if told else Verdict.WRONG
+    try:
+        return Verdict(told)
+    except ValueError as error:
+        raise ValueError(
+            f"The verifier returned {told!r:.100}; it must return True, False or one of {', '.join(Verdict)} for each completion."
+        ) from error
+
+
+def describe(verifier) -> str:
+    """Name and arguments of whatever verifies, for the record; no limits of time and processes, which a resumed run may change."""
+    name = getattr(verifier, "__name__", type(verifier).__name__)
+    if not isinstance(verifier, Verifier):
+        return name
+    now = {**vars(verifier), **vars(verifier).get("options", {})}
+    defaults = {p.name: p.default for p in signature(type(verifier)).parameters.values()}
+    given = [
+        f"{k}={now[k]!r}"
+        for k, default in defaults.items()
+        if k not in ("timeout", "num_workers", "sampler") and k in now and now[k] != default
+    ]
+    return name + (f"({', '.join(given)})" if given else "")
+
+
+def rewards(told: list[tuple[Verdict, str]]) -> list[float | None]:
+    """1.0 for `correct`, 0.0 for `wrong` or no answer, `None` where it could not be told: gold answer, time-out, error."""
+    values = {Verdict.CORRECT: 1.0, Verdict.WRONG: 0.0}
+    return [0.0 if reason.startswith(NO_ANSWER) else values.get(verdict) for verdict, reason in told]
+
+
+class Verifier:
+    """What all verifiers share; a new one needs `_explain`. Usable as a context manager, and as a reward for `GRPOTrainer`."""
+
+    # Whether the answer that a completion states is judged, not all of its text: what maj@k counts votes for.
+    stated = True
+    # Columns of the dataset, beside the answers, that `explain` and `verify` take as keyword arguments: a list with a value for each completion.
+    columns: tuple[str, ...] = ()
+
+    @property
+    def __name__(self) -> str:  # what GRPOTrainer calls its reward in the logs
+        return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower()
+
+    def __repr__(self) -> str:
+        return type(self).__name__ + (describe(self).removeprefix(self.__name__) or "()")
+
+    def _explain(self, completions: list[str], answers: list, **columns: list) -> list[tuple[Verdict, str]]:
+        raise NotImplementedError
+
+    def explain(self, completions: list[str], answers: list, **columns: list) -> list[tuple[Verdict, str]]:
+        """
+        Verdicts with the reason beside each: what could not be parsed, which test failed; empty for `correct`.
+
+        Raises:
+            TypeError: A completion is not a text.
+            ValueError: There are not as many answers as completions.
+        """
+        if len(completions) != len(answers):
+            raise ValueError(
+                f"You passed {len(completions)} completions and {len(answers)} answers; each completion needs its own answer."
+            )
+        _check_texts(completions)
+        return [(verdict, brief(reason)) for verdict, reason in self._explain(completions, answers, **columns)]
+
+    def verify(self, completions: list[str], answers: list, **columns: list) -> list[Verdict]:
+        """One verdict for each completion against the gold answer of the same position."""
+        return [verdict for verdict, _ in self.explain(completions, answers, **columns)]
+
+    def __call__(self, completions, answer=None, solution=None, **kwargs) -> list[float | None]:
+        """TRL's reward signature: 1.0 correct, 0.0 wrong or no answer, `None` where it could not be told."""
+        golds = answer if answer is not None else solution
+        if golds is None:
+            raise ValueError(
+                f"The dataset needs a column `answer` (or `solution`) with gold answers; it has {sorted(kwargs)}."
+            )
+        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+        columns = {name: kwargs[name] for name in self.columns if name in kwargs}
+        return rewards(self.explain(texts, golds, **columns))
+
+    def close(self) -> None:
+        """Ends what it holds (processes, engines), if anything."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+
+def default_workers() -> int:
+    """One worker for each core that this process may use, divided among the processes of a node that do the same."""
+    if multiprocessing.parent_process() is not None:
+        return (
+            1  # one of many that a `multiprocessing` pool, `datasets.map(num_proc=...)` or a `DataLoader` has started
+        )
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))

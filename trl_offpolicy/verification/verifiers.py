@@ -1,0 +1,481 @@
+r"""Verifiers for what is not mathematics; each has the four ways of `MathVerifier`: `verify`, `explain`, a reward, `with`.
+
+    NumericVerifier(rel_tol=0.01).verify(["It takes \\boxed{5.1 km}"], ["5.1e3 m"])             # [Verdict.CORRECT]
+    all_of(JsonSchemaVerifier(schema), JudgeVerifier(sampler)).verify(completions, answers)
+
+Underneath: pint reads units, jsonschema validates, a [`Sampler`] judges. What a completion states is found as for
+mathematics (last box, "answer is", a single line). A user's function of (completions, answers) fits wherever one of these does.
+"""
+
+import functools
+import json
+import math
+import re
+import string
+import unicodedata
+
+from ..answers.extraction import NO_ANSWER, Unparsable, stated_text, without_thinking
+from ..answers.normalization import MAGNITUDES, normalize, number
+from ..data import prompts
+from ..data.rows import Verdict
+from ..sampling.sampler import FAILED, Request, SamplingParams, attempt_seed, needs
+from .verifier import Verifier, describe, explain_with
+
+
+class _StatedVerifier(Verifier):
+    """Compares what each completion states, by `judge(stated, answer)` with the row's `columns` behind them."""
+
+    def judge(self, stated: str, answer) -> tuple[Verdict, str]:
+        raise NotImplementedError
+
+    def _explain(self, completions: list[str], answers: list, **columns: list) -> list[tuple[Verdict, str]]:
+        stated = [stated_text(completion) for completion in completions]
+        return [
+            self.judge(text, *row) if text else (Verdict.UNPARSABLE, NO_ANSWER)
+            for text, *row in zip(stated, answers, *columns.values(), strict=True)
+        ]
+
+
+def _unwrapped(text: str) -> str:
+    r"""`\\text{(B)} 12` without the command around its words."""
+    return re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}", r" \1 ", text).replace("\\ ", " ")
+
+
+# What is said of a choice that is not the one: `A is incorrect`, `A - no, B`.
+_DENIED = r"[\s.:,;\u2013\u2014-]*(?:\b(?:is|are|was|would be)\b\s*)?(?:\b(?:not|no|never|wrong|incorrect|false|impossible|ruled|excluded|eliminated)\b|\w{1,6}n['\u2019]t\b)"
+
+
+class MultipleChoiceVerifier(_StatedVerifier):
+    """
+    One letter: `B`, `(B)`, `B. 12`, `\\text{(B)}`, `option B`, `B, because A fails`. Several letters are wrong, whichever they are.
+
+    A letter counts where the statement names it as its choice: at its beginning, behind "option", in brackets. Letters of other words
+    (`Vitamin A`, the pronoun I, a formula) are no choice. Where the row has a column `choices`, its labels are the letters there are, and
+    a statement that is the text of one choice names that choice.
+
+    Args:
+        letters (`str`, *optional*, defaults to `"ABCDEFGHIJ"`): The choices of rows without a column `choices`, which is a list of texts,
+            `{"label": [...], "text": [...]}` or `{label: text}`. A gold answer is a letter, or there the text or index (an `int`) of one.
+    """
+
+    columns = ("choices",)
+
+    def __init__(self, letters: str = "ABCDEFGHIJ"):
+        self.letters = letters.upper()
+
+    def _labelled(self, choices) -> dict[str, str]:
+        """Each label with the text of its choice, folded; without texts where the row does not have them."""
+        if choices is None:
+            return dict.fromkeys(self.letters, "")
+        if isinstance(choices, dict) and {"label", "text"} <= choices.keys():
+            if len(choices["label"]) != len(choices["text"]):
+                raise ValueError(
+                    f"`choices` has {len(choices['label'])} labels and {len(choices['text'])} texts: {choices!r:.200}."
+                )
+            choices = dict(zip(choices["label"], choices["text"], strict=True))
+        elif not isinstance(choices, dict):
+            choices = dict(zip(string.ascii_uppercase, choices, strict=False))
+        return {str(label).upper(): folded(str(text)) for label, text in choices.items()}
+
+    @staticmethod
+    def _chosen(text: str, labelled: dict[str, str]) -> list[str]:
+        same = [label for label, choice in labelled.items() if choice and choice == folded(text)]
+        if same:
+            return (
+                [] if text.strip().upper() in {*labelled} - {*same} else same
+            )  # a letter that is another choice's text
+        text, one = _unwrapped(text).strip(" *$.{}"), f"[{re.escape(''.join(labelled))}]"
+        text = text.upper() if len(text) == 1 or re.fullmatch(r"\(\w\)", text) else text
+        text = re.sub(
+            r"^(?:the )?(?:correct )?(?:option|choice|letter|answer)s?\s*(?=\W?[A-Z0-9]\b)", "", text, flags=re.I
+        )
+        mark = rf"(?:\(({one})\)|({one})\)?(?![\w'\u2019]))"
+        # Several at the beginning: `B, C`, `(C)(D)`, `A and B`; what stands behind the last one explains.
+        if listed := re.match(rf"{mark}(?:\s*(?:,|/|&|\band\b|\bor\b|,\s*and\b|(?=\())\s*{mark})*", text):
+            rest = text[listed.end() :]
+            if re.match(_DENIED, rest, re.I):
+                return []
+            explained = re.match(
+                r"\s*(?:[.:,;]|(?:-{1,3}|[\u2013\u2014])(?=\s)|\\|\(|(?:is|are|because|since|as)\b|$)", rest
+            )
+            if explained or text[listed.end() - 1] == ")":
+                first = re.findall(one, listed[0])
+                # `A. 3, C. 5` marks two in one way; in `B. It is not A.` nothing follows the second
+                separator = re.match(r"[.):]", rest)
+                also = separator and re.findall(rf"(?:[,;\n]|\band|\bor)\s*({one})\{separator[0]}\s+\S", rest)
+                return list(dict.fromkeys(first + (also or [])))
+        named = re.findall(
+            rf"(?<!but )(?<!except )(?<!not )\(({one})\)|\b(?:option|choice|letter)\s+({one})\b(?!{_DENIED})", text
+        )
+        return list(dict.fromkeys(a or b for a, b in named))
+
+    def judge(self, stated: str, answer, choices=None) -> tuple[Verdict, str]:
+        labelled = self._labelled(choices)
+        if isinstance(answer, int) and 0 <= answer < len(labelled) and str(answer) not in labelled:
+            answer = list(labelled)[answer]
+        gold, chosen = self._chosen(str(answer), labelled), self._chosen(stated, labelled)
+        if len(gold) != 1:
+            return Verdict.UNPARSABLE, f"the gold answer {answer!r:.100} is not one of {', '.join(labelled)}"
+        if not chosen:
+            return Verdict.UNPARSABLE, NO_ANSWER
+        return (Verdict.CORRECT, "") if chosen == gold else (Verdict.WRONG, f"chose {', '.join(chosen)}")
+
+
+def _composed(text: str) -> str:
+    """A text in Unicode's compatibility form (NFKC), but for what is another value there (`x²` is not `x2`); spaces are collapsed."""
+    text = unicodedata.normalize("NFC", _unwrapped(text))
+    kept = ("<super>", "<sub>", "<fraction>", "<circle>")
+    text = "".join(
+        c if unicodedata.decomposition(c).startswith(kept) else unicodedata.normalize("NFKC", c) for c in text
+    )
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def folded(text: str) -> str:
+    """A text without case, its spaces collapsed and in one of Unicode's ways to write it; no character is removed."""
+    return _composed(text).casefold()
+
+
+class ExactMatchVerifier(_StatedVerifier):
+    """
+    The same text as the answer, or as one of a list of answers; case, spaces and Unicode's ways to write a character do not count.
+
+    An answer that is a number, not a text, is compared as it is written: 1.0 and 1 are both `1` and `1.0`.
+
+    Args:
+        ignore_case (`bool`, *optional*, defaults to `True`): `Paris` is `paris`.
+        ignore_punctuation (`bool`, *optional*, defaults to `False`): `C++` is `C`, and -5 is 5: for words only, as in SQuAD.
+        ignore_articles (`bool`, *optional*, defaults to `False`): `the Eiffel Tower` is `Eiffel Tower`.
+    """
+
+    def __init__(self, ignore_case: bool = True, ignore_punctuation: bool = False, ignore_articles: bool = False):
+        self.ignore_case, self.ignore_punctuation, self.ignore_articles = (
+            ignore_case,
+            ignore_punctuation,
+            ignore_articles,
+        )
+
+    def normalized(self, text: str) -> str:
+        text = folded(text) if self.ignore_case else _composed(text)
+        if self.ignore_punctuation:
+            text = text.translate(str.maketrans("", "", string.punctuation))
+        if self.ignore_articles:
+            text = re.sub(r"\b(?:a|an|the)\b", " ", text, flags=re.I)
+        return " ".join(text.split())
+
+    @staticmethod
+    def _spellings(answer) -> list[str]:
+        if isinstance(answer, (int, float)) and not isinstance(answer, bool) and answer == answer // 1:
+            return [str(int(answer)), str(float(answer))]
+        return [str(answer)]
+
+    def judge(self, stated: str, answer) -> tuple[Verdict, str]:
+        answers = answer if isinstance(answer, list) else [answer]
+        golds = {self.normalized(text) for a in answers if a is not None and a == a for text in self._spellings(a)} - {
+            ""
+        }
+        if not golds:
+            return Verdict.UNPARSABLE, "the gold answer is empty"
+        if self.normalized(stated) in golds:
+            return Verdict.CORRECT, ""
+        return Verdict.WRONG, f"states {stated!r:.120}, the gold answer is {answer!r:.120}"
+
+
+@functools.cache
+def _units():
+    """pint's units and three currencies; here, not in the verifier, since they cannot be pickled."""
+    import pint
+
+    units = pint.UnitRegistry()
+    for currency in ("USD = [usd] = dollar", "EUR = [eur] = euro", "GBP = [gbp]"):
+        units.define(currency)
+    return units
+
+
+class NumericVerifier(_StatedVerifier):
+    """
+    Numbers within a tolerance, in any unit that pint can convert; `%`, thousands separators, "million" and money are read.
+
+    Args:
+        rel_tol (`float`, *optional*, defaults to `1e-2`): Allowed difference as a share of the gold value.
+        abs_tol (`float`, *optional*, defaults to `0.0`): Allowed difference in the gold answer's unit.
+        require_unit (`bool`, *optional*, defaults to `False`): A number without a unit is wrong where the gold answer has one.
+    """
+
+    _SCALES = {**MAGNITUDES, "k": 1e3, "%": 0.01, "percent": 0.01}
+    _QUANTITY = re.compile(
+        r"(?P<value>[-+−]?\s*(?:10\s*\^\s*[-+]?\d+|\\frac\{[^{}]*\}\{[^{}]*\}|(?:\d[\d,]*)?\.?\d+(?:/\d+|\s*\\frac\{\d+\}\{\d+\})?(?:[eE][-+]?\d+)?"
+        r"(?:\s*(?:\\times|\\cdot|×|\*)\s*10\s*\^\s*[-+]?\d+)?))"
+        rf"\s*(?P<scale>(?:{'|'.join(MAGNITUDES)}|k|percent)\b|%)?\s*(?P<unit>.*)",
+        re.S,
+    )
+
+    _MONEY_SCALES = {"K": "thousand", "M": "million", "mn": "million", "B": "billion", "bn": "billion"}
+
+    # LaTeX of units in pint's spelling; plain exponents first, or `\mathrm{s^{-1}}` would be one brace in another
+    _LATEX = [
+        (re.compile(pattern), replacement)
+        for pattern, replacement in (
+            (r"\^\s*\{\s*([-+−]?\d+)\s*\}", r"^\1"),
+            (r"\\(?:text|mathrm|operatorname)\s*\{([^{}]*)\}", r" \1"),
+            (r"\^\s*\{?\s*\\circ\s*\}?\s*|\\degree\s*", "°"),
+            (r"\\mu(?![A-Za-z])\s*", "µ"),
+            (r"\\Omega(?![A-Za-z])", "Ω"),
+            (r"(?<=[A-Za-z\d])\s*(?:\\cdot(?![A-Za-z])|·|⋅)\s*(?=[A-Za-zµΩ])", "*"),
+            (r"\\?[$€£]|~|\\\s|\\[,;:!]", " "),
+        )
+    ]
+
+    def __init__(self, rel_tol: float = 1e-2, abs_tol: float = 0.0, require_unit: bool = False):
+        if rel_tol < 0 or abs_tol < 0:
+            raise ValueError(f"You passed rel_tol={rel_tol}, abs_tol={abs_tol}; a tolerance cannot be negative.")
+        self.rel_tol, self.abs_tol, self.require_unit = rel_tol, abs_tol, require_unit
+        needs("pint", "units", "NumericVerifier")  # said now, not at the first answer
+
+    def quantity(self, text: str):
+        """A pint quantity, or `None` where there is no number. The unit alone is given to pint: it evaluates arithmetic."""
+        text = text.replace("\\%", "%")
+        # One `$` is money, two are the delimiters of a formula.
+        money = re.search(r"[$€£]", text.strip().removeprefix("$").removesuffix("$") if text.count("$") == 2 else text)
+        if money or re.search(r"\b(?:USD|EUR|GBP|dollars?|euros?)\b", text):  # elsewhere 300K are kelvins
+            text = re.sub(r"(?<=\d)\s?([KMB]|mn|bn)\b", lambda m: f" {self._MONEY_SCALES[m[1]]}", text)
+        for pattern, replacement in self._LATEX:
+            text = pattern.sub(replacement, text)
+        text = text.strip().rstrip(" .")
+        match = self._QUANTITY.fullmatch(text.rpartition("=")[2].strip()) if text.count("=") < 3 else None
+        try:
+            exact = number(normalize(re.sub(r"\^\s*([-+]?\d+)", r"^{\1}", match["value"]))) if match else None
+            value = exact and float(exact[0]) * self._SCALES.get(match["scale"] or "", 1.0)
+        except (Unparsable, OverflowError):  # 10^400 is no float
+            return None
+        if value is None:
+            return None
+        unit = match["unit"].strip() or {"$": "USD", "€": "EUR", "£": "GBP"}.get(money[0] if money else "", "")
+        if unit in ("pi", "e", "i") or len(unit) > 40 or re.search(r"[^\w\s/*^{}().$€£°µ-]|\d{2}", unit):
+            return None
+        try:
+            return _units().Quantity(value, _units().parse_units(unit.replace("^{", "^").strip("{}").replace("}", "")))
+        except Exception:  # pint raises half a dozen types, and tokenizer errors, for what is no unit
+            return None
+
+    def judge(self, stated: str, answer) -> tuple[Verdict, str]:
+        gold, told = self.quantity(str(answer)), self.quantity(stated)
+        if gold is None:
+            return Verdict.UNPARSABLE, f"the gold answer {answer!r:.100} is no number with a known unit"
+        if told is None:
+            return Verdict.UNPARSABLE, NO_ANSWER
+        if told.unitless and not gold.unitless and not self.require_unit or gold.unitless:
+            told, gold = told.magnitude, gold.magnitude  # only one of them says its unit
+        elif told.dimensionality != gold.dimensionality:
+            return Verdict.WRONG, f"{told.units} cannot be compared with {gold.units}"
+        else:
+            told, gold = told.to(gold.units).magnitude, gold.magnitude
+        near = abs(told - gold) <= max(self.rel_tol * abs(gold), self.abs_tol) * (1 + 1e-12)
+        return (Verdict.CORRECT, "") if near else (Verdict.WRONG, f"{told:g} where {gold:g} was asked for")
+
+
+def _each_key_once(pairs: list[tuple[str, object]]) -> dict:
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError(f"an object has a key twice: {[key for key, _ in pairs]!r:.200}")
+    return found
+
+
+class JsonSchemaVerifier(Verifier):
+    """
+    The JSON of a completion without its thinking (the last fenced block, else all of it): valid under a schema, and equal to the answer.
+
+    Args:
+        schema (`dict`, *optional*): JSON Schema. Without one, only equality counts; an answer of `None` asks for validity only.
+
+    Raises:
+        ValueError: `schema` is no JSON Schema.
+    """
+
+    stated = False
+
+    def __init__(self, schema: dict | None = None):
+        jsonschema = needs("jsonschema", "json", "JsonSchemaVerifier")
+        self.schema, self.validator, self._same = schema, None, jsonschema.Draft202012Validator
+        if schema is not None:
+            try:
+                validator = jsonschema.validators.validator_for(schema)
+                validator.check_schema(schema)
+            except (jsonschema.SchemaError, TypeError) as error:
+                why = getattr(error, "message", error)
+                raise ValueError(f"You passed schema={schema!r:.200}, which is no JSON Schema: {why}.") from error
+            self.validator = validator(schema)
+
+    def __reduce__(self):
+        return JsonSchemaVerifier, (self.schema,)  # a validator cannot be pickled
+
+    def _explain(self, completions: list[str], answers: list) -> list[tuple[Verdict, str]]:
+        return [self._judge(c, a) for c, a in zip(completions, answers, strict=True)]
+
+    def _judge(self, completion: str, answer) -> tuple[Verdict, str]:
+        try:
+            text = without_thinking(completion)
+            blocks = re.findall(r"```(?:json)?[ \t]*\n(.*?)```", text, re.S | re.I)
+            value = json.loads(blocks[-1] if blocks else text, object_pairs_hook=_each_key_once)
+        except Unparsable as error:
+            return Verdict.UNPARSABLE, str(error)
+        except (ValueError, RecursionError) as error:
+            return Verdict.UNPARSABLE, f"{NO_ANSWER}: it is not JSON: {error}"
+        if answer is None and self.validator is None:
+            return Verdict.UNPARSABLE, "there is neither a schema nor an answer to compare with"
+        error = next(iter(self.validator.iter_errors(value)), None) if self.validator else None
+        if error is not None:
+            return Verdict.WRONG, f"{error.json_path}: {error.message}"[:300]
+        try:
+            gold = json.loads(answer) if isinstance(answer, str) else answer
+        except ValueError as error:
+            return Verdict.UNPARSABLE, f"the gold answer is not JSON: {error}"[:300]
+        # JSON's equality, not Python's: 1 is 1.0, but not true
+        if answer is not None and not self._same({"const": gold}).is_valid(value):
+            return Verdict.WRONG, "not the value asked for"
+        return Verdict.CORRECT, ""
+
+
+JUDGE_PROMPT = """\
+Does the response below reach the reference answer? Judge the final answer only, not the style or the way there.
+
+Reference answer:
+{answer}
+
+Response:
+{completion}
+
+Reply with one word, YES or NO."""
+
+
+class JudgeVerifier(Verifier):
+    """
+    A language model's YES or NO, through any [`~trl_offpolicy.sampling.Sampler`]; the judge needs a sampler of its own.
+
+    A sampler gives the log-prob of the token it drew, not of both words. So one token is drawn at a time, and the mass seen on words that
+    mean YES, that mean NO, and on others bounds P(YES) / (P(YES) + P(NO)) from both sides; it is drawn again (at most `num_draws`
+    times) until the bounds agree on `threshold`. Most often one draw settles it, and the draw itself never decides.
+
+    Args:
+        sampler ([`~trl_offpolicy.sampling.Sampler`]): The judge.
+        yes, no (`str`, *optional*, default to `"YES"`, `"NO"`): The two words, each one token of the judge; case does not matter.
+        threshold (`float`, *optional*, defaults to `0.5`): Smallest share of YES that is `correct`.
+        num_draws (`int`, *optional*, defaults to `8`): What is still open after as many is `unparsable`.
+        prompt (`str`, *optional*): With `{completion}` and `{answer}`.
+    """
+
+    def __init__(
+        self,
+        sampler,
+        threshold: float = 0.5,
+        num_draws: int = 8,
+        prompt: str = JUDGE_PROMPT,
+        yes="YES",
+        no="NO",
+        seed: int = 0,
+    ):
+        if not 0 < threshold < 1 or num_draws < 1:
+            raise ValueError(
+                f"You passed threshold={threshold}, num_draws={num_draws}; it must be in (0, 1), and at least 1."
+            )
+        prompts.check(prompt, "prompt", "completion", "answer")
+        self.sampler, self.threshold, self.num_draws, self.prompt = sampler, threshold, num_draws, prompt
+        self.words, self.seed = (yes.upper(), no.upper()), seed
+
+    def _explain(self, completions: list[str], answers: list) -> list[tuple[Verdict, str]]:
+        results: list[tuple[Verdict, str] | None] = [None] * len(completions)
+        seen: list[dict] = [{} for _ in completions]  # token → (word, probability)
+        waiting, draws, in_flight = list(range(len(completions)))[::-1], [0] * len(completions), 0
+        while waiting or in_flight:
+            while waiting and in_flight < self.sampler.capacity:
+                index = waiting.pop()
+                text = prompts.fill(self.prompt, completion=completions[index], answer=str(answers[index]))
+                seed = attempt_seed(self.seed, text, "judge", draws[index])
+                request = Request(
+                    str(index), [{"role": "user", "content": text}], seed, SamplingParams(max_completion_length=1)
+                )
+                self.sampler.submit(request)
+                in_flight += 1
+            finished = self.sampler.poll()
+            if not finished:
+                raise RuntimeError(
+                    f"{self.sampler.name}: the judge has {in_flight} requests but returned none of them."
+                )
+            for completion in finished:
+                index, in_flight = int(completion.id), in_flight - 1
+                draws[index] += 1
+                if completion.finish_reason in FAILED:
+                    results[index] = Verdict.ERROR, completion.error or "the judge failed"
+                    continue
+                if not completion.log_probs:
+                    raise ValueError(f"{self.sampler.name} returns no log-probs, which a judge needs.")
+                word = completion.text.strip().strip(".*\"'").upper()
+                seen[index][completion.completion_ids[0]] = word, math.exp(completion.log_probs[0])
+                results[index] = self._decide(list(seen[index].values()))
+                if results[index] is None and draws[index] < self.num_draws:
+                    waiting.append(index)
+        return [
+            r or (Verdict.UNPARSABLE, f"{self.sampler.name} does not settle on {' or '.join(self.words)}")
+            for r in results
+        ]
+
+    def _decide(self, seen: list[tuple[str, float]]) -> tuple[Verdict, str] | None:
+        yes, no = (sum(p for word, p in seen if word == which) for which in self.words)
+        unseen = max(0.0, 1.0 - sum(p for _, p in seen))
+        if yes + no == 0:
+            return None
+        low, high = yes / (yes + no + unseen), (yes + unseen) / (yes + no + unseen)
+        reason = f"{self.sampler.name}: P(YES) in [{low:.3f}, {high:.3f}]"
+        if low < self.threshold <= high:
+            return None
+        return (Verdict.CORRECT if low >= self.threshold else Verdict.WRONG), reason
+
+    def close(self) -> None:
+        self.sampler.close()
+
+
+class _Combined(Verifier):
+    def __init__(self, name: str, verifiers: tuple, settles: Verdict):
+        if not verifiers:
+            raise ValueError(f"{name}() needs at least one verifier.")
+        self.name, self.verifiers, self.settles = name, verifiers, settles
+        self.columns = tuple(dict.fromkeys(name for v in verifiers for name in getattr(v, "columns", ())))
+
+    @property
+    def __name__(self) -> str:
+        return f"{self.name}({', '.join(getattr(v, '__name__', type(v).__name__) for v in self.verifiers)})"
+
+    def __repr__(self) -> str:
+        return f"{self.name}({', '.join(repr(v) if isinstance(v, Verifier) else describe(v) for v in self.verifiers)})"
+
+    def _explain(self, completions: list[str], answers: list, **columns: list) -> list[tuple[Verdict, str]]:
+        rows = [{name: values[i] for name, values in columns.items()} for i in range(len(completions))]
+        results: list[tuple[Verdict, str] | None] = [None] * len(completions)
+        for verifier in self.verifiers:  # each is asked only what the verifiers before it left open
+            still = [i for i, r in enumerate(results) if r is None or r[0] is not self.settles]
+            told = explain_with(
+                verifier, [completions[i] for i in still], [answers[i] for i in still], [rows[i] for i in still]
+            )
+            for i, result in zip(still, told, strict=True):
+                # otherwise what could not be told outweighs what could
+                if (
+                    results[i] is None
+                    or result[0] is self.settles
+                    or results[i][0] in (Verdict.CORRECT, Verdict.WRONG)
+                ):
+                    results[i] = result
+        return results
+
+    def close(self) -> None:
+        for verifier in self.verifiers:
+            if hasattr(verifier, "close"):
+                verifier.close()
+
+
+def all_of(*verifiers) -> Verifier:
+    """`correct` if all say so, `wrong` if any does, else the first verdict that told neither."""
+    return _Combined("all_of", verifiers, Verdict.WRONG)
+
+
+def any_of(*verifiers) -> Verifier:
+    """`correct` if any says so, `wrong` if all do, else the first verdict that told neither."""
+    return _Combined("any_of", verifiers, Verdict.CORRECT)
