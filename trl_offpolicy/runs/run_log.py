@@ -17,9 +17,8 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from ..data.rows import Rejection
 from ..data.redaction import redacted
-from ..data.rows import Source
+from ..data.rows import Rejection, Source
 
 
 def status(
