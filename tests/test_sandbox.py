@@ -117,8 +117,10 @@ UNPARSABLE = {
 
 def test_what_tests_nothing_is_unparsable(any_verifier):
     told = any_verifier.explain([python(TWICE)] * len(UNPARSABLE), list(UNPARSABLE))
-    for (verdict, reason), (tests, words) in zip(told, UNPARSABLE.items(), strict=True):
-        assert verdict == "unparsable" and words in reason, (tests, verdict, reason)
+    for judgement, (tests, words) in zip(told, UNPARSABLE.items(), strict=True):
+        assert judgement.verdict == "unparsable" and words in judgement.reason, (tests, judgement)
+        # That no test ran, or that a name is missing, may also be brought about by the code: it is no way to a reward of `None`.
+        assert judgement.gold_at_fault == (words not in ("no test ran", "no_such_library is not installed")), tests
 
 
 def test_the_last_complete_block_that_defines_what_is_asked_for(any_verifier):

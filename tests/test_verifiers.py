@@ -6,9 +6,12 @@ import sys
 import numpy as np
 import pytest
 from conftest import POLICY
+from scripted import ScriptedSampler
 
-from trl_offpolicy import MathVerifier, Verdict
-from trl_offpolicy.verification.verifier import explain_with
+from trl_offpolicy import MathVerifier, Verdict, evaluate
+from trl_offpolicy.sampling.sampler import Completion
+from trl_offpolicy.verification.code_verifier import CodeVerifier
+from trl_offpolicy.verification.verifier import GoldAtFault, Judgement, Verifier, explain_with, rewards
 from trl_offpolicy.verification.verifiers import (
     ExactMatchVerifier,
     JsonSchemaVerifier,
@@ -214,6 +217,72 @@ def test_completions_are_texts_and_a_function_may_return_bools():
     assert [v for v, _ in told] == ["correct", "wrong", "timeout"]
     with pytest.raises(ValueError, match="returned 0.5; it must return True, False or one of correct"):
         explain_with(lambda completions, answers: [0.5], ["a"], ["a"])
+
+
+class OneAnswer(ScriptedSampler):
+    """Says the same to every request."""
+
+    def completion(self, request):
+        return Completion(request.id, self.text, [1], [-0.5], "stop")
+
+
+class OwnPairs(Verifier):
+    def _explain(self, completions, answers):
+        return [
+            (Verdict.CORRECT, "") if c == a else (Verdict.UNPARSABLE, "I cannot read this")
+            for c, a in zip(completions, answers, strict=True)
+        ]
+
+
+@pytest.mark.parametrize(
+    "verifier, right, says_nothing, gold, unreadable",
+    [
+        (MathVerifier(), "\\boxed{2}", "hm", "2", "\\frac{1}{"),
+        (MultipleChoiceVerifier(), "\\boxed{B}", "\\boxed{Vitamin A}", "B", "none of them"),
+        (ExactMatchVerifier(), "\\boxed{x}", "I do not know\nwhat it is", "x", " "),
+        (NumericVerifier(), "\\boxed{5 km}", "\\boxed{far}", "5000 m", "far"),
+        (JsonSchemaVerifier(), "{}", "no JSON", "{}", "{"),
+        (
+            CodeVerifier(allow_unsandboxed=True),
+            "```python\ndef f(): return 1\n```",
+            "f returns 1",
+            "assert f() == 1",
+            "assert f( ==",
+        ),
+        (all_of(JsonSchemaVerifier(), lambda c, a: [True] * len(c)), "{}", "no JSON", "{}", "{"),
+        (OwnPairs(), "yes", "no", "yes", None),
+        (lambda c, a: ["correct" if x == "yes" else "unparsable" for x in c], "yes", "no", "yes", None),
+    ],
+    ids=lambda case: getattr(case, "__name__", ""),
+)
+def test_a_completion_without_an_answer_has_the_reward_that_an_evaluation_gives_it(
+    verifier, right, says_nothing, gold, unreadable
+):
+    """0.0, so that it is punished; only a gold answer that cannot be read says nothing of the completion."""
+    completions, answers = [right, says_nothing], [gold, gold]
+    if unreadable is not None:
+        completions, answers = [*completions, right], [*answers, unreadable]
+    told = explain_with(verifier, completions, answers)
+    assert rewards(told) == [1.0, 0.0, None][: len(told)]
+    assert rewards(pickle.loads(pickle.dumps(told))) == rewards(told)
+    if isinstance(verifier, Verifier):
+        assert verifier(completions, answer=answers) == rewards(told)
+    for text, reward in zip(completions[:2], rewards(told), strict=False):
+        sampler = OneAnswer()
+        sampler.text = text
+        result = evaluate(None, {"a": [{"problem": "?", "answer": gold}]}, 1, sampler=sampler, verifier=verifier)["a"]
+        assert (result["avg@1"], result["num_judged"]) == (reward, [1])
+
+
+def test_a_judgement_is_a_pair():
+    verdict, reason = judgement = GoldAtFault(Verdict.UNPARSABLE, "empty")
+    assert judgement == (verdict, reason) == Judgement("unparsable", "empty") and judgement.gold_at_fault
+    assert rewards([judgement, Judgement("unparsable"), Judgement("timeout"), Judgement("error")]) == [
+        None,
+        0.0,
+        None,
+        None,
+    ]
 
 
 def test_verifiers_can_be_pickled():

@@ -257,7 +257,7 @@ class Tests(Peer):
                 return {"object": kind[1]}
         if not callable(value) or isinstance(value, type):
             self.trouble = [
-                "unparsable",
+                "unrunnable",
                 f"the tests pass a {type(value).__name__} to the solution, and only plain data can be passed",
             ]
             raise CannotJudge
@@ -407,7 +407,8 @@ def dependent(tree, names):
 
 
 def run_tests(task, peer):
-    """[verdict, reason]: `passed`, `failed` or `unparsable`; `ended` and `memory` where the solution had no chance to answer."""
+    """[verdict, reason]: `passed`, `failed`, `unparsable`, or `unrunnable` where no solution could pass; `ended` and `memory` where it had no
+    chance to answer."""
     global tests
     tests = builtins.__tests__ = peer
     try:
@@ -417,7 +418,7 @@ def run_tests(task, peer):
         if isinstance(error, MemoryError) and not hasattr(error, "_of_solution"):
             peer.trouble = ["memory", ""]
         elif isinstance(error, ImportError) and not hasattr(error, "_of_solution"):
-            peer.trouble = peer.trouble or ["unparsable", f"the tests need what is not installed: {error}"]
+            peer.trouble = peer.trouble or ["unrunnable", f"the tests need what is not installed: {error}"]
         elif isinstance(error, Refused):
             peer.trouble = peer.trouble or ["unparsable", str(error)]
     if peer.trouble:
@@ -492,7 +493,7 @@ def run_with_pytest(task):
     try:
         import pytest
     except ImportError:
-        tests.trouble = ["unparsable", "the tests need pytest, which is not installed: pip install pytest"]
+        tests.trouble = ["unrunnable", "the tests need pytest, which is not installed: pip install pytest"]
         return ""
     problems = []
 

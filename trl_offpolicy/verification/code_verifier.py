@@ -25,7 +25,7 @@ from ..data.rows import Verdict
 from ..sandbox import sandbox_entry
 from ..sandbox.sandbox import Sandbox, complaint, read_line, write
 from ..sandbox.sandbox_entry import OUT_OF_MEMORY, REFUSED
-from .verifier import Verifier, default_workers
+from .verifier import GoldAtFault, Judgement, Verifier, default_workers
 
 
 REPORT = 16384  # bytes
@@ -103,21 +103,21 @@ class CodeVerifier(Verifier):
 
     def _explain(
         self, completions: list[str], answers: list, entry_point: list[str | None] | None = None
-    ) -> list[tuple[Verdict, str]]:
+    ) -> list[Judgement]:
         with ThreadPoolExecutor(self.num_workers) as pool:
             return list(pool.map(self._judge, completions, answers, entry_point or [None] * len(answers)))
 
-    def _judge(self, completion: str, answer, entry_point: str | None) -> tuple[Verdict, str]:
+    def _judge(self, completion: str, answer, entry_point: str | None) -> Judgement:
         try:
             blocks = code_blocks(completion)
             pairs = read_pairs(answer)
             tests = None if pairs else read_tests(answer, entry_point)
         except Unparsable as error:
-            return Verdict.UNPARSABLE, str(error)
+            return Judgement(Verdict.UNPARSABLE, str(error))
         except (SyntaxError, ValueError) as error:
-            return Verdict.UNPARSABLE, f"the tests cannot be run: {error}"
+            return GoldAtFault(Verdict.UNPARSABLE, f"the tests cannot be run: {error}")
         if not blocks:
-            return Verdict.UNPARSABLE, f"{NO_ANSWER}: no complete block of Python code"
+            return Judgement(Verdict.UNPARSABLE, f"{NO_ANSWER}: no complete block of Python code")
         if pairs:
             reading = [code for code in blocks if re.search(r"\binput\s*\(|\bstdin\b|\bopen\(\s*0", code)]
             return self._run_script((reading or blocks)[-1], pairs)
@@ -126,13 +126,13 @@ class CodeVerifier(Verifier):
                 return self._run_tests(code, task)
         lacking = ", ".join(sorted(tests.asked)) or "a single function that `check` could be given"
         if tests.foreign - _STAND_INS:
-            return (
+            return Judgement(
                 Verdict.UNPARSABLE,
                 f"{', '.join(tests.foreign)} is not installed, and no block of code defines {lacking}",
             )
-        return Verdict.WRONG, f"no block of code defines {lacking}"
+        return Judgement(Verdict.WRONG, f"no block of code defines {lacking}")
 
-    def _run_tests(self, code: str, task: dict) -> tuple[Verdict, str]:
+    def _run_tests(self, code: str, task: dict) -> Judgement:
         deadline = time.monotonic() + 3 * self.timeout
         read_by_tests, to_tests, read_by_solution, to_solution = pipes = [*os.pipe(), *os.pipe()]
         with (
@@ -153,15 +153,20 @@ class CodeVerifier(Verifier):
             except TimeoutError:
                 return self._timeout()
             if not (said.startswith(b"[") and said.endswith(b"]\n")):
-                return self._ended(tests, said, Verdict.UNPARSABLE, "the tests ended before all of them had run")
+                return self._ended(
+                    tests, said, GoldAtFault(Verdict.UNPARSABLE, "the tests ended before all of them had run")
+                )
             kind, reason = json.loads(said)  # from a process in which nothing of the solution's runs
             if kind == "ended":
-                return self._ended(solution, b"", Verdict.WRONG, "the solution ended before its tests did")
+                return self._ended(solution, b"", Judgement(Verdict.WRONG, "the solution ended before its tests did"))
         if kind == "memory":
-            return Verdict.ERROR, f"out of memory ({self._memory_mb} MiB)"
-        return {"passed": Verdict.CORRECT, "failed": Verdict.WRONG, "unparsable": Verdict.UNPARSABLE}[kind], reason
+            return Judgement(Verdict.ERROR, f"out of memory ({self._memory_mb} MiB)")
+        if kind == "unrunnable":
+            return GoldAtFault(Verdict.UNPARSABLE, reason)
+        kinds = {"passed": Verdict.CORRECT, "failed": Verdict.WRONG, "unparsable": Verdict.UNPARSABLE}
+        return Judgement(kinds[kind], reason)
 
-    def _run_script(self, code: str, pairs: list[tuple[str, str]]) -> tuple[Verdict, str]:
+    def _run_script(self, code: str, pairs: list[tuple[str, str]]) -> Judgement:
         deadline = time.monotonic() + 3 * self.timeout
         with self._sandbox.running(PIPE, PIPE) as process, process.stdin, process.stdout:
             try:
@@ -171,44 +176,46 @@ class CodeVerifier(Verifier):
                     write(given, json.dumps({"input": text}).encode() + b"\n", deadline)
                     reply = read_line(printed, MESSAGE, deadline)
                     if not reply.endswith(b"\n"):
-                        return self._ended(process, b"", Verdict.WRONG, "the solution ended its sandbox")
-                    if (told := self._judge_output(reply, number, expected))[0] is not Verdict.CORRECT:
+                        return self._ended(process, b"", Judgement(Verdict.WRONG, "the solution ended its sandbox"))
+                    if (told := self._judge_output(reply, number, expected)).verdict is not Verdict.CORRECT:
                         return told
             except TimeoutError:
                 return self._timeout()
-        return Verdict.CORRECT, ""
+        return Judgement(Verdict.CORRECT)
 
-    def _judge_output(self, reply: bytes, number: int, expected: str) -> tuple[Verdict, str]:
+    def _judge_output(self, reply: bytes, number: int, expected: str) -> Judgement:
         try:  # a solution may reach the process that starts it, and speak for it
             told = json.loads(reply)
             output, code, error = str(told["output"]), told["code"], str(told["error"])
         except (ValueError, TypeError, LookupError, RecursionError):
-            return Verdict.WRONG, "the solution broke into the line that its output comes by"
+            return Judgement(Verdict.WRONG, "the solution broke into the line that its output comes by")
         if code in (-signal.SIGXCPU, -signal.SIGKILL):
             return self._timeout()
         if code and told.get("memory"):
-            return Verdict.ERROR, f"out of memory ({self._memory_mb} MiB)"
+            return Judgement(Verdict.ERROR, f"out of memory ({self._memory_mb} MiB)")
         if code:
-            return Verdict.WRONG, f"exit code {code} on input {number}: {error}"
+            return Judgement(Verdict.WRONG, f"exit code {code} on input {number}: {error}")
         if lines_of(output) != lines_of(expected):
-            return Verdict.WRONG, f"on input {number} not {expected[:100]!r}, but {output[:1000]!r}"
-        return Verdict.CORRECT, ""
+            return Judgement(Verdict.WRONG, f"on input {number} not {expected[:100]!r}, but {output[:1000]!r}")
+        return Judgement(Verdict.CORRECT)
 
-    def _timeout(self) -> tuple[Verdict, str]:
-        return Verdict.TIMEOUT, f"stopped after {self.timeout:g} CPU seconds, or {3 * self.timeout:g} in all"
+    def _timeout(self) -> Judgement:
+        return Judgement(
+            Verdict.TIMEOUT, f"stopped after {self.timeout:g} CPU seconds, or {3 * self.timeout:g} in all"
+        )
 
-    def _ended(self, process, said: bytes, verdict: Verdict, reason: str) -> tuple[Verdict, str]:
-        """What it means that a process ended without a word: by its limits, for want of a sandbox, or else `verdict`."""
+    def _ended(self, process, said: bytes, otherwise: Judgement) -> Judgement:
+        """What it means that a process ended without a word: by its limits, for want of a sandbox, or else `otherwise`."""
         said = said.decode(errors="replace").strip() or complaint(process)
         code = process.poll()
         code = 128 - code if code is not None and code < 0 else code
         if code == OUT_OF_MEMORY:
-            return Verdict.ERROR, f"out of memory ({self._memory_mb} MiB)"
+            return Judgement(Verdict.ERROR, f"out of memory ({self._memory_mb} MiB)")
         if code in (128 + signal.SIGXCPU, 128 + signal.SIGKILL):
             return self._timeout()
         if code == REFUSED or said:
-            return Verdict.ERROR, f"the sandbox could not be made: {said}"
-        return verdict, f"{reason} (exit code {code})"
+            return Judgement(Verdict.ERROR, f"the sandbox could not be made: {said}")
+        return otherwise._replace(reason=f"{otherwise.reason} (exit code {code})")
 
 
 @cache

@@ -25,6 +25,7 @@ from sympy.logic.boolalg import Boolean
 from ..answers.extraction import NO_ANSWER, Statement, Unparsable, final_answer, stated_answer
 from ..answers.normalization import DATE, GREEK, NUMBER_WORDS, normalize, number, split_unit, unit, words
 from ..data.rows import Verdict
+from .verifier import GoldAtFault, Judgement
 
 
 class UnparsableGold(Unparsable):
@@ -38,7 +39,7 @@ def grade(
     numeric_precision: int = 50,
     strict: bool = True,
     allow_set_relation_comp: bool = True,
-) -> tuple[Verdict, str]:
+) -> Judgement:
     """The verdict on one completion; with `completion=None`, on whether the gold answer can be compared with at all.
 
     The options are those of `math_verify.verify`, and mean the same.
@@ -50,30 +51,30 @@ def grade(
         except Unparsable as error:
             raise UnparsableGold from error
         if not gold:
-            return Verdict.UNPARSABLE, "the gold answer is empty"
+            return GoldAtFault(Verdict.UNPARSABLE, "the gold answer is empty")
         if completion is None:
             compare.readable(read(gold))
-            return Verdict.CORRECT, ""
+            return Judgement(Verdict.CORRECT)
         stated = stated_answer(completion)
         prediction = normalize(stated.text)
         if not prediction:
-            return Verdict.UNPARSABLE, NO_ANSWER
+            return Judgement(Verdict.UNPARSABLE, NO_ANSWER)
         same = compare.same(prediction, gold)
         for other in stated.others:
             if not _agree(compare, other, prediction):
-                return Verdict.UNPARSABLE, f"{NO_ANSWER}: it states {stated.text:.80} and {other:.80}"
+                return Judgement(Verdict.UNPARSABLE, f"{NO_ANSWER}: it states {stated.text:.80} and {other:.80}")
         if same:
-            return Verdict.CORRECT, ""
+            return Judgement(Verdict.CORRECT)
         if words(prediction) and not _choice(prediction) and _may_be_prose(stated, gold):
-            return Verdict.UNPARSABLE, NO_ANSWER
+            return Judgement(Verdict.UNPARSABLE, NO_ANSWER)
         told = f"states {stated.text!r:.120}, the gold answer is {final_answer(answer) or answer!r:.120}"
-        return Verdict.WRONG, told
+        return Judgement(Verdict.WRONG, told)
     except UnparsableGold:
-        return Verdict.UNPARSABLE, "the gold answer cannot be parsed"
+        return GoldAtFault(Verdict.UNPARSABLE, "the gold answer cannot be parsed")
     except Unparsable as error:
-        return Verdict.UNPARSABLE, str(error) or NO_ANSWER
+        return Judgement(Verdict.UNPARSABLE, str(error) or NO_ANSWER)
     except RecursionError:
-        return Verdict.UNPARSABLE, "an answer is nested too deeply"
+        return Judgement(Verdict.UNPARSABLE, "an answer is nested too deeply")
 
 
 def _agree(compare: "_Comparison", other: str, prediction: str) -> bool:

@@ -21,7 +21,7 @@ import weakref
 from collections import deque
 
 from ..data.rows import Verdict
-from .verifier import Verifier, default_workers
+from .verifier import Judgement, Verifier, default_workers
 from .worker import SOURCE, Worker, WorkerSource
 
 
@@ -97,7 +97,7 @@ class MathVerifier(Verifier):
         """Worker processes, at most."""
         return self._num_workers or default_workers()
 
-    def _explain(self, completions: list[str], answers: list[str]) -> list[tuple[Verdict, str]]:
+    def _explain(self, completions: list[str], answers: list[str]) -> list[Judgement]:
         return self._run(
             [
                 [completion, "" if answer is None else str(answer)]
@@ -127,7 +127,7 @@ class MathVerifier(Verifier):
         if hasattr(self, "_gate"):  # not when `__init__` refused its arguments
             self.close()
 
-    def _run(self, tasks: list[list]) -> list[tuple[Verdict, str]]:
+    def _run(self, tasks: list[list]) -> list[Judgement]:
         if not tasks:
             return []  # without waiting for another thread's
         with self._gate:
@@ -144,8 +144,8 @@ class MathVerifier(Verifier):
             worker.kill()
         self._workers = []
 
-    def _dispatch(self, tasks: list[list]) -> list[tuple[Verdict, str]]:
-        results: list[tuple[Verdict, str] | None] = [None] * len(tasks)
+    def _dispatch(self, tasks: list[list]) -> list[Judgement]:
+        results: list[Judgement | None] = [None] * len(tasks)
         waiting = deque(range(len(tasks)))
         busy: set[Worker] = set()
         while len(self._workers) < min(self.num_workers, len(tasks)):

@@ -5,17 +5,31 @@ import os
 import re
 import sys
 from inspect import signature
+from typing import NamedTuple
 
-from ..answers.extraction import NO_ANSWER
 from ..data.redaction import brief
 from ..data.rows import Verdict
 
 
-def explain_with(
-    verifier, completions: list[str], answers: list, rows: list[dict] | None = None
-) -> list[tuple[Verdict, str]]:
+class Judgement(NamedTuple):
+    """A verdict on one completion and the reason for it, which is empty for `correct`; equal to the plain pair of the two."""
+
+    verdict: Verdict
+    reason: str = ""
+    # Whether the gold answer is what cannot be read or run, whatever the completion is. Not an item of the pair, hence no annotation.
+    gold_at_fault = False
+
+
+class GoldAtFault(Judgement):
+    """A judgement that says nothing of the completion, since nothing can be compared with the gold answer."""
+
+    __slots__ = ()
+    gold_at_fault = True
+
+
+def explain_with(verifier, completions: list[str], answers: list, rows: list[dict] | None = None) -> list[Judgement]:
     """
-    (verdict, reason) of each completion by anything that verifies: a [`Verifier`], an object with `verify`, a function. Of the `rows` that the
+    The judgement of each completion by anything that verifies: a [`Verifier`], an object with `verify`, a function. Of the `rows` that the
     completions answer, a verifier is given the columns that it names in `columns`.
 
     Raises:
@@ -27,9 +41,9 @@ def explain_with(
     _check_texts(completions)
     columns = {name: [row.get(name) for row in rows] for name in getattr(verifier, "columns", ())} if rows else {}
     if hasattr(verifier, "explain"):
-        told = [(verdict, brief(reason)) for verdict, reason in verifier.explain(completions, answers, **columns)]
+        told = list(map(_judgement, verifier.explain(completions, answers, **columns)))
     else:
-        told = [(_verdict(v), "") for v in getattr(verifier, "verify", verifier)(completions, answers, **columns)]
+        told = [Judgement(_verdict(v)) for v in getattr(verifier, "verify", verifier)(completions, answers, **columns)]
     if len(told) != len(completions):
         raise ValueError(
             f"The verifier returned {len(told)} verdicts for {len(completions)} completions; it must return one for each."
@@ -41,6 +55,12 @@ def _check_texts(completions: list) -> None:
     for index, completion in enumerate(completions):
         if not isinstance(completion, str):
             raise TypeError(f"Completion {index} must be a text, but is {completion!r:.100}.")
+
+
+def _judgement(told: tuple[Verdict, str]) -> Judgement:
+    """A verifier's own pair as a judgement, its reason fit to be written down."""
+    judgement = told if isinstance(told, Judgement) else Judgement(*told)
+    return judgement._replace(reason=brief(judgement.reason))
 
 
 def _verdict(told) -> Verdict:
@@ -70,10 +90,13 @@ def describe(verifier) -> str:
     return name + (f"({', '.join(given)})" if given else "")
 
 
-def rewards(told: list[tuple[Verdict, str]]) -> list[float | None]:
-    """1.0 for `correct`, 0.0 for `wrong` or no answer, `None` where it could not be told: gold answer, time-out, error."""
-    values = {Verdict.CORRECT: 1.0, Verdict.WRONG: 0.0}
-    return [0.0 if reason.startswith(NO_ANSWER) else values.get(verdict) for verdict, reason in told]
+def rewards(judgements: list[Judgement]) -> list[float | None]:
+    """
+    1.0 for `correct`, 0.0 for `wrong` and `unparsable`, as an evaluation counts them; `None` where nothing is known of the completion: the
+    gold answer cannot be compared with, a time-out, an error.
+    """
+    values = {Verdict.CORRECT: 1.0, Verdict.WRONG: 0.0, Verdict.UNPARSABLE: 0.0}
+    return [None if told.gold_at_fault else values.get(told.verdict) for told in judgements]
 
 
 class Verifier:
@@ -91,12 +114,13 @@ class Verifier:
     def __repr__(self) -> str:
         return type(self).__name__ + (describe(self).removeprefix(self.__name__) or "()")
 
-    def _explain(self, completions: list[str], answers: list, **columns: list) -> list[tuple[Verdict, str]]:
+    def _explain(self, completions: list[str], answers: list, **columns: list) -> list[Judgement]:
         raise NotImplementedError
 
-    def explain(self, completions: list[str], answers: list, **columns: list) -> list[tuple[Verdict, str]]:
+    def explain(self, completions: list[str], answers: list, **columns: list) -> list[Judgement]:
         """
-        Verdicts with the reason beside each: what could not be parsed, which test failed; empty for `correct`.
+        Verdicts with the reason beside each: what could not be parsed, which test failed; empty for `correct`. `gold_at_fault` says of each whether
+        it is the gold answer that cannot be compared with.
 
         Raises:
             TypeError: A completion is not a text.
@@ -107,14 +131,14 @@ class Verifier:
                 f"You passed {len(completions)} completions and {len(answers)} answers; each completion needs its own answer."
             )
         _check_texts(completions)
-        return [(verdict, brief(reason)) for verdict, reason in self._explain(completions, answers, **columns)]
+        return list(map(_judgement, self._explain(completions, answers, **columns)))
 
     def verify(self, completions: list[str], answers: list, **columns: list) -> list[Verdict]:
         """One verdict for each completion against the gold answer of the same position."""
         return [verdict for verdict, _ in self.explain(completions, answers, **columns)]
 
     def __call__(self, completions, answer=None, solution=None, **kwargs) -> list[float | None]:
-        """TRL's reward signature: 1.0 correct, 0.0 wrong or no answer, `None` where it could not be told."""
+        """TRL's reward signature: 1.0 correct, 0.0 wrong or no answer, `None` where nothing is known ([`rewards`])."""
         golds = answer if answer is not None else solution
         if golds is None:
             raise ValueError(

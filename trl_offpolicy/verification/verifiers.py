@@ -19,19 +19,19 @@ from ..answers.normalization import MAGNITUDES, normalize, number
 from ..data import prompts
 from ..data.rows import Verdict
 from ..sampling.sampler import FAILED, Request, SamplingParams, attempt_seed, needs
-from .verifier import Verifier, describe, explain_with
+from .verifier import GoldAtFault, Judgement, Verifier, describe, explain_with
 
 
 class _StatedVerifier(Verifier):
     """Compares what each completion states, by `judge(stated, answer)` with the row's `columns` behind them."""
 
-    def judge(self, stated: str, answer) -> tuple[Verdict, str]:
+    def judge(self, stated: str, answer) -> Judgement:
         raise NotImplementedError
 
-    def _explain(self, completions: list[str], answers: list, **columns: list) -> list[tuple[Verdict, str]]:
+    def _explain(self, completions: list[str], answers: list, **columns: list) -> list[Judgement]:
         stated = [stated_text(completion) for completion in completions]
         return [
-            self.judge(text, *row) if text else (Verdict.UNPARSABLE, NO_ANSWER)
+            self.judge(text, *row) if text else Judgement(Verdict.UNPARSABLE, NO_ANSWER)
             for text, *row in zip(stated, answers, *columns.values(), strict=True)
         ]
 
@@ -109,16 +109,18 @@ class MultipleChoiceVerifier(_StatedVerifier):
         )
         return list(dict.fromkeys(a or b for a, b in named))
 
-    def judge(self, stated: str, answer, choices=None) -> tuple[Verdict, str]:
+    def judge(self, stated: str, answer, choices=None) -> Judgement:
         labelled = self._labelled(choices)
         if isinstance(answer, int) and 0 <= answer < len(labelled) and str(answer) not in labelled:
             answer = list(labelled)[answer]
         gold, chosen = self._chosen(str(answer), labelled), self._chosen(stated, labelled)
         if len(gold) != 1:
-            return Verdict.UNPARSABLE, f"the gold answer {answer!r:.100} is not one of {', '.join(labelled)}"
+            return GoldAtFault(
+                Verdict.UNPARSABLE, f"the gold answer {answer!r:.100} is not one of {', '.join(labelled)}"
+            )
         if not chosen:
-            return Verdict.UNPARSABLE, NO_ANSWER
-        return (Verdict.CORRECT, "") if chosen == gold else (Verdict.WRONG, f"chose {', '.join(chosen)}")
+            return Judgement(Verdict.UNPARSABLE, NO_ANSWER)
+        return Judgement(Verdict.CORRECT) if chosen == gold else Judgement(Verdict.WRONG, f"chose {', '.join(chosen)}")
 
 
 def _composed(text: str) -> str:
@@ -169,16 +171,16 @@ class ExactMatchVerifier(_StatedVerifier):
             return [str(int(answer)), str(float(answer))]
         return [str(answer)]
 
-    def judge(self, stated: str, answer) -> tuple[Verdict, str]:
+    def judge(self, stated: str, answer) -> Judgement:
         answers = answer if isinstance(answer, list) else [answer]
         golds = {self.normalized(text) for a in answers if a is not None and a == a for text in self._spellings(a)} - {
             ""
         }
         if not golds:
-            return Verdict.UNPARSABLE, "the gold answer is empty"
+            return GoldAtFault(Verdict.UNPARSABLE, "the gold answer is empty")
         if self.normalized(stated) in golds:
-            return Verdict.CORRECT, ""
-        return Verdict.WRONG, f"states {stated!r:.120}, the gold answer is {answer!r:.120}"
+            return Judgement(Verdict.CORRECT)
+        return Judgement(Verdict.WRONG, f"states {stated!r:.120}, the gold answer is {answer!r:.120}")
 
 
 @functools.cache
@@ -258,20 +260,22 @@ class NumericVerifier(_StatedVerifier):
         except Exception:  # pint raises half a dozen types, and tokenizer errors, for what is no unit
             return None
 
-    def judge(self, stated: str, answer) -> tuple[Verdict, str]:
+    def judge(self, stated: str, answer) -> Judgement:
         gold, told = self.quantity(str(answer)), self.quantity(stated)
         if gold is None:
-            return Verdict.UNPARSABLE, f"the gold answer {answer!r:.100} is no number with a known unit"
+            return GoldAtFault(Verdict.UNPARSABLE, f"the gold answer {answer!r:.100} is no number with a known unit")
         if told is None:
-            return Verdict.UNPARSABLE, NO_ANSWER
+            return Judgement(Verdict.UNPARSABLE, NO_ANSWER)
         if told.unitless and not gold.unitless and not self.require_unit or gold.unitless:
             told, gold = told.magnitude, gold.magnitude  # only one of them says its unit
         elif told.dimensionality != gold.dimensionality:
-            return Verdict.WRONG, f"{told.units} cannot be compared with {gold.units}"
+            return Judgement(Verdict.WRONG, f"{told.units} cannot be compared with {gold.units}")
         else:
             told, gold = told.to(gold.units).magnitude, gold.magnitude
         near = abs(told - gold) <= max(self.rel_tol * abs(gold), self.abs_tol) * (1 + 1e-12)
-        return (Verdict.CORRECT, "") if near else (Verdict.WRONG, f"{told:g} where {gold:g} was asked for")
+        return (
+            Judgement(Verdict.CORRECT) if near else Judgement(Verdict.WRONG, f"{told:g} where {gold:g} was asked for")
+        )
 
 
 def _each_key_once(pairs: list[tuple[str, object]]) -> dict:
@@ -308,31 +312,31 @@ class JsonSchemaVerifier(Verifier):
     def __reduce__(self):
         return JsonSchemaVerifier, (self.schema,)  # a validator cannot be pickled
 
-    def _explain(self, completions: list[str], answers: list) -> list[tuple[Verdict, str]]:
+    def _explain(self, completions: list[str], answers: list) -> list[Judgement]:
         return [self._judge(c, a) for c, a in zip(completions, answers, strict=True)]
 
-    def _judge(self, completion: str, answer) -> tuple[Verdict, str]:
+    def _judge(self, completion: str, answer) -> Judgement:
         try:
             text = without_thinking(completion)
             blocks = re.findall(r"```(?:json)?[ \t]*\n(.*?)```", text, re.S | re.I)
             value = json.loads(blocks[-1] if blocks else text, object_pairs_hook=_each_key_once)
         except Unparsable as error:
-            return Verdict.UNPARSABLE, str(error)
+            return Judgement(Verdict.UNPARSABLE, str(error))
         except (ValueError, RecursionError) as error:
-            return Verdict.UNPARSABLE, f"{NO_ANSWER}: it is not JSON: {error}"
+            return Judgement(Verdict.UNPARSABLE, f"{NO_ANSWER}: it is not JSON: {error}")
         if answer is None and self.validator is None:
-            return Verdict.UNPARSABLE, "there is neither a schema nor an answer to compare with"
+            return GoldAtFault(Verdict.UNPARSABLE, "there is neither a schema nor an answer to compare with")
         error = next(iter(self.validator.iter_errors(value)), None) if self.validator else None
         if error is not None:
-            return Verdict.WRONG, f"{error.json_path}: {error.message}"[:300]
+            return Judgement(Verdict.WRONG, f"{error.json_path}: {error.message}"[:300])
         try:
             gold = json.loads(answer) if isinstance(answer, str) else answer
         except ValueError as error:
-            return Verdict.UNPARSABLE, f"the gold answer is not JSON: {error}"[:300]
+            return GoldAtFault(Verdict.UNPARSABLE, f"the gold answer is not JSON: {error}"[:300])
         # JSON's equality, not Python's: 1 is 1.0, but not true
         if answer is not None and not self._same({"const": gold}).is_valid(value):
-            return Verdict.WRONG, "not the value asked for"
-        return Verdict.CORRECT, ""
+            return Judgement(Verdict.WRONG, "not the value asked for")
+        return Judgement(Verdict.CORRECT)
 
 
 JUDGE_PROMPT = """\
@@ -381,8 +385,8 @@ class JudgeVerifier(Verifier):
         self.sampler, self.threshold, self.num_draws, self.prompt = sampler, threshold, num_draws, prompt
         self.words, self.seed = (yes.upper(), no.upper()), seed
 
-    def _explain(self, completions: list[str], answers: list) -> list[tuple[Verdict, str]]:
-        results: list[tuple[Verdict, str] | None] = [None] * len(completions)
+    def _explain(self, completions: list[str], answers: list) -> list[Judgement]:
+        results: list[Judgement | None] = [None] * len(completions)
         seen: list[dict] = [{} for _ in completions]  # token → (word, probability)
         waiting, draws, in_flight = list(range(len(completions)))[::-1], [0] * len(completions), 0
         while waiting or in_flight:
@@ -404,7 +408,7 @@ class JudgeVerifier(Verifier):
                 index, in_flight = int(completion.id), in_flight - 1
                 draws[index] += 1
                 if completion.finish_reason in FAILED:
-                    results[index] = Verdict.ERROR, completion.error or "the judge failed"
+                    results[index] = Judgement(Verdict.ERROR, completion.error or "the judge failed")
                     continue
                 if not completion.log_probs:
                     raise ValueError(f"{self.sampler.name} returns no log-probs, which a judge needs.")
@@ -414,11 +418,11 @@ class JudgeVerifier(Verifier):
                 if results[index] is None and draws[index] < self.num_draws:
                     waiting.append(index)
         return [
-            r or (Verdict.UNPARSABLE, f"{self.sampler.name} does not settle on {' or '.join(self.words)}")
+            r or Judgement(Verdict.UNPARSABLE, f"{self.sampler.name} does not settle on {' or '.join(self.words)}")
             for r in results
         ]
 
-    def _decide(self, seen: list[tuple[str, float]]) -> tuple[Verdict, str] | None:
+    def _decide(self, seen: list[tuple[str, float]]) -> Judgement | None:
         yes, no = (sum(p for word, p in seen if word == which) for which in self.words)
         unseen = max(0.0, 1.0 - sum(p for _, p in seen))
         if yes + no == 0:
@@ -427,7 +431,7 @@ class JudgeVerifier(Verifier):
         reason = f"{self.sampler.name}: P(YES) in [{low:.3f}, {high:.3f}]"
         if low < self.threshold <= high:
             return None
-        return (Verdict.CORRECT if low >= self.threshold else Verdict.WRONG), reason
+        return Judgement(Verdict.CORRECT if low >= self.threshold else Verdict.WRONG, reason)
 
     def close(self) -> None:
         self.sampler.close()
@@ -447,9 +451,9 @@ class _Combined(Verifier):
     def __repr__(self) -> str:
         return f"{self.name}({', '.join(repr(v) if isinstance(v, Verifier) else describe(v) for v in self.verifiers)})"
 
-    def _explain(self, completions: list[str], answers: list, **columns: list) -> list[tuple[Verdict, str]]:
+    def _explain(self, completions: list[str], answers: list, **columns: list) -> list[Judgement]:
         rows = [{name: values[i] for name, values in columns.items()} for i in range(len(completions))]
-        results: list[tuple[Verdict, str] | None] = [None] * len(completions)
+        results: list[Judgement | None] = [None] * len(completions)
         for verifier in self.verifiers:  # each is asked only what the verifiers before it left open
             still = [i for i, r in enumerate(results) if r is None or r[0] is not self.settles]
             told = explain_with(

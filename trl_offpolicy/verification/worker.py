@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from ..data.rows import Verdict
+from .verifier import GoldAtFault, Judgement
 
 
 MEMORY_LIMIT = 2 << 30  # bytes of address space of one worker
@@ -174,7 +175,7 @@ class Worker:
         self.deadline = time.monotonic() + max(OVER_BUDGET * self.timeout - used, 0.05 * self.timeout)
         return used < OVER_BUDGET * self.timeout
 
-    def results(self, readable: bool) -> list[tuple[int, tuple[Verdict, str]]]:
+    def results(self, readable: bool) -> list[tuple[int, Judgement]]:
         """What it has answered; where its fork died or is overdue (`lost`), that is the verdict on the task it was at."""
         chunk = self.stdout.read() if readable else None
         *lines, self.buffer = (self.buffer + (chunk or b"")).split(b"\n")
@@ -195,7 +196,9 @@ class Worker:
                 self.task_began = time.monotonic()
                 self.deadline = self.task_began + WALL * self.timeout
                 if what != "reading":
-                    told.append((self.tasks.popleft(), (Verdict(what), rest[0])))
+                    reason, gold_at_fault = rest
+                    judgement = (GoldAtFault if gold_at_fault else Judgement)(Verdict(what), reason)
+                    told.append((self.tasks.popleft(), judgement))
                 self.reading = bool(self.tasks)
         overdue = self.tasks and time.monotonic() > self.deadline and not self._given_more_time()
         if overdue and self.pid is None:
@@ -210,9 +213,9 @@ class Worker:
                     f"Try it by hand: {sys.executable} -I -c 'import math_verify'"
                 )
         if self.reading and (died is not None or overdue):
-            end = Verdict.TIMEOUT, f"killed after {time.monotonic() - self.task_began:.1f} s"
+            end = Judgement(Verdict.TIMEOUT, f"killed after {time.monotonic() - self.task_began:.1f} s")
             if died is not None:
-                end = Verdict.ERROR, f"the verifier's worker process {died}"
+                end = Judgement(Verdict.ERROR, f"the verifier's worker process {died}")
             told.append((self.tasks.popleft(), end))
         self.lost = died is not None or bool(overdue)
         if chunk == b"" or (overdue and not self.reading):  # what it has not read may still be in the pipe
@@ -309,13 +312,14 @@ def _work(answers) -> None:
         for completion, answer in tasks:
             try:
                 signal.setitimer(signal.ITIMER_PROF, budget, 0.5)  # fires again, should a library swallow the first
-                verdict, reason = grade(completion, answer, **options)
+                judgement = grade(completion, answer, **options)
                 signal.setitimer(signal.ITIMER_PROF, 0)
             except _OverBudget:
-                verdict, reason = Verdict.TIMEOUT, f"stopped after {budget:g} CPU seconds"
+                judgement = Judgement(Verdict.TIMEOUT, f"stopped after {budget:g} CPU seconds")
             except MemoryError:
-                verdict, reason = Verdict.ERROR, f"out of memory ({MEMORY_LIMIT >> 20} MiB)"
+                judgement = Judgement(Verdict.ERROR, f"out of memory ({MEMORY_LIMIT >> 20} MiB)")
             except Exception as error:  # not ours to hide: it travels to the caller as a verdict with its reason
-                verdict, reason = Verdict.ERROR, f"{type(error).__name__}: {error}"[:500]
+                judgement = Judgement(Verdict.ERROR, f"{type(error).__name__}: {error}"[:500])
             signal.setitimer(signal.ITIMER_PROF, 0)
-            print(json.dumps([verdict, reason, time.process_time()]), file=answers, flush=True)
+            answer = [*judgement, judgement.gold_at_fault, time.process_time()]
+            print(json.dumps(answer), file=answers, flush=True)
