@@ -16,6 +16,7 @@ from trl_offpolicy.cli import COMMANDS, main
 from trl_offpolicy.cli.arguments import parser_for
 from trl_offpolicy.cli.evaluate import EvalArguments
 from trl_offpolicy.cli.rewrite import RewriteArguments
+from trl_offpolicy.evaluation.evaluation_config import EvaluationConfig
 
 
 GIVEN = ["--model_name_or_path", "M", "--dataset_name", "D", "--output_dir", "O"]
@@ -54,8 +55,9 @@ def test_a_config_file_means_what_the_command_line_means(tmp_path):
         True,
         0.5,
     )
-    (arguments,) = parsed(
-        "benchmarks: gsm8k\n", tmp_path, "--model_name_or_path", "M", "--output_dir", "O", types=EvalArguments
+    types = (EvalArguments, EvaluationConfig)
+    arguments, _ = parsed(
+        "benchmarks: gsm8k\n", tmp_path, "--model_name_or_path", "M", "--output_dir", "O", types=types
     )
     assert arguments.benchmarks == ["gsm8k"]
 
@@ -391,7 +393,7 @@ def test_every_public_name_is_there_without_any_extra(monkeypatch):
 
 
 def test_a_chat_template_s_file_is_read_before_a_model(tmp_path):
-    from trl_offpolicy.cli.arguments import EngineArguments, make_sampler
+    from trl_offpolicy.sampling.engine import EngineArguments, make_sampler
 
     file = tmp_path / "template.jinja"
     file.write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}>")

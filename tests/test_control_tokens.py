@@ -90,7 +90,7 @@ def test_evaluation_gap_and_agent(tiny_model, tokenizer, sampler):
 
     def of_evaluation(mode):
         sampler.asked = []
-        evaluate(None, {"b": problems}, 1, sampler=sampler, verifier=verify, control_tokens=mode)
+        evaluate(None, {"b": problems}, num_generations=1, sampler=sampler, verifier=verify, control_tokens=mode)
         return sampler.asked
 
     def of_gap(mode):

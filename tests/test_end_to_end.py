@@ -198,7 +198,7 @@ def test_documented_commands_parse(tmp_path):
     from rewrite_ray import RayArguments
     from trl import GRPOConfig, ModelConfig, TrlParser
 
-    from trl_offpolicy import ImportanceWeightedSFTConfig, RewriteConfig
+    from trl_offpolicy import EvaluationConfig, ImportanceWeightedSFTConfig, RewriteConfig
     from trl_offpolicy.cli.agent import AgentArguments
     from trl_offpolicy.cli.evaluate import EvalArguments
     from trl_offpolicy.cli.gap import GapArguments
@@ -213,7 +213,7 @@ def test_documented_commands_parse(tmp_path):
         "trl-offpolicy rewrite": (RewriteArguments, RewriteConfig),
         "python examples/rewrite_ray.py": (RayArguments, RewriteConfig),
         "trl-offpolicy verify": (VerifyArguments,),
-        "trl-offpolicy eval": (EvalArguments,),
+        "trl-offpolicy eval": (EvalArguments, EvaluationConfig),
         "trl-offpolicy gap": (GapArguments,),
         "trl-offpolicy agent": (AgentArguments, GRPOConfig, ModelConfig),
         "accelerate launch examples/train_agent.py": (AgentArguments, GRPOConfig, ModelConfig),

@@ -56,7 +56,7 @@ def runs(tmp_path, tokenizer, tiny_model):
             "output_dir": str(tmp_path / "runs" / name),
             "baseline": str(tmp_path / "runs" / "base") if p > 0.5 else None,
         }
-        evaluate(None, benchmark, 4, sampler=ScriptedSampler(p_self=p), verifier=verify, **options)
+        evaluate(None, benchmark, num_generations=4, sampler=ScriptedSampler(p_self=p), verifier=verify, **options)
     for step in (5, 10):
         checkpoint = tmp_path / "runs" / "train" / f"checkpoint-{step}"
         checkpoint.mkdir(parents=True)

@@ -26,6 +26,7 @@ _HOME = {
     "DFTTrainer": "trainer.dft_trainer",
     "measure_policy_gap": "evaluation.policy_gap",
     "evaluate": "evaluation.evaluate",
+    "EvaluationConfig": "evaluation.evaluation_config",
 }
 __all__ = list(_HOME)
 

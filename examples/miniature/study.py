@@ -252,7 +252,12 @@ def tune(args, base: int, method: str, rate: float) -> None:
     model, dev = fit(args, base, method, rate, TUNING_SEED), splits(args, base)["dev"]
     with MathVerifier(num_workers=1) as verifier:
         result = evaluate(
-            str(model), {"dev": dev}, K, max_completion_length=MAX_LENGTH, verifier=verifier, seed=args.data_seed
+            str(model),
+            {"dev": dev},
+            num_generations=K,
+            max_completion_length=MAX_LENGTH,
+            verifier=verifier,
+            seed=args.data_seed,
         )
     write(result_of(partial(tune, args, base, method, rate)), {f"avg@{K}": result["dev"][f"avg@{K}"]})
 
@@ -265,7 +270,7 @@ def test(args, base: int, method: str, rate: float | None, seed: int) -> None:
     rows, baseline = splits(args, base), run_dir(args, base, "base", None, seed)
     with MathVerifier(num_workers=1) as verifier:
         evaluate(
-            model, {name: rows[name] for name in ("target", "other")}, K, max_completion_length=MAX_LENGTH, verifier=verifier, greedy=True,
+            model, {name: rows[name] for name in ("target", "other")}, num_generations=K, max_completion_length=MAX_LENGTH, verifier=verifier, greedy=True,
             seed=args.data_seed + seed, output_dir=str(run_dir(args, base, method, rate, seed)), baseline=None if method == "base" else str(baseline),
         )  # fmt: skip
 

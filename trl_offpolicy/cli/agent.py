@@ -11,8 +11,8 @@ from pathlib import Path
 from ..data import prompts
 from ..data.control_tokens import HELP, MODES
 from ..rewriting.rewrite_config import RewriteConfig
+from ..sampling.engine import TEMPLATE_METADATA, read_template
 from .arguments import (
-    TEMPLATE_METADATA,
     DemonstrationArguments,
     VerifierArguments,
     check_before_loading,
@@ -20,7 +20,6 @@ from .arguments import (
     load_demonstrations,
     make_verifier,
     parser_for,
-    read_template,
 )
 
 

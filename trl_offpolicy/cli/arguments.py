@@ -1,8 +1,7 @@
-"""What several commands share: which rows, which model, and the engine that samples it."""
+"""What several commands share: flags and config files, which rows, and which verifier."""
 
 import argparse
 import difflib
-import json
 import os
 import re
 import shlex
@@ -16,58 +15,7 @@ from typing import Union, get_args, get_origin, get_type_hints
 
 from trl import TrlParser
 
-
-TEMPLATE_METADATA = {
-    "help": "Jinja file that renders conversations, for a base model without a chat template of its own.",
-    "aliases": ["--chat_template"],
-}
-TEMPLATE_KWARGS_HELP = """Variables of the chat template as JSON, e.g. '{"enable_thinking": false}'."""
-
-
-@dataclass(kw_only=True)
-class EngineArguments:
-    """Which model, and the engine that samples it."""
-
-    model_name_or_path: str = field(metadata={"help": "Model: Hub id or local directory."})
-    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
-    dtype: str = field(default="auto", metadata={"help": "Weights' dtype: auto, bfloat16, float16 or float32."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code from the model's repository."})
-    chat_template_path: str | None = field(default=None, metadata=TEMPLATE_METADATA)
-    sampler: str = field(
-        default="transformers",
-        metadata={"help": "Engine that samples.", "choices": ["transformers", "vllm", "openai"]},
-    )
-    batch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Completions drawn at a time: 64 with transformers, 128 at each server with openai, by default what vLLM chooses."
-        },
-    )
-    base_url: list[str] | None = field(
-        default=None,
-        metadata={"help": "openai: where the model is served, one or many, e.g. http://127.0.0.1:8000/v1."},
-    )
-    served_model_name: str | None = field(
-        default=None, metadata={"help": "openai: what the servers call the model, if not model_name_or_path."}
-    )
-    request_timeout: float | None = field(
-        default=None, metadata={"help": "openai: seconds for one completion (default: 600)."}
-    )
-    give_up_after: float | None = field(
-        default=None,
-        metadata={"help": "openai: stop, resumably, after so many seconds without any answer (default: 300)."},
-    )
-    adapter: str | None = field(
-        default=None, metadata={"help": "vllm: LoRA adapter to sample with, Hub id or local directory."}
-    )
-    tensor_parallel_size: int | None = field(default=None, metadata={"help": "vllm: GPUs that share the model."})
-    gpu_memory_utilization: float | None = field(
-        default=None, metadata={"help": "vllm: share of the GPU's memory it may take."}
-    )
-    max_model_len: int | None = field(default=None, metadata={"help": "vllm: context, if less than the model's."})
-    engine_kwargs: dict | str | None = field(
-        default=None, metadata={"help": """vllm: further engine arguments as JSON, e.g. '{"quantization": "fp8"}'."""}
-    )
+from ..data.tokenization import json_mapping
 
 
 @dataclass(kw_only=True)
@@ -394,131 +342,12 @@ def last_checkpoint(resume: str | None, output_dir: str) -> str | None:
     return checkpoint
 
 
-def read_template(path: str | None) -> str | None:
-    """The text of a chat template's file; `ValueError` if it is no template."""
-    from jinja2 import TemplateSyntaxError
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
-    if path is None:
-        return None
-    text = Path(path).expanduser().read_text()
-    try:
-        _compile_jinja_template(text)
-    except TemplateSyntaxError as error:
-        raise ValueError(f"{path}, line {error.lineno}: this is no Jinja template: {error.message}") from error
-    return text
-
-
-def check_dtype(dtype: str) -> None:
-    if dtype in ("auto", "bfloat16", "float16", "float32"):
-        return  # known without torch, which takes seconds to import
-    import torch
-
-    if not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(
-            f"You passed dtype={dtype!r}, which torch does not know: use auto, bfloat16, float16 or float32."
-        )
-
-
-def check_model(arguments: EngineArguments):
-    """
-    The tokenizer of the model, which is not loaded itself; `None` where only a server knows the model.
-
-    Raises:
-        ModelNotFound: There is no such model.
-        ValueError: There is no such dtype, or the model's tokenizer has no chat template.
-    """
-    from transformers import AutoConfig
-
-    from ..sampling.loading import ModelNotFound, load_processing_class, loading
-
-    model, shared = arguments.model_name_or_path, {"revision": arguments.model_revision}
-    shared["trust_remote_code"] = arguments.trust_remote_code
-    check_dtype(arguments.dtype)
-    try:
-        with loading(model):
-            AutoConfig.from_pretrained(model, **shared)
-        return load_processing_class(model, chat_template=read_template(arguments.chat_template_path), **shared)
-    except ModelNotFound:
-        if arguments.sampler == "openai":
-            return None
-        raise
-
-
-_ENGINE_OF = {
-    **dict.fromkeys(("base_url", "served_model_name", "request_timeout", "give_up_after"), "openai"),
-    **dict.fromkeys(
-        ("adapter", "tensor_parallel_size", "gpu_memory_utilization", "max_model_len", "engine_kwargs"), "vllm"
-    ),
-}
-
-
-def make_sampler(arguments: EngineArguments, second_adapter: str | None = None):
-    """The engine; one on which `with_adapter(second_adapter)` can be called, if that is asked for."""
-    from ..sampling.loading import load_processing_class
-
-    given = {name: value for name in _ENGINE_OF if (value := getattr(arguments, name)) is not None}
-    for name, value in given.items():
-        if _ENGINE_OF[name] != arguments.sampler:
-            raise ValueError(
-                f"You passed {name}={value!r} with sampler={arguments.sampler!r}; it is an option of --sampler {_ENGINE_OF[name]}."
-            )
-    from ..sampling.loading import loading
-    from ..sampling.sampler import check_positive
-
-    check_positive(batch_size=arguments.batch_size, **{k: v for k, v in given.items() if isinstance(v, (int, float))})
-    model, init = arguments.model_name_or_path, {"revision": arguments.model_revision}
-    if template := read_template(arguments.chat_template_path):
-        shared = {"trust_remote_code": arguments.trust_remote_code, **init}
-        given["processing_class"] = load_processing_class(model, chat_template=template, **shared)
-    if arguments.sampler == "openai":
-        from ..sampling.openai_sampler import OpenAISampler
-
-        if not arguments.base_url:
-            raise ValueError("--sampler openai needs --base_url, for example http://127.0.0.1:8000/v1.")
-        sampler = OpenAISampler(model, batch_size=arguments.batch_size or 128, **given, **init)
-        if template and not sampler.takes_token_ids:
-            sampler.close()
-            raise ValueError(
-                f"You passed chat_template_path={arguments.chat_template_path!r}, but these servers render conversations themselves (they take "
-                "no token ids). Start them with that template (`vllm serve --chat-template FILE`) and leave the flag out."
-            )
-        return sampler
-    with loading(model):
-        init |= {"dtype": arguments.dtype, "trust_remote_code": arguments.trust_remote_code}
-        if arguments.sampler == "vllm":
-            from ..sampling.vllm_sampler import VLLMSampler, lora_engine_kwargs
-
-            given |= _mapping("engine_kwargs", given.pop("engine_kwargs", {}), '{"max_num_seqs": 256}')
-            if "hf_token" in given:  # `run_config.yaml` holds these options, and is pushed
-                raise ValueError(
-                    "You passed hf_token in engine_kwargs, which would be pushed with the run; set HF_TOKEN instead."
-                )
-            if second_adapter is not None:
-                given = {**lora_engine_kwargs(second_adapter), **given}
-            if arguments.batch_size is not None:
-                given["max_num_seqs"] = arguments.batch_size
-            return VLLMSampler(model, **given, **init)
-        from ..sampling.transformers_sampler import TransformersSampler
-
-        check_dtype(arguments.dtype)
-        return TransformersSampler(model, batch_size=arguments.batch_size or 64, model_init_kwargs=init, **given)
-
-
 def make_verifier(arguments: VerifierArguments):
     module, name = VERIFIERS[arguments.verifier]
-    kwargs = _mapping("verifier_kwargs", arguments.verifier_kwargs, '{"timeout": 10}')
+    kwargs = json_mapping("verifier_kwargs", arguments.verifier_kwargs, '{"timeout": 10}')
     try:
         return getattr(import_module(f"..{module}", __package__), name)(**kwargs)
     except TypeError as error:
         raise ValueError(f"You passed verifier_kwargs={arguments.verifier_kwargs!r} to {name}: {error}") from error
     except ImportError as error:  # an extra that is not installed
         raise ValueError(str(error)) from error
-
-
-def _mapping(name: str, value: dict | str, example: str) -> dict:
-    """From a config file it comes as a mapping, from the command line as JSON."""
-    try:
-        return dict(json.loads(value) if isinstance(value, str) else value)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"You passed {name}={value!r}; write a JSON object such as '{example}'.") from error

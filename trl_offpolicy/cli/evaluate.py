@@ -1,23 +1,12 @@
-"""`trl-offpolicy eval`, `gap` and `report`."""
+"""`trl-offpolicy eval`: accuracy of a model on benchmarks."""
 
-import os
 import shlex
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..data import prompts
-from ..data.control_tokens import HELP, MODES
+from ..sampling.engine import EngineArguments, check_model, make_sampler
 from ..sampling.sampler import SamplerError
-from .arguments import (
-    TEMPLATE_KWARGS_HELP,
-    EngineArguments,
-    VerifierArguments,
-    check_before_loading,
-    check_model,
-    make_sampler,
-    make_verifier,
-    parser_for,
-)
+from .arguments import VerifierArguments, check_before_loading, make_verifier, parser_for
 
 
 MOST_UNPARSABLE = 0.25  # share of a benchmark's samples above which an evaluation says so
@@ -46,95 +35,69 @@ What was forgotten, by lm-eval (pip install lm-eval); the same template as in tr
 
 @dataclass(kw_only=True)
 class EvalArguments(EngineArguments, VerifierArguments):
-    """What is evaluated, on what, and how."""
+    """What is evaluated, and on what."""
 
     benchmarks: list[str] = field(
         metadata={"help": "Names, files, or Hub datasets as id, id:split or id:config:split."}
-    )
-    output_dir: str = field(
-        metadata={"help": "Run directory: journal, samples and results. An interrupted run resumes from it."}
     )
     preset: str | None = field(
         default=None,
         metadata={"help": "Settings of a paper; flags beside it win.", "choices": ["paper", "paper_llama"]},
     )
-    num_generations: int = field(default=16, metadata={"help": "Samples of each problem: k."})
-    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; 0 with one sample is greedy."})
-    top_p: float = field(default=1.0, metadata={"help": "Nucleus."})
-    top_k: int = field(default=0, metadata={"help": "Highest-probability tokens kept, 0 for all."})
-    max_completion_length: int = field(default=4096, metadata={"help": "Tokens of one sample."})
-    min_p: float = field(default=0.0, metadata={"help": "Least share of the likeliest token's probability."})
-    repetition_penalty: float = field(default=1.0, metadata={"help": "Penalty on tokens that were there before."})
-    stop: list[str] | None = field(default=None, metadata={"help": "Texts at which a sample ends, cut off it."})
-    seed: int = field(default=42, metadata={"help": "Seed of the run; each sample derives its own from it."})
-    greedy: bool = field(default=False, metadata={"help": "One more completion of each problem, at temperature 0."})
-    solve_prompt: str = field(default=prompts.SOLVE_PROMPT, metadata={"help": "What a problem is asked."})
-    system_prompt: str | None = field(default=None, metadata={"help": "System turn before it."})
-    chat_template_kwargs: str | None = field(default=None, metadata={"help": TEMPLATE_KWARGS_HELP})
     max_problems: int | None = field(default=None, metadata={"help": "Only the first problems of each benchmark."})
-    shard: str = field(default="0/1", metadata={"help": "i/n asks the i-th of n blocks of each benchmark's problems."})
-    overwrite: bool = field(default=False, metadata={"help": "Delete the journal of other settings in output_dir."})
-    report_to: str = field(
-        default="none", metadata={"help": "Where the results are logged too.", "choices": ["none", "wandb"]}
-    )
-    baseline: str | None = field(default=None, metadata={"help": "Run directory of another model to compare with."})
-    train_tokenizer: str | None = field(
-        default=None, metadata={"help": "Tokenizer in training; another chat template is refused."}
-    )
     train_dataset: str | None = field(default=None, metadata={"help": "Rows in training; another prompt is refused."})
-    control_tokens: str = field(default="warn", metadata={"help": HELP, "choices": MODES})
-    dry_run: bool = field(
-        default=False,
-        metadata={"help": "Print the first prompt of each benchmark and its gold answer, sample nothing."},
-    )
 
 
 def evaluate(argv: list[str]) -> int:
     from ..data.loading import load_rows
     from ..evaluation.benchmarks import PRESETS, load_benchmarks
     from ..evaluation.evaluate import evaluate as run
+    from ..evaluation.evaluation_config import EvaluationConfig
     from ..reporting import tables
 
     description = "Measure a model: sample k completions of each problem, verify them, report accuracies with intervals over problems."
-    parser = parser_for(EvalArguments, "eval", description, EVAL_EXAMPLES)
-    (arguments,) = parser.parse_args_and_config(argv)
+    parser = parser_for((EvalArguments, EvaluationConfig), "eval", description, EVAL_EXAMPLES)
+    arguments, config = parser.parse_args_and_config(argv)
     if arguments.preset:
         parser.set_defaults(**PRESETS[arguments.preset])  # below what a flag or the config file says
-        (arguments,) = parser.parse_args_and_config(argv)
-    arguments.output_dir = os.path.expanduser(arguments.output_dir)
-    print(f"output_dir: {arguments.output_dir}", flush=True)
-    if not arguments.dry_run:
-        check_before_loading(arguments.output_dir, arguments.report_to)
+        arguments, config = parser.parse_args_and_config(argv)
+    if config.output_dir is None:
+        parser.error("the following arguments are required: --output_dir")
+    print(f"output_dir: {config.output_dir}", flush=True)
+    if not config.dry_run:
+        check_before_loading(config.output_dir, config.report_to)
     rows = load_benchmarks(arguments.benchmarks)
     if arguments.max_problems is not None:
         rows = {name: each.select(range(min(arguments.max_problems, len(each)))) for name, each in rows.items()}
-    options = {f.name: getattr(arguments, f.name) for f in fields(arguments)}
-    elsewhere = fields(EngineArguments) + fields(VerifierArguments)
-    for name in ("benchmarks", "preset", "max_problems", "dry_run", *(f.name for f in elsewhere)):
-        options.pop(name)
-    if arguments.train_dataset:
-        options["train_dataset"] = load_rows(arguments.train_dataset, named="train_dataset")
-    if arguments.dry_run:
-        return _show_questions(arguments, rows, options.get("train_dataset"))
+    trained_on = arguments.train_dataset and load_rows(arguments.train_dataset, named="train_dataset")
+    if config.dry_run:
+        return _show_questions(arguments, config, rows, trained_on)
     sampler = make_sampler(arguments)
     try:
         with make_verifier(arguments) as verifier:
-            results = run(arguments.model_name_or_path, rows, sampler=sampler, verifier=verifier, **options)
+            results = run(
+                arguments.model_name_or_path,
+                rows,
+                config,
+                sampler=sampler,
+                verifier=verifier,
+                train_dataset=trained_on,
+            )
     except (KeyboardInterrupt, SamplerError) as error:
-        print(f"\nstopped; every finished sample is in {arguments.output_dir}. {error}".rstrip())
+        print(f"\nstopped; every finished sample is in {config.output_dir}. {error}".rstrip())
         print("Run the same command again to resume.")
         return 3
     finally:
         sampler.close()
     print(tables.markdown(tables.accuracy(results)), end="")
-    if arguments.baseline:
+    if config.baseline:
         print(tables.markdown(tables.comparison(results)), end="")
     for told in _unread(results, arguments.verifier):
         print(told)
-    if not (Path(arguments.output_dir) / "results.json").exists():
-        print(f"shard {arguments.shard} is done; results.json appears with the last of them")
+    if not (Path(config.output_dir) / "results.json").exists():
+        print(f"shard {config.shard} is done; results.json appears with the last of them")
         return 0
-    print(report_command(arguments.output_dir))
+    print(report_command(config.output_dir))
     return 0
 
 
@@ -148,23 +111,22 @@ def _unread(results: dict[str, dict], verifier: str) -> list[str]:
     ]
 
 
-def _show_questions(arguments: EvalArguments, rows: dict, train_dataset) -> int:
+def _show_questions(arguments: EvalArguments, config, rows: dict, train_dataset) -> int:
     """What each benchmark's first problem is asked, as the model reads it."""
-    from ..data.tokenization import template_kwargs
     from ..evaluation.benchmarks import check_format, read_questions, without_control_tokens
     from ..rewriting.dry_run import shown_prompt
 
-    tokenizer, given = check_model(arguments), template_kwargs(arguments.chat_template_kwargs)
-    asked = arguments.solve_prompt, arguments.system_prompt
+    tokenizer, given = check_model(arguments), config.chat_template_kwargs
+    asked = config.solve_prompt, config.system_prompt
     questions = {name: read_questions(name, each, *asked) for name, each in rows.items()}
     if tokenizer is not None:
-        check_format(tokenizer, questions, arguments.train_tokenizer, train_dataset, given)
-        questions = without_control_tokens(tokenizer, questions, arguments.control_tokens)
+        check_format(tokenizer, questions, config.train_tokenizer, train_dataset, given)
+        questions = without_control_tokens(tokenizer, questions, config.control_tokens)
     with make_verifier(arguments) as verifier:
         for name, (first, *others) in questions.items():
             print(shown_prompt(f"first prompt of {name}", first.prompt, tokenizer, given, verifier))
             print(
-                f"gold answer: {first.answer!r}\n{name}: {1 + len(others):,} problems x {arguments.num_generations} samples"
+                f"gold answer: {first.answer!r}\n{name}: {1 + len(others):,} problems x {config.num_generations} samples"
             )
     print("nothing was sampled; drop --dry_run to start")
     return 0

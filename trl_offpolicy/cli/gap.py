@@ -5,16 +5,8 @@ from dataclasses import dataclass, field
 
 from ..data import prompts
 from ..data.control_tokens import HELP, MODES
-from .arguments import (
-    TEMPLATE_KWARGS_HELP,
-    TEMPLATE_METADATA,
-    DatasetArguments,
-    check_before_loading,
-    check_dtype,
-    load_dataset,
-    parser_for,
-    read_template,
-)
+from ..sampling.engine import TEMPLATE_KWARGS_HELP, TEMPLATE_METADATA, check_dtype, read_template
+from .arguments import DatasetArguments, check_before_loading, load_dataset, parser_for
 from .evaluate import report_command
 
 

@@ -5,6 +5,7 @@ import sys
 from dataclasses import dataclass, field
 
 from ..data.redaction import redacted
+from ..rewriting.rewrite_config import HubOptions
 from .arguments import (
     parser_for,
 )
@@ -19,26 +20,14 @@ The token is HF_TOKEN's, or that of `hf auth login`. A push is one commit: the H
 """
 
 
-@dataclass
-class PushArguments:
+@dataclass(kw_only=True)
+class PushArguments(HubOptions):
     """Which run goes where."""
 
     run_dir: str = field(
         metadata={"help": "Output directory of a finished rewrite; also the first word after `push`."}
     )
     hub_dataset_id: str = field(metadata={"help": "Dataset repository: owner/name."})
-    hub_private_repo: bool = field(
-        default=False, metadata={"help": "Whether a new repository is private.", "aliases": ["--private"]}
-    )
-    hub_token: str | None = field(
-        default=None, repr=False, metadata={"help": "Hub token; better in HF_TOKEN, where no process list shows it."}
-    )
-    hub_revision: str | None = field(default=None, metadata={"help": "Branch to push to, made if there is none."})
-    push_attempts: bool = field(default=True, metadata={"help": "Push every attempt too, as config `attempts`."})
-    accept_failed: bool = field(
-        default=False,
-        metadata={"help": "Push though the engine failed at some attempts, which a rewrite tries again."},
-    )
 
 
 def push(argv: list[str]) -> int:

@@ -10,15 +10,13 @@ from ..data.redaction import redacted
 from ..data.rows import REJECTIONS
 from ..rewriting.rewrite_config import RewriteConfig
 from ..runs.run_log import cut_advice
+from ..sampling.engine import EngineArguments, check_model, make_sampler
 from ..sampling.sampler import SamplerError
 from .arguments import (
     DemonstrationArguments,
-    EngineArguments,
     VerifierArguments,
     check_before_loading,
-    check_model,
     load_demonstrations,
-    make_sampler,
     make_verifier,
     parser_for,
 )

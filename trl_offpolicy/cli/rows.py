@@ -7,12 +7,8 @@ from types import SimpleNamespace
 import yaml
 
 from ..rewriting.rewrite_config import RewriteConfig
-from .arguments import (
-    DemonstrationArguments,
-    load_demonstrations,
-    parser_for,
-    read_template,
-)
+from ..sampling.engine import read_template
+from .arguments import DemonstrationArguments, load_demonstrations, parser_for
 
 
 ROWS_EXAMPLES = """\

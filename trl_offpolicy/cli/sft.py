@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from trl import ScriptArguments
 
 from ..data.tokenization import template_kwargs
-from .arguments import TEMPLATE_KWARGS_HELP, check_before_loading, last_checkpoint, parser_for
+from ..sampling.engine import TEMPLATE_KWARGS_HELP
+from .arguments import check_before_loading, last_checkpoint, parser_for
 
 
 SFT_EXAMPLES = """\

@@ -49,11 +49,14 @@ def says_otherwise(processing_class, row: dict) -> str | None:
     return decoded
 
 
+def json_mapping(name: str, value: dict | str, example: str) -> dict:
+    """The mapping that the setting `name` holds: from Python or a config file a mapping, from the command line JSON; else `ValueError`."""
+    try:
+        return dict(json.loads(value) if isinstance(value, str) else value)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"You passed {name}={value!r}; write a JSON object such as '{example}'.") from error
+
+
 def template_kwargs(value: dict | str | None) -> dict | None:
     """`chat_template_kwargs` as a dict, `None` for none; `ValueError` if it is no JSON object."""
-    try:
-        return dict(json.loads(value) if isinstance(value, str) else value or {}) or None
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"You passed chat_template_kwargs={value!r}; write a JSON object such as '{{\"enable_thinking\": false}}'."
-        ) from error
+    return json_mapping("chat_template_kwargs", value or {}, '{"enable_thinking": false}') or None

@@ -22,10 +22,8 @@ from ..answers.extraction import stated_text
 from ..answers.normalization import canonical
 from ..cards import versions
 from ..data import prompts
-from ..data.control_tokens import check_mode
 from ..data.loading import batched
 from ..data.rows import Verdict, stored
-from ..data.tokenization import template_kwargs
 from ..data.whole_file import partial_file, write_whole
 from ..reporting import tables
 from ..runs.journal import Journal, differences, read_entries
@@ -39,7 +37,6 @@ from ..sampling.sampler import (
     Request,
     Sampler,
     SamplerError,
-    SamplingParams,
     attempt_seed,
 )
 from ..verification.math_verifier import MathVerifier
@@ -47,6 +44,7 @@ from ..verification.verdict_queue import VerdictQueue, abandoning
 from ..verification.verifier import describe
 from .benchmarks import Question, check_format, load_benchmarks, read_questions, without_control_tokens
 from .estimators import accuracies, compare, share_interval
+from .evaluation_config import EvaluationConfig
 
 
 NOT_JUDGED = (Verdict.TIMEOUT, Verdict.ERROR)
@@ -64,30 +62,13 @@ class Key(NamedTuple):
 def evaluate(
     model,
     benchmarks,
-    num_generations: int = 16,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    max_completion_length: int = 4096,
-    seed: int = 42,
-    solve_prompt: str = prompts.SOLVE_PROMPT,
-    system_prompt: str | None = None,
-    greedy: bool = False,
-    output_dir: str | None = None,
-    shard: str = "0/1",
-    overwrite: bool = False,
-    report_to: str = "none",
-    baseline: str | None = None,
-    train_tokenizer=None,
-    train_dataset=None,
-    control_tokens: str = "warn",
+    args: EvaluationConfig | None = None,
+    *,
     sampler: Sampler | None = None,
     verifier=None,
     processing_class=None,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    stop: list[str] | None = None,
-    chat_template_kwargs: dict | str | None = None,
+    train_dataset=None,
+    **settings,
 ) -> dict[str, dict]:
     """
     avg@k, pass@k and maj@k of `model` on each benchmark.
@@ -97,15 +78,10 @@ def evaluate(
         benchmarks (`list[str]` or `dict[str, Iterable[dict]]`): Names, files or Hub ids ([`~evaluation.benchmarks.load_benchmark`]); or rows by
             name, each with `answer` and a prompt as a rewrite takes it: `messages`, a conversational `prompt`, a plain text `prompt`, which is
             asked without a chat template; or with `problem` or `question`, which `solve_prompt` turns into messages.
-        num_generations (`int`, *optional*, defaults to `16`): k; the papers' avg@16.
-        system_prompt (`str`, *optional*): A system turn before problems that have no prompt of their own.
-        min_p, repetition_penalty, stop, chat_template_kwargs, control_tokens (*optional*): As in [`RewriteConfig`].
-        greedy (`bool`, *optional*, defaults to `False`): Also draw one completion of each problem at temperature 0.
-        output_dir (`str`, *optional*): Run directory: journal, `samples.parquet`, `results.json`, `results.md`. An interrupted run resumes from it.
-        shard (`str`, *optional*, defaults to `"0/1"`): `i/n`, the i-th of n blocks of problems; `output_dir` has the results with the last.
-        report_to (`str`, *optional*, defaults to `"none"`): `"wandb"` logs the numbers of `results.json`; needs `output_dir`.
-        baseline (`str`, *optional*): Run directory of another model: paired comparison with it on the same problems.
-        train_tokenizer, train_dataset (*optional*): With what it was trained; another format is refused ([`~evaluation.benchmarks.check_training_format`]).
+        args ([`EvaluationConfig`], *optional*): The settings.
+        sampler, verifier, processing_class (*optional*): As for [`DataRewriter`].
+        train_dataset (*optional*): The rows that it was trained on; another prompt is refused ([`~evaluation.benchmarks.check_training_format`]).
+        settings: Fields of [`EvaluationConfig`] by name, in place of `args`: `evaluate(model, ["math500"], num_generations=4)`.
 
     Returns:
         `dict`: For each benchmark (of this shard's problems only, as long as other shards are missing):
@@ -121,58 +97,52 @@ def evaluate(
     Raises:
         ValueError: A benchmark is empty or unknown, a row has no problem or no answer, the prompts' format is wrong, or `output_dir`
             holds an evaluation with other settings, or `baseline` one with no problem in common or another k, sampling or token limit.
+        TypeError: `args` is no [`EvaluationConfig`], or there are `settings` beside it.
     """
-    part = Shard.parse(shard)
-    check_wandb(report_to)
-    _check_settings(num_generations, temperature, part, output_dir, solve_prompt, control_tokens)
-    params = SamplingParams(temperature, top_p, top_k, max_completion_length, min_p, repetition_penalty, stop or ())
-    chat_template_kwargs = template_kwargs(chat_template_kwargs)
+    args = _config(args, settings)
+    check_wandb(args.report_to)
+    params = args.sampling_params()
     rows = benchmarks if isinstance(benchmarks, dict) else load_benchmarks(benchmarks)
-    questions = {name: read_questions(name, each, solve_prompt, system_prompt) for name, each in rows.items()}
-    settings = {"num_generations": num_generations, **asdict(params)}
-    earlier = _read_baseline(Path(os.path.expanduser(baseline)), questions, settings) if baseline else {}
-    output_dir = output_dir and os.path.expanduser(output_dir)
+    questions = {
+        name: read_questions(name, each, args.solve_prompt, args.system_prompt) for name, each in rows.items()
+    }
+    drawn = {"num_generations": args.num_generations, **asdict(params)}
+    earlier = _read_baseline(Path(os.path.expanduser(args.baseline)), questions, drawn) if args.baseline else {}
     sampler = sampler or _default_sampler(model, processing_class)
     processing_class = getattr(sampler, "processing_class", processing_class)
     if processing_class is not None:
-        check_format(processing_class, questions, train_tokenizer, train_dataset, chat_template_kwargs)
-        questions = without_control_tokens(processing_class, questions, control_tokens)
-    asked = {"seed": seed, "solve_prompt": solve_prompt, "system_prompt": system_prompt}
-    asked |= {"control_tokens": "escape"} if control_tokens == "escape" else {}
-    asked |= {"chat_template_kwargs": chat_template_kwargs} if chat_template_kwargs else {}
-    run = _Run(questions, num_generations, greedy, params, seed, part, chat_template_kwargs)
+        check_format(processing_class, questions, args.train_tokenizer, train_dataset, args.chat_template_kwargs)
+        questions = without_control_tokens(processing_class, questions, args.control_tokens)
+    asked = {name: getattr(args, name) for name in ("seed", "solve_prompt", "system_prompt")}
+    asked |= {"control_tokens": "escape"} if args.control_tokens == "escape" else {}
+    asked |= {"chat_template_kwargs": args.chat_template_kwargs} if args.chat_template_kwargs else {}
+    run = _Run(questions, args)
     with MathVerifier() if verifier is None else nullcontext(verifier) as verifier:
         config = {**params.settings(), **asked, **_engine(sampler, verifier, processing_class)}
         odd = {name: _uncheckable(verifier, each) for name, each in questions.items()}
-        run.sample(sampler, verifier, output_dir, config, overwrite)
+        run.sample(sampler, verifier, config)
     results = {name: {**run.summarize(name), "gold_unparsable": odd[name]} for name in questions if run.has(name)}
-    _compare(results, earlier, str(baseline))
-    if output_dir is not None and run.complete:
-        write_results(Path(output_dir), {**config, "num_generations": num_generations}, results, report_to)
+    _compare(results, earlier, str(args.baseline))
+    if args.output_dir is not None and run.complete:
+        made_with = {**config, "num_generations": args.num_generations}
+        write_results(Path(args.output_dir), made_with, results, args.report_to)
     return results
+
+
+def _config(args: EvaluationConfig | None, settings: dict) -> EvaluationConfig:
+    if args is None:
+        return EvaluationConfig(**settings)
+    if not isinstance(args, EvaluationConfig) or settings:
+        raise TypeError(
+            f"You passed args={args!r:.200} and {sorted(settings)}; pass an EvaluationConfig, or its fields by name, such as num_generations=4."
+        )
+    return args
 
 
 def _default_sampler(model, processing_class) -> Sampler:
     from ..sampling.transformers_sampler import TransformersSampler
 
     return TransformersSampler(model, processing_class)
-
-
-def _check_settings(
-    num_generations: int, temperature: float, shard: Shard, output_dir, solve_prompt: str, control_tokens: str
-) -> None:
-    check_mode(control_tokens)
-    if num_generations < 1:
-        raise ValueError(f"You passed num_generations={num_generations}; it must be at least 1.")
-    if temperature == 0 and num_generations > 1:
-        raise ValueError(
-            f"You passed temperature=0 with num_generations={num_generations}: all would be the same. Pass num_generations=1."
-        )
-    if shard.count > 1 and output_dir is None:
-        raise ValueError(
-            f"You passed shard={str(shard)!r} without output_dir, where the shards would find each other."
-        )
-    prompts.check(solve_prompt, "solve_prompt", "problem")
 
 
 def _read_baseline(directory: Path, questions: dict[str, list[Question]], settings: dict) -> dict[str, dict]:
@@ -240,34 +210,33 @@ class _Run:
     """The samples of one evaluation: which are due, which are known, what they say."""
 
     questions: dict[str, list[Question]]
-    k: int
-    greedy: bool
-    params: SamplingParams
-    seed: int
-    shard: Shard
-    chat_template_kwargs: dict | None = None
+    args: EvaluationConfig
     samples: dict[Key, dict] = field(default_factory=dict)
     complete: bool = False  # then all shards' problems are summarised, else this shard's
+
+    @property
+    def shard(self) -> Shard:
+        return Shard.parse(self.args.shard)
 
     def keys(self, name: str, shard: Shard) -> Iterator[tuple[Key, Question]]:
         """Every sample of a benchmark's problems in `shard`."""
         for row in shard.rows(len(self.questions[name])):
             question = self.questions[name][row]
-            for attempt in range(self.k):
+            for attempt in range(self.args.num_generations):
                 yield Key(name, question.id, "eval", attempt), question
-            if self.greedy:
+            if self.args.greedy:
                 yield Key(name, question.id, "greedy", 0), question
 
     def has(self, name: str) -> bool:
         """Whether there is anything to summarise: a shard may have none of a benchmark's few problems."""
         return self.complete or len(self.shard.rows(len(self.questions[name]))) > 0
 
-    def sample(self, sampler: Sampler, verifier, output_dir: str | None, config: dict, overwrite: bool) -> None:
+    def sample(self, sampler: Sampler, verifier, config: dict) -> None:
         """Draws what is not known yet, and looks whether the other shards are complete."""
-        if output_dir is None:
+        if self.args.output_dir is None:
             self._draw(sampler, verifier, None, {})
             return
-        path = Path(output_dir)
+        path, overwrite = Path(self.args.output_dir), self.args.overwrite
         path.mkdir(parents=True, exist_ok=True)
         check_siblings(path, self.shard, config, overwrite)
         journal = Journal(self.shard.file(path, "journal.jsonl"), config, overwrite)
@@ -335,9 +304,11 @@ class _Run:
 
     def _request(self, key: Key, question: Question) -> Request:
         greedy = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
-        params = replace(self.params, **greedy) if key.stage == "greedy" else self.params
-        seed = attempt_seed(self.seed, question.id, key.stage, key.attempt)
-        return Request("/".join(map(str, key)), question.prompt, seed, params, self.chat_template_kwargs)
+        params = self.args.sampling_params()
+        if key.stage == "greedy":
+            params = replace(params, **greedy)
+        seed = attempt_seed(self.args.seed, question.id, key.stage, key.attempt)
+        return Request("/".join(map(str, key)), question.prompt, seed, params, self.args.chat_template_kwargs)
 
     def summarize(self, name: str) -> dict:
         """What [`evaluate`] returns of one benchmark."""
@@ -351,13 +322,15 @@ class _Run:
         every = [sample for samples in drawn.values() for sample in samples]
         judged = [[s for s in samples if s["verdict"] not in NOT_JUDGED] for samples in drawn.values()]
         correct = [[s["verdict"] == Verdict.CORRECT for s in samples] for samples in judged]
-        result = accuracies([[_vote(s) for s in samples] for samples in judged], correct, self.k)
+        result = accuracies([[_vote(s) for s in samples] for samples in judged], correct, self.args.num_generations)
         if greedy:
             told = [float(s["verdict"] == Verdict.CORRECT) for s in greedy if s["verdict"] not in NOT_JUDGED]
             result |= {"greedy": fmean(told) if told else None, "greedy_ci95": share_interval(told)}
         tokens = sum(s["num_tokens"] for s in every)
         known = (
-            not self.params.reshaping and tokens and all(s["log_prob"] is not None for s in every if s["num_tokens"])
+            not self.args.sampling_params().reshaping
+            and tokens
+            and all(s["log_prob"] is not None for s in every if s["num_tokens"])
         )
         cut = [s["finish_reason"] == "length" for s in every]
         unparsable = [s["verdict"] == Verdict.UNPARSABLE and s["finish_reason"] == "stop" for s in every]

@@ -1,14 +1,11 @@
 """Configuration of `DataRewriter`."""
 
-import os
 import re
 from dataclasses import dataclass, field, fields
-from typing import Any
 
-from ..data import control_tokens, prompts
-from ..data.tokenization import template_kwargs
-from ..runs.shards import Shard
-from ..sampling.sampler import LATER, check_sampling
+from ..data import prompts
+from ..runs.run_config import RunConfig
+from ..sampling.sampler import LATER
 
 
 STAGES = ("self", "guided")
@@ -27,8 +24,29 @@ GUIDED_FILTERS = {
 }
 
 
+@dataclass(kw_only=True)
+class HubOptions:
+    """Where a run is pushed to, and what of it; [`RewriteConfig`] documents them."""
+
+    accept_failed: bool = field(
+        default=False,
+        metadata={"help": "Be done, and push, though the engine failed at some attempts, which are tried again else."},
+    )
+    hub_dataset_id: str | None = field(default=None, metadata={"help": "Dataset repository to push to: owner/name."})
+    hub_private_repo: bool = field(
+        default=False, metadata={"help": "Whether a new repository is private.", "aliases": ["--private"]}
+    )
+    hub_token: str | None = field(
+        default=None, repr=False, metadata={"help": "Hub token; better in HF_TOKEN, where no process list shows it."}
+    )
+    hub_revision: str | None = field(default=None, metadata={"help": "Branch to push to, made if there is none."})
+    push_attempts: bool = field(
+        default=True, metadata={"help": "Push every attempt too, rejected ones included, as config `attempts`."}
+    )
+
+
 @dataclass
-class RewriteConfig:
+class RewriteConfig(HubOptions, RunConfig):
     r"""
     How a dataset is rewritten. Generation parameters have TRL's names (`GRPOConfig`).
 
@@ -109,31 +127,8 @@ class RewriteConfig:
             configuration is resumed all the same.
     """
 
-    output_dir: str = field(
-        metadata={
-            "help": "Run directory: journal, metrics and the rewritten dataset. An interrupted run resumes from it."
-        }
-    )
     num_generations: int = field(
         default=8, metadata={"help": "At most this many attempts for each problem and stage."}
-    )
-    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; importance weights need 1."})
-    top_p: float = field(default=1.0, metadata={"help": "Nucleus; importance weights need 1."})
-    top_k: int = field(
-        default=0, metadata={"help": "Highest-probability tokens kept, 0 for all; importance weights need 0."}
-    )
-    min_p: float = field(
-        kw_only=True,
-        default=0.0,
-        metadata={"help": "Least share of the likeliest token's probability; importance weights need 0."},
-    )
-    repetition_penalty: float = field(
-        kw_only=True,
-        default=1.0,
-        metadata={"help": "Penalty on tokens that were there before; importance weights need 1."},
-    )
-    stop: list[str] | None = field(
-        kw_only=True, default=None, metadata={"help": "Texts at which an attempt ends, and which are cut off it."}
     )
     max_completion_length: int = field(
         default=2048, metadata={"help": "Tokens of one attempt. One that is cut here is never kept."}
@@ -158,17 +153,6 @@ class RewriteConfig:
     keep_rejected: bool = field(
         default=True,
         metadata={"help": "Keep texts, token ids and log-probs of rejected attempts in the journal."},
-    )
-    solve_prompt: str = field(
-        default=prompts.SOLVE_PROMPT, metadata={"help": "What a row without a prompt of its own is asked."}
-    )
-    system_prompt: str | None = field(
-        kw_only=True, default=None, metadata={"help": "System turn before solve_prompt."}
-    )
-    chat_template_kwargs: dict[str, Any] | str | None = field(
-        kw_only=True,
-        default=None,
-        metadata={"help": """Variables of the chat template as JSON, e.g. '{"enable_thinking": false}'."""},
     )
     guided_prompt: str = field(
         default=prompts.GUIDED_PROMPT, metadata={"help": "Digest-and-retell prompt with {problem} and {solution}."}
@@ -211,42 +195,13 @@ class RewriteConfig:
             "choices": EXPERT_FORMATS,
         },
     )
-    control_tokens: str = field(
-        default="warn", metadata={"help": control_tokens.HELP, "choices": control_tokens.MODES}
-    )
     answer_column: str = field(default="answer", metadata={"help": "Column with gold final answers."})
-    seed: int = field(default=42, metadata={"help": "Seed of the run; each attempt derives its own from it."})
-    shard: str = field(
-        default="0/1",
-        metadata={"help": "i/n: only the i-th of n blocks of rows, i from 0 to n - 1; the union is the merge."},
-    )
-    report_to: str = field(
-        default="none", metadata={"help": "Where metrics.jsonl is logged as well.", "choices": ("none", "wandb")}
-    )
     wandb_log_artifacts: bool = field(
         default=False, metadata={"help": "Log the rewritten dataset to W&B as an artifact."}
     )
-    accept_failed: bool = field(
-        default=False,
-        metadata={"help": "Be done, and push, though the engine failed at some attempts; else they are tried again."},
-    )
     push_to_hub: bool = field(default=False, metadata={"help": "Push rows, attempts and card when the run is done."})
-    hub_dataset_id: str | None = field(default=None, metadata={"help": "Dataset repository to push to: owner/name."})
-    hub_private_repo: bool = field(
-        default=False, metadata={"help": "Whether a new repository is private.", "aliases": ["--private"]}
-    )
-    hub_token: str | None = field(
-        default=None, repr=False, metadata={"help": "Hub token; better in HF_TOKEN, where no process list shows it."}
-    )
-    hub_revision: str | None = field(default=None, metadata={"help": "Branch to push to, made if there is none."})
-    push_attempts: bool = field(
-        default=True, metadata={"help": "Push every attempt too, rejected ones included, as config `attempts`."}
-    )
     push_every: int = field(
         default=0, metadata={"help": "Push the attempts so far every so many rows of a long run; 0: only at the end."}
-    )
-    dry_run: bool = field(
-        default=False, metadata={"help": "Print the first prompt of each stage and the estimate, sample nothing."}
     )
     probe: int = field(
         kw_only=True,
@@ -260,17 +215,9 @@ class RewriteConfig:
             "help": "Judge the texts in output_dir's journal anew, by another verifier; they are not drawn again."
         },
     )
-    overwrite: bool = field(
-        default=False,
-        metadata={"help": "Delete the journal of another configuration in output_dir, and the rows made from it."},
-    )
 
     def __post_init__(self):
-        self.output_dir = os.path.expanduser(self.output_dir)
-        # 1 and 1.0 are the same run.
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
-            setattr(self, name, float(getattr(self, name)))
-        self.chat_template_kwargs = template_kwargs(self.chat_template_kwargs)
+        super().__post_init__()
         unknown = [s for s in self.stages if s not in STAGES]
         if unknown or len(set(self.stages)) != len(self.stages):
             raise ValueError(
@@ -278,17 +225,7 @@ class RewriteConfig:
             )
         if self.selection not in SELECTIONS:
             raise ValueError(f"You passed selection={self.selection!r}; use one of {list(SELECTIONS)}.")
-        for name, low in (
-            ("num_generations", 1),
-            ("max_concurrent_attempts", 1),
-            ("max_completion_length", 1),
-            ("top_k", 0),
-            ("temperature", 0),
-            ("push_every", 0),
-            ("probe", 0),
-        ):
-            if getattr(self, name) < low:
-                raise ValueError(f"You passed {name}={getattr(self, name)}; it must be at least {low}.")
+        self.check_at_least(max_concurrent_attempts=1, push_every=0, probe=0)
         for name in ("min_guided_length", "max_guided_copy"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"You passed {name}={getattr(self, name)}; it is a share, from 0 to 1.")
@@ -306,14 +243,8 @@ class RewriteConfig:
                 )
         if self.expert_format not in EXPERT_FORMATS:
             raise ValueError(f"You passed expert_format={self.expert_format!r}; use one of {list(EXPERT_FORMATS)}.")
-        check_sampling(self.min_p, self.repetition_penalty, self.stop)
-        self.stop = self.stop or None
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"You passed top_p={self.top_p}; it must be above 0 and at most 1.")
         if self.num_generations > 65535:
             raise ValueError(f"You passed num_generations={self.num_generations}; it must be at most 65535.")
-        if self.report_to not in ("none", "wandb"):
-            raise ValueError(f"You passed report_to={self.report_to!r}; use 'none' or 'wandb'.")
         if self.push_to_hub and self.hub_dataset_id is None:
             raise ValueError("You passed push_to_hub=True without a repository: write hub_dataset_id='me/name'.")
         if self.push_every and not (self.push_to_hub and self.push_attempts):
@@ -321,8 +252,6 @@ class RewriteConfig:
                 f"You passed push_every={self.push_every}, which pushes the attempts of a run under way, with push_to_hub={self.push_to_hub} "
                 f"and push_attempts={self.push_attempts}; both must be True."
             )
-        control_tokens.check_mode(self.control_tokens)
-        Shard.parse(self.shard)
         if self.probe and not self.dry_run:
             raise ValueError(
                 f"You passed probe={self.probe}, which a dry run draws; pass dry_run=True (--dry_run) with it."
@@ -331,7 +260,6 @@ class RewriteConfig:
             raise ValueError(
                 "You passed rejudge=True, which keeps the attempts, and overwrite=True, which deletes them; pass one of them."
             )
-        prompts.check(self.solve_prompt, "solve_prompt", "problem")
         prompts.check(self.guided_prompt, "guided_prompt", "problem", "solution")
 
     def identity(self) -> dict:

@@ -867,10 +867,7 @@ class DataRewriter:
 
     @property
     def _params(self) -> SamplingParams:
-        args = self.args
-        return SamplingParams(
-            args.temperature, args.top_p, args.top_k, args.max_completion_length, args.min_p, args.repetition_penalty, tuple(args.stop or ()),
-        )  # fmt: skip
+        return self.args.sampling_params()
 
     def _row(self, problem: Problem, outcome: Outcome, journal: Journal, names: dict[Source, str]) -> dict:
         kept = {"text": problem.demonstration, "completion_ids": [], "behavior_log_probs": []}
