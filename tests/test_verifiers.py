@@ -270,7 +270,9 @@ def test_a_completion_without_an_answer_has_the_reward_that_an_evaluation_gives_
     for text, reward in zip(completions[:2], rewards(told), strict=False):
         sampler = OneAnswer()
         sampler.text = text
-        result = evaluate(None, {"a": [{"problem": "?", "answer": gold}]}, 1, sampler=sampler, verifier=verifier)["a"]
+        result = evaluate(
+            None, {"a": [{"problem": "?", "answer": gold}]}, num_generations=1, sampler=sampler, verifier=verifier
+        )["a"]
         assert (result["avg@1"], result["num_judged"]) == (reward, [1])
 
 
