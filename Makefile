@@ -3,18 +3,21 @@ VENV := .venv
 # Two threads on a busy two-core machine wait for each other; a policy this small wants one.
 RUN := OMP_NUM_THREADS=1 $(VENV)/bin/python
 
-.PHONY: quickstart test test-fast venv policy lint docs
+.PHONY: quickstart test test-fast check venv policy lint docs
 
 quickstart: venv  ## the main job on the embedded default: rewrite, train, measure (runs/quickstart)
 	$(RUN) examples/quickstart.py
 
-test: venv  ## the test suite, no network needed
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
+test: check  ## the test suite, no network needed
 	$(RUN) -m pytest -n 2 --dist worksteal  # each test wants one core
 
 test-fast: venv  ## what takes no process, engine or cluster of its own: for every save
 	$(RUN) -m pytest -n 2 --dist worksteal -m "not slow"
+
+check: venv  ## style and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 venv: $(VENV)/installed  ## .venv with everything the two commands above need, installed once
 

@@ -201,8 +201,8 @@ class GroupReward:
         def at_the_end(row: int, hidden: torch.Tensor) -> None:
             log_probs[row] = head_logits(head, hidden[-1:])[0, self._yes_no].tolist()
 
-        asked = [fill(self.reasoning_prompt, problem=problems[i], completion=texts[i]) for i in places]
-        asked = [(self._encoded([{"role": "user", "content": text}]), []) for text in asked]
+        questions = [fill(self.reasoning_prompt, problem=problems[i], completion=texts[i]) for i in places]
+        asked = [(self._encoded([{"role": "user", "content": text}]), []) for text in questions]
         target_log_probs(model, asked, self.batch_tokens, progress=False, observe=at_the_end)
         for row, place in enumerate(places):
             yes, no = log_probs[row]
@@ -214,7 +214,8 @@ class GroupReward:
 
     def _scored(self, model, places, qa_prompts, completion_ids, texts) -> tuple[np.ndarray, list[np.ndarray | None]]:
         """NLL per token and embedding of the candidates at `places`, from one forward of the base."""
-        nll, embeddings = np.full(len(texts), np.nan), [None] * len(texts)
+        nll = np.full(len(texts), np.nan)
+        embeddings: list[np.ndarray | None] = [None] * len(texts)
         # The same candidate drawn twice is scored once: what rounding makes of its place in a batch would be taken for a difference.
         alike: dict[tuple, list[int]] = {}
         for i in places:

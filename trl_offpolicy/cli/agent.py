@@ -7,6 +7,7 @@ import shlex
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from ..data import prompts
 from ..data.control_tokens import HELP, MODES
@@ -41,7 +42,7 @@ draws 5. A model of a few million parameters cannot judge reasoning: with one, a
 """
 
 # Settings of arXiv 2602.11220's script (verl), with TRL's names; a step's batch depends on the number of processes: see `_batches`.
-PAPER = {
+PAPER: dict[str, Any] = {
     "judge": True, "lambda_dist": 0.35, "lambda_div": 0.5,  # the function's own defaults there are 0.2, its entry point passes these
     "qa_prompt": prompts.PAPER_QA_PROMPT, "max_prompt_length": 2048, "max_completion_length": 4096,
     "num_generations": 10,  # K of the text; n=5 in the script

@@ -250,7 +250,7 @@ def _scalar(action: argparse.Action, written: str, value, where: str):
     if name == "int" and isinstance(value, float) and value.is_integer():
         written = str(int(value))
     try:
-        converted = action.type(written) if action.type else written
+        converted = action.type(written) if callable(action.type) else written
     except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
         raise ValueError(f"{where}: `{action.dest}` must be {kind or error}, but is {written!r}.") from error
     if action.choices is not None and converted not in action.choices:

@@ -165,7 +165,7 @@ def read_row(
     prompt_column, demonstration_column, carried = _layout(tuple(row), answer_column)
     where = f"Row {index}"
     own = own_prompt(row, prompt_column, where)
-    prompt = _messages(own, "user", where)
+    turns = _messages(own, "user", where)
     if prompt_column == demonstration_column:
         *_, last = _messages(row[prompt_column], "user", where) or [{"role": "", "content": ""}]
         demonstration = last["content"] if last["role"] == "assistant" else ""
@@ -177,7 +177,7 @@ def read_row(
     if demonstration is not None and not demonstration.strip():
         told = f"`{demonstration_column}` is {row[demonstration_column]!r:.200}, and there is nothing to fall back to"
         raise IncompleteRow(index, f"no demonstration: {told}")
-    user_turns = [m["content"] for m in prompt if m["role"] == "user"]
+    user_turns = [m["content"] for m in turns if m["role"] == "user"]
     if not user_turns or not user_turns[-1].strip():
         raise IncompleteRow(index, f"no problem: `{prompt_column}` is {row[prompt_column]!r:.200}")
     answer = None if demonstration_column == answer_column else row.get(answer_column)
@@ -187,12 +187,11 @@ def read_row(
             "one with `dataset.rename_column`, and the last box of each demonstration is its answer."
         )
     answer = final_answer(demonstration or "") if is_missing(answer) else str(answer).strip()
-    row_id = content_id(prompt, answer)
+    row_id = content_id(turns, answer)
+    prompt = own if isinstance(own, str) else turns
     if prompt_column in ASKED:
-        prompt = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-        prompt += [{"role": "user", "content": fill(solve_prompt, problem=user_turns[-1])}]
-    elif isinstance(own, str):
-        prompt = own
+        asked = [{"role": "user", "content": fill(solve_prompt, problem=user_turns[-1])}]
+        prompt = asked if system_prompt is None else [{"role": "system", "content": system_prompt}, *asked]
     extra = {new: row[old] for old, new in carried.items()}
     return Problem(row_id, prompt, user_turns[-1], demonstration, answer, extra)
 

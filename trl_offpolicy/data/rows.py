@@ -85,7 +85,7 @@ def split_id(row_id: str) -> tuple[int, int]:
     return int(digest, 16), int(copy or 1)
 
 
-def number_copies(ids: Sequence[int]):
+def number_copies(ids):
     """For each content id (as a number), the how-manieth row with it this is: 1, and 2 for the second row with the same problem
     and answer, whose id becomes `<id>-2`. An array of uint32, 4 bytes a row."""
     import numpy as np

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator
 from types import MethodType
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -26,7 +27,7 @@ BATCH = 8 << 20  # bytes of lines that are parsed at a time
 # An integer from about 2**53 on (or a text with one): read as a float, which a column with one float makes of it, it may become another.
 _LONG_INTEGER = re.compile(rb"[\s:,\[]-?\d{16,}[\s,\]}]")
 # Beside what they say, they give our Arrow files a place of their own in the cache.
-_OPTIONS = {
+_OPTIONS: dict[type, dict[str, Any]] = {
     JsonFiles: {"chunksize": BATCH, "parse_agent_traces": False},
     Csv: {"keep_default_na": False, "na_values": [""]},
 }

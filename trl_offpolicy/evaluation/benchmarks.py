@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ..answers.extraction import final_answer
 from ..data import prompts
@@ -219,7 +220,7 @@ def check_training_format(processing_class, questions: list[Question], tokenizer
     Raises:
         ValueError: They differ; both are shown.
     """
-    asked = questions[0].prompt
+    asked: Any = questions[0].prompt
     if tokenizer is not None:
         from transformers import AutoTokenizer
 

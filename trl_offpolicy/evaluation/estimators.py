@@ -78,12 +78,13 @@ def bootstrap(
     n = len(values)
     if n < 2:
         return np.full((len(np.atleast_1d(statistic(values[:1])[0])), 2), np.nan)
-    rng, means = np.random.default_rng(seed), []
-    while (left := num_resamples - sum(map(len, means))) > 0:
+    rng, means, left = np.random.default_rng(seed), [], num_resamples
+    while left > 0:
         size = min(left, 1 + (1 << 22) // n)
         drawn = rng.integers(n, size=(size, n)) + n * np.arange(size)[:, None]
         times = np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n)  # how often each row was drawn
         means.append(times @ values / n)
+        left -= size
     z = NormalDist().inv_cdf((1 + level) / 2)
     df = n - 1
     t = z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)  # quantile of Student's t
@@ -107,10 +108,10 @@ def share_interval(shares: Sequence[float], level: float = 0.95) -> list[float] 
     return [float(max(0.0, low)), float(min(1.0, high))]
 
 
-def paired_test(differences: Sequence[float], num_flips: int = 10_000, seed: int = 0) -> float:
+def paired_test(differences: Sequence[float] | np.ndarray, num_flips: int = 10_000, seed: int = 0) -> float:
     """Two-sided p-value of the mean of paired differences: their signs flipped at random (the null: either model, either sign)."""
     differences = np.asarray(differences, dtype=float)
-    rng, observed, reached = np.random.default_rng(seed), abs(differences.mean()), 0
+    rng, observed, reached = np.random.default_rng(seed), abs(np.mean(differences)), 0
     for start in range(0, num_flips, 1000):
         signs = rng.integers(2, size=(min(1000, num_flips - start), len(differences))) * 2 - 1
         reached += int((np.abs((signs * differences).mean(1)) >= observed - 1e-12).sum())

@@ -179,7 +179,7 @@ def targets(
     rows: list[dict], processing_class, concatenate: bool = False, chat_template: str | None = None
 ) -> tuple[list[tuple[list[int], list[int]]], list[int], list[int]]:
     """(prompt ids, target ids) of everything there is to score, and for each row the places of its demonstration and of its completion."""
-    encode = _concatenated if concatenate else _templated
+    encode: Callable = _concatenated if concatenate else _templated
     pairs, before, after = [], [], []
     for row in rows:
         expert = demonstration(row)

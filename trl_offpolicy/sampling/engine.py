@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..data.tokenization import json_mapping
 from .loading import ModelNotFound, load_processing_class, loading
@@ -97,8 +98,8 @@ def check_model(arguments: EngineArguments):
     """
     from transformers import AutoConfig
 
-    model, shared = arguments.model_name_or_path, {"revision": arguments.model_revision}
-    shared["trust_remote_code"] = arguments.trust_remote_code
+    model = arguments.model_name_or_path
+    shared: dict[str, Any] = {"revision": arguments.model_revision, "trust_remote_code": arguments.trust_remote_code}
     check_dtype(arguments.dtype)
     try:
         with loading(model):
@@ -120,14 +121,15 @@ _ENGINE_OF = {
 
 def make_sampler(arguments: EngineArguments, second_adapter: str | None = None):
     """The engine; one on which `with_adapter(second_adapter)` can be called, if that is asked for."""
-    given = {name: value for name in _ENGINE_OF if (value := getattr(arguments, name)) is not None}
+    given: dict[str, Any] = {name: value for name in _ENGINE_OF if (value := getattr(arguments, name)) is not None}
     for name, value in given.items():
         if _ENGINE_OF[name] != arguments.sampler:
             raise ValueError(
                 f"You passed {name}={value!r} with sampler={arguments.sampler!r}; it is an option of --sampler {_ENGINE_OF[name]}."
             )
     check_positive(batch_size=arguments.batch_size, **{k: v for k, v in given.items() if isinstance(v, (int, float))})
-    model, init = arguments.model_name_or_path, {"revision": arguments.model_revision}
+    model = arguments.model_name_or_path
+    init: dict[str, Any] = {"revision": arguments.model_revision}
     if template := read_template(arguments.chat_template_path):
         shared = {"trust_remote_code": arguments.trust_remote_code, **init}
         given["processing_class"] = load_processing_class(model, chat_template=template, **shared)

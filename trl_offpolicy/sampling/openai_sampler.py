@@ -15,6 +15,7 @@ import threading
 import warnings
 from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -207,7 +208,7 @@ class OpenAISampler:
     # ---- the four calls ----
 
     def submit(self, request: Request) -> None:
-        ids = None
+        ids: Any = None
         if self._dialect == "chat":
             params, usual = request.params, SamplingParams()
             for name in ("top_k", "min_p", "repetition_penalty"):
@@ -306,9 +307,9 @@ class OpenAISampler:
                 server.outstanding += 1
                 job.task = self._loop.create_task(self._try(job, server))
                 # Not at the end of the task itself: one that is cancelled before it has begun never gets there.
-                job.task.add_done_callback(lambda _, server=server: self._give_back(server))
+                job.task.add_done_callback(partial(self._give_back, server))
 
-    def _give_back(self, server: _Server) -> None:
+    def _give_back(self, server: _Server, _task: asyncio.Task) -> None:
         server.outstanding -= 1
         self._dispatch()
 
@@ -352,7 +353,7 @@ class OpenAISampler:
         self._failing_since, server.failures = None, 0
         server.room = min(server.room + 1, self.batch_size)
 
-    def _note_failure(self, server: _Server, error: Exception) -> None:
+    def _note_failure(self, server: _Server, error: BaseException) -> None:
         self._last_error = f"{server.url}: {self._told(error)}"
         if self._failing_since is None:
             self._failing_since = self._loop.time()
@@ -503,7 +504,7 @@ class OpenAISampler:
 
     async def _ask(self, server: _Server, request: Request, ids: list[int] | None, dialect: str) -> Completion:
         params, client = request.params, server.client
-        fields = {
+        fields: dict[str, Any] = {
             "model": self.served_model_name, "temperature": params.temperature, "top_p": params.top_p, "seed": request.seed,
             "max_tokens": params.max_completion_length,
         }  # fmt: skip

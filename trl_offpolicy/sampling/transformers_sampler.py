@@ -147,7 +147,8 @@ class TransformersSampler:
             self.model = load_model(model, **kwargs)
         commit = hub_commit(model, (model_init_kwargs or {}).get("revision")) if isinstance(model, str) else None
         self.revision = commit or weights_digest(self.model.named_parameters())
-        self._drawn, self._draw = 0, None  # tokens of finished batches, and the one under way
+        self._drawn = 0  # tokens of finished batches
+        self._draw: _SeededDraw | None = None  # the batch under way
         self.batch_size, self.batch_tokens = batch_size, batch_tokens
         # A batch is drawn to the end of its longest completion: of many that wait, those that go are much alike in length.
         self.slots, self.capacity = batch_size, 32 * batch_size

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from .sandbox_entry import FILE_BYTES, PROCESSES
 
@@ -67,7 +68,7 @@ class Sandbox:
         allow_network: bool,
         allow_unsandboxed: bool,
     ):
-        self.limits = {
+        self.limits: dict[str, Any] = {
             "memory_bytes": memory_mb << 20,
             "cpu_seconds": cpu_seconds,
             "wall_seconds": wall_seconds,

@@ -139,7 +139,7 @@ def align_row(
     source, weight = example.get(source_column), example.get(weight_column)
     if streaming:  # of other datasets the whole column is looked at
         warn_of_unknown_sources([source])
-    if weight is not None and not (isinstance(weight, Real) and 0 <= weight < math.inf):
+    if weight is not None and not (isinstance(weight, Real) and 0 <= float(weight) < math.inf):
         raise ValueError(
             f"Row {index} has {weight_column}={weight!r:.100}, and a weight must be a finite number of at least 0 (a missing one is 1). If the column is "
             f"none of weights, rename it; weight_column says which one is: {text!r:.200}"
@@ -172,7 +172,9 @@ def _check_numbers(index: int, completion_ids: list, log_probs: list, text) -> N
                 f"Row {index} has {token!r} among its `completion_ids`, which is no token id: {text!r:.200}"
             )
     for log_prob in log_probs:
-        if not (isinstance(log_prob, Real) and NO_LOG_PROB < log_prob <= 1e-3):  # an engine's rounding may go above 0
+        if not (
+            isinstance(log_prob, Real) and NO_LOG_PROB < float(log_prob) <= 1e-3
+        ):  # an engine's rounding may go above 0
             raise ValueError(
                 f"Row {index} has {log_prob!r} among its `behavior_log_probs`; the log-prob of a sampled token is at most 0 and above {NO_LOG_PROB:g}, "
                 "which engines write for minus infinity. Leave "

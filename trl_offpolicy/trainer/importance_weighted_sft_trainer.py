@@ -671,7 +671,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         if resume_from_checkpoint and self._asks_initial_policy and self.is_world_process_zero():
             last = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else None
-            self.initial_policy.check(last or resume_from_checkpoint)
+            self.initial_policy.check(str(last or resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, model, trial):

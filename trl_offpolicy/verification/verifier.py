@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import re
 import sys
+from collections.abc import Sequence
 from inspect import signature
 from typing import NamedTuple
 
@@ -27,7 +28,9 @@ class GoldAtFault(Judgement):
     gold_at_fault = True
 
 
-def explain_with(verifier, completions: list[str], answers: list, rows: list[dict] | None = None) -> list[Judgement]:
+def explain_with(
+    verifier, completions: Sequence[str], answers: Sequence, rows: Sequence[dict] | None = None
+) -> list[Judgement]:
     """
     The judgement of each completion by anything that verifies: a [`Verifier`], an object with `verify`, a function. Of the `rows` that the
     completions answer, a verifier is given the columns that it names in `columns`.
