@@ -64,7 +64,9 @@ def diversity_reward(embeddings, feasible) -> np.ndarray:
     distance = (1 - unit @ unit.T) / 2
     np.fill_diagonal(distance, 0)
     total, own = distance.sum() / 2, distance.sum(1)
-    without = (total - own) / ((n - 1) * (n - 2) / 2) if n > 2 else 0.0  # one that is left has no pair
+    without = (
+        (total - own) / ((n - 1) * (n - 2) / 2) if n > 2 else 0.0
+    )  # with one other left there is no pair to compare
     reward[places] = np.maximum(0, total / (n * (n - 1) / 2) - without)
     return reward
 

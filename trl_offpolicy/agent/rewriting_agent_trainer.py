@@ -149,7 +149,7 @@ class GroupReward:
             )
         texts = [
             turn_text(self._tokenizer, ids) for ids in completion_ids
-        ]  # as a rewrite with the agent will judge them
+        ]  # the texts that a rewrite with the agent would judge
         right = self._right(texts, completion_ids, answer)
         with self._base.asked() as model, self._base.accelerator.autocast():
             gate = task_gate(right, self._reasoned(model, np.flatnonzero(right == 1), problem, texts))
@@ -357,7 +357,7 @@ class RewritingAgentTrainer(GRPOTrainer):
     def _calculate_rewards(self, *args, **kwargs):
         rewards = super()._calculate_rewards(*args, **kwargs)  # (N, functions), NaN where one said None
         own = [i for i, reward in enumerate(self.reward_funcs) if isinstance(reward, GroupReward)]
-        # GRPO adds what is left: beside other rewards, what could not be judged would stand at the lower end of its group.
+        # GRPO sums the rewards that are there, so a completion without this reward would rank lowest in its group beside other rewards.
         rewards[rewards[:, own].isnan().any(1)] = math.nan
         return rewards
 

@@ -56,7 +56,7 @@ COMMANDS = {
 }
 
 
-# What the machine ran out of while a command was at work.
+# Errors that mean that the machine ran out of something; what was written so far is kept.
 RESUMABLE = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EFBIG}
 
 
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None:
         warnings.showwarning = _tell
         argv = sys.argv[1:] = _hide_token(sys.argv[1:])
-        sys.argv[1:] = map(redacted, argv)  # a server's password, likewise
+        sys.argv[1:] = map(redacted, argv)  # W&B logs the command line, which may hold a server's password
     else:
         argv = _hide_token(argv)
     if not argv or argv[0] in ("-h", "--help"):
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped before anything was sampled.", file=sys.stderr)
         return 3
-    except SamplerError as error:  # no server answers yet
+    except SamplerError as error:  # no server answers
         print(f"trl-offpolicy {argv[0]}: {redacted(str(error))}", file=sys.stderr)
         return 3
 

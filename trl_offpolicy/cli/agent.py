@@ -98,7 +98,7 @@ def agent(argv: list[str]) -> int:
         parser_for((AgentArguments,), "agent", DESCRIPTION, AGENT_EXAMPLES).parse_args(["--help"])
     with contextlib.redirect_stdout(
         sys.stderr
-    ):  # transformers says which W&B mode it found; our first line is the directory
+    ):  # transformers prints the W&B mode; our first line of output must be the directory
         arguments, args, model_args = _parse(argv)
     main = args.process_index == 0
     if main:
@@ -122,7 +122,7 @@ def _parse(argv: list[str]):
     parser.set_defaults(use_peft=True, lora_target_modules=["all-linear"])
     first = parser_for((AgentArguments, _Group), "agent", DESCRIPTION, AGENT_EXAMPLES)
     own, group, *_ = first.parse_args_and_config(argv, return_remaining_strings=True)
-    if own.preset:  # below what a flag or the config file says
+    if own.preset:  # a flag or a key of the config file wins over the preset
         parser.set_defaults(**PAPER, **_batches(int(os.environ.get("WORLD_SIZE", 1)), group.num_generations))
     arguments, args, model_args = parser.parse_args_and_config(argv)
     if not args.output_dir or not model_args.model_name_or_path:

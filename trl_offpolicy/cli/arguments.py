@@ -64,8 +64,11 @@ class VerifierArguments:
     """What tells right answers from wrong ones."""
 
     verifier: str = field(default="math", metadata={"help": "Which verifier.", "choices": list(VERIFIERS)})
-    verifier_kwargs: dict | str | None = field(  # with None, for of `dict | str` alone TRL's parser makes a dict
-        default="{}", metadata={"help": """Its arguments as JSON, for example '{"timeout": 10, "num_workers": 4}'."""}
+    verifier_kwargs: dict | str | None = (
+        field(  # with None, because TRL's parser reads a field annotated `dict | str` as a dict
+            default="{}",
+            metadata={"help": """Its arguments as JSON, for example '{"timeout": 10, "num_workers": 4}'."""},
+        )
     )
 
 

@@ -59,7 +59,7 @@ def evaluate(argv: list[str]) -> int:
     parser = parser_for((EvalArguments, EvaluationConfig), "eval", description, EVAL_EXAMPLES)
     arguments, config = parser.parse_args_and_config(argv)
     if arguments.preset:
-        parser.set_defaults(**PRESETS[arguments.preset])  # below what a flag or the config file says
+        parser.set_defaults(**PRESETS[arguments.preset])  # a flag or a key of the config file wins over the preset
         arguments, config = parser.parse_args_and_config(argv)
     if config.output_dir is None:
         parser.error("the following arguments are required: --output_dir")

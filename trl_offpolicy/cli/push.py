@@ -61,9 +61,12 @@ def pushed(push, run_dir: str, repo_id: str, token: str | None) -> str | None:
     """The full name of the repository that was pushed to; `None` if the push failed, after saying why, what has become of it, and how to go on."""
     try:
         commit = push()
-    except (ValueError, FileNotFoundError):  # what was passed is at fault
+    except (ValueError, FileNotFoundError):  # the arguments are wrong; nothing was sent
         raise
-    except (Exception, KeyboardInterrupt) as error:  # whatever a network can do to it: the rows are on the disk
+    except (
+        Exception,
+        KeyboardInterrupt,
+    ) as error:  # any failure of the network or the Hub; the rows are safe on the disk
         told = f"the push failed: {type(error).__name__}: {error}".rstrip(": ")
         notes = getattr(error, "__notes__", None) or ["Nothing has changed on the Hub."]
         print(redacted("\n".join([told, *notes, "To push again:"]), token), file=sys.stderr)

@@ -76,7 +76,7 @@ def rewrite(argv: list[str]) -> int:
             f"You passed chat_template_path={template!r}; training takes a file for a template only if its name ends in .jinja or .j2. Rename it."
         )
     dataset = load_demonstrations(arguments, config.answer_column)
-    # What is wrong with them is better known before a model is loaded.
+    # Wrong rows or columns are reported before minutes go into loading a model.
     check_stages(dataset.column_names, config)
     adapter = arguments.rewriter_adapter
     if adapter is not None and "guided" not in config.stages:
@@ -89,7 +89,7 @@ def rewrite(argv: list[str]) -> int:
     tokenizer = None if samples else check_model(arguments)
     rewriter = DataRewriter(arguments.model_name_or_path, config, sampler, verifier, tokenizer, agent)
     try:
-        # Where a model is served is nobody else's address.
+        # The servers' addresses are private: they may name machines and hold passwords.
         given = {k: v for k, v in vars(arguments).items() if v is not None and k != "base_url"}
         rewritten = rewriter.rewrite(dataset, given)
     except (KeyboardInterrupt, SamplerError) as error:
@@ -146,7 +146,7 @@ def _train_command(model: str, template: str | None, config: RewriteConfig, metr
     counts = metrics["yield"]
     if metrics.get("unsolved") == counts["total"]:
         return "There is no row to train on."
-    # Without a row of the model's own there are no log-probs for importance weights to rest on.
+    # If every row is a demonstration, no row has the log-probs that importance weights need.
     objective = "nll" if counts["expert"] == counts["total"] else "iw"
     command = ["accelerate", "launch", "-m", "trl_offpolicy.cli", "sft", "--model_name_or_path", model]
     command += ["--dataset_name", trained_on, "--objective", objective, "--output_dir", f"{config.output_dir}-sft"]

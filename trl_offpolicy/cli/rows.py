@@ -82,7 +82,7 @@ def _drawn_by(journal: Path, settings: dict):
     revision = settings.get("model_revision")
     kwargs = {"revision": revision, "trust_remote_code": settings.get("trust_remote_code", False)}
     shared = {}
-    if header["chat_template"] is not None:  # else a server rendered the prompts
+    if header["chat_template"] is not None:  # None: a server rendered the prompts
         template = read_template(settings.get("chat_template_path"))
         tokenizer = load_processing_class(header["model"], chat_template=template, **kwargs)
         shared = {"processing_class": tokenizer, "stop_token_ids": stop_token_ids(tokenizer)}

@@ -48,7 +48,9 @@ def sft(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         parser.print_help()
         return 0
-    with contextlib.redirect_stdout(sys.stderr):  # transformers says which W&B mode it found; ours is the first line
+    with contextlib.redirect_stdout(
+        sys.stderr
+    ):  # transformers prints the W&B mode; our first line of output must be the directory
         script_args, args, model_args = parser.parse_args_and_config(argv)
     if not (script_args.dataset_name and model_args.model_name_or_path and args.output_dir):
         raise ValueError(
@@ -126,7 +128,7 @@ def _as_expert_rows(dataset, text_field: str):
     """
     from ..data.formats import KNOWN_FORMATS, expert_row, known_format
 
-    names = dataset.column_names  # `None` of some streams
+    names = dataset.column_names  # `None` for some streamed datasets
     if not names or {"prompt", "messages", "conversations", "input_ids", text_field} & set(names):
         return dataset
     pair = known_format(names)

@@ -49,7 +49,9 @@ class ControlTokens:
 
     def within(self, text: str) -> set[str]:
         """Which of them a text holds."""
-        if not any(start in text for start in self._starts):  # many times as fast
+        if not any(
+            start in text for start in self._starts
+        ):  # a quick test that spares the regular expression for nearly all texts
             return set()
         return set(self._pattern.findall(text))
 
@@ -94,7 +96,12 @@ class ControlTokens:
 def _rendered(processing_class, turns: list[dict[str, str]]) -> str:
     try:
         return processing_class.apply_chat_template(turns, tokenize=False)
-    except (TemplateError, ValueError, TypeError, AttributeError):  # none, or one for contents in parts
+    except (
+        TemplateError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ):  # no chat template, or one that expects contents in parts
         return ""
 
 

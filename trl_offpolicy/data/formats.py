@@ -24,7 +24,7 @@ FORMATS = (
     ("conversations", "conversations"),  # ShareGPT
     ("instruction", "output"),  # Alpaca, whose `input` stands below the instruction
 )
-KNOWN_FORMATS = ", ".join(" + ".join(dict.fromkeys(pair)) for pair in FORMATS)  # as a message names them
+KNOWN_FORMATS = ", ".join(" + ".join(dict.fromkeys(pair)) for pair in FORMATS)  # for error messages
 ASKED = (
     "problem",
     "question",
@@ -111,7 +111,7 @@ def moved(columns: Iterable[str], taken: Iterable[str]) -> dict[str, str]:
     return {column: names[column] for column in columns}
 
 
-@lru_cache(16)  # the same for every row of a dataset
+@lru_cache(16)  # all rows of a dataset have the same columns
 def _layout(columns: tuple[str, ...], answer_column: str) -> tuple[str, str | None, dict[str, str]]:
     return *find_format(columns, answer_column), carried_columns(columns, answer_column)
 

@@ -13,7 +13,9 @@ def unformatted(dataset):
         raise ValueError(
             "The dataset has a transform (`with_transform`), which may say something else each time a row is read. Apply it with `dataset.map` instead."
         )
-    return dataset if dataset.format["type"] is None else dataset.with_format(None)  # tensors are no answers
+    return (
+        dataset if dataset.format["type"] is None else dataset.with_format(None)
+    )  # a tensor in the answer column could not be read as an answer
 
 
 def plain_rows(dataset):
@@ -82,7 +84,7 @@ def load_rows(
     from .text_files import load_text_dataset
 
     def only_train(what: str) -> None:
-        # The same rows under another name would be held out from nothing.
+        # Giving these rows as the split "test" would let someone train and test on the same rows.
         if re.split(r"[\[+]", dataset_split)[0] != "train":
             raise ValueError(
                 f"You asked for the split {dataset_split!r} of {dataset_name!r}, but {what} has no splits. Give it as the split 'train' if "
@@ -103,7 +105,9 @@ def load_rows(
             head = file.read(1024)
         if not head.strip():
             raise ValueError(f"You passed {named}={dataset_name!r}, but that file is empty.")
-        if path.suffix == ".parquet" and not pq.read_metadata(path).num_rows:  # which `datasets` cannot read
+        if (
+            path.suffix == ".parquet" and not pq.read_metadata(path).num_rows
+        ):  # `datasets` raises an unclear error for it
             raise ValueError(f"You passed {named}={dataset_name!r}, but that file has no rows.")
         only_train("a file")
         return load_text_dataset(builders[path.suffix], dataset_split, streaming, data_files=glob.escape(str(path)))

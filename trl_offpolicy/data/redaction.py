@@ -8,7 +8,7 @@ import re
 _SECRET_NAME = re.compile(r"(?:^|_)(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?)$", re.IGNORECASE)
 REASON = 400  # characters of a reason that are kept
 _SHORTEST = 8  # a value of fewer characters could be any word
-# Secrets that can be told by their form: Hugging Face, OpenAI and others, GitHub, GitLab, Slack, AWS; then what HTTP sends.
+# Secrets that are recognised by their form: tokens of Hugging Face, OpenAI, GitHub, GitLab, Slack, AWS and others; then HTTP headers.
 _SECRET_FORM = re.compile(
     r"\b(?:(?:hf|api_org)_[A-Za-z0-9]{16,}|sk-[\w-]{16,}|(?:gh[oprsu]|github_pat)_\w{8,}|glpat-[\w-]{8,}|xox[a-z]-[\w-]{8,}|(?:AKIA|ASIA)[A-Z0-9]{12,})"
     r"|(?<=\bBearer )[^\s\"',;]{4,}"
@@ -28,7 +28,7 @@ def redacted(text: str, *secrets: str | None) -> str:
     known = {value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= _SHORTEST}
     for secret in sorted(
         known.union(filter(None, secrets)), key=len, reverse=True
-    ):  # one may be the beginning of another
+    ):  # longest first, since one may be the beginning of another
         text = text.replace(secret, "***")
     return _SECRET_FORM.sub("***", _URL_PASSWORD.sub("***@", text))
 

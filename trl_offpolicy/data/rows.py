@@ -53,7 +53,7 @@ class Problem:
 
 def content_id(prompt: list[dict[str, str]], answer: str | None) -> str:
     """16 hex digits that depend on the problem and its gold answer only, never on a row's position."""
-    # What json.dumps([[[role, content], ...], answer]) writes, but a million rows are read in seconds.
+    # The text that json.dumps([[[role, content], ...], answer]) would write, built by hand because that is several times faster.
     turns = ", ".join(f"[{_quote(m['role'])}, {_quote(m['content'])}]" for m in prompt)
     content = f"[[{turns}], {_quote(answer or '')}]"
     return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
@@ -143,7 +143,7 @@ class Rejection(StrEnum):
     ARITHMETIC = "arithmetic"
 
 
-# What they are called where they are counted.
+# How the status line, the summary and the card name each of them.
 REJECTIONS = {
     Rejection.MENTION: "mention the reference",
     Rejection.CALCULATOR: "copy calculator marks",

@@ -26,7 +26,7 @@ from datasets.utils.json import find_mixed_struct_types_field_paths
 BATCH = 8 << 20  # bytes of lines that are parsed at a time
 # An integer from about 2**53 on (or a text with one): read as a float, which a column with one float makes of it, it may become another.
 _LONG_INTEGER = re.compile(rb"[\s:,\[]-?\d{16,}[\s,\]}]")
-# Beside what they say, they give our Arrow files a place of their own in the cache.
+# These options also change the cache key of `datasets`, so that our Arrow files are kept apart from those of a plain `load_dataset`.
 _OPTIONS: dict[type, dict[str, Any]] = {
     JsonFiles: {"chunksize": BATCH, "parse_agent_traces": False},
     Csv: {"keep_default_na": False, "na_values": [""]},
@@ -66,7 +66,7 @@ def load_text_dataset(path: str, split: str, streaming: bool = False, **where):
         raise ValueError(f"{name} cannot be read: a value is nested too deeply ({error})") from error
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, OSError):
-            raise error.__cause__ from None  # a full disk is not the file's fault
+            raise error.__cause__ from None  # for example a full disk, of which the message should not blame the file
         raise ValueError(f"{name} cannot be read: {error.__cause__ or error}") from error
     if empty:
         raise ValueError(f"{name} holds no rows; pass a dataset with at least one.")
@@ -157,7 +157,7 @@ def _mixed_table(file: str, first: int, lines: list[bytes], known: Features | No
         except (pa.ArrowException, OverflowError) as error:
             if (
                 known and getattr(known.get(name), "dtype", None) == "float64"
-            ):  # would be read back from its text, as another number
+            ):  # Arrow would convert it to text and back, which gives another number
                 raise ValueError(f"{file}: from line {first} on, {name!r} is no longer a float: {error}") from error
             nested = any(isinstance(value, (dict, list)) for value in values)
             columns[name] = _as_json(values) if nested else pa.array(map(_text, values), pa.string())

@@ -39,7 +39,7 @@ def says_otherwise(processing_class, row: dict) -> str | None:
         return None
     turns = contents(row["completion"])
     if not all(isinstance(turn, str) for turn in turns):
-        return None  # contents in parts, which no sampler here writes
+        return None  # contents in parts (text and images), which no sampler of this package writes
     wanted = "".join(filter(str.isalnum, "".join(turns)))
     for skip in (True, False):  # a text may hold special tokens, such as those around reasoning
         decoded = processing_class.decode(row["completion_ids"], skip_special_tokens=skip)

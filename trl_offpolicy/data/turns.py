@@ -29,15 +29,15 @@ def end_of_turn_id(processing_class) -> int | None:
         turns = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": _ANSWER}, *following]
         try:
             _, found, text = processing_class.apply_chat_template(turns, tokenize=False).rpartition(_ANSWER)
-        except TemplateError:  # it takes no such conversation
+        except TemplateError:  # the template refuses this conversation
             return []
         ids = processing_class(text.lstrip(), add_special_tokens=False)["input_ids"] if found else []
         return ids[: next((i for i, token in enumerate(ids) if token not in added), len(ids))]
 
     last, inner = behind_the_answer(), behind_the_answer({"role": "user", "content": "Who?"})
-    # What is there whether or not another turn follows belongs to this one; of two tokens (Command R) the second ends it.
+    # A token that is there whether or not another turn follows belongs to this turn; if there are two (Command R), the second ends it.
     shared = [a for i, (a, b) in enumerate(zip(last, inner, strict=False)) if last[:i] == inner[:i] and a == b]
-    # Else the last turn may have a token of its own (gpt-oss), or the next turn's first token ends this one (GLM).
+    # If there is none, the last turn may have an end token of its own (gpt-oss), or the first token of the next turn ends this one (GLM).
     return next(iter([*shared[-1:], *last, *inner]), None)
 
 
@@ -91,7 +91,7 @@ class Special(NamedTuple):
     ends: frozenset[int]
 
 
-@lru_cache(16)  # asked for every completion
+@lru_cache(16)  # every completion asks for it
 def special_tokens(processing_class) -> Special:
     """The ids of a tokenizer's special tokens: all, those around reasoning, and those that by their names end a turn."""
     names = {i: token.content for i, token in processing_class.added_tokens_decoder.items() if token.special}

@@ -134,7 +134,7 @@ def read_questions(name: str, rows: Iterable[dict], solve_prompt: str, system_pr
             prompt = [{"role": "system", "content": system_prompt}] if system_prompt else []
             prompt.append({"role": "user", "content": prompts.fill(solve_prompt, problem=problem)})
         plain += isinstance(prompt, str)
-        # A plain text is another question than the message that holds it, which is rendered.
+        # The same words as a plain text and as a message are two questions: only the message is rendered by the template.
         key = content_id([{"role": "", "content": prompt}] if isinstance(prompt, str) else prompt, answer)
         seen[key] = copy = seen.get(key, 0) + 1
         questions.append(Question(key if copy == 1 else f"{key}-{copy}", prompt, problem, answer, row))
@@ -152,7 +152,7 @@ def _answer(row: dict) -> str | None:
         value = ", ".join(map(str, value)) if isinstance(value, list) else value
         if not is_missing(value):
             return final_answer(str(value)) or str(value)
-    # Under the names that they would have beside a rewrite.
+    # Renamed as a rewrite would rename them.
     carried = {f"input_{name}": row.get(name) for name in ("messages", "completion", "conversations")}
     texts = row.get("solution"), demonstration(carried | {"output": row.get("output")})
     return next((found for text in texts if (found := final_answer(text or ""))), None)

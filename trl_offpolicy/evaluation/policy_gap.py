@@ -30,7 +30,7 @@ from ..trainer.log_probs import target_log_probs
 from .estimators import bootstrap
 
 
-# What is summed up for each row; every number that is reported is a function of the means of these.
+# Quantities computed for each row; every reported number is a function of their means.
 COLUMNS = (
     "before_log_prob", "before_tokens", "after_log_prob", "after_tokens", "matched_difference", "matched_tokens", "k3", "ratio", "ratio_sq",
     "behavior_tokens",
@@ -204,7 +204,9 @@ def _templated(processing_class, row: dict, expert: str, chat_template: str | No
     def target(text: str) -> list[int]:
         whole = row["prompt"] + as_completion(row["prompt"], text)
         if isinstance(whole, str):
-            ids = processing_class(whole + processing_class.eos_token)["input_ids"]  # which TRL adds to a plain text
+            ids = processing_class(whole + processing_class.eos_token)[
+                "input_ids"
+            ]  # TRL adds the end token to a plain text
         else:
             ids = processing_class.apply_chat_template(
                 whole, chat_template=chat_template, tokenize=True, return_dict=True, **kwargs
@@ -246,7 +248,9 @@ def _sums(before: torch.Tensor, after: torch.Tensor, behavior: list[float]) -> l
 def _text_columns(row: dict) -> dict:
     """What is said of the demonstration and the completion of one row."""
     before, after = demonstration(row), prompts.contents(row["completion"])[-1]
-    asked = prompts.contents(row["prompt"])[-1] if row.get("prompt") else ""  # what it says itself is no leak
+    asked = (
+        prompts.contents(row["prompt"])[-1] if row.get("prompt") else ""
+    )  # words that the prompt itself uses are not counted as leaks
     leaks = {"before_leaks_hint": leaks_hint(before, asked), "after_leaks_hint": leaks_hint(after, asked)}
     return {"before": before, "after": after, "copy_ratio": copy_ratio(after, before), **leaks}
 

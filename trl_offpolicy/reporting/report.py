@@ -241,7 +241,7 @@ def _curves(metric: str, runs: dict) -> bytes | None:
     for i, (label, (_, content)) in enumerate(runs.items()):
         for j, name in enumerate(names):
             points = [(e["step"], e[name]) for e in content["log_history"] if name in e]
-            if points:  # a run looks the same in every figure
+            if points:  # a run has the same colour in every figure
                 lines.append((i + j, label if name == metric else name.split("/")[1], points))
     if not lines:
         return None

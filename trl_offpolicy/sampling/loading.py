@@ -23,7 +23,7 @@ def loading(model: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # transformers' own have no number; those of the system that are about something else, such as a full disk, are not the model's fault.
+        # Errors of transformers have no errno. Those of the operating system that are not about a missing file, such as a full disk, pass through.
         if isinstance(error, ModelNotFound) or (
             error.errno and not isinstance(error, (FileNotFoundError, PermissionError))
         ):

@@ -44,19 +44,21 @@ try:
 except ModuleNotFoundError:
     openai = None  # `OpenAISampler` says how to install it
 
-# What is tried on a server, best first: prompts as token ids and ids back; messages with the fields that undo the defaults of
-# a model's generation config (vLLM and SGLang know them); messages with nothing but OpenAI's own fields.
+# Ways of asking a server, the best first: token ids in and out; messages with the fields that override the defaults of
+# the model's generation config (vLLM and SGLang know them); messages with nothing but OpenAI's own fields.
 DIALECTS = ("token_ids", "chat_extended", "chat")
 CANARY = Request("canary", [{"role": "user", "content": "Hi"}], 1, SamplingParams(max_completion_length=1))
 NO_CONTEXT = 1 << 30  # tokens of context of a server that does not say how many it takes
-MAX_TRIES = 3  # of one request while others are answered: then it is the request that no server can answer
-BUSY = (429, 503)  # what a server says that has enough to do, or is about to start: never the request's fault
+MAX_TRIES = 3  # of one request while other requests are answered; after that the request counts as one that no server can answer
+BUSY = (429, 503)  # statuses of a server that is overloaded or starting; the request is not at fault
 TELL_EVERY = 60.0  # seconds from one sentence on a busy server to the next
 CONNECT = 10.0  # seconds for a connection
-KNOWN_LETTERS = 8  # so many letters of a server that its token ids say here too, and it has the tokenizer of here
-MOST_DOUBTFUL = 3  # so many completions before that whose ids say something else here, and it has another one
+KNOWN_LETTERS = (
+    8  # when this many letters of a server's texts match what its token ids decode to here, it has the same tokenizer
+)
+MOST_DOUBTFUL = 3  # when this many completions do not match before that, it has another tokenizer
 
-# What a server at fault looks like from here; `NotImplementedError` is ours, for one that keeps the token ids to itself.
+# Exceptions that a faulty server causes; `NotImplementedError` is raised here when a server returns no token ids.
 _FAILURES = (*([openai.OpenAIError] if openai else []), TimeoutError, ValueError, NotImplementedError)
 
 
@@ -67,12 +69,12 @@ class _Server:
     room: int  # requests in flight that it takes; fewer after it has said that it is busy
     outstanding: int = 0
     ready: bool = False
-    busy: bool = False  # set aside because it said so; what it has taken before goes on
-    told: float = -math.inf  # when it was last said that it is waited for
+    busy: bool = False  # it said that it is overloaded, so it gets no new requests; those it has go on
+    told: float = -math.inf  # when the user was last told that we wait for it
     failures: int = 0  # since its last answer
     reviving: asyncio.Task | None = None
     context: int = NO_CONTEXT
-    letters: int = 0  # of its texts, which its token ids say here too
+    letters: int = 0  # letters of its texts that matched what its token ids decode to here
     doubtful: set[str] = field(
         default_factory=set
     )  # requests that it has answered with ids that say something else than its text
@@ -144,7 +146,7 @@ class OpenAISampler:
         self.capacity = 2 * self.slots
         self._under_way: dict[str, _Job | None] = {}  # by request id; `None` for one that no server is asked for
         self._waiting: deque[_Job] = deque()
-        # Of jobs (`None` as in `_under_way`) with their completions, of warnings, or of the exception that ends it all.
+        # Holds pairs of a job (`None` as in `_under_way`) and its completion, warnings, or the exception that ends everything.
         self._finished: queue.SimpleQueue = queue.SimpleQueue()
         self._answered = 0
         self._answer_tokens, self._answer_seconds = 0, 0.0
@@ -244,7 +246,7 @@ class OpenAISampler:
             job, completion = item
             if (
                 self._under_way.get(completion.id, item) is job
-            ):  # else it was aborted just now, or asked for anew since
+            ):  # otherwise it was aborted, or submitted again in the meantime
                 del self._under_way[completion.id]
                 finished.append(completion)
         return finished
@@ -306,7 +308,7 @@ class OpenAISampler:
                 server = min(free, key=lambda s: (s in job.failed, s.outstanding))
                 server.outstanding += 1
                 job.task = self._loop.create_task(self._try(job, server))
-                # Not at the end of the task itself: one that is cancelled before it has begun never gets there.
+                # As a callback, because a task that is cancelled before it begins would never reach its own last line.
                 job.task.add_done_callback(partial(self._give_back, server))
 
     def _give_back(self, server: _Server, _task: asyncio.Task) -> None:
@@ -341,7 +343,7 @@ class OpenAISampler:
             if status in BUSY:
                 return None
             job.failed.add(server)
-            if self._answered > job.answered:  # while nobody is answered, it is no fault of this request
+            if self._answered > job.answered:  # as long as no request is answered, this one is not to blame
                 job.tries, job.answered = job.tries + 1, self._answered
             if job.tries < MAX_TRIES:
                 return None
@@ -370,11 +372,11 @@ class OpenAISampler:
 
     async def _revive(self, server: _Server, error: BaseException | None = None) -> None:
         """Tries a failed server ever more seldom until it answers; opens the circuit if none has answered for too long."""
-        await asyncio.sleep(0)  # what has just failed is outstanding no more
+        await asyncio.sleep(0)  # lets the failed request's task end, so that it is no longer counted as outstanding
         while not server.ready:
             since = self._failing_since
             waited = since is not None and self._loop.time() - since > self.give_up_after
-            # One that is ready is at work, and so is a busy one with what it took: should it hang, its requests run out of time.
+            # A server that is ready, or busy with requests, may still answer; if it hangs, its requests time out.
             if waited and not any(other.ready or (other.busy and other.outstanding) for other in self._servers):
                 told = f"no server has answered for {self.give_up_after:g} s; the last one said: {self._last_error}"
                 self._finished.put(SamplerError(told))
@@ -383,7 +385,7 @@ class OpenAISampler:
             if told:
                 self._finished.put(UserWarning(told))
             await asyncio.sleep(wait)
-            if server.busy:  # it is there: what waits is sent to it, as much as it may take
+            if server.busy:  # it answered, though only that it is overloaded: send it as many requests as it may have
                 server.ready, server.busy = True, False
                 self._dispatch()
                 return
@@ -396,11 +398,11 @@ class OpenAISampler:
                 server.failures += 1
             except (
                 Exception
-            ) as ours:  # and what no waiting mends, such as a server that takes apart what the model writes
+            ) as ours:  # errors that waiting cannot cure, such as a server whose parsers change the model's text
                 self._finished.put(ours)
                 return
             else:
-                server.ready, server.letters = True, 0  # what comes back may be another one
+                server.ready, server.letters = True, 0  # a restarted server may have another tokenizer
                 self._count_answer(server)
                 self._dispatch()
 
@@ -508,7 +510,7 @@ class OpenAISampler:
             "model": self.served_model_name, "temperature": params.temperature, "top_p": params.top_p, "seed": request.seed,
             "max_tokens": params.max_completion_length,
         }  # fmt: skip
-        # Said in so many words, or the model's generation config would decide. SGLang refuses 0 for the whole vocabulary.
+        # Sent explicitly, because the server would use the model's generation config otherwise. SGLang refuses top_k=0.
         extra: dict[str, Any] = {}
         if dialect != "chat":
             extra = {

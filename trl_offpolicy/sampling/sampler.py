@@ -20,7 +20,7 @@ class SamplerError(RuntimeError):
 
 # With these a token is drawn from the model's own distribution.
 PLAIN = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
-# Settings that journals and results from before December 2026 do not name, and what they were then.
+# Settings that older journals and results do not name, and the values that they had then.
 LATER = {"min_p": 0.0, "repetition_penalty": 1.0, "stop": ()}
 
 
@@ -98,7 +98,7 @@ class Completion:
         object.__setattr__(self, "text", storable(self.text))
 
 
-# Nothing was drawn: it counts as no attempt of the model's, and a resume tries again.
+# Finish reasons with which nothing was drawn. They are not attempts of the model, and a resumed run draws them again.
 FAILED = ("refused", "error")
 
 

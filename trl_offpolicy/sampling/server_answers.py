@@ -11,13 +11,13 @@ from ..data.redaction import redacted
 from .sampler import SamplerError
 
 
-# An engine that computes in 16 bits may say a little more than 0.
+# An engine that computes in 16 bits may report a log-prob slightly above 0.
 MOST_LOG_PROB = 0.01
 # vLLM writes this for minus infinity, which JSON does not have, and from which nothing can be drawn.
 NO_LOG_PROB = -9999.0
-# The answer is one, but not all of what the model wrote: `Completion.error` says so.
+# Finish reasons with which a server ends a completion on its own account; `Completion.error` says so.
 ENDED_BY_SERVER = ("content_filter", "refusal", "tool_calls", "function_call")
-# What a message may say beside its `content`. Into any other part a server's parsers may put what they cut out of the model's text.
+# Fields that a message may have beside `content`. A server's parsers may move parts of the model's text into any other field.
 HARMLESS = ("role", "content", "name", "id", "type", "object", "annotations", "refusal")
 
 
@@ -45,7 +45,7 @@ def read_answer(
         if token_ids:
             text, ids = choice.text, getattr(choice, "token_ids", None)
             log_probs = getattr(choice.logprobs, "token_logprobs", None)
-        elif not hasattr(choice, "message"):  # of a plain text
+        elif not hasattr(choice, "message"):  # the answer to a plain-text prompt
             text, ids, log_probs = choice.text, [], []
         else:
             message = choice.message.model_dump(warnings=False)
@@ -58,7 +58,7 @@ def read_answer(
                 )
             if message.get("refusal"):
                 reason = "refusal"
-            if text is None and reason != "stop":  # nothing before the limit, or before the server ended it
+            if text is None and reason != "stop":  # the limit, or the server, ended it before any text
                 text = ""
         if reason not in ("stop", "length", *ENDED_BY_SERVER):
             raise ValueError(f"finish_reason {reason!r:.50}")
@@ -103,7 +103,7 @@ def ended(reason: str, special: bool, length: int, most: int) -> tuple[str, str 
         most (`int`): How many were asked for at most.
     """
     if length == most and not special:
-        return "length", None  # whatever it says
+        return "length", None  # whatever finish reason the server gives
     if reason == "length" and length < most:
         return reason, (
             "has cut a completion before the limit that was asked for; what is cut is never kept. Let it write as much: vLLM with "

@@ -61,7 +61,7 @@ class _SeededDraw(LogitsProcessor):
         self.uniform = torch.stack(streams, dim=1).to(device)
         self.params, self.prompt_length = params, max(map(len, prompts))
         self.log_probs: list[torch.Tensor] = []  # one (rows,) tensor a step
-        # Rows that are not at their end yet, by which the tokens are counted that completions will hold.
+        # Which rows are not finished yet: only their tokens count as drawn.
         self.stop, self.room = torch.tensor(stop, device=device), torch.tensor(room, device=device)
         self.live, self.drawn = self.room > 0, 0
         self.warpers = LogitsProcessorList()
@@ -150,15 +150,15 @@ class TransformersSampler:
         self._drawn = 0  # tokens of finished batches
         self._draw: _SeededDraw | None = None  # the batch under way
         self.batch_size, self.batch_tokens = batch_size, batch_tokens
-        # A batch is drawn to the end of its longest completion: of many that wait, those that go are much alike in length.
+        # A batch runs until its longest completion ends, so requests of similar length are batched together; many must wait to choose from.
         self.slots, self.capacity = batch_size, 32 * batch_size
         self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-        # A row that is at its end goes on with its batch, and then there may be no position left to look up.
+        # A finished row goes on being computed with its batch, and may run past the last position that the model has an embedding for.
         self._learned_positions = not any("rotary" in name for name, _ in self.model.named_modules())
         self.stop_token_ids = stop_token_ids(self.processing_class, self.model.generation_config.eos_token_id)
         self._pending: list[tuple[Request, list[int]]] = []
         self._failed: list[Completion] = []
-        # Entered while this one draws: switches an adapter off that another sampler on the same model draws with.
+        # Entered while this sampler draws: it switches off the adapter that another sampler on the same model uses.
         self._without_adapter = contextlib.nullcontext
 
     __repr__ = described
@@ -228,7 +228,7 @@ class TransformersSampler:
     def abort(self, request_id: str) -> int:
         self._failed = [c for c in self._failed if c.id != request_id]
         self._pending = [p for p in self._pending if p[0].id != request_id]
-        return 0  # a batch is drawn within one `poll`: what can still be aborted was not begun
+        return 0  # a batch is drawn within one `poll`, so a request that can still be aborted has drawn nothing
 
     def close(self) -> None:
         self._pending = []
@@ -247,7 +247,7 @@ class TransformersSampler:
         self._draw = draw = _SeededDraw(seeds, params, prompts, device, self.stop_token_ids, room)
         stopping = StoppingCriteriaList([_StopTexts(self.processing_class, draw)] if params.stop else [])
         own_config, was_training = self.model.generation_config, self.model.training
-        # The model's own generation config may carry a repetition penalty or a top_k: neither is the policy itself.
+        # The model's generation config may set a repetition penalty or top_k, with which tokens would not be drawn from the policy itself.
         self.model.generation_config = GenerationConfig(eos_token_id=self.stop_token_ids or None, pad_token_id=pad)
         self.model.eval()
         try:

@@ -43,7 +43,7 @@ class VLLMSampler:
             )
         shared = {k: v for k, v in engine_kwargs.items() if k in ("revision", "trust_remote_code")}
         self.processing_class = load_processing_class(model, processing_class, **shared)
-        import psutil  # one of vLLM's own
+        import psutil  # installed with vLLM
         from vllm import LLM, EngineArgs
         from vllm.platforms import current_platform
 
@@ -58,7 +58,7 @@ class VLLMSampler:
             # A seeded prompt that is prefilled in two steps ends the CPU engine ("CPU Generator does not use offset").
             engine_kwargs.setdefault("enable_chunked_prefill", False)
             if engine_kwargs.get("enable_lora"):
-                # Beside a request with an adapter, one without gets the last slot's there: it must be an empty one.
+                # In a batch with adapters, vLLM gives a request without one the adapter of the last slot, so there must be one slot more, left empty.
                 engine_kwargs.setdefault("max_loras", 2)
             engine_kwargs |= cpu_memory(engine_kwargs, psutil.virtual_memory())
         print(f"vLLM is starting with {model}, which takes a minute or more", file=sys.stderr, flush=True)  # noqa: T201
@@ -73,19 +73,19 @@ class VLLMSampler:
         self.context = config.model_config.max_model_len
         declared = config.model_config.try_get_generation_config().get("eos_token_id")
         self.stop_token_ids = stop_token_ids(self.processing_class, declared)
-        # As many again wait, so that no slot is idle while finished ones are verified ...
+        # Twice as many requests as slots are accepted, so that no slot is idle while finished completions are verified ...
         self.slots = config.scheduler_config.max_num_seqs
         self.capacity = 2 * self.slots
-        # ... and go into the engine when its own queue is this short: many at a time, since what is encoded between two of its steps
-        # costs more than twice as much as one after another (the caches).
+        # ... and they enter the engine when its own queue is this short, many at a time: tokenizing a prompt between two engine steps
+        # takes more than twice as long as tokenizing many in a row (caches).
         self._low = self.slots + self.slots // 4
         self._adapters: dict[str, int] = {}
-        # Several samplers may share an engine: what waits for it and what is in it, and whose it is.
+        # Several samplers may share an engine: which requests wait, which are in it, and which sampler each belongs to.
         self._waiting: dict[str, tuple[VLLMSampler, Request]] = {}
         self._owners: dict[str, tuple[VLLMSampler, Request]] = {}
         self._encoded: tuple[list, list[int] | Completion] = [], []  # the last prompt and its token ids
         self._done: list[Completion] = []
-        self._drawn = 0  # tokens of what is not under way any more
+        self._drawn = 0  # tokens of requests that are finished or aborted
         self._shared = False
         if adapter is not None:
             self._adapt(adapter)
@@ -149,7 +149,7 @@ class VLLMSampler:
         from vllm.sampling_params import RequestOutputKind
 
         asked = [request.prompt, request.chat_template_kwargs]
-        if asked != self._encoded[0]:  # else another attempt at the problem of the last one
+        if asked != self._encoded[0]:  # otherwise it is another attempt at the same problem
             self._encoded = asked, prompt_ids(self.processing_class, request, self.context)
         ids = self._encoded[1]
         prompt = (
@@ -185,7 +185,9 @@ class VLLMSampler:
 
     def _under_way_tokens(self) -> dict[str, int]:
         """How many tokens the engine has drawn of each request of this sampler, as far as they have come out of its process."""
-        states = list(self.engine.output_processor.request_states.values())  # at once, for another thread may read it
+        states = list(
+            self.engine.output_processor.request_states.values()
+        )  # copied in one step, because another thread may call this
         drawn = {getattr(s, "external_req_id", s.request_id): s.detokenizer.num_output_tokens() for s in states}
         return {name: tokens for name, tokens in drawn.items() if self._owners.get(name, (None,))[0] is self}
 
@@ -195,7 +197,9 @@ class VLLMSampler:
         return self._drawn + sum(self._under_way_tokens().values())
 
     def abort(self, request_id: str) -> int:
-        drawn = sum(len(c.completion_ids) for c in self._done if c.id == request_id)  # finished, and not taken yet
+        drawn = sum(
+            len(c.completion_ids) for c in self._done if c.id == request_id
+        )  # finished, but not returned by `poll` yet
         self._done = [c for c in self._done if c.id != request_id]
         self._waiting.pop(request_id, None)
         if request_id in self._owners:
@@ -236,7 +240,7 @@ def cpu_memory(engine_kwargs: dict[str, Any], memory) -> dict[str, float]:
     sized = engine_kwargs.get("kv_cache_memory_bytes") is not None or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
     if sized:
         return {}
-    share = int(80 * free) / 100  # the rest is for this process, and for what others take meanwhile
+    share = int(80 * free) / 100  # the rest is left for this process and for other programs
     gib = f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB are free"
     if given is not None:
         if given > free:

@@ -102,7 +102,7 @@ def run_script(task, peer):
             begin = errors.seek(max(0, errors.seek(0, 2) - ERRORS))
             lines = (
                 errors.read().decode(errors="replace").rstrip().splitlines()[1 if begin else 0 :]
-            )  # no piece of a line
+            )  # whole lines only
             last = lines[-1] if lines else ""
             memory = last.startswith("MemoryError") and not lines[-2:][0].strip().startswith("raise MemoryError")
             told = {"output": out.read(OUTPUT + 1).decode(errors="replace"), "code": code, "error": last}

@@ -224,7 +224,7 @@ class Tests(Peer):
         self.callbacks, self.errors = [], {}
         self.calls, self.checks = 0, 0
         self.classes = set()  # names that the tests have treated as classes
-        self.doubts = {}  # what passes only if a name is a class: why
+        self.doubts = {}  # reasons for which a pass depends on a name being a class
         self.trouble = None  # [kind, reason]: what makes a failure of the tests no fault of the solution
 
     def count(self):
@@ -310,7 +310,7 @@ class Tests(Peer):
             error._of_solution = True
             raise error
         value = decode(reply["value"], self.meet)
-        if value is not None:  # then it did not work in place, and has no business with the tests' own objects
+        if value is not None:  # then it did not work in place, and must not change the tests' own objects
             return value
         for mine, after in zip(args, decode(reply.get("after", []), self.meet), strict=False):
             if type(mine) is type(after) and isinstance(mine, (list, set, dict, bytearray, deque)) and mine != after:
@@ -436,9 +436,7 @@ def provide(task, given):
     """Puts what the solution defines where the tests look for it; what is missing, as a text."""
     if missing := [name for name in task["names"] if name not in given]:
         return f"its code does not define {', '.join(missing)}"
-    tests.calls += sum(
-        not isinstance(value, Remote) for value in given.values()
-    )  # a constant has been asked for by now
+    tests.calls += sum(not isinstance(value, Remote) for value in given.values())  # constants were asked for before
     for name, value in given.items():
         if isinstance(value, Remote):
             vars(value)["_name"] = name

@@ -97,7 +97,9 @@ def write(path, text):
 
 def new_root(visible, temporary_bytes):
     """A root of its own: what is `visible`, read-only; the harmless devices; this namespace's processes; an empty, small /tmp."""
-    sources = {path: os.path.realpath(path) for path in visible}  # now, as long as links lead where they lead outside
+    sources = {
+        path: os.path.realpath(path) for path in visible
+    }  # resolved now, before the new root changes what links point to
     os.umask(0o022)
     call("mount", None, "/", None, MOUNT_REC | MOUNT_PRIVATE, None)
     call("mount", "tmpfs", "/tmp", "tmpfs", MOUNT_NOSUID, "mode=755,size=1m")
@@ -162,7 +164,7 @@ def watch(child, memory):
 def set_limits(task, enclosed):
     memory = task["memory_bytes"]
     limits = {"CPU": task["cpu_seconds"], "AS": memory, "FSIZE": FILE_BYTES, "NOFILE": FILES, "CORE": 0}
-    if enclosed:  # elsewhere it would count all processes of the user
+    if enclosed:  # without namespaces the limit would count all processes of the user
         limits["NPROC"] = PROCESSES
     for name, limit in limits.items():
         kind = getattr(resource, f"RLIMIT_{name}")

@@ -26,7 +26,7 @@ TOKEN_COLUMNS = {
     "weight": (1.0, torch.float32),
 }
 SOURCE_IDS = {str(source): i for i, source in enumerate(Source)}
-# Either makes a dataset one that we have to align: no one else's rows have them. Any other column alone may mean anything.
+# A dataset with one of these columns was made by this package and must be aligned; other columns may belong to the user.
 ROW_COLUMNS = {"completion_ids", "behavior_log_probs"}
 
 
@@ -137,7 +137,7 @@ def align_row(
         )
     unknown = [float("nan")] * (len(input_ids) - len(log_probs))
     source, weight = example.get(source_column), example.get(weight_column)
-    if streaming:  # of other datasets the whole column is looked at
+    if streaming:  # for datasets that are not streamed the whole column was checked already
         warn_of_unknown_sources([source])
     if weight is not None and not (isinstance(weight, Real) and 0 <= float(weight) < math.inf):
         raise ValueError(
@@ -199,7 +199,7 @@ def _check_sampling(example: dict, index: int, stored: bool, recompute: bool) ->
         value = _sampling_number(example, index, name)
         if value in (None, plain) or (recompute and name == "temperature" and value > 0):
             continue
-        if name == "top_k" and value == -1:  # vLLM's word for the whole vocabulary
+        if name == "top_k" and value == -1:  # vLLM writes -1 for the whole vocabulary
             continue
         raise ValueError(
             f"Row {index} was sampled at {name}={example[name]}, so the model's log-probs (temperature 1, whole vocabulary) are not those of the "

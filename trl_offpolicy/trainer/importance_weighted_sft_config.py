@@ -103,15 +103,17 @@ class ImportanceWeightedSFTConfig(SFTConfig):
     )
 
     def __post_init__(self):
-        chosen_loss = {"dft": "dft", "chunked_nll": "nll"}.get(self.loss_type)  # "nll" is also what nobody chose
+        chosen_loss = {"dft": "dft", "chunked_nll": "nll"}.get(
+            self.loss_type
+        )  # "nll" is also the default, so it may not have been chosen
         super().__post_init__()
-        # Whoever chose no objective may still have said what the loss is, as a script written for SFTTrainer does.
+        # A script written for SFTTrainer chooses its loss by `loss_type`.
         self.objective_was_given = self.objective is not None
         if not self.objective_was_given:
             smoothed = "nll" if self.label_smoothing_factor and self.default_objective == "iw" else None
             self.objective = chosen_loss or smoothed or self.default_objective
         if self.loss_type == self.objective:
-            self.loss_type = "nll"  # TRL's own weighting would come on top
+            self.loss_type = "nll"  # TRL would apply its own weights in addition to ours
         by_source = self.objective if isinstance(self.objective, dict) else {}
         for objective in self.objectives:
             if not callable(objective) and objective not in OBJECTIVES:

@@ -117,7 +117,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
             args = self._config_class.of(args)
         if compute_loss_func is not None and args.objective == "iw" and not args.objective_was_given:
             args = copy.copy(args)
-            args.objective = "nll"  # a plain SFT script with a loss of its own
+            args.objective = "nll"  # the script passes a loss function of its own, as for SFTTrainer
         if compute_loss_func is not None and args.objective != "nll":
             raise ValueError(
                 f"You passed `compute_loss_func` together with objective={args.objective!r}: the objective weights the loss here, and "
@@ -132,7 +132,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         reference = ("psft" in self.objectives and not args.steps_per_outer_batch) or (
             args.expert_weighting == "base" and ratio_to_base
         )
-        # What the initial policy is asked for before training.
+        # Columns that the initial policy computes before training.
         self._scored_columns = ["behavior_log_probs"] * args.precompute_behavior_log_probs
         self._scored_columns += ["reference_log_probs"] * reference
         # Fingerprints of datasets that are tokenized and aligned but not cut or packed yet, and of those that are ready.
@@ -140,7 +140,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         self._finished: set[str] = set()
         self._outer: list = []  # what is left of psft's outer batch, and the epoch's iterator that it came from
         self._outer_source = None
-        if any(map(callable, self.objectives)):  # what is saved with a checkpoint must be plain data
+        if any(map(callable, self.objectives)):  # a function cannot be saved with the arguments in a checkpoint
             args = copy.copy(args)
             args.objective = (
                 {source: _name(o) for source, o in self.objective.items()}
@@ -167,7 +167,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         self.initial_policy = InitialPolicy(self.model, self.accelerator, self._asks_initial_policy)
         if "asft" in self.objectives:
             self.initial_policy.freeze()
-        if self._scored_columns:  # now that there is a model to ask
+        if self._scored_columns:  # the model exists only now
             self.train_dataset = self._finish(self.train_dataset, self.args, self.args.packing, "train")
             packing = args.packing if args.eval_packing is None else args.eval_packing
             finished = {
@@ -262,7 +262,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
             or "labels" not in (getattr(rows, "column_names", None) or ())
         ):
             return
-        # Without log-probs of ours, a column of one of our names is the user's own.
+        # A dataset without our log-probs was not made by this package, so a column with one of our names is the user's own.
         ours = {"source_ids", "behavior_log_probs"} if "behavior_log_probs" in rows.column_names else set()
         total, unknown = 0, 0
         for batch in rows.with_format("arrow").iter(batch_size=1000):
@@ -339,7 +339,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         """Tokenizes whole rows, and aligns their columns with the tokens."""
         dataset = _unformatted(dataset)
         columns = get_dataset_column_names(dataset)
-        # Of rows that are not tokenized yet these are the user's own.
+        # In rows that are not tokenized yet, columns of these names are the user's own.
         dataset = dataset.remove_columns([c for c in ("reference_log_probs", "old_log_probs") if c in columns])
         source, weight = self._our_columns(columns)
         map_kwargs = {"num_proc": args.dataset_num_proc} if hasattr(dataset, "num_rows") else {}
@@ -448,7 +448,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
 
     def _score_reference(self, dataset, dataset_name: str):
         def pieces_of(row: dict) -> list[tuple]:
-            # A packed row is several documents only to a collator that keeps them apart.
+            # Only a padding-free collator keeps the documents of a packed row apart.
             lengths = self.padding_free and row.get("seq_lengths") or [len(row["input_ids"])]
             pieces, end = [], 0
             for length in lengths:
@@ -615,7 +615,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
             weights, unlimited, log_probs, behavior, known["entropy"], outputs.is_top1, groups
         )
         mode = "train" if self.model.training else "eval"
-        # Every process is here, and need not be in `log`, which a callback may call in one of them.
+        # Gathered here, where every process is; `log` may be called by a callback in one process only.
         both = self.accelerator.gather(torch.cat([sums.flatten(), extremes.flatten()])[None])  # (processes, …)
         sums = both[:, : sums.numel()].sum(0).view_as(sums)
         extremes = both[:, sums.numel() :].amax(0).view_as(extremes).to(extremes)
@@ -663,7 +663,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args, **kwargs):
-        # What `predict`, or an evaluation that was interrupted, has left is none of this one's.
+        # Removes metrics that `predict` or an interrupted evaluation left behind.
         self._diagnostics.pop("eval", None)
         self._metrics["eval"].clear()
         return super().evaluation_loop(*args, **kwargs)

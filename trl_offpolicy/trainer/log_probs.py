@@ -130,7 +130,7 @@ def target_log_probs(
             batch = order[start : start + max(1, batch_tokens // width)]
             start += len(batch)
             rows = [pairs[i][0] + pairs[i][1] for i in batch]
-            # Padded on the right, where a causal model does not look; so no token needs to be a padding token.
+            # Padded on the right: a causal model does not look ahead, so any token can serve as padding.
             ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
             mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
             hidden = base.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
