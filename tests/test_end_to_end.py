@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import warnings
 from graphlib import TopologicalSorter
 from importlib import import_module
 from itertools import chain
@@ -236,6 +237,20 @@ def test_documented_commands_parse(tmp_path):
                 TrlParser(types, allow_abbrev=False).parse_args_and_config([*argv, *cpu])
                 found += 1
     assert found >= 20
+
+
+def test_the_versions_of_trl_that_were_tested_are_those_that_install_and_others_warn():
+    from trl_offpolicy.trainer import TESTED_TRL, warn_of_untested_trl
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (allowed,) = (Requirement(r).specifier for r in project["dependencies"] if Requirement(r).name == "trl")
+    assert [f"1.{minor}" for minor in range(100) if f"1.{minor}.0" in allowed] == list(TESTED_TRL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_untested_trl("1.16.2")
+    for other in ("1.15.0", "1.17.0", "2.16.0.dev0"):
+        with pytest.warns(UserWarning, match=f"TRL {other} is installed"):
+            warn_of_untested_trl(other)
 
 
 def test_the_lowest_versions_that_are_declared_are_those_that_are_tested():
