@@ -36,6 +36,18 @@ def test_readme_is_read_in_four_minutes():
     assert len((ROOT / "README.md").read_text().split()) <= 1200
 
 
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: str(page.relative_to(ROOT)))
+def test_lines_are_as_wide_as_the_formatter_allows(page):
+    """But for tables, pictures, what is shown as code, and words without a space to break them at."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    wide = [
+        line
+        for line in text.splitlines()
+        if len(line) > 119 and not line.startswith(("|", "![", "<")) and " " in line[:119].strip()
+    ]
+    assert wide == []
+
+
 def test_every_file_is_in_the_architecture_and_every_page_in_the_menu():
     listed = (ROOT / "docs" / "architecture.md").read_text()
     rooms = listed[listed.index("trl_offpolicy/\n") : listed.index("examples/\n")]
