@@ -1,16 +1,19 @@
 """Verdicts beside the sampling: nothing is lost or mixed up, and the verifier is called for many at a time, or at once."""
 
+import pickle
 import random
 import threading
 
 import pytest
-from scripted import ScriptedSampler, rows
+from scripted import ScriptedSampler, rows, verify
 
 from trl_offpolicy import DataRewriter, RewriteConfig, evaluate
 from trl_offpolicy.data.rows import Verdict
-from trl_offpolicy.sampling.sampler import Completion, SamplerError
+from trl_offpolicy.sampling.sampler import Completion, Sampler, SamplerError, as_sampler
 from trl_offpolicy.verification import verdict_queue as judging
 from trl_offpolicy.verification.verdict_queue import VerdictQueue, judge
+from trl_offpolicy.verification.verifier import as_verifier, describe
+from trl_offpolicy.verification.verifiers import JudgeVerifier, all_of
 
 
 class Recording:
@@ -49,7 +52,7 @@ def patient(monkeypatch):
 @pytest.mark.parametrize("seed", range(5))
 def test_everything_comes_out_once_in_order_and_with_its_own_verdict(patient, seed):
     rng, drawn, judged = random.Random(seed), completions(300), []
-    with VerdictQueue(Recording(), ScriptedSampler()) as verdicts:
+    with VerdictQueue(as_verifier(Recording()), 16) as verdicts:
         for i, completion in enumerate(drawn):
             verdicts.put(i, completion, "1")
             if rng.random() < 0.5:
@@ -63,7 +66,7 @@ def test_everything_comes_out_once_in_order_and_with_its_own_verdict(patient, se
 
 def test_the_verifier_is_called_for_many_unless_there_is_hurry(patient):
     verifier = Recording()
-    with VerdictQueue(verifier, ScriptedSampler()) as verdicts:
+    with VerdictQueue(as_verifier(verifier), 16) as verdicts:
         for i, completion in enumerate(whole(judging.BATCH)):
             assert (
                 verdicts.take() == [] and verifier.sizes == []
@@ -79,7 +82,7 @@ def test_the_verifier_is_called_for_many_unless_there_is_hurry(patient):
 def test_a_backlog_is_handed_over_in_parts(patient):
     verifier = Recording()
     verifier.go.clear()
-    with VerdictQueue(verifier, ScriptedSampler()) as verdicts:
+    with VerdictQueue(as_verifier(verifier), 16) as verdicts:
         for i, completion in enumerate(whole(100)):
             verdicts.put(i, completion, "1")
         assert verdicts.take() == [] and len(verdicts) == 100
@@ -149,7 +152,7 @@ def test_what_was_drawn_before_the_engine_failed_is_in_the_journal(patient, tmp_
 
 def test_a_few_are_not_held_for_ever(monkeypatch):
     monkeypatch.setattr(judging, "HOLD", 0.01)
-    with VerdictQueue(Recording(), ScriptedSampler()) as verdicts:
+    with VerdictQueue(as_verifier(Recording()), 16) as verdicts:
         verdicts.put(0, whole(1)[0], "0")
         while not (judged := verdicts.take()):
             pass
@@ -162,7 +165,7 @@ def test_what_the_verifier_raises_is_raised(patient):
             raise OSError("no such machine")
 
     verifier = Broken()
-    with pytest.raises(OSError, match="no such machine"), VerdictQueue(verifier, ScriptedSampler()) as verdicts:
+    with pytest.raises(OSError, match="no such machine"), VerdictQueue(as_verifier(verifier), 16) as verdicts:
         verdicts.put(0, whole(1)[0], "0")
         verdicts.take(wait=True)
     assert verifier.closed
@@ -171,10 +174,74 @@ def test_what_the_verifier_raises_is_raised(patient):
 def test_leaving_by_an_exception_does_not_wait_for_a_slow_verifier(patient):
     verifier = Recording()
     verifier.go.clear()  # until it is closed
-    with pytest.raises(KeyboardInterrupt), VerdictQueue(verifier, ScriptedSampler()) as verdicts:
+    with pytest.raises(KeyboardInterrupt), VerdictQueue(as_verifier(verifier), 16) as verdicts:
         verdicts.put(0, whole(1)[0], "0")
         verdicts.take(hurry=True)
         while not verifier.sizes:
             pass
         raise KeyboardInterrupt
     assert verifier.closed and not verdicts._thread.is_alive()
+
+
+def drawn_by(what, sampler, tmp_path):
+    """A rewrite, an evaluation or a judge that draws with this sampler."""
+    if what == "rewrite":
+        DataRewriter("", RewriteConfig(str(tmp_path)), sampler=sampler, verifier=Recording()).rewrite(rows(20))
+    elif what == "evaluate":
+        table = [{"problem": row["problem"], "answer": "1"} for row in rows(20)]
+        evaluate("", {"a": table}, sampler=sampler, verifier=Recording())
+    else:
+        JudgeVerifier(sampler, prompt="gold:1 {completion} {answer}").verify(["x", "y", "z"], ["1", "1", "1"])
+
+
+@pytest.mark.parametrize("what", ["rewrite", "evaluate", "judge"])
+@pytest.mark.parametrize(
+    "returns, said",
+    [
+        (lambda completions: [], "the sampler has requests under way but returned none of them"),
+        (lambda completions: completions * 2, "which it was not asked for, or twice"),
+    ],
+)
+def test_an_engine_that_loses_or_invents_completions_is_an_error_wherever_it_draws(tmp_path, what, returns, said):
+    class Faulty(ScriptedSampler):
+        aborted = ()
+
+        def poll(self):
+            return returns(super().poll())
+
+        def abort(self, request_id):
+            self.aborted = (*self.aborted, request_id)
+            super().abort(request_id)
+
+    sampler = Faulty(capacity=9)
+    with pytest.raises(RuntimeError, match=said):
+        drawn_by(what, sampler, tmp_path)
+    assert not sampler.pending and len(sampler.aborted) == len(set(sampler.aborted)) > 0
+
+
+def test_a_users_own_engine_has_the_defaults_for_what_it_lacks():
+    class Own:
+        name, revision, capacity = "mine", "1", 7
+
+        def submit(self, request):
+            self.request = request
+
+    own = Own()
+    sampler = as_sampler(own)
+    assert as_sampler(sampler) is sampler and isinstance(sampler, Sampler)
+    assert (sampler.name, sampler.capacity, sampler.slots) == ("mine", 7, 7)
+    assert sampler.drawn_tokens is sampler.processing_class is None and not sampler.stop_token_ids
+    sampler.submit("a request")
+    assert own.request == "a request"
+    own.drawn_tokens, own.slots = 5, 3
+    assert (as_sampler(own).drawn_tokens, as_sampler(own).slots) == (5, 3)
+    other = pickle.loads(pickle.dumps(as_sampler(ScriptedSampler(capacity=3))))
+    assert (other.name, other.slots) == ("scripted", 3)
+
+
+def test_verifiers_of_a_users_own_are_described_alike_in_every_process():
+    """Else a run could not be resumed: its journal names another verifier."""
+    assert describe(verify) == describe(as_verifier(verify)) == "verify"
+    assert describe(as_verifier(Recording())) == "Recording"
+    assert repr(all_of(verify, Recording())) == "all_of(verify, Recording)"
+    assert "0x" not in describe(all_of(verify, Recording()))

@@ -261,7 +261,7 @@ def test_learned_positions_end_where_the_context_does(tokenizer):
 def test_tokens_are_counted_as_they_are_drawn(sampler, monkeypatch):
     """All that completions hold, of each length; a server says them with its answers only."""
     if isinstance(sampler, OpenAISampler):
-        assert not hasattr(sampler, "drawn_tokens")
+        assert sampler.drawn_tokens is None
         return
     seen, generate = [], type(sampler.model).forward if hasattr(sampler, "model") else None
     before = sampler.drawn_tokens

@@ -39,7 +39,7 @@ from ..data.whole_file import write_whole
 from ..trainer.initial_policy import InitialPolicy
 from ..trainer.log_probs import causal_lm, head_logits, lm_head, target_log_probs
 from ..trainer.model_card import agent_card
-from ..verification.verifier import explain_with, rewards
+from ..verification.verifier import as_verifier, explain_with, rewards
 from .group_rewards import alignment_reward, diversity_reward, task_gate, total_reward
 
 
@@ -287,9 +287,8 @@ def agent_dataset(
     texts = ("\0".join([*contents(p.prompt), p.demonstration]) for p in problems)
     control.check(map(control.within, texts), "problem or reference")
     golds = [problem.answer for problem in problems]
-    compare = getattr(verifier, "check_answers", lambda golds: [gold and Verdict.CORRECT for gold in golds])
     rows, too_long = [], 0
-    for problem, verdict in zip(problems, compare(golds), strict=True):
+    for problem, verdict in zip(problems, as_verifier(verifier).check_answers(golds), strict=True):
         prompt = control.prompt(guided_prompt(problem, guided_template))
         if verdict != Verdict.CORRECT:
             continue

@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -36,12 +35,13 @@ from ..sampling.sampler import (
     Completion,
     Request,
     Sampler,
-    SamplerError,
+    as_sampler,
     attempt_seed,
 )
+from ..verification.drawing import Asked, Drawing
 from ..verification.math_verifier import MathVerifier
-from ..verification.verdict_queue import VerdictQueue, abandoning
-from ..verification.verifier import describe
+from ..verification.verdict_queue import Judged
+from ..verification.verifier import Verifier, as_verifier, describe
 from .benchmarks import Question, check_format, load_benchmarks, read_questions, without_control_tokens
 from .estimators import accuracies, compare, share_interval
 from .evaluation_config import EvaluationConfig
@@ -110,6 +110,7 @@ def evaluate(
     earlier = _read_baseline(Path(os.path.expanduser(args.baseline)), questions, drawn) if args.baseline else {}
     sampler = sampler or _default_sampler(model, processing_class)
     processing_class = getattr(sampler, "processing_class", processing_class)
+    sampler = as_sampler(sampler)
     if processing_class is not None:
         check_format(processing_class, questions, args.train_tokenizer, train_dataset, args.chat_template_kwargs)
         questions = without_control_tokens(processing_class, questions, args.control_tokens)
@@ -117,11 +118,15 @@ def evaluate(
     asked |= {"control_tokens": "escape"} if args.control_tokens == "escape" else {}
     asked |= {"chat_template_kwargs": args.chat_template_kwargs} if args.chat_template_kwargs else {}
     run = _Run(questions, args)
-    with MathVerifier() if verifier is None else nullcontext(verifier) as verifier:
+    with MathVerifier() if verifier is None else nullcontext(as_verifier(verifier)) as verifier:
         config = {**params.settings(), **asked, **_engine(sampler, verifier, processing_class)}
-        odd = {name: _uncheckable(verifier, each) for name, each in questions.items()}
+        golds = {name: verifier.check_answers([q.answer for q in each]) for name, each in questions.items()}
         run.sample(sampler, verifier, config)
-    results = {name: {**run.summarize(name), "gold_unparsable": odd[name]} for name in questions if run.has(name)}
+    results = {
+        name: {**run.summarize(name), "gold_unparsable": sum(verdict != Verdict.CORRECT for verdict in golds[name])}
+        for name in questions
+        if run.has(name)
+    }
     _compare(results, earlier, str(args.baseline))
     if args.output_dir is not None and run.complete:
         made_with = {**config, "num_generations": args.num_generations}
@@ -263,43 +268,22 @@ class _Run:
             self.samples[key], offsets[key] = entry, offset
         return offsets
 
-    def _draw(self, sampler: Sampler, verifier, journal: Journal | None, offsets: dict[Key, int]) -> None:
+    def _draw(self, sampler: Sampler, verifier: Verifier, journal: Journal | None, offsets: dict[Key, int]) -> None:
         """Streams what is due through sampling and verification, which overlap, into the journal."""
         due = [item for name in self.questions for item in self.keys(name, self.shard) if item[0] not in self.samples]
-        waiting, active = iter(due), {}
-        stated = getattr(verifier, "stated", True)
+        requests = (Asked(key, self._request(key, q), sampler, q.answer, q.row) for key, q in due)
+
+        def record(judged: Judged) -> None:
+            self.samples[judged.item] = entry = _entry(*judged, verifier.stated)
+            if journal is not None:
+                offsets[judged.item] = journal.append(entry)
+
         with (
-            abandoning(lambda: [(sampler, request_id) for request_id in active]),
-            VerdictQueue(verifier, sampler) as verdicts,
+            Drawing(verifier, sampler) as drawing,
             tqdm(total=len(due), desc=", ".join(self.questions), unit="sample", leave=False) as bar,
         ):
-            while True:
-                for key, question in islice(waiting, sampler.capacity - len(active)):
-                    request = self._request(key, question)
-                    active[request.id] = key, question
-                    sampler.submit(request)
-                if not active and not verdicts:
-                    break
-                hurry = len(active) < sampler.capacity
-                ask = bool(active) and not verdicts.full
-                try:
-                    finished = sampler.poll() if ask else []
-                    if ask and not finished:
-                        raise RuntimeError(
-                            f"{sampler.name}: the sampler has {len(active)} requests but returned none of them."
-                        )
-                    for completion in finished:
-                        key, question = active.pop(completion.id)
-                        verdicts.put(key, completion, question.answer, question.row)
-                except SamplerError:
-                    for key, *judged in verdicts.drain():
-                        if journal is not None:
-                            journal.append(_entry(key, *judged, stated))
-                    raise
-                for key, *judged in verdicts.take(hurry, wait=verdicts.full or not active):
-                    self.samples[key] = entry = _entry(key, *judged, stated)
-                    if journal is not None:
-                        offsets[key] = journal.append(entry)
+            while drawing.submit(requests):
+                for _ in drawing.judged(record):
                     bar.update()
 
     def _request(self, key: Key, question: Question) -> Request:
@@ -401,10 +385,3 @@ def write_results(output_dir: Path, config: dict, results: dict[str, dict], repo
     with wandb_run(report_to, output_dir, "eval", config) as run:
         if run is not None:
             run.log({f"{n}/{k}": x for n, each in results.items() for k, x in each.items() if isinstance(x, float)})
-
-
-def _uncheckable(verifier, questions: list[Question]) -> int:
-    """How many gold answers the verifier cannot compare with, if it can tell."""
-    if not hasattr(verifier, "check_answers"):
-        return 0
-    return sum(verdict != Verdict.CORRECT for verdict in verifier.check_answers([q.answer for q in questions]))

@@ -20,7 +20,7 @@ def shown_prompt(
     if processing_class is not None:
         ids = encode_prompt(processing_class, prompt, chat_template_kwargs=chat_template_kwargs)
         told += [f"---- the same as the model reads it, {len(ids)} tokens ----", processing_class.decode(ids)]
-    wanted = getattr(verifier, "asked_form", "")
+    wanted = verifier.asked_form if verifier else ""
     if wanted not in "".join(contents(prompt)):
         told.append(
             f"---- careful ----\nThere is no {wanted} in this prompt, which is the form that {type(verifier).__name__} reads most surely: answers may be "

@@ -60,11 +60,12 @@ from ..sampling.sampler import (
     Sampler,
     SamplerError,
     SamplingParams,
+    as_sampler,
     attempt_seed,
-    slots_of,
 )
-from ..verification.verdict_queue import Judged, VerdictQueue, abandoning, judge
-from ..verification.verifier import describe
+from ..verification.drawing import Asked, Drawing
+from ..verification.verdict_queue import Judged, judge
+from ..verification.verifier import as_verifier, describe
 from .dry_run import probe_report, shown_prompt
 from .guided_filters import reject_guided
 from .push import open_repo, push_run
@@ -105,7 +106,8 @@ class DataRewriter:
                 f"You passed model={model!r:.200}; it must be a Hub id, a local directory or a loaded model, unless you pass a `sampler`."
             )
         self.model, self.args, self.processing_class = model, args, processing_class
-        self.sampler, self.guided_sampler, self.verifier = sampler, guided_sampler, verifier
+        self.sampler, self.guided_sampler = (s if s is None else as_sampler(s) for s in (sampler, guided_sampler))
+        self.verifier = verifier if verifier is None else as_verifier(verifier)
         self.output_dir, self.shard = Path(args.output_dir), Shard.parse(args.shard)
         self._rows_file = self.shard.file(self.output_dir, "rows.npz")
         self.metrics: dict = {}
@@ -184,8 +186,7 @@ class DataRewriter:
                     self._publish(file, run, logged)
         finally:
             journal.close()
-            if hasattr(self.verifier, "close"):
-                self.verifier.close()  # a MathVerifier starts its workers again when it is used again
+            self.verifier.close()  # a MathVerifier starts its workers again when it is used again
         return self._load()
 
     def rows_so_far(self, dataset, file: str | Path) -> int:
@@ -280,7 +281,7 @@ class DataRewriter:
     def _tokenizer(self):
         """That of the prompts, which does not need the model; `None` where an engine does not say which."""
         if self.sampler is not None:
-            return getattr(self.sampler, "processing_class", None)
+            return self.sampler.processing_class
         if self.args.dry_run:  # which touches no model: what it was given
             return self.processing_class
         if self.processing_class is None:
@@ -359,7 +360,7 @@ class DataRewriter:
         config = {"journal_format": 2, "model": self.sampler.name, "model_revision": revision, **identity}
         if self.guided_sampler is not None:
             config |= {"rewriter_adapter": self.guided_sampler.name, "rewriter_revision": self.guided_sampler.revision}
-        config["chat_template"] = template_digest(getattr(self.sampler, "processing_class", None))
+        config["chat_template"] = template_digest(self.sampler.processing_class)
         config["verifier"] = describe(self.verifier)
         if self._plain:  # which journals from before December 2026 asked as messages
             config["plain_prompts"] = "asked as they are"
@@ -481,8 +482,7 @@ class DataRewriter:
             seconds, attempts = time.monotonic() - began, drawn()
         finally:
             journal.close()
-            if hasattr(self.verifier, "close"):
-                self.verifier.close()
+            self.verifier.close()
         rates = Counter({name: counts[name] for name in counts if name.endswith(("_sampled", "_correct"))})
         expected = Scheduler((), len(keys), self.args, rates).attempts_left()
         print(probe_report(attempts, counts, len(chosen), len(keys), expected, earlier, seconds, self.args))  # noqa: T201
@@ -517,53 +517,30 @@ class DataRewriter:
         known = KnownAttempts(journal.entries(until="reason"), args.stages)
         counts = aborted_before(path) if path is not None and len(known) else Counter()
         scheduler = Scheduler(self._gated(dataset, keys, known, counts), len(keys), args, counts)
-        sampling: dict[str, Draw] = {}
-        aborted: dict[str, int] = {}
-        drawn = self._drawn_tokens(counts)
-        log = RunLog(path, len(keys), len(known), args.max_completion_length, counts, drawn, logged)
+        others = () if self.guided_sampler is None else (self.guided_sampler,)
+        drawing = Drawing(self.verifier, self.sampler, *others, counts=counts)
+        log = RunLog(path, len(keys), len(known), args.max_completion_length, counts, drawing.drawn_tokens, logged)
         push = PeriodicPush(lambda: self._push(finished=False), args.push_every, args.hub_token)
-        capacity = self.sampler.capacity
         # A server tells of tokens when an attempt is finished: it takes several of each slot to know its rate.
-        speculation = Speculation(slots_of(self.sampler), 32 if hasattr(self.sampler, "drawn_tokens") else 1024)
+        speculation = Speculation(self.sampler.slots, 1024 if self.sampler.drawn_tokens is None else 32)
+
+        def ask() -> Asked | None:
+            most = speculation.most(min(drawing.sampling, scheduler.open_rows))
+            draw = scheduler.next(speculate=drawing.sampling < most)
+            if draw is not None and draw.progress.problem is None:  # begun before a resume
+                (draw.progress.problem,) = self._problems(dataset, keys, draw.progress.row, 1)
+            return draw and self._asked(draw)
+
         try:
-            with (
-                abandoning(lambda: [(self._sampler_of(draw.stage), draw.id) for draw in sampling.values()]),
-                VerdictQueue(self.verifier, self.sampler) as verdicts,
-            ):
-                while True:
-                    # An attempt that waits for its verdict leaves its slot to another one.
-                    while len(sampling) < capacity and (
-                        draw := scheduler.next(
-                            len(sampling) < speculation.most(min(len(sampling), scheduler.open_rows))
-                        )
-                    ):
-                        sampling[draw.id] = draw
-                        if draw.progress.problem is None:  # begun before a resume
-                            (draw.progress.problem,) = self._problems(dataset, keys, draw.progress.row, 1)
-                        self._submit(draw)
-                    if not sampling and not verdicts:
-                        break
-                    hurry = len(sampling) < capacity
-                    under_way = len(sampling)
-                    log.update(under_way, len(verdicts), scheduler.attempts_left)
-                    try:
-                        if not verdicts.full:
-                            for draw, completion in self._poll(sampling, aborted, counts):
-                                problem = draw.progress.problem
-                                verdicts.put(draw, completion, problem.answer, problem.extra)
-                    except SamplerError:
-                        for judged in verdicts.drain():
-                            self._record(judged, journal, log)
-                        raise
-                    for judged in verdicts.take(hurry, wait=verdicts.full or not sampling):
-                        fate = self._record(judged, journal, log)
+            with drawing:
+                while drawing.submit(iter(ask, None)):
+                    under_way = drawing.sampling
+                    log.update(under_way, drawing.verifying, scheduler.attempts_left)
+                    for judged, fate in drawing.judged(lambda judged: self._record(judged, journal, log)):
                         counts["failed" if fate.finish_reason in FAILED else "drawn"] += 1
                         for request_id in scheduler.record(judged.item, fate):
-                            if sampling.pop(request_id, None):  # else it is paid for and being verified
-                                tokens = self._sampler_of(judged.item.stage).abort(request_id) or 0
-                                aborted[request_id] = tokens
-                                counts.update({"aborted": 1, "aborted_tokens": tokens})
-                    speculation.note(under_way, drawn(), time.monotonic())
+                            drawing.abort(request_id)
+                    speculation.note(under_way, drawing.drawn_tokens(), time.monotonic())
                     push.update(sum(counts[str(source)] for source in Source))
             if counts["failed"] and not counts["drawn"] and not len(known):  # no reason to keep all demonstrations
                 raise SamplerError(
@@ -571,7 +548,8 @@ class DataRewriter:
                 )
         finally:
             # What an exception has stopped on the way is drawn again at a resume, and was paid for all the same.
-            counts["aborted_tokens"] = counts["earlier_aborted_tokens"] + drawn() - counts["finished_tokens"]
+            drawn = drawing.drawn_tokens()
+            counts["aborted_tokens"] = counts["earlier_aborted_tokens"] + drawn - counts["finished_tokens"]
             log.close()
             push.close()
         self._summarize(counts)
@@ -579,53 +557,6 @@ class DataRewriter:
 
     def _sampler_of(self, stage: str) -> Sampler:
         return self.guided_sampler if stage == Source.GUIDED and self.guided_sampler is not None else self.sampler
-
-    def _drawn_tokens(self, counts: Counter) -> Callable[[], int]:
-        """
-        Tells how many tokens the engines have drawn from now on. Where one does not see them as they are drawn, those of finished
-        attempts, and what it says of aborted ones.
-        """
-        samplers = {id(s): s for s in (self.sampler, self.guided_sampler) if s is not None}.values()
-
-        def total() -> int:
-            if all(hasattr(sampler, "drawn_tokens") for sampler in samplers):
-                return sum(sampler.drawn_tokens for sampler in samplers)
-            return counts["finished_tokens"] + counts["aborted_tokens"]
-
-        before = total()
-        return lambda: total() - before
-
-    def _poll(
-        self, sampling: dict[str, Draw], aborted: dict[str, int], counts: Counter
-    ) -> Iterator[tuple[Draw, Completion]]:
-        """What each sampler with requests under way has finished."""
-        for sampler in {id(s): s for s in (self.sampler, self.guided_sampler)}.values():
-            # With one sampler the first request settles it: this runs at every step of the engine.
-            busy = any(self._sampler_of(draw.stage) is sampler for draw in sampling.values())
-            if busy:
-                yield from self._finished(sampler, sampling, aborted, counts)
-
-    def _finished(
-        self, sampler: Sampler, sampling: dict[str, Draw], aborted: dict[str, int], counts: Counter
-    ) -> list[tuple[Draw, Completion]]:
-        """What a sampler has finished, with what was asked for; an aborted attempt that it returns all the same is only counted."""
-        completions = sampler.poll()
-        if not completions:
-            raise RuntimeError(f"{sampler.name}: the sampler has requests under way but returned none of them.")
-        batch = []
-        for completion in completions:
-            tokens = len(completion.completion_ids)
-            counts.update({"finished": completion.finish_reason not in FAILED, "finished_tokens": tokens})
-            if completion.id in sampling:
-                batch.append((sampling.pop(completion.id), completion))
-            elif completion.id in aborted:
-                told = aborted.pop(completion.id)
-                counts.update({"aborted": -1, "aborted_tokens": -told, "unused": 1, "unused_tokens": tokens})
-            else:
-                raise RuntimeError(
-                    f"{sampler.name}: the sampler returned {completion.id!r}, which it was not asked for, or twice."
-                )
-        return batch
 
     def _gated(
         self, dataset, keys: np.ndarray, known: KnownAttempts, counts: Counter
@@ -662,11 +593,7 @@ class DataRewriter:
 
     def _refused(self, problems: list[Problem]) -> dict[str, Verdict]:
         """Problems whose gold answer cannot be compared with, and why."""
-        answers = [p.answer for p in problems]
-        if hasattr(self.verifier, "check_answers"):
-            verdicts = self.verifier.check_answers(answers)
-        else:
-            verdicts = [Verdict.CORRECT if answer else Verdict.UNPARSABLE for answer in answers]
+        verdicts = self.verifier.check_answers([problem.answer for problem in problems])
         return {p.id: v for p, v in zip(problems, verdicts, strict=True) if v is not Verdict.CORRECT}
 
     def _prompt(self, problem: Problem, stage: str) -> list[dict[str, str]] | str:
@@ -677,12 +604,12 @@ class DataRewriter:
         )
         return self._control.prompt(prompt)
 
-    def _submit(self, draw: Draw) -> None:
+    def _asked(self, draw: Draw) -> Asked:
         args, problem = self.args, draw.progress.problem
         seed = attempt_seed(args.seed, problem.id, draw.stage, draw.attempt)
         prompt = self._prompt(problem, draw.stage)
         request = Request(draw.id, prompt, seed, self._params, args.chat_template_kwargs)
-        self._sampler_of(draw.stage).submit(request)
+        return Asked(draw, request, self._sampler_of(draw.stage), problem.answer, problem.extra)
 
     def _record(self, judged: Judged, journal: Journal, log: RunLog) -> Fate:
         draw, completion, verdict, reason = judged
@@ -880,7 +807,7 @@ class DataRewriter:
             }
             kept = journal.read(outcome.offset, attempt, kept)
         ids, sampler = kept["completion_ids"], self._sampler_of(outcome.source)
-        if self.args.stop and ids and ids[-1] not in getattr(sampler, "stop_token_ids", []):
+        if self.args.stop and ids and ids[-1] not in sampler.stop_token_ids:
             # It ended with a stop text, which is no end of turn: trained on as text, to which the chat template adds one.
             kept = {**kept, "completion_ids": [], "behavior_log_probs": []}
         prompt = self._prompt(problem, Source.SELF)

@@ -28,10 +28,10 @@ from .provenance import adapted_revision
 from .sampler import (
     Completion,
     Request,
+    Sampler,
     SamplerError,
     SamplingParams,
     check_positive,
-    described,
     drawn_completion,
     needs,
     prompt_ids,
@@ -95,7 +95,7 @@ class _Job:
     completion: Completion | None = None
 
 
-class OpenAISampler:
+class OpenAISampler(Sampler):
     """
     A [`Sampler`] on one or many OpenAI-compatible servers. The API key is `OPENAI_API_KEY`, if the servers want one.
 
@@ -182,8 +182,6 @@ class OpenAISampler:
         except BaseException:
             self.close()
             raise
-
-    __repr__ = described
 
     @property
     def takes_token_ids(self) -> bool:

@@ -4,8 +4,9 @@ import hashlib
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any
 
 from jinja2 import TemplateError
 
@@ -102,41 +103,72 @@ class Completion:
 FAILED = ("refused", "error")
 
 
-class Sampler(Protocol):
+class Sampler:
     """An engine that takes requests at any time and hands completions back in any order.
 
-    `name` and `revision` are written beside each row; `capacity` is how many requests keep the engine busy. Engines also have
-    `slots`, how many of them are drawn at a time (attempts that may be in vain fill these only; by default `capacity`), and
-    `with_adapter(adapter)`: a second sampler on the same loaded weights, whose draws come from them with a LoRA adapter on. One that
-    sees tokens as they are drawn has `drawn_tokens`: all since it was made, those of requests under way and of aborted ones included;
-    it is read from another thread.
+    One of your own has a name, a revision, a capacity and the first four methods, and may have any of the rest; it need not inherit from
+    this class ([`as_sampler`]).
     """
 
+    # Both are written beside each row.
     name: str
     revision: str
+    # How many requests keep the engine busy.
     capacity: int
+    # The tokenizer that renders its prompts, if it is known, and the ids that end a turn.
+    processing_class: Any = None
+    stop_token_ids: list[int] = []
+
+    @cached_property
+    def slots(self) -> int:
+        """How many of the requests are drawn at a time: attempts that may be in vain fill these only."""
+        return self.capacity
+
+    @property
+    def drawn_tokens(self) -> int | None:
+        """All tokens since it was made, those under way and of aborted requests included; `None` if it sees them only when they are finished.
+        Another thread reads this."""
+        return None
 
     def submit(self, request: Request) -> None:
         """Queues one request."""
+        raise NotImplementedError
 
     def poll(self) -> list[Completion]:
         """Waits until at least one request is finished and returns what is; an empty list if none is under way."""
+        raise NotImplementedError
 
     def abort(self, request_id: str) -> int | None:
         """Forgets a request and returns how many tokens it has drawn for it; one that is finished or unknown is no error."""
+        raise NotImplementedError
 
     def close(self) -> None:
         """Frees the engine."""
 
+    def with_adapter(self, adapter: str) -> "Sampler":
+        """A second sampler on the same loaded weights, whose draws come from them with a LoRA adapter on."""
+        raise NotImplementedError(f"{type(self).__name__} cannot draw with an adapter.")
 
-def described(sampler: Sampler) -> str:
-    """A sampler's `repr`: which engine draws from which weights."""
-    return f"{type(sampler).__name__}({sampler.name!r}, revision={sampler.revision!r})"
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, revision={self.revision!r})"
 
 
-def slots_of(sampler: Sampler) -> int:
-    """How many requests an engine draws at a time."""
-    return getattr(sampler, "slots", sampler.capacity)
+class OwnSampler(Sampler):
+    """A user's own engine, with the defaults of [`Sampler`] for what it does not have."""
+
+    def __init__(self, sampler):
+        self.sampler = sampler
+
+    def __getattribute__(self, name: str):
+        own = object.__getattribute__(self, "__dict__")
+        if name in own or name.startswith("__") or not hasattr(own["sampler"], name):
+            return object.__getattribute__(self, name)
+        return getattr(own["sampler"], name)
+
+
+def as_sampler(sampler) -> Sampler:
+    """Any engine as a [`Sampler`]: one that inherits from it is returned as it is."""
+    return sampler if isinstance(sampler, Sampler) else OwnSampler(sampler)
 
 
 def needs(package: str, extra: str, what: str):

@@ -31,9 +31,9 @@ from .provenance import adapted_revision, hub_commit, local_directory, weights_d
 from .sampler import (
     Completion,
     Request,
+    Sampler,
     SamplingParams,
     check_positive,
-    described,
     drawn_completion,
     holds,
     needs,
@@ -113,7 +113,7 @@ class _StopTexts(StoppingCriteria):
         return ended
 
 
-class TransformersSampler:
+class TransformersSampler(Sampler):
     """
     A [`Sampler`] on a `transformers` causal language model.
 
@@ -160,8 +160,6 @@ class TransformersSampler:
         self._failed: list[Completion] = []
         # Entered while this sampler draws: it switches off the adapter that another sampler on the same model uses.
         self._without_adapter = contextlib.nullcontext
-
-    __repr__ = described
 
     def with_adapter(self, adapter: str) -> "TransformersSampler":
         """

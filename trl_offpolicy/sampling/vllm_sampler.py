@@ -17,10 +17,10 @@ from typing import Any
 from ..data.turns import stop_token_ids
 from .loading import load_processing_class
 from .provenance import adapted_revision, checkpoint_digest, hub_commit, local_directory
-from .sampler import Completion, Request, SamplerError, described, drawn_completion, prompt_ids
+from .sampler import Completion, Request, Sampler, SamplerError, drawn_completion, prompt_ids
 
 
-class VLLMSampler:
+class VLLMSampler(Sampler):
     """
     A [`Sampler`] on a vLLM engine in this process.
 
@@ -89,8 +89,6 @@ class VLLMSampler:
         self._shared = False
         if adapter is not None:
             self._adapt(adapter)
-
-    __repr__ = described
 
     def with_adapter(self, adapter: str) -> "VLLMSampler":
         """

@@ -47,7 +47,7 @@ class MathVerifier(Verifier):
         allow_set_relation_comp (`bool`, *optional*, defaults to `True`): `1 < x < 2` answers `(1, 2)`, as the other way round.
     """
 
-    asked_form = "\\boxed"  # what a prompt should ask for
+    asked_form = "\\boxed"
 
     def __init__(
         self,

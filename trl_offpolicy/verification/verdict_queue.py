@@ -1,14 +1,13 @@
 """What an engine has drawn and its verdicts, beside the sampling: rewriting and evaluation both wait for no verifier."""
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ..data.redaction import brief
 from ..data.rows import Verdict
-from ..sampling.sampler import Completion, Sampler, SamplerError, slots_of
-from .verifier import explain_with
+from ..sampling.sampler import Completion, SamplerError
+from .verifier import Judgement, Verifier, explain_with
 
 
 BATCH = 32  # completions with which a verifier is called at least, as long as the engine has enough to do ...
@@ -21,7 +20,7 @@ class Judged(NamedTuple):
 
     item: Any
     completion: Completion
-    verdict: Verdict
+    verdict: Verdict | None
     reason: str
 
 
@@ -32,15 +31,14 @@ class VerdictQueue:
     Verdicts are asked for many at a time: an engine in this process has to hand over the interpreter at each call.
 
     Args:
-        verifier: As [`DataRewriter`] takes it. It is closed if the `with` block is left by an exception, which would else have to wait
-            for what is being verified.
-        sampler ([`Sampler`]): Where the completions come from; how many of them may be without a verdict is up to its size.
+        verifier ([`~verification.verifier.Verifier`]): It is closed if the `with` block is left by an exception, which would else have to
+            wait for what is being verified. `None`: completions come out as they are, without a verdict.
+        limit (`int`): How many completions may be without a verdict.
     """
 
-    def __init__(self, verifier, sampler: Sampler):
-        self.verifier = verifier
-        self.batch = max(BATCH, 4 * getattr(verifier, "num_workers", 1))
-        self.limit = min(sampler.capacity, 2 * slots_of(sampler))
+    def __init__(self, verifier: Verifier | None, limit: int):
+        self.verifier, self.limit = verifier, limit
+        self.batch = max(BATCH, 4 * verifier.num_workers) if verifier else BATCH
         self._untaken = 0
         self._failed, self._drawn = 0, False
         self._changed = threading.Condition()  # guards what follows
@@ -55,7 +53,7 @@ class VerdictQueue:
         return self
 
     def __exit__(self, kind, *_):
-        if kind is not None and hasattr(self.verifier, "close"):
+        if kind is not None and self.verifier is not None:
             self.verifier.close()
         with self._changed:
             self._closed = True
@@ -71,7 +69,7 @@ class VerdictQueue:
         """Whether a slow verifier should hold the engine back: what has no verdict is in no journal, and lost with a killed process."""
         return self._untaken >= self.limit
 
-    def put(self, item, completion: Completion, answer: str, row: dict | None = None) -> None:
+    def put(self, item, completion: Completion, answer, row: dict | None = None) -> None:
         """Takes a completion with the gold answer and the other columns of its `row`. Raises `SamplerError` when the engine has failed at everything so far, or a log-prob is not a number."""
         self._drawn |= completion.finish_reason != "error"
         self._failed += completion.finish_reason == "error"
@@ -84,6 +82,9 @@ class VerdictQueue:
             )
         self._untaken += 1
         with self._changed:
+            if self.verifier is None:
+                self._judged.append(Judged(item, completion, None, ""))
+                return
             self._waiting.append((item, completion, answer, row or {}))
             if len(self._waiting) >= self.batch:
                 self._changed.notify_all()
@@ -141,33 +142,19 @@ class VerdictQueue:
                 self._changed.notify_all()
 
 
-@contextmanager
-def abandoning(requests: Callable[[], Iterable[tuple[Sampler, str]]]) -> Iterator[None]:
-    """Aborts what is under way when an exception ends a run: the next one on the same engine must not be given it."""
-    try:
-        yield
-    except BaseException as error:
-        try:
-            for sampler, request_id in requests():
-                sampler.abort(request_id)
-        except Exception as another:  # such as that the engine is dead
-            raise error from another
-        raise
-
-
 def judge(
     verifier, completions: Sequence[Completion], answers: Sequence[str], rows: Sequence[dict] | None = None
-) -> list[tuple[Verdict, str]]:
+) -> list[Judgement]:
     """A verdict and its reason for each completion; one that was cut or never drawn is not shown to the verifier."""
     whole = [i for i, c in enumerate(completions) if c.finish_reason == "stop"]
     texts = [completions[i].text for i in whole]
     told = iter(explain_with(verifier, texts, [answers[i] for i in whole], rows and [rows[i] for i in whole]))
-    cut = Verdict.UNPARSABLE, "cut at max_completion_length"
+    cut = Judgement(Verdict.UNPARSABLE, "cut at max_completion_length")
     return [
         next(told)
         if c.finish_reason == "stop"
         else cut
         if c.finish_reason == "length"
-        else (Verdict.ERROR, brief(c.error or c.finish_reason))
+        else Judgement(Verdict.ERROR, brief(c.error or c.finish_reason))
         for c in completions
     ]

@@ -32,26 +32,16 @@ def explain_with(
     verifier, completions: Sequence[str], answers: Sequence, rows: Sequence[dict] | None = None
 ) -> list[Judgement]:
     """
-    The judgement of each completion by anything that verifies: a [`Verifier`], an object with `verify`, a function. Of the `rows` that the
-    completions answer, a verifier is given the columns that it names in `columns`.
+    The judgement of each completion by anything that verifies ([`as_verifier`]). Of the `rows` that the completions answer, a verifier is
+    given the columns that it names in `columns`.
 
     Raises:
         TypeError: A completion is not a text.
         ValueError: What the verifier returned is not a verdict (or a bool) for each completion.
     """
-    if not completions:
-        return []
-    _check_texts(completions)
-    columns = {name: [row.get(name) for row in rows] for name in getattr(verifier, "columns", ())} if rows else {}
-    if hasattr(verifier, "explain"):
-        told = list(map(_judgement, verifier.explain(completions, answers, **columns)))
-    else:
-        told = [Judgement(_verdict(v)) for v in getattr(verifier, "verify", verifier)(completions, answers, **columns)]
-    if len(told) != len(completions):
-        raise ValueError(
-            f"The verifier returned {len(told)} verdicts for {len(completions)} completions; it must return one for each."
-        )
-    return told
+    verifier = as_verifier(verifier)
+    columns = {name: [row.get(name) for row in rows] for name in verifier.columns} if rows else {}
+    return verifier.explain(completions, answers, **columns) if completions else []
 
 
 def _check_texts(completions: list) -> None:
@@ -80,6 +70,8 @@ def _verdict(told) -> Verdict:
 
 def describe(verifier) -> str:
     """Name and arguments of whatever verifies, for the record; no limits of time and processes, which a resumed run may change."""
+    if isinstance(verifier, OwnVerifier):
+        verifier = verifier.verifier
     name = getattr(verifier, "__name__", type(verifier).__name__)
     if not isinstance(verifier, Verifier):
         return name
@@ -107,6 +99,10 @@ class Verifier:
 
     # Whether the answer that a completion states is judged, not all of its text: what maj@k counts votes for.
     stated = True
+    # What a prompt should ask for.
+    asked_form = ""
+    # How many completions are judged at a time.
+    num_workers = 1
     # Columns of the dataset, beside the answers, that `explain` and `verify` take as keyword arguments: a list with a value for each completion.
     columns: tuple[str, ...] = ()
 
@@ -127,18 +123,27 @@ class Verifier:
 
         Raises:
             TypeError: A completion is not a text.
-            ValueError: There are not as many answers as completions.
+            ValueError: There are not as many answers, or verdicts, as completions.
         """
         if len(completions) != len(answers):
             raise ValueError(
                 f"You passed {len(completions)} completions and {len(answers)} answers; each completion needs its own answer."
             )
         _check_texts(completions)
-        return list(map(_judgement, self._explain(completions, answers, **columns)))
+        told = list(map(_judgement, self._explain(completions, answers, **columns)))
+        if len(told) != len(completions):
+            raise ValueError(
+                f"The verifier returned {len(told)} verdicts for {len(completions)} completions; it must return one for each."
+            )
+        return told
 
     def verify(self, completions: list[str], answers: list, **columns: list) -> list[Verdict]:
         """One verdict for each completion against the gold answer of the same position."""
         return [verdict for verdict, _ in self.explain(completions, answers, **columns)]
+
+    def check_answers(self, answers: list) -> list[Verdict]:
+        """`CORRECT` for each gold answer that can be compared with, as far as that can be told without a completion."""
+        return [Verdict.CORRECT if answer else Verdict.UNPARSABLE for answer in answers]
 
     def __call__(self, completions, answer=None, solution=None, **kwargs) -> list[float | None]:
         """TRL's reward signature: 1.0 correct, 0.0 wrong or no answer, `None` where nothing is known ([`rewards`])."""
@@ -159,6 +164,35 @@ class Verifier:
 
     def __exit__(self, *exc):
         self.close()
+
+
+class OwnVerifier(Verifier):
+    """A user's function, or object with `verify` or `explain`, as a [`Verifier`]; what else the object has is taken from it."""
+
+    def __init__(self, verifier):
+        self.verifier = verifier
+        for name in ("stated", "asked_form", "num_workers", "columns", "check_answers", "close"):
+            if hasattr(verifier, name):
+                setattr(self, name, getattr(verifier, name))
+
+    @property
+    def __name__(self) -> str:
+        return getattr(self.verifier, "__name__", type(self.verifier).__name__)
+
+    def __repr__(self) -> str:
+        own = repr(self.verifier)
+        return describe(self.verifier) if " at 0x" in own else own  # an address is another one in the next process
+
+    def _explain(self, completions: list[str], answers: list, **columns: list) -> list[Judgement]:
+        if hasattr(self.verifier, "explain"):
+            return self.verifier.explain(completions, answers, **columns)
+        verify = getattr(self.verifier, "verify", self.verifier)
+        return [Judgement(_verdict(verdict)) for verdict in verify(completions, answers, **columns)]
+
+
+def as_verifier(verifier) -> Verifier:
+    """Anything that verifies as a [`Verifier`]: one is returned as it is; an object with `verify` or `explain`, or a function, is wrapped."""
+    return verifier if isinstance(verifier, Verifier) else OwnVerifier(verifier)
 
 
 def default_workers() -> int:

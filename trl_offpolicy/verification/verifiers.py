@@ -18,8 +18,9 @@ from ..answers.extraction import NO_ANSWER, Unparsable, stated_text, without_thi
 from ..answers.normalization import MAGNITUDES, normalize, number
 from ..data import prompts
 from ..data.rows import Verdict
-from ..sampling.sampler import FAILED, Request, SamplingParams, attempt_seed, needs
-from .verifier import GoldAtFault, Judgement, Verifier, describe, explain_with
+from ..sampling.sampler import FAILED, Request, SamplingParams, as_sampler, attempt_seed, needs
+from .drawing import Asked, Drawing
+from .verifier import GoldAtFault, Judgement, Verifier, as_verifier, explain_with
 
 
 class _StatedVerifier(Verifier):
@@ -382,41 +383,39 @@ class JudgeVerifier(Verifier):
                 f"You passed threshold={threshold}, num_draws={num_draws}; it must be in (0, 1), and at least 1."
             )
         prompts.check(prompt, "prompt", "completion", "answer")
-        self.sampler, self.threshold, self.num_draws, self.prompt = sampler, threshold, num_draws, prompt
+        self.sampler, self.threshold, self.num_draws, self.prompt = as_sampler(sampler), threshold, num_draws, prompt
         self.words, self.seed = (yes.upper(), no.upper()), seed
 
     def _explain(self, completions: list[str], answers: list) -> list[Judgement]:
         results: list[Judgement | None] = [None] * len(completions)
         seen: list[dict] = [{} for _ in completions]  # token → (word, probability)
-        waiting, draws, in_flight = list(range(len(completions)))[::-1], [0] * len(completions), 0
-        while waiting or in_flight:
-            while waiting and in_flight < self.sampler.capacity:
-                index = waiting.pop()
-                text = prompts.fill(self.prompt, completion=completions[index], answer=str(answers[index]))
-                seed = attempt_seed(self.seed, text, "judge", draws[index])
-                request = Request(
-                    str(index), [{"role": "user", "content": text}], seed, SamplingParams(max_completion_length=1)
-                )
-                self.sampler.submit(request)
-                in_flight += 1
-            finished = self.sampler.poll()
-            if not finished:
-                raise RuntimeError(
-                    f"{self.sampler.name}: the judge has {in_flight} requests but returned none of them."
-                )
-            for completion in finished:
-                index, in_flight = int(completion.id), in_flight - 1
-                draws[index] += 1
-                if completion.finish_reason in FAILED:
-                    results[index] = Judgement(Verdict.ERROR, completion.error or "the judge failed")
-                    continue
-                if not completion.log_probs:
-                    raise ValueError(f"{self.sampler.name} returns no log-probs, which a judge needs.")
-                word = completion.text.strip().strip(".*\"'").upper()
-                seen[index][completion.completion_ids[0]] = word, math.exp(completion.log_probs[0])
-                results[index] = self._decide(list(seen[index].values()))
-                if results[index] is None and draws[index] < self.num_draws:
-                    waiting.append(index)
+        waiting, draws = list(range(len(completions)))[::-1], [0] * len(completions)
+
+        def ask() -> Asked | None:
+            if not waiting:
+                return None
+            index = waiting.pop()
+            text = prompts.fill(self.prompt, completion=completions[index], answer=str(answers[index]))
+            seed, params = (
+                attempt_seed(self.seed, text, "judge", draws[index]),
+                SamplingParams(max_completion_length=1),
+            )
+            return Asked(index, Request(str(index), [{"role": "user", "content": text}], seed, params), self.sampler)
+
+        with Drawing(None, self.sampler) as drawing:
+            while drawing.submit(iter(ask, None)):
+                for (index, completion, *_), _ in drawing.judged():
+                    draws[index] += 1
+                    if completion.finish_reason in FAILED:
+                        results[index] = Judgement(Verdict.ERROR, completion.error or "the judge failed")
+                        continue
+                    if not completion.log_probs:
+                        raise ValueError(f"{self.sampler.name} returns no log-probs, which a judge needs.")
+                    word = completion.text.strip().strip(".*\"'").upper()
+                    seen[index][completion.completion_ids[0]] = word, math.exp(completion.log_probs[0])
+                    results[index] = self._decide(list(seen[index].values()))
+                    if results[index] is None and draws[index] < self.num_draws:
+                        waiting.append(index)
         return [
             r or Judgement(Verdict.UNPARSABLE, f"{self.sampler.name} does not settle on {' or '.join(self.words)}")
             for r in results
@@ -441,15 +440,15 @@ class _Combined(Verifier):
     def __init__(self, name: str, verifiers: tuple, settles: Verdict):
         if not verifiers:
             raise ValueError(f"{name}() needs at least one verifier.")
-        self.name, self.verifiers, self.settles = name, verifiers, settles
-        self.columns = tuple(dict.fromkeys(name for v in verifiers for name in getattr(v, "columns", ())))
+        self.name, self.verifiers, self.settles = name, tuple(map(as_verifier, verifiers)), settles
+        self.columns = tuple(dict.fromkeys(name for v in self.verifiers for name in v.columns))
 
     @property
     def __name__(self) -> str:
-        return f"{self.name}({', '.join(getattr(v, '__name__', type(v).__name__) for v in self.verifiers)})"
+        return f"{self.name}({', '.join(v.__name__ for v in self.verifiers)})"
 
     def __repr__(self) -> str:
-        return f"{self.name}({', '.join(repr(v) if isinstance(v, Verifier) else describe(v) for v in self.verifiers)})"
+        return f"{self.name}({', '.join(map(repr, self.verifiers))})"
 
     def _explain(self, completions: list[str], answers: list, **columns: list) -> list[Judgement]:
         rows = [{name: values[i] for name, values in columns.items()} for i in range(len(completions))]
@@ -471,8 +470,7 @@ class _Combined(Verifier):
 
     def close(self) -> None:
         for verifier in self.verifiers:
-            if hasattr(verifier, "close"):
-                verifier.close()
+            verifier.close()
 
 
 def all_of(*verifiers) -> Verifier:
