@@ -10,7 +10,6 @@ from scripted import ScriptedSampler, verify
 from test_rewriter import config, rewrite
 
 from trl_offpolicy import RewriteConfig
-from trl_offpolicy.cli.rewrite import _print_summary
 from trl_offpolicy.data import prompts
 from trl_offpolicy.data.demonstrations import clean_reference, in_asked_form
 from trl_offpolicy.data.formats import demonstration, guided_prompt, read_row
@@ -20,7 +19,8 @@ from trl_offpolicy.rewriting.guided_filters import false_step, reject_guided
 from trl_offpolicy.rewriting.push import _attempt_files
 from trl_offpolicy.rewriting.rewrite_config import GUIDED_FILTERS
 from trl_offpolicy.runs.journal import read_entries, read_header
-from trl_offpolicy.runs.run_directory import read_run
+from trl_offpolicy.runs.run_counts import summary
+from trl_offpolicy.runs.run_directory import RunDirectory
 from trl_offpolicy.sampling.sampler import Completion
 
 
@@ -198,21 +198,20 @@ def test_a_rejected_attempt_counts_as_drawn_and_its_reason_is_told(tmp_path, cap
     assert {why: last[f"rejected/{why}"] for why in counted} == counted
     shown = f"{counted['mention']:,} mention, {counted['stub']:,} stub"
     assert f"rejected: {shown}" in capsys.readouterr().err
-    _print_summary(metrics, 50)
-    said = capsys.readouterr().out
+    said = "\n".join(summary(metrics, 50))
     assert (
         f"{counted['mention']} mention the reference, {counted['stub']} are stubs" in said
         and f"{experts} final answers put into" in said
     )
     # The card counts from the journal, in which speculation may have drawn some more.
-    run = read_run(tmp_path / "run")
+    run = RunDirectory(tmp_path / "run")
     told = {what: sum(e.get("rejected") == why for e in entries) for why, what in REJECTIONS.items()}
     card = edited_card(None, run, "me/out", {}, {}).text
     assert (
         all(f"{n} {what}" in card for what, n in told.items() if n)
         and f"{experts} have had their final answer put into it" in card
     )
-    (attempts,) = _attempt_files(run["ids"], str(tmp_path))
+    (attempts,) = _attempt_files(run, str(tmp_path))
     import pyarrow.parquet as pq
 
     assert pq.read_table(attempts)["rejected"].to_pylist() == [e.get("rejected") for e in entries]

@@ -40,7 +40,7 @@ from trl_offpolicy.cli.rewrite import RewriteArguments
 from trl_offpolicy.data.formats import output_features
 from trl_offpolicy.rewriting.dataset_card import END
 from trl_offpolicy.rewriting.push import open_repo, push_run, read_card
-from trl_offpolicy.runs.run_directory import read_run
+from trl_offpolicy.runs.run_directory import RunDirectory
 from trl_offpolicy.runs.run_log import PeriodicPush, wandb_run
 from trl_offpolicy.sampling.sampler import SamplerError
 
@@ -91,7 +91,8 @@ def test_rows_and_journals_of_different_runs_are_never_read_as_one(tmp_path):
     rewriter(tmp_path).rewrite(data)
     (run / "journal-before.jsonl").write_bytes((run / "journal.jsonl").read_bytes())
     sampled = json.loads((run / "metrics.json").read_text())["stages"]["self"]["sampled"]
-    assert read_run(run)["attempts"]["self"]["sampled"] >= sampled and len(read_run(run)["journals"]) == 1
+    found = RunDirectory(run)
+    assert found.counts.stages["self"].sampled >= sampled and len(found.journals) == 1
     args = RewriteConfig(str(run), num_generations=5, seed=7, overwrite=True)
     with pytest.raises(SamplerError):
         DataRewriter("m", args, sampler=Dies(), verifier=verify).rewrite(data)
@@ -103,11 +104,11 @@ def test_rows_and_journals_of_different_runs_are_never_read_as_one(tmp_path):
         file.rename(tmp_path / "machine1" / "dataset.partial" / file.name)
     assert rewriter(tmp_path, "machine1", shard="1/2").rewrite(data) is not None
     with pytest.raises(ValueError, match=r"rows of 2 shard\(s\), but 1 journal\(s\): journal-00001-of-00002.jsonl"):
-        read_run(tmp_path / "machine1")
+        RunDirectory(tmp_path / "machine1").check()
     (tmp_path / "machine0" / "journal-00000-of-00002.jsonl").rename(
         tmp_path / "machine1" / "journal-00000-of-00002.jsonl"
     )
-    assert read_run(tmp_path / "machine1")["num_untried"] == 0
+    assert RunDirectory(tmp_path / "machine1").num_untried == 0
 
 
 def test_pushed_rows_and_attempts_load_back_equal(tmp_path, hub):
@@ -174,11 +175,11 @@ def test_attempts_of_rows_that_have_gone_are_not_counted(tmp_path, hub):
         for name in ("run", "small"):
             rewriter(tmp_path, name, shard=f"{i}/2", max_concurrent_attempts=1).rewrite(few)
     for finished in (True, False):
-        run, small = (read_run(tmp_path / name, finished) for name in ("run", "small"))
-        for stage, counts in small["attempts"].items():
-            assert run["attempts"][stage] == counts and counts["problems"] <= 14
-        ids = [set().union(*of["ids"].values()) for of in (run, small)]
-        assert ids[0] == ids[1] and len(ids[0]) == 14 and run["num_untried"] == 0
+        run, small = (RunDirectory(tmp_path / name, finished) for name in ("run", "small"))
+        assert run.counts.stages == small.counts.stages
+        assert all(0 < len(of.problems) <= 14 for of in run.counts.stages.values())
+        ids = [set().union(*of.ids.values()) for of in (run, small)]
+        assert ids[0] == ids[1] and len(ids[0]) == 14 and run.num_untried == 0
     push_run(tmp_path / "run", "me/out")
     assert set(fresh("me/out", "attempts")["id"]) <= ids[0] == set(fresh("me/out")["id"])
 

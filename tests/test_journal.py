@@ -5,10 +5,11 @@ import random
 import re
 import subprocess
 import zlib
+from dataclasses import replace
 
 import pytest
 
-from trl_offpolicy.runs.journal import Journal, read_entries, read_header
+from trl_offpolicy.runs.journal import Journal, read_attempts, read_entries, read_header
 
 
 def attempts(number):
@@ -97,14 +98,40 @@ def test_every_line_ends_with_the_checksum_of_the_rest(tmp_path):
         assert json.loads(line) == {**entry, "crc32": f"{zlib.crc32(content):08x}"} and checksum.endswith(b'"}')
 
 
+# Lines as they were written before there was `Attempt`: all that may be left out is there, is left out, and is empty.
+LINES = [
+    b'{"id":"9f86d081884c7d65","stage":"self","attempt":0,"verdict":"wrong","finish_reason":"length","num_tokens":2,"log_prob":-0.25,"reason":"","text":"\\u00fc","completion_ids":[5,0],"behavior_log_probs":[-0.5,0.0],"crc32":"d759c6fa"}',
+    b'{"id":"9f86d081884c7d65-2","stage":"guided","attempt":3,"verdict":"correct","finish_reason":"stop","num_tokens":2,"log_prob":-0.25,"reference":7,"rejected":"stub","reason":"has 2 words","crc32":"72f7fd43"}',
+    b'{"id":"9f86d081884c7d65","stage":"self","attempt":0,"verdict":"error","finish_reason":"error","num_tokens":0,"log_prob":null,"reason":"no server","text":"","completion_ids":[],"behavior_log_probs":[],"crc32":"11b650f4"}',
+]
+
+
+def test_an_attempt_is_its_line(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    Journal(path, {"stages": ["self", "guided"]}).close()
+    header = path.read_bytes()
+    path.write_bytes(b"".join([header, *(line + b"\n" for line in LINES)]))
+    found = list(read_attempts(path))
+    assert [(a.id, a.reference, a.rejected, a.reason, a.completion_ids) for a in found] == [
+        ("9f86d081884c7d65", 0, "", "", [5, 0]),
+        ("9f86d081884c7d65-2", 7, "stub", "has 2 words", None),
+        ("9f86d081884c7d65", 0, "", "no server", []),
+    ]
+    again = tmp_path / "again.jsonl"
+    assert len(written(again, [a.entry() for a in found], {"stages": ["self", "guided"]})) == 3
+    assert again.read_bytes() == path.read_bytes()
+    (head,) = read_attempts(path, {"9f86d081884c7d65-2"}, texts=False)
+    assert head == replace(found[1], reason=None)
+
+
 @pytest.mark.parametrize("how", ["hole", "bit", "zeros"])
-@pytest.mark.parametrize("until", [None, "reason"])
-def test_a_damaged_file_gives_no_other_entry(tmp_path, how, until):
+@pytest.mark.parametrize("texts", [True, False])
+def test_a_damaged_file_gives_no_other_entry(tmp_path, how, texts):
     """What is read back is what was written, less what was in lines that have gone; else the error names the line, and removing it helps."""
     path, entries, config = tmp_path / "journal.jsonl", attempts(6), {"stages": ["self", "guided"]}
     written(path, entries, config)
     whole, rng, told = path.read_bytes(), random.Random(how), 0
-    heads = [dict(list(entry.items())[:7]) if until else entry for entry in entries]
+    heads = [entry if texts else dict(list(entry.items())[:7]) for entry in entries]
     for _ in range(100):
         start = rng.randrange(len(whole))
         end = rng.randint(start + 1, len(whole))
@@ -119,7 +146,7 @@ def test_a_damaged_file_gives_no_other_entry(tmp_path, how, until):
         found = None
         while found is None:  # a newline that was flipped, or made, damages two lines
             try:
-                found = [entry for _, entry in read_entries(path, until)]
+                found = [entry for _, entry in read_entries(path, texts)]
                 assert found == [] or read_header(path) == config
             except ValueError as error:
                 told += 1
@@ -165,13 +192,13 @@ def test_journals_without_checksums_are_read_and_continued(tmp_path):
     written(path, entries[300:], config)
     journal = Journal(path, config)
     assert [entry for _, entry in journal.entries()] == entries
-    assert [journal.read(offset) for offset, _ in journal.entries("reason")] == entries
+    assert [journal.read(offset) for offset, _ in journal.entries(texts=False)] == entries
     journal.close()
     lines = path.read_bytes().splitlines(True)
     # What has lost its checksum is none of the old ones.
     path.write_bytes(b"".join([*lines[:400], lines[400][:-22] + b"}\n", *lines[401:]]))
     with pytest.raises(ValueError, match=f"Line 401 of {path} was changed .* .its checksum is"):
-        list(read_entries(path, "reason"))
+        list(read_entries(path, texts=False))
 
 
 @pytest.mark.parametrize(
@@ -197,7 +224,7 @@ def test_a_line_without_a_checksum_must_be_an_attempt(tmp_path, written_as, foun
     lines[number] = lines[number].replace(written_as, found)
     path.write_bytes(b"".join(lines))
     with pytest.raises(ValueError, match=f"Line {number + 1} of {path} was changed or damaged .*({why})"):
-        list(read_entries(path, "reason"))
+        list(read_entries(path, texts=False))
 
 
 def test_two_journals_in_one_file_are_said(tmp_path):

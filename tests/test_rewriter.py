@@ -25,6 +25,7 @@ from trl_offpolicy.data.formats import demonstration
 from trl_offpolicy.data.rows import Verdict, stored
 from trl_offpolicy.data.whole_file import partial_file, write_whole
 from trl_offpolicy.rewriting.push import _attempt_files
+from trl_offpolicy.runs.run_directory import RunDirectory
 from trl_offpolicy.sampling.sampler import Completion, Request, SamplingParams, attempt_seed
 from trl_offpolicy.verification.verifiers import NumericVerifier
 
@@ -268,8 +269,7 @@ def test_a_text_without_utf8_is_written_all_the_same(tmp_path):
 
     rewritten, _ = rewrite(tmp_path, rows(5), Broken(p_self=1.0))
     assert all(row["completion"][0]["content"].startswith("?try") for row in rewritten)
-    journal = tmp_path / "run" / "journal.jsonl"
-    (attempts,) = _attempt_files({journal: None}, str(tmp_path))
+    (attempts,) = _attempt_files(RunDirectory(tmp_path / "run"), str(tmp_path))
     texts = Dataset.from_parquet(str(attempts), cache_dir=str(tmp_path / "cache"))["text"]
     assert texts and all(text.startswith("?try") for text in texts)
     old = stored({"text": "\ud83d ok \U0001f600", "reason": "\udc00", "attempt": 1, "log_prob": None})

@@ -16,10 +16,12 @@ from test_rewriter import config, naive, rewrite
 
 from trl_offpolicy import DataRewriter
 from trl_offpolicy.data.formats import read_rows
-from trl_offpolicy.data.rows import KEY, Rejection, Verdict, copy_id
-from trl_offpolicy.rewriting.scheduler import KnownAttempts, Speculation
+from trl_offpolicy.data.rows import Rejection, Verdict
+from trl_offpolicy.rewriting.scheduler import Speculation
 from trl_offpolicy.runs.journal import Journal
-from trl_offpolicy.runs.run_log import RunLog, cut_advice, status
+from trl_offpolicy.runs.run_counts import RunCounts, cut_advice
+from trl_offpolicy.runs.run_log import RunLog
+from trl_offpolicy.runs.run_memory import RunMemory
 from trl_offpolicy.sampling.sampler import Completion, SamplerError, attempt_seed
 
 
@@ -347,10 +349,10 @@ def test_keep_rejected_false_drops_what_no_row_needs(tmp_path):
 
 
 def test_rows_are_checked_once_and_again_when_they_change(tmp_path, monkeypatch):
-    from trl_offpolicy.rewriting import rewriter
+    from trl_offpolicy.runs import run_memory
 
-    checks, number_copies = [], rewriter.number_copies
-    monkeypatch.setattr(rewriter, "number_copies", lambda ids: checks.append(len(ids)) or number_copies(ids))
+    checks, number_copies = [], run_memory.number_copies
+    monkeypatch.setattr(run_memory, "number_copies", lambda ids: checks.append(len(ids)) or number_copies(ids))
     for num_rows, name in ((30, "a"), (40, "b")):
         Dataset.from_list(rows(num_rows)).to_parquet(tmp_path / f"{name}.parquet")
     a, b = (Dataset.from_parquet(str(tmp_path / f"{x}.parquet"), cache_dir=str(tmp_path / "cache")) for x in "ab")
@@ -380,23 +382,21 @@ def test_known_attempts_equal_the_journal(tmp_path):
                 entry["rejected"] = rejected
         entry |= {"reason": 'a "reason": {', "text": "x"}
         values = [entry[k] for k in ("verdict", "finish_reason", "num_tokens", "log_prob")]
-        fate = (journal.append(entry), *values, entry.get("rejected", ""))
+        result = (journal.append(entry), *values, entry.get("rejected", ""))
         if entry["finish_reason"] in ("stop", "length"):  # what failed is not known
             num_known += 1
             if entry.get("reference") != 8:  # nor is what had another reference
-                expected.setdefault(row_id, {}).setdefault(stage, {})[attempt] = fate
-    assert [e for _, e in journal.entries(until="reason")] == [
+                expected.setdefault(row_id, {}).setdefault(stage, {})[attempt] = result
+    assert [e for _, e in journal.entries(texts=False)] == [
         {k: e[k] for k in list(e)[: list(e).index("reason")]} for _, e in journal.entries()
     ]
-    known = KnownAttempts(journal.entries(until="reason"), ["self", "guided"])
+    first = (int(next(iter(expected))[:16], 16), 99, 7)
     keys = [(int(row_id[:16], 16), int(row_id[17:] or 1), 7) for row_id in expected]
-    assert [copy_id(*key[:2]) for key in keys] == list(expected)
-    assert len(known) == num_known and known.of(np.array(keys, KEY)) == list(expected.values())
-    assert known.of(np.array([(255, 1, 7), keys[0], (keys[0][0], 99, 7)], KEY)) == [
-        {},
-        next(iter(expected.values())),
-        {},
-    ]
+    memory = RunMemory(np.array([*keys, (255, 1, 7), first], RunMemory._KEY), "", [], [])
+    memory.recall(journal, ["self", "guided"])
+    assert memory.ids(0, len(keys)) == list(expected) and memory.ids(len(keys), 1) == [f"{255:016x}"]
+    assert memory.num_known == num_known and memory.known(0, 100) == [*expected.values(), {}, {}]
+    assert memory.known(2, 3) == memory.known(0, 100)[2:5] and len(memory.select(slice(2, 5))) == 3
 
 
 def test_lines_taken_out_of_the_journal_are_drawn_again(tmp_path):
@@ -472,18 +472,22 @@ def test_status_line_counts_what_happened(tmp_path):
 
 
 def test_eta_and_rate_leave_out_what_the_journal_knew():
-    counts = Counter(self=60, expert=20, undrawn_rows=40, sampled=100, tokens=3000, fixed_k=320)
-    line = status(counts, total=200, seconds=10.0, sampling=3, verifying=2, drawn=500)
+    counts = RunCounts(["self", "guided"], 50)
+    counts.rows.update(self=60, expert=20)
+    counts.undrawn_rows, counts.fixed_k = 40, 320
+    counts.stages["self"].sampled, counts.stages["guided"].sampled = 70, 30
+    counts.stages["self"].tokens, counts.stages["guided"].tokens = 2000, 1000
+    line = counts.status(total=200, seconds=10.0, sampling=3, verifying=2, drawn=500)
     assert line["eta_seconds"] == 30.0 and line["tokens_per_second"] == 50.0  # 40 rows in 10 s, 120 to go
     # With tokens: 50 attempts of 20 are left, of which 40 tokens are drawn; of late there were 60 a second.
-    counts.update(finished=23, finished_tokens=460)
-    later = status(counts, total=200, seconds=10.0, sampling=3, drawn=500, rate=60.0, left=50.0)
+    counts.engine.update(finished=23, finished_tokens=460)
+    later = counts.status(total=200, seconds=10.0, sampling=3, drawn=500, rate=60.0, left=50.0)
     assert later["eta_seconds"] == (50 * 20 - 40) / 60
     # Three that have drawn 400 tokens by now are no shorter than that on average.
-    later = status(counts, total=200, seconds=10.0, sampling=3, drawn=460 + 1200, rate=60.0, left=3.0)
-    assert later["eta_seconds"] == 0.0 and status(counts, total=200, seconds=10.0, drawn=500)["eta_seconds"] is None
+    later = counts.status(total=200, seconds=10.0, sampling=3, drawn=460 + 1200, rate=60.0, left=3.0)
+    assert later["eta_seconds"] == 0.0 and counts.status(total=200, seconds=10.0, drawn=500)["eta_seconds"] is None
     assert line["tokens_saved"] == 320 * 30 - 3000 and (line["sampling"], line["verifying"]) == (3, 2)
-    assert status(Counter(), 10, 1.0)["eta_seconds"] is None
+    assert RunCounts(["self"], 50).status(10, 1.0)["eta_seconds"] is None
 
 
 def test_attempts_left_are_those_that_a_run_draws(tmp_path, monkeypatch):
@@ -491,9 +495,8 @@ def test_attempts_left_are_those_that_a_run_draws(tmp_path, monkeypatch):
     expected, update = [], RunLog.update
 
     def noted(self, sampling, verifying, left):
-        done = sum(self.counts[source] for source in ("self", "guided", "expert"))
-        if done >= 200 and not expected:
-            expected.append((left(), self.counts["finished"] - verifying))
+        if self.counts.rows.total() >= 200 and not expected:
+            expected.append((left(), self.counts.engine["finished"] - verifying))
         update(self, sampling, verifying, left)
 
     monkeypatch.setattr(RunLog, "update", noted)

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..data.redaction import redacted
-from ..data.rows import REJECTIONS
 from ..rewriting.rewrite_config import RewriteConfig
-from ..runs.run_log import cut_advice
+from ..runs.run_counts import summary
 from ..sampling.engine import EngineArguments, check_model, make_sampler
 from ..sampling.sampler import SamplerError
 from .arguments import (
@@ -114,7 +113,7 @@ def rewrite(argv: list[str]) -> int:
     if rewritten is None:
         print("drop --dry_run and --probe to start" if samples else "nothing was sampled; drop --dry_run to start")
         return 0
-    _print_summary(rewriter.metrics, config.max_completion_length)
+    print(*summary(rewriter.metrics, config.max_completion_length), sep="\n")
     if (undrawn := rewriter.metrics["undrawn"]) and not config.accept_failed:
         print(
             f"The engine failed at {undrawn:,} attempts, so rows may have fallen back to their demonstration that need not have. "
@@ -169,57 +168,3 @@ def _command_for(argv: list[str], shard) -> str:
     """The same command for another shard."""
     same = re.sub(r"--shard(=| )\S+ ?", "", shlex.join(map(redacted, argv))).strip()
     return f"trl-offpolicy rewrite {same} --shard {shard}"
-
-
-def _print_summary(metrics: dict, limit: int) -> None:
-    counts = dict(metrics["yield"])
-    total = counts.pop("total")
-    print(f"{total:,} rows: " + ", ".join(f"{n:,} {source} ({n / max(1, total):.1%})" for source, n in counts.items()))
-    if metrics.get("unsolved"):
-        print(
-            f"{metrics['unsolved']:,} problems have no correct attempt and no demonstration, so no row: unsolved.jsonl lists them"
-        )
-    sampling, unused = metrics["sampling"], metrics["speculation"]
-    in_vain, tokens_in_vain = unused["unused"] + unused["aborted"], unused["unused_tokens"] + unused["aborted_tokens"]
-    print(
-        f"{sampling['sampled']:,} attempts, {sampling['tokens']:,} tokens; fixed K would have drawn {sampling['fixed_k_equivalent']:,} attempts"
-        + (f"; in vain {in_vain:,} more, {tokens_in_vain:,} tokens" if in_vain or tokens_in_vain else "")
-    )
-    for stage, told in metrics["stages"].items():
-        drawn = max(1, told["sampled"])
-        print(
-            f"  {stage}: {told['sampled']:,} attempts, {told['correct'] / drawn:.1%} accepted, {told['truncated'] / drawn:.1%} cut"
-        )
-    if advice := cut_advice(sampling, limit):
-        print(advice)
-    if rejected := {REJECTIONS[why]: n for why, n in metrics["rejected"].items() if n}:
-        print(
-            "correct guided attempts that were not kept: "
-            + ", ".join(f"{n:,} {what}" for what, n in rejected.items())
-            + " (which, in the journal)"
-        )
-    experts = metrics["expert_format"]
-    if experts["boxed"] or experts["marks_removed"]:
-        print(
-            f"expert rows, as their prompts ask: {experts['boxed']:,} final answers put into \\boxed{{}}, calculator marks taken out of "
-            f"{experts['marks_removed']:,} (--expert_format keep leaves demonstrations as they are)"
-        )
-    if experts["not_as_asked"]:
-        print(f"{experts['not_as_asked']:,} expert rows have no \\boxed{{}}, though their prompts ask for it")
-    if metrics["gold_unparsable"]:
-        print(
-            f"{metrics['gold_unparsable']:,} rows have no gold answer that can be compared with: kept as expert, not sampled"
-        )
-    if metrics["gold_not_told"]:
-        print(
-            f"{metrics['gold_not_told']:,} gold answers could not be checked (time-outs, errors): kept as expert, not sampled"
-        )
-    if metrics["failed"]:
-        print(f"{metrics['failed']:,} attempts could not be drawn (reasons in the journal)")
-    trouble = {name: metrics["verdicts"][name] for name in ("timeout", "error") if metrics["verdicts"][name]}
-    if trouble:
-        print(
-            "attempts that could not be judged: "
-            + ", ".join(f"{n:,} {name}" for name, n in trouble.items())
-            + " (reasons in the journal)"
-        )

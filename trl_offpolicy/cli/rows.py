@@ -4,9 +4,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import SimpleNamespace
 
-import yaml
-
 from ..rewriting.rewrite_config import RewriteConfig
+from ..runs.run_directory import RunDirectory
+from ..runs.shards import Shard
 from ..sampling.engine import read_template
 from .arguments import DemonstrationArguments, load_demonstrations, parser_for
 
@@ -32,39 +32,36 @@ class RowsArguments:
 
 def rows(argv: list[str]) -> int:
     from ..rewriting.rewriter import DataRewriter
-    from ..runs.shards import Shard, journals_in
 
     description = "The rows of an unfinished run that are settled already, as Parquet files; the run may be under way."
     parser = parser_for(RowsArguments, "rows", description, ROWS_EXAMPLES)
     named = ["--run_dir"] if argv and not argv[0].startswith("-") else []
     (given,) = parser.parse_args_and_config([*named, *argv])
-    run = Path(given.run_dir).expanduser()
-    print(f"run_dir: {run}", flush=True)
-    if (run / "dataset").is_dir():
-        print(f"The run is finished; its rows are in {run / 'dataset'}.")
+    run = RunDirectory(Path(given.run_dir).expanduser())
+    print(f"run_dir: {run.path}", flush=True)
+    if run.row_files:
+        print(f"The run is finished; its rows are in {run.path / 'dataset'}.")
         return 0
     if not given.so_far:
-        raise ValueError(f"The run in {run} is not finished; add --so_far for the rows that are settled already.")
-    journals = journals_in(run)
-    if not journals or not (run / "run_config.yaml").exists():
+        raise ValueError(f"The run in {run.path} is not finished; add --so_far for the rows that are settled already.")
+    if not run.journals or not (run.path / "run_config.yaml").exists():
         raise ValueError(
-            f"There is no run of `trl-offpolicy rewrite` in {run}: it has no journal and no run_config.yaml."
+            f"There is no run of `trl-offpolicy rewrite` in {run.path}: it has no journal and no run_config.yaml."
         )
-    settings = yaml.safe_load((run / "run_config.yaml").read_text())
+    settings = run.settings
     if "dataset_name" not in settings:
         raise ValueError(
-            f"The run in {run} was started in Python on rows that it cannot name; use `DataRewriter.rows_so_far(dataset, file)` there."
+            f"The run in {run.path} was started in Python on rows that it cannot name; use `DataRewriter.rows_so_far(dataset, file)` there."
         )
     own = {f.name for f in fields(DemonstrationArguments)}
     arguments = DemonstrationArguments(**{name: value for name, value in settings.items() if name in own})
     dataset = load_demonstrations(arguments, settings["answer_column"])
     own = {f.name for f in fields(RewriteConfig)}
-    options = {name: value for name, value in settings.items() if name in own} | {"output_dir": str(run)}
-    output = run / "rows_so_far"
+    options = {name: value for name, value in settings.items() if name in own} | {"output_dir": str(run.path)}
+    output = run.path / "rows_so_far"
     output.mkdir(exist_ok=True)
-    for journal in journals:
-        shard = Shard.of_file(journal)
-        drawn_by, agent = _drawn_by(journal, settings)
+    drawn_by, agent = _drawn_by(run)
+    for shard in map(Shard.of_file, run.journals):
         config = RewriteConfig(**options | {"shard": str(shard), "push_to_hub": False})
         rewriter = DataRewriter(drawn_by.name, config, sampler=drawn_by, guided_sampler=agent)
         count = rewriter.rows_so_far(dataset, output / shard.parquet)
@@ -72,13 +69,12 @@ def rows(argv: list[str]) -> int:
     return 0
 
 
-def _drawn_by(journal: Path, settings: dict):
-    """What stands for the samplers that drew the attempts of a journal: their names, and the tokenizer of the prompts."""
+def _drawn_by(run: RunDirectory):
+    """What stands for the samplers that drew the attempts of a run: their names, and the tokenizer of the prompts."""
     from ..data.turns import stop_token_ids
-    from ..runs.journal import read_header
     from ..sampling.loading import load_processing_class
 
-    header = read_header(journal)
+    header, settings = run.config, run.settings
     revision = settings.get("model_revision")
     kwargs = {"revision": revision, "trust_remote_code": settings.get("trust_remote_code", False)}
     shared = {}

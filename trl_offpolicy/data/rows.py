@@ -65,10 +65,6 @@ def numbered(indices: Sequence[int], total: int, counted: str = "") -> str:
     return f"{len(indices):,} of {total:,} rows ({shown}{counted}) have"
 
 
-# A row's id as numbers (the content id, and the how-manieth row with it this is), and the [`reference_digest`] of its demonstration.
-KEY = [("id", "<u8"), ("copy", "<u4"), ("reference", "<u4")]
-
-
 def reference_digest(demonstration: str | None) -> int:
     """By which an attempt in the journal is known to have had this demonstration in its prompt; above 0."""
     return zlib.crc32((demonstration or "").encode(errors="surrogatepass")) or 1

@@ -261,7 +261,7 @@ class _Run:
     def _know(self, journal: Path, failed: bool = True) -> dict[Key, int]:
         """Reads a journal, up to the texts; where each sample is in it, those that could not be drawn only if `failed`."""
         offsets = {}
-        for offset, entry in read_entries(journal, until="reason"):
+        for offset, entry in read_entries(journal, texts=False):
             if entry["finish_reason"] in FAILED and not failed:
                 continue
             key = Key(*(entry[field] for field in Key._fields))

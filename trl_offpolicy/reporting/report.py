@@ -9,13 +9,14 @@ import json
 import os
 import random
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 from ..data.formats import demonstration
 from ..data.prompts import contents
 from ..data.rows import Source, Verdict
-from ..runs.journal import read_entries
-from ..runs.shards import journals_in
+from ..runs.journal import read_attempts
+from ..runs.run_directory import RunDirectory
 from . import tables
 from .page import Page
 
@@ -259,11 +260,9 @@ def _curves(metric: str, runs: dict) -> bytes | None:
 
 def _rows(page: Page, label: str, path: Path, seed: int) -> None:
     """Rows of a rewrite, as many of each source as there are, with what the verifier said of their attempts."""
-    import pyarrow.dataset as ds
-
-    if not (path / "dataset").is_dir():
+    run = RunDirectory(path)
+    if (rows := run.rows()) is None:
         return  # shards are missing
-    rows = ds.dataset(path / "dataset", format="parquet")
     sources = rows.to_table(columns=["source"])["source"].to_pylist()
     places: dict[str, list[int]] = {str(source): [] for source in Source}
     for i in random.Random(seed).sample(range(len(sources)), len(sources)):
@@ -272,10 +271,8 @@ def _rows(page: Page, label: str, path: Path, seed: int) -> None:
     shown = rows.take(sorted(dealt, key=lambda i: (list(places).index(sources[i]), i))).to_pylist()
     ids = {row["id"] for row in shown}
     verdicts: dict[str, Counter] = {}
-    for journal in journals_in(path):
-        for _, entry in read_entries(journal, until="reason"):
-            if entry["id"] in ids:
-                verdicts.setdefault(entry["id"], Counter())[entry["stage"], entry["verdict"]] += 1
+    for attempt in chain.from_iterable(read_attempts(journal, ids, texts=False) for journal in run.journals):
+        verdicts.setdefault(attempt.id, Counter())[attempt.stage, attempt.verdict] += 1
     page.heading(f"Rows of {label}")
     opened: set[str] = set()
     for row in shown:

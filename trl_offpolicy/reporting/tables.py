@@ -104,23 +104,16 @@ def texts(gap: dict[str, dict]) -> Table:
 def rewriting(metrics: dict) -> Table:
     """The yield funnel of a rewrite's `metrics.json`."""
     counts, left, rows = metrics["yield"], metrics["yield"]["total"], []
-    columns = ["stage", "rows that reach it", "attempts", "correct attempts", "rows kept", "share of all rows"]
-    for stage, attempts in metrics["stages"].items():
-        share = number(attempts["correct"] / attempts["sampled"] if attempts["sampled"] else None, ".1%")
-        kept = counts[stage]
-        rows.append(
-            [
-                stage,
-                f"{left:,}",
-                f"{attempts['sampled']:,}",
-                share,
-                f"{kept:,}",
-                f"{kept / max(1, counts['total']):.1%}",
-            ]
-        )
-        left -= kept
-    kept = counts["expert"]
+
+    def share(number: int) -> str:
+        return f"{number / max(1, counts['total']):.1%}"
+
+    for stage, of in metrics["stages"].items():
+        accepted = number(of["correct"] / of["sampled"] if of["sampled"] else None, ".1%")
+        rows.append([stage, f"{left:,}", f"{of['sampled']:,}", accepted, f"{counts[stage]:,}", share(counts[stage])])
+        left -= counts[stage]
     if "unsolved" in metrics:  # no demonstrations to fall back to
-        return columns, [*rows, ["unsolved", f"{left:,}", "", "", "", f"{left / max(1, counts['total']):.1%}"]]
-    rows.append(["expert", f"{left:,}", "", "", f"{kept:,}", f"{kept / max(1, counts['total']):.1%}"])
-    return columns, rows
+        rows.append(["unsolved", f"{left:,}", "", "", "", share(left)])
+    else:
+        rows.append(["expert", f"{left:,}", "", "", f"{counts['expert']:,}", share(counts["expert"])])
+    return ["stage", "rows that reach it", "attempts", "correct attempts", "rows kept", "share of all rows"], rows

@@ -1,6 +1,8 @@
 """The card of a rewritten dataset, within whatever else the card says."""
 
-from ..cards import bibtex, fence, template_path
+from ..cards import bibtex, fence, link, template_path
+from ..data.rows import REJECTIONS, Verdict
+from ..runs.run_directory import RunDirectory
 
 
 # Where each config's Parquet files are.
@@ -9,7 +11,7 @@ BEGIN = "<!-- trl-offpolicy: from here to the end mark the next push writes anew
 END = "<!-- trl-offpolicy: end -->"
 
 
-def edited_card(card, run: dict, repo_id: str, parts: dict[str, dict], source: dict):
+def edited_card(card, run: RunDirectory, repo_id: str, parts: dict[str, dict], source: dict):
     """
     The repository's `card` (or a new one) with our part of it as `run` is; everything that others wrote stays.
 
@@ -22,11 +24,20 @@ def edited_card(card, run: dict, repo_id: str, parts: dict[str, dict], source: d
     """
     from huggingface_hub import DatasetCard, DatasetCardData
 
-    name = repo_id.split("/")[-1]
+    name, num_rows = repo_id.split("/")[-1], sum(run.sources.values())
     ours = DatasetCard.from_template(
         DatasetCardData(),
         template_path=template_path("dataset_card"),
-        **run,
+        run=run,
+        config=run.config,
+        settings=run.settings,
+        num_rows=num_rows,
+        source=link(run.settings.get("dataset_name"), "datasets/", run.source_on_hub),
+        model=link(run.config["model"], "", run.model_on_hub),
+        rewriter=link(run.config.get("rewriter_adapter"), ""),
+        verdicts=list(Verdict),
+        rejected={what: n for why, what in REJECTIONS.items() if (n := run.counts.by("rejected", why))},
+        expert_format=run.metrics.get("expert_format", {}),
         repo_id=repo_id,
         name=name,
         fence=fence,
@@ -48,13 +59,13 @@ def edited_card(card, run: dict, repo_id: str, parts: dict[str, dict], source: d
         if source.get(key) and not data.get(key):
             data[key] = source[key]
     data["pretty_name"] = data.get("pretty_name") or name
-    if run["num_rows"]:
-        data["size_categories"] = [_size_category(run["num_rows"])]
+    if num_rows:
+        data["size_categories"] = [_size_category(num_rows)]
     for key, values in {
         "tags": ["trl", "sft", "off-policy", "trl-offpolicy", "synthetic"],
         "task_categories": ["text-generation"],
         "annotations_creators": ["machine-generated"],
-        "source_datasets": [run["source_id"]] if run["source_id"] else [],
+        "source_datasets": [run.settings["dataset_name"]] if run.source_on_hub else [],
     }.items():
         old = data.get(key) or []
         if merged := list(dict.fromkeys([*([old] if isinstance(old, str) else old), *values])):

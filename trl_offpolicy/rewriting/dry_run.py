@@ -1,13 +1,13 @@
 """What a dry run says: prompts as the model reads them, and what a few first attempts tell of the whole run."""
 
 import math
-from collections.abc import Mapping
 
 from tqdm.auto import tqdm
 
 from ..data.prompts import contents
 from ..data.tokenization import encode_prompt
-from ..runs.run_log import cut_advice
+from ..runs.journal import Attempt
+from ..runs.run_counts import RunCounts, cut_advice
 from .rewrite_config import RewriteConfig
 
 
@@ -30,8 +30,8 @@ def shown_prompt(
 
 
 def probe_report(
-    drawn: list[dict],
-    counts: Mapping[str, int],
+    drawn: list[Attempt],
+    counts: RunCounts,
     probed: int,
     total: int,
     attempts: float,
@@ -43,8 +43,8 @@ def probe_report(
     What the first attempts at some rows tell of the whole run.
 
     Args:
-        drawn (`list[dict]`): The attempts, as the journal has them up to their reason.
-        counts (`Mapping`): What was counted of them.
+        drawn (`list[Attempt]`): The attempts, without their texts.
+        counts ([`RunCounts`]): What was counted of them.
         probed, total (`int`): Rows that were asked, and rows of the run.
         attempts (`float`): How many the run will take ([`~rewriting.scheduler.Scheduler.attempts_left`]).
         earlier (`int`): Tokens of them that an earlier probe had drawn.
@@ -52,13 +52,13 @@ def probe_report(
         args ([`RewriteConfig`]): The run's.
     """
     lines = [f"---- probe: the first attempt of each stage at {probed:,} of {total:,} rows ----"]
-    for stage in args.stages:
-        lengths = sorted(entry["num_tokens"] for entry in drawn if entry["stage"] == stage)
-        if sampled := counts[f"{stage}_sampled"]:
-            told = f"{stage}: {sampled:,} attempts, {counts[f'{stage}_correct'] / sampled:.1%} accepted, {counts[f'{stage}_truncated'] / sampled:.1%} cut"
+    for stage, of in counts.stages.items():
+        lengths = sorted(attempt.num_tokens for attempt in drawn if attempt.stage == stage)
+        if of.sampled:
+            told = f"{stage}: {of.sampled:,} attempts, {of.correct / of.sampled:.1%} accepted, {of.truncated / of.sampled:.1%} cut"
             middle, most = lengths[len(lengths) // 2], lengths[math.ceil(0.95 * len(lengths)) - 1]
             lines.append(f"{told}; half of them have {middle:,} tokens or fewer, 95% {most:,} or fewer")
-    tokens, sampled = counts["tokens"], counts["sampled"]
+    tokens, sampled = counts.total("tokens"), counts.total("sampled")
     if sampled and tokens:
         expected = attempts * tokens / sampled
         told = f"estimate for {total:,} rows, each stage accepting (accepted + 1) of (attempts + 2): about {attempts:,.0f} attempts, {expected:,.0f} tokens"
@@ -68,7 +68,7 @@ def probe_report(
         else:
             told += "; an earlier probe had drawn all of these attempts, so their speed is not known"
         lines.append(told)
-    if advice := cut_advice(counts, args.max_completion_length, begun=False):
+    if advice := cut_advice(counts.sampling, counts.limit, begun=False):
         lines.append(advice)
     lines.append("These attempts are journaled: a run with the same settings begins with them.")
     return "\n".join(lines)

@@ -4,7 +4,6 @@ A push is one commit: the Parquet files as the run wrote them, the attempts from
 and the card. So a repository is as it was before or as it is after, whenever the line is cut, and what is not ours in it stays.
 """
 
-import json
 import random
 import re
 import tempfile
@@ -18,7 +17,7 @@ import yaml
 
 from ..data.redaction import redacted
 from ..data.rows import attempt_features, stored
-from ..runs.run_directory import attempts_of, read_run
+from ..runs.run_directory import RunDirectory
 from .dataset_card import FOLDERS, edited_card
 
 
@@ -63,29 +62,27 @@ def push_run(
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    run = read_run(Path(output_dir), finished)
-    if finished and not run["rows"]:
+    run = RunDirectory(output_dir, finished)
+    run.check()  # before the Hub is asked
+    if finished and not run.row_files:
         raise ValueError(
             f"You passed output_dir={str(output_dir)!r}, which has no `dataset`: its rewrite is not finished, or a shard is missing. Run "
             "the rewrite again to finish it, then push."
         )
-    if finished and not accept_failed and (undrawn := _undrawn(Path(output_dir))):
+    if finished and not accept_failed and (undrawn := run.metrics.get("undrawn", 0)):
         raise ValueError(
             f"The engine failed at {undrawn:,} attempts of {str(output_dir)!r}, so rows may have fallen back to their demonstration that need "
             "not have. Run the rewrite again, which tries them again, or push the rows as they are with --accept_failed True."
         )
     api, repo_id = open_repo(repo_id, private, token, revision)
-    source = _source_card(api, run["source_id"])
+    source = _source_card(api, run.settings["dataset_name"] if run.source_on_hub else None)
     with tempfile.TemporaryDirectory() as folder:
-        content = {
-            "default": run["rows"],
-            "attempts": _attempt_files(run["ids"], folder) if push_attempts else [],
-        }
+        content = {"default": run.row_files, "attempts": _attempt_files(run, folder) if push_attempts else []}
         parts = {
             name: _named(FOLDERS[name], paths) for name, paths in content.items() if finished or name == "attempts"
         }
-        data = [item for part in parts.values() for item in part.items()]
-        data += [(name, text.encode()) for name, text in run["files"].items()]
+        data: list[tuple] = [item for part in parts.values() for item in part.items()]
+        data += [(name, text.encode()) for name, text in run.files().items()]
         before = None
 
         def commit():
@@ -131,12 +128,6 @@ def _what_has_changed(api, repo_id: str, revision: str | None, before: str | Non
     if now == before:
         return "Nothing has changed on the Hub."
     return f"The Hub has a new commit, {now}, ours or somebody else's. Push again: what is there already is not pushed twice."
-
-
-def _undrawn(output_dir: Path) -> int:
-    """How many attempts its rows lack because the engine failed."""
-    metrics = output_dir / "metrics.json"
-    return json.loads(metrics.read_text()).get("undrawn", 0) if metrics.exists() else 0
 
 
 def open_repo(repo_id: str, private: bool | None = None, token: str | None = None, revision: str | None = None):
@@ -240,14 +231,14 @@ def _source_card(api, name: str | None) -> dict:
         return {}
 
 
-def _attempt_files(ids: dict[Path, set[str] | None], folder: str) -> list[Path]:
-    """A Parquet file in `folder` for each journal that has attempts of the rows with these ids."""
+def _attempt_files(run: RunDirectory, folder: str) -> list[Path]:
+    """A Parquet file in `folder` for each journal of a run that has attempts."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     paths, schema = [], attempt_features().arrow_schema
-    for journal, own in ids.items():
-        entries = (stored(entry) for _, entry in attempts_of(journal, own))
+    for journal in run.journals:
+        entries = (stored(attempt.entry()) for attempt in run.attempts(journal))
         if not (chunk := list(islice(entries, 1000))):
             continue
         paths.append(Path(folder) / f"{journal.stem}.parquet")

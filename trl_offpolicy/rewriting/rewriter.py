@@ -8,7 +8,6 @@
 verified and journaled, and the rows are written. A run holds the attempts in flight and some 30 bytes a row, not the texts.
 """
 
-import gc
 import glob
 import hashlib
 import json
@@ -18,7 +17,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
@@ -45,10 +43,12 @@ from ..data.formats import (
 )
 from ..data.loading import as_dataset, batched, hub_origin, iterate, media_columns
 from ..data.prompts import contents
-from ..data.rows import KEY, Problem, Rejection, Source, Verdict, copy_id, number_copies, reference_digest, storable
+from ..data.rows import Problem, Source, Verdict, reference_digest, storable
 from ..data.whole_file import partial_file, write_whole
-from ..runs.journal import Journal, JournalReader, differences, read_header
-from ..runs.run_log import PeriodicPush, RunLog, aborted_before, check_wandb, log_artifact, wandb_run
+from ..runs.journal import Attempt, Journal, JournalReader, Result, differences, read_attempts, read_header
+from ..runs.run_counts import RunCounts, summed
+from ..runs.run_log import PeriodicPush, RunLog, check_wandb, log_artifact, wandb_run
+from ..runs.run_memory import RunMemory
 from ..runs.shards import RUN_KEY, Shard, check_siblings, publish, published, withdraw
 from ..sampling.loading import load_processing_class
 from ..sampling.provenance import template_digest
@@ -70,7 +70,7 @@ from .dry_run import probe_report, shown_prompt
 from .guided_filters import reject_guided
 from .push import open_repo, push_run
 from .rewrite_config import RewriteConfig
-from .scheduler import Draw, Fate, KnownAttempts, Outcome, Scheduler, Speculation
+from .scheduler import Draw, Outcome, Scheduler, Speculation
 
 
 class DataRewriter:
@@ -142,16 +142,16 @@ class DataRewriter:
         check_stages(whole.column_names, self.args)
         dataset = text_columns(whole, self.args.answer_column)
         self._control = ControlTokens(self._tokenizer(), self.args.control_tokens)
-        keys, digest = self._check_rows(dataset)
+        memory = self._check_rows(dataset)
         self._plain = has_plain_prompts(dataset.features, dataset.column_names, self.args.answer_column)
         if self._plain:
             warnings.warn(PLAIN_PROMPTS, stacklevel=2)
-        own = self.shard.rows(len(keys))
-        whole, dataset, keys = whole.select(own), dataset.select(own), keys[own.start : own.stop]
+        own = self.shard.rows(len(memory))
+        whole, dataset, memory = whole.select(own), dataset.select(own), memory.select(slice(own.start, own.stop))
         if self.args.dry_run:
-            self._dry_run(dataset, keys)
-            if self.args.probe and len(keys):
-                self._probe(dataset, keys)
+            self._dry_run(dataset, memory)
+            if self.args.probe and len(memory):
+                self._probe(dataset, memory)
             return None
         if reshaping := self._params.reshaping:
             warnings.warn(
@@ -163,22 +163,27 @@ class DataRewriter:
         check_wandb(self.args.report_to)
         self._load_engines()
         origin = hub_origin(dataset) | ({} if dataset.split is None else {"dataset_split": str(dataset.split)})
-        journal, config = self._open_journal(dataset, keys)
-        made = digest + json.dumps(config) + (self.args.expert_format if self.args.expert_format != "keep" else "")
+        journal, config = self._open_journal(dataset, memory)
+        made = (
+            memory.digest + json.dumps(config) + (self.args.expert_format if self.args.expert_format != "keep" else "")
+        )
         run = hashlib.blake2b(made.encode(), digest_size=16).hexdigest()
         part = "" if self.shard.count == 1 else f"-{self.shard.index}"
         try:
             if journal.overwritten:
                 withdraw(self.output_dir, self.shard)
             self._write_run_config({**(run_config or {}), **origin})
-            with wandb_run(self.args.report_to, self.output_dir, "rewrite", config, part) as logged, _frozen_heap():
+            with (
+                wandb_run(self.args.report_to, self.output_dir, "rewrite", config, part) as logged,
+                memory.frozen_heap(),
+            ):
                 if self.args.push_to_hub:  # what would fail at the end is better known now
                     args = self.args
                     open_repo(args.hub_dataset_id, args.hub_private_repo or None, args.hub_token, args.hub_revision)
                 log = self.shard.file(self.output_dir, "metrics.jsonl")
-                scheduler = self._run(dataset, keys, journal, logged, self.args, log)
+                scheduler = self._run(dataset, memory, journal, logged, self.args, log)
                 with partial_file(self.output_dir / self.shard.parquet) as file:
-                    unsolved = self._write(file, whole, dataset, keys, scheduler.outcome, journal, run)
+                    unsolved = self._write(file, whole, dataset, memory, scheduler.outcome, journal, run)
                     self._list_unsolved(whole.column_names, unsolved)
                     self.metrics["seconds"] = round(time.monotonic() - began, 2)
                     metrics = self.shard.file(self.output_dir, "metrics.json")
@@ -203,28 +208,34 @@ class DataRewriter:
         whole = as_dataset(dataset)
         dataset = text_columns(whole, self.args.answer_column)
         self._control = ControlTokens(self._tokenizer(), self.args.control_tokens)
-        keys, _ = self._check_rows(dataset)
-        own = self.shard.rows(len(keys))
-        whole, dataset, keys = whole.select(own), dataset.select(own), keys[own.start : own.stop]
-        journal, counts = JournalReader(self.shard.file(self.output_dir, "journal.jsonl")), Counter()
-        known = KnownAttempts(journal.entries(until="reason"), self.args.stages)
+        memory = self._check_rows(dataset)
+        own = self.shard.rows(len(memory))
+        whole, dataset, memory = whole.select(own), dataset.select(own), memory.select(slice(own.start, own.stop))
+        journal = JournalReader(self.shard.file(self.output_dir, "journal.jsonl"))
+        memory.recall(journal, self.args.stages)
         problems = (
-            (copy_id(*key[:2]), None, True, found)
-            for start in range(0, len(keys), 256)
-            for key, found in zip(keys[start : start + 256].tolist(), known.of(keys[start : start + 256]), strict=True)
+            (row_id, None, True, found)
+            for start in range(0, len(memory), 256)
+            for row_id, found in zip(memory.ids(start, 256), memory.known(start, 256), strict=True)
         )
-        scheduler, still_open = Scheduler(problems, len(keys), self.args, counts), set()
+        counts, still_open = self._counts(), set()
+        scheduler = Scheduler(problems, len(memory), self.args, counts)
         while draw := scheduler.next(speculate=False):
             still_open.add(draw.progress.row)
         try:
             with partial_file(Path(file)) as partial:
                 unsolved = self._write(
-                    partial, whole, dataset, keys, lambda i: None if i in still_open else scheduler.outcome(i), journal
+                    partial,
+                    whole,
+                    dataset,
+                    memory,
+                    lambda i: None if i in still_open else scheduler.outcome(i),
+                    journal,
                 )
                 partial.replace(file)
         finally:
             journal.close()
-        return sum(counts[str(source)] for source in Source) - len(unsolved)
+        return counts.rows.total() - len(unsolved)
 
     def push_to_hub(
         self,
@@ -289,70 +300,45 @@ class DataRewriter:
             self.processing_class = load_processing_class(name)
         return self.processing_class
 
-    def _check_rows(self, dataset) -> tuple[np.ndarray, str]:
+    def _check_rows(self, dataset) -> RunMemory:
         """
-        Reads every row once, so that a bad one is reported before anything is sampled; not again when a run is resumed.
-
-        Returns each row's [`~data.rows.KEY`], with copies counted over the whole dataset so that an id does not depend on the shards, and a
-        digest of it.
+        Reads every row once, so that a bad one is reported before anything is sampled; not again when a run is resumed. Copies are counted over
+        the whole dataset, so that an id does not depend on the shards.
         """
         what = "problem or reference" if Source.GUIDED in self.args.stages else "problem"
-        key = f"4 {dataset._fingerprint} {self.args.answer_column} {what} {self._control.tokens}"
-        if checked := self._checked_before(key):
-            self._control.tell(checked["marked"].tolist(), len(checked["keys"]), checked["tokens"].tolist(), what)
-            return checked["keys"], str(checked["digest"])
-        digest = hashlib.blake2b(digest_size=16)
-        marked, tokens = [], set()  # rows with control tokens, and which
-
-        def key_of(problem: Problem) -> tuple[int, int, int]:
-            digest.update(f"{problem.id}{problem.demonstration}".encode(errors="surrogatepass"))
-            if given := [name for name in ("tools", "chat_template_kwargs") if problem.extra.get(name)]:
-                raise ValueError(
-                    f"The row with the problem {problem.problem!r:.100} has {' and '.join(given)}, with which its prompt would be rendered in "
-                    "training but not in sampling. Write what the model needs to know into a system turn, and use `dataset.remove_columns`."
-                )
-            texts = contents(problem.prompt) + [problem.demonstration] * (Source.GUIDED in self.args.stages)
-            held = set().union(*map(self._control.within, texts))
-            marked.append(bool(held))
-            tokens.update(held)
-            return int(problem.id, 16), 1, reference_digest(problem.demonstration)
-
-        rows = iterate(dataset, range(len(dataset)))
-        if find_format(dataset.column_names, self.args.answer_column)[1] not in (self.args.answer_column, None):
-            rows = tell_missing_answers(rows, self.args.answer_column, "what their demonstrations box")
-        problems = read_rows(rows, self.args.answer_column, self.args.solve_prompt)
-        keys = np.fromiter(map(key_of, problems), dtype=KEY)
-        if not len(keys):
+        made_from = f"4 {dataset._fingerprint} {self.args.answer_column} {what} {self._control.tokens}"
+        memory = known = RunMemory.load(self._rows_file, made_from)
+        if memory is None:
+            rows = iterate(dataset, range(len(dataset)))
+            if find_format(dataset.column_names, self.args.answer_column)[1] not in (self.args.answer_column, None):
+                rows = tell_missing_answers(rows, self.args.answer_column, "what their demonstrations box")
+            problems = read_rows(rows, self.args.answer_column, self.args.solve_prompt)
+            memory = RunMemory.of((problem, self._control_tokens_in(problem)) for problem in problems)
+        if not len(memory):
             raise ValueError("The dataset has no rows: there is nothing to rewrite. Check its split and filters.")
-        marked = np.flatnonzero(marked)
-        self._control.tell(marked.tolist(), len(keys), sorted(tokens), what)
-        keys["copy"] = number_copies(keys["id"])
-        if not self.args.dry_run:
+        self._control.tell(memory.marked, len(memory), memory.tokens, what)
+        if known is None and not self.args.dry_run:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            with partial_file(self._rows_file) as partial:
-                with partial.open("wb") as file:
-                    np.savez_compressed(
-                        file,
-                        key=key,
-                        keys=keys,
-                        digest=digest.hexdigest(),
-                        marked=marked,
-                        tokens=np.array(sorted(tokens), dtype=str),
-                    )
-                partial.replace(self._rows_file)
-        return keys, digest.hexdigest()
+            memory.save(self._rows_file, made_from)
+        return memory
 
-    def _checked_before(self, key: str) -> dict[str, np.ndarray] | None:
-        """What was found when these rows were read before: a cache, which is made again if it is damaged, whatever that raises."""
-        with suppress(Exception), np.load(self._rows_file) as checked:
-            if checked["key"] == key:
-                return dict(checked)
-        return None
+    def _control_tokens_in(self, problem: Problem) -> set[str]:
+        """The control tokens in what the model is shown of a problem; `ValueError` if it cannot be shown all that it comes with."""
+        if given := [name for name in ("tools", "chat_template_kwargs") if problem.extra.get(name)]:
+            raise ValueError(
+                f"The row with the problem {problem.problem!r:.100} has {' and '.join(given)}, with which its prompt would be rendered in "
+                "training but not in sampling. Write what the model needs to know into a system turn, and use `dataset.remove_columns`."
+            )
+        texts = contents(problem.prompt) + [problem.demonstration] * (Source.GUIDED in self.args.stages)
+        return set().union(*map(self._control.within, texts))
 
-    def _problems(self, dataset, keys: np.ndarray, first: int = 0, count: int | None = None) -> Iterator[Problem]:
-        keys = keys[first:][:count]
-        rows = iterate(dataset, range(first, first + len(keys)))
-        return read_rows(rows, self.args.answer_column, self.args.solve_prompt, keys["copy"], self.args.system_prompt)
+    def _problems(self, dataset, memory: RunMemory, first: int = 0, count: int | None = None) -> Iterator[Problem]:
+        copies = memory.copies(first, count)
+        rows = iterate(dataset, range(first, first + len(copies)))
+        return read_rows(rows, self.args.answer_column, self.args.solve_prompt, copies, self.args.system_prompt)
+
+    def _counts(self) -> RunCounts:
+        return RunCounts(self.args.stages, self.args.max_completion_length)
 
     def _identity(self) -> dict:
         """On what an attempt and its verdict depend: a journal's first line."""
@@ -366,7 +352,7 @@ class DataRewriter:
             config["plain_prompts"] = "asked as they are"
         return config
 
-    def _open_journal(self, dataset, keys: np.ndarray) -> tuple[Journal, dict]:
+    def _open_journal(self, dataset, memory: RunMemory) -> tuple[Journal, dict]:
         config = self._identity()
         self.output_dir.mkdir(parents=True, exist_ok=True)
         free = {"num_generations", "verifier"} if self.args.rejudge else {"num_generations"}
@@ -375,7 +361,7 @@ class DataRewriter:
         if not path.exists() and probe.exists() and not differences(read_header(probe), config):
             probe.replace(path)
         elif path.exists() and not self.args.overwrite:
-            self._look_at_verifier(path, config, dataset, keys)
+            self._look_at_verifier(path, config, dataset, memory)
         return Journal(path, config, overwrite=self.args.overwrite), config
 
     def _write_run_config(self, run_config: dict) -> None:
@@ -394,20 +380,20 @@ class DataRewriter:
             + yaml.safe_dump(run_config, sort_keys=False, allow_unicode=True),
         )
 
-    def _look_at_verifier(self, path: Path, config: dict, dataset, keys: np.ndarray) -> None:
+    def _look_at_verifier(self, path: Path, config: dict, dataset, memory: RunMemory) -> None:
         """Has the journal's texts judged anew if that is wanted; `ValueError` if the verifier, and nothing else, is another one and it is not."""
         found = read_header(path)
         if found is None or differences(found, config, free=("num_generations", "verifier")):
             return
         if self.args.rejudge:
-            self._rejudge(path, config, dataset, keys)
+            self._rejudge(path, config, dataset, memory)
         elif differing := differences(found, config):
             raise ValueError(
                 f"{path} holds the verdicts of another verifier: {differing}. Pass rejudge=True (--rejudge) to have its texts judged anew by this one, "
                 "or choose another `output_dir`."
             )
 
-    def _rejudge(self, path: Path, config: dict, dataset, keys: np.ndarray) -> None:
+    def _rejudge(self, path: Path, config: dict, dataset, memory: RunMemory) -> None:
         """
         Puts a journal with this verifier's verdicts on the same texts in the place of the one at `path`, which stays beside it under a number.
 
@@ -415,17 +401,17 @@ class DataRewriter:
         that have changed; and those whose texts were not kept, which are drawn again where they matter.
         """
         old, lost = Journal(path, read_header(path)), 0  # nobody else writes to it meanwhile
-        known = KnownAttempts(old.entries(until="reason"), self.args.stages)
+        memory.recall(old, self.args.stages)
         try:
             with partial_file(path) as partial:
                 new = Journal(partial, config)
-                for start in tqdm(range(0, len(keys), 256), desc="judging anew", unit="256 rows"):
-                    problems = list(self._problems(dataset, keys, start, 256))
+                for start in tqdm(range(0, len(memory), 256), desc="judging anew", unit="256 rows"):
+                    problems = list(self._problems(dataset, memory, start, 256))
                     refused = self._refused(problems)
                     attempts = [
-                        (problem, old.read(fate.offset))
-                        for problem, stages in zip(problems, known.of(keys[start : start + 256]), strict=True)
-                        for fate in chain.from_iterable(fates.values() for fates in stages.values())
+                        (problem, Attempt.of(old.read(result.offset)))
+                        for problem, stages in zip(problems, memory.known(start, 256), strict=True)
+                        for result in chain.from_iterable(results.values() for results in stages.values())
                         if problem.id not in refused
                     ]
                     lost += self._append_judged(new, attempts)
@@ -442,57 +428,54 @@ class DataRewriter:
                 stacklevel=4,
             )
 
-    def _append_judged(self, journal: Journal, attempts: list[tuple[Problem, dict]]) -> int:
+    def _append_judged(self, journal: Journal, attempts: list[tuple[Problem, Attempt]]) -> int:
         """Appends attempts of another journal with verdicts of this verifier; returns how many have no text."""
-        cut = [entry for _, entry in attempts if entry["finish_reason"] == "length"]  # which no verifier is shown
-        whole = [
-            (problem, entry) for problem, entry in attempts if entry["finish_reason"] == "stop" and "text" in entry
-        ]
-        for entry in cut:
-            journal.append(entry)
-        completions = [
-            Completion(entry["id"], entry["text"], entry["completion_ids"], entry["behavior_log_probs"], "stop")
-            for _, entry in whole
-        ]
+        cut = [attempt for _, attempt in attempts if attempt.finish_reason == "length"]  # which no verifier is shown
+        whole = [(p, a) for p, a in attempts if a.finish_reason == "stop" and a.text is not None]
+        for attempt in cut:
+            journal.append(attempt.entry())
+        completions = [Completion(a.id, a.text, a.completion_ids, a.behavior_log_probs, "stop") for _, a in whole]
         told = judge(self.verifier, completions, [p.answer for p, _ in whole], [p.extra for p, _ in whole])
-        for (problem, entry), completion, verdict in zip(whole, completions, told, strict=True):
+        for (problem, old), completion, verdict in zip(whole, completions, told, strict=True):
+            new = self._attempt(problem, old.stage, old.attempt, completion, *verdict)
             # Its log-probs are rounded, and their mean was taken before that.
-            mean = {"log_prob": entry["log_prob"]}
-            journal.append(self._entry(problem, entry["stage"], entry["attempt"], completion, *verdict) | mean)
+            journal.append(replace(new, log_prob=old.log_prob).entry())
         return len(attempts) - len(cut) - len(whole)
 
-    def _probe(self, dataset, keys: np.ndarray) -> None:
+    def _probe(self, dataset, memory: RunMemory) -> None:
         """
         Draws the first attempt of each stage for some rows, evenly spread, and prints what they tell of the whole run. They go into a journal
         of their own, which a run with the same settings begins with.
         """
         self._load_engines()
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        chosen = np.linspace(0, len(keys), min(self.args.probe, len(keys)), endpoint=False, dtype=int)
+        chosen = np.linspace(0, len(memory), min(self.args.probe, len(memory)), endpoint=False, dtype=int)
         journal = Journal(self.shard.file(self.output_dir, "probe.jsonl"), self._identity(), overwrite=True)
-        rows = {copy_id(*key[:2]) for key in keys[chosen].tolist()}
+        asked = memory.select(chosen)
+        ids = set(asked.ids())
 
-        def drawn() -> list[dict]:
-            return [entry for _, entry in journal.entries(until="reason") if entry["id"] in rows]
+        def drawn() -> list[Attempt]:
+            return list(read_attempts(journal.path, ids, texts=False))
 
-        earlier, began = sum(entry["num_tokens"] for entry in drawn()), time.monotonic()
+        earlier, began = sum(attempt.num_tokens for attempt in drawn()), time.monotonic()
         try:
             once = replace(self.args, num_generations=1, push_every=0)
-            counts = self._run(dataset.select(chosen), keys[chosen], journal, None, once, None).counts
+            counts = self._run(dataset.select(chosen), asked, journal, None, once, None).counts
             seconds, attempts = time.monotonic() - began, drawn()
         finally:
             journal.close()
             self.verifier.close()
-        rates = Counter({name: counts[name] for name in counts if name.endswith(("_sampled", "_correct"))})
-        expected = Scheduler((), len(keys), self.args, rates).attempts_left()
-        print(probe_report(attempts, counts, len(chosen), len(keys), expected, earlier, seconds, self.args))  # noqa: T201
+        rates = self._counts()
+        rates.stages = counts.stages
+        expected = Scheduler((), len(memory), self.args, rates).attempts_left()
+        print(probe_report(attempts, counts, len(chosen), len(memory), expected, earlier, seconds, self.args))  # noqa: T201
 
-    def _dry_run(self, dataset, keys: np.ndarray) -> None:
-        total = len(keys)
+    def _dry_run(self, dataset, memory: RunMemory) -> None:
+        total = len(memory)
         if not total:
             print(f"shard {self.shard} has no rows")  # noqa: T201
             return
-        first, tokenizer = next(self._problems(dataset, keys)), self._tokenizer()
+        first, tokenizer = next(self._problems(dataset, memory)), self._tokenizer()
         for stage in self.args.stages:
             prompt, given = self._prompt(first, stage), self.args.chat_template_kwargs
             print(shown_prompt(f"first prompt of stage {stage}", prompt, tokenizer, given, self.verifier))  # noqa: T201
@@ -502,7 +485,7 @@ class DataRewriter:
             f"{most * self.args.max_completion_length:,} tokens if each ran to max_completion_length = {self.args.max_completion_length}.\n"
             f"gold answer of the first row: {first.answer!r}"
         )
-        if without := sum(not problem.answer for problem in self._problems(dataset, keys)):
+        if without := sum(not problem.answer for problem in self._problems(dataset, memory)):
             print(  # noqa: T201
                 f"---- careful ----\n{without:,} of {total:,} rows have no gold answer, neither in `{self.args.answer_column}` nor as the last box of their "
                 "demonstration: no attempt at them can be verified, so they keep their demonstration. --answer_column says where the answers are."
@@ -511,15 +494,17 @@ class DataRewriter:
     # ---- the run ----
 
     def _run(
-        self, dataset, keys: np.ndarray, journal: Journal, logged, args: RewriteConfig, path: Path | None
+        self, dataset, memory: RunMemory, journal: Journal, logged, args: RewriteConfig, path: Path | None
     ) -> Scheduler:
         """Streams all problems through sampling and verification until each has its outcome; `path` is that of `metrics.jsonl`, if it is wanted."""
-        known = KnownAttempts(journal.entries(until="reason"), args.stages)
-        counts = aborted_before(path) if path is not None and len(known) else Counter()
-        scheduler = Scheduler(self._gated(dataset, keys, known, counts), len(keys), args, counts)
+        memory.recall(journal, args.stages)
+        counts = self._counts()
+        if path is not None and memory.num_known:
+            counts.recall_aborted(path)
+        scheduler = Scheduler(self._gated(dataset, memory, counts), len(memory), args, counts)
         others = () if self.guided_sampler is None else (self.guided_sampler,)
-        drawing = Drawing(self.verifier, self.sampler, *others, counts=counts)
-        log = RunLog(path, len(keys), len(known), args.max_completion_length, counts, drawing.drawn_tokens, logged)
+        drawing = Drawing(self.verifier, self.sampler, *others, counts=counts.engine)
+        log = RunLog(path, len(memory), memory.num_known, counts, drawing.drawn_tokens, logged)
         push = PeriodicPush(lambda: self._push(finished=False), args.push_every, args.hub_token)
         # A server tells of tokens when an attempt is finished: it takes several of each slot to know its rate.
         speculation = Speculation(self.sampler.slots, 1024 if self.sampler.drawn_tokens is None else 32)
@@ -528,7 +513,7 @@ class DataRewriter:
             most = speculation.most(min(drawing.sampling, scheduler.open_rows))
             draw = scheduler.next(speculate=drawing.sampling < most)
             if draw is not None and draw.progress.problem is None:  # begun before a resume
-                (draw.progress.problem,) = self._problems(dataset, keys, draw.progress.row, 1)
+                (draw.progress.problem,) = self._problems(dataset, memory, draw.progress.row, 1)
             return draw and self._asked(draw)
 
         try:
@@ -536,30 +521,31 @@ class DataRewriter:
                 while drawing.submit(iter(ask, None)):
                     under_way = drawing.sampling
                     log.update(under_way, drawing.verifying, scheduler.attempts_left)
-                    for judged, fate in drawing.judged(lambda judged: self._record(judged, journal, log)):
-                        counts["failed" if fate.finish_reason in FAILED else "drawn"] += 1
-                        for request_id in scheduler.record(judged.item, fate):
+                    for judged, result in drawing.judged(lambda judged: self._record(judged, journal, log)):
+                        counts.failed += result.finish_reason in FAILED
+                        counts.drawn += result.finish_reason not in FAILED
+                        for request_id in scheduler.record(judged.item, result):
                             drawing.abort(request_id)
                     speculation.note(under_way, drawing.drawn_tokens(), time.monotonic())
-                    push.update(sum(counts[str(source)] for source in Source))
-            if counts["failed"] and not counts["drawn"] and not len(known):  # no reason to keep all demonstrations
+                    push.update(counts.rows.total())
+            if counts.failed and not counts.drawn and not memory.num_known:  # no reason to keep all demonstrations
                 raise SamplerError(
-                    f"not one of {counts['failed']:,} attempts could be drawn; the last one: {judged.reason}"
+                    f"not one of {counts.failed:,} attempts could be drawn; the last one: {judged.reason}"
                 )
         finally:
             # What an exception has stopped on the way is drawn again at a resume, and was paid for all the same.
-            drawn = drawing.drawn_tokens()
-            counts["aborted_tokens"] = counts["earlier_aborted_tokens"] + drawn - counts["finished_tokens"]
+            drawn, engine = drawing.drawn_tokens(), counts.engine
+            engine["aborted_tokens"] = engine["earlier_aborted_tokens"] + drawn - engine["finished_tokens"]
             log.close()
             push.close()
-        self._summarize(counts)
+        self.metrics = counts.metrics()
         return scheduler
 
     def _sampler_of(self, stage: str) -> Sampler:
         return self.guided_sampler if stage == Source.GUIDED and self.guided_sampler is not None else self.sampler
 
     def _gated(
-        self, dataset, keys: np.ndarray, known: KnownAttempts, counts: Counter
+        self, dataset, memory: RunMemory, counts: RunCounts
     ) -> Iterator[tuple[str, Problem | None, bool, dict]]:
         """
         What the scheduler takes; a problem whose gold answer cannot be compared with goes straight to its demonstration.
@@ -569,23 +555,22 @@ class DataRewriter:
         pool = ThreadPoolExecutor(1, "gold answers")
 
         def look_up(start: int) -> tuple[list[dict], list[Problem | None], Future | None]:
-            attempts = known.of(keys[start : start + 256])
+            attempts = memory.known(start, 256)
             if all(attempts):
                 return attempts, [None] * len(attempts), None
-            problems = self._problems(dataset, keys, start, 256)
+            problems = self._problems(dataset, memory, start, 256)
             chunk = [None if found else problem for problem, found in zip(problems, attempts, strict=True)]
             return attempts, chunk, pool.submit(self._refused, [p for p in chunk if p is not None])
 
-        chunks = map(look_up, range(0, len(keys), 256))
+        chunks = map(look_up, range(0, len(memory), 256))
         try:
             following = next(chunks, None)
-            for start in range(0, len(keys), 256):
+            for start in range(0, len(memory), 256):
                 # The next ones are checked while these are sampled.
                 (attempts, chunk, check), following = following, next(chunks, None)
                 refused = check.result() if check else {}
-                counts.update("gold_" + verdict for verdict in refused.values())
-                for key, problem, found in zip(keys[start : start + 256].tolist(), chunk, attempts, strict=True):
-                    row_id = copy_id(*key[:2])
+                counts.golds.update(refused.values())
+                for row_id, problem, found in zip(memory.ids(start, 256), chunk, attempts, strict=True):
                     yield row_id, problem, row_id not in refused, found
         finally:
             # A ctrl-C does not wait for a check: closing the verifier ends it.
@@ -611,72 +596,32 @@ class DataRewriter:
         request = Request(draw.id, prompt, seed, self._params, args.chat_template_kwargs)
         return Asked(draw, request, self._sampler_of(draw.stage), problem.answer, problem.extra)
 
-    def _record(self, judged: Judged, journal: Journal, log: RunLog) -> Fate:
-        draw, completion, verdict, reason = judged
-        entry = self._entry(draw.progress.problem, draw.stage, draw.attempt, completion, verdict, reason)
+    def _record(self, judged: Judged, journal: Journal, log: RunLog) -> Result:
+        draw, completion, *verdict = judged
+        attempt = self._attempt(draw.progress.problem, draw.stage, draw.attempt, completion, *verdict)
+        entry = attempt.entry()
         log.attempt(entry)
-        log_prob = float("nan") if entry["log_prob"] is None else entry["log_prob"]
-        offset, rejected = journal.append(entry), entry.get("rejected", "")
-        return Fate(offset, verdict, completion.finish_reason, entry["num_tokens"], log_prob, rejected)
+        return attempt.result(journal.append(entry))
 
-    def _entry(
+    def _attempt(
         self, problem: Problem, stage: str, attempt: int, completion: Completion, verdict: Verdict, reason: str
-    ) -> dict:
-        """One line of the journal: an attempt with its verdict, and why a guided one is not kept though it is correct."""
+    ) -> Attempt:
+        """An attempt with its verdict, and why a guided one is not kept though it is correct."""
         judged_on = verdict == Verdict.CORRECT and stage == Source.GUIDED
         found = reject_guided(completion.text, problem, self.args) if judged_on else None
         rejected, reason = found or ("", reason)
-        log_probs, log_prob = completion.log_probs, None
-        if log_probs:
-            log_prob = round(sum(log_probs) / len(log_probs), 6)
-        elif verdict == Verdict.CORRECT and self.args.selection == "max_log_prob":
+        log_probs, ids = completion.log_probs, completion.completion_ids
+        if not log_probs and verdict == Verdict.CORRECT and self.args.selection == "max_log_prob":
             raise ValueError(
                 f"You passed selection='max_log_prob', but {self._sampler_of(stage).name} returned no log-probs for {completion.id}. Use another engine, "
                 "or selection='random'."
             )
-        entry = {
-            "id": problem.id,
-            "stage": stage,
-            "attempt": attempt,
-            "verdict": verdict,
-            "finish_reason": completion.finish_reason,
-            "num_tokens": len(completion.completion_ids),
-            "log_prob": log_prob,
-            **({"reference": reference_digest(problem.demonstration)} if stage == Source.GUIDED else {}),
-            **({"rejected": rejected} if rejected else {}),
-            "reason": reason,  # a resume reads a line up to here
-        }
+        log_prob = round(sum(log_probs) / len(log_probs), 6) if log_probs else None
+        reference = reference_digest(problem.demonstration) if stage == Source.GUIDED else 0
+        ended = verdict, completion.finish_reason, len(ids), log_prob, reference, rejected, reason
         if (verdict == Verdict.CORRECT and not rejected) or self.args.keep_rejected:
-            entry["text"] = completion.text
-            entry["completion_ids"] = completion.completion_ids
-            entry["behavior_log_probs"] = [round(x, 6) for x in log_probs]
-        return entry
-
-    def _summarize(self, counts: Counter) -> None:
-        by_source = {str(source): counts[source] for source in Source}
-        self.metrics = {
-            "yield": {**by_source, "total": sum(by_source.values())},
-            "gold_unparsable": counts["gold_unparsable"],
-            "gold_not_told": counts["gold_timeout"] + counts["gold_error"],
-            "failed": counts["failed"],
-            # Of these, attempts that a row lacks and that the same run again may draw.
-            "undrawn": counts["undrawn"],
-            "sampling": {
-                "sampled": counts["sampled"],
-                "fixed_k_equivalent": counts["fixed_k"],
-                "tokens": counts["tokens"],
-                **{name: counts[name] for name in ("truncated", "late_ends", "late_tokens")},
-            },
-            "stages": {
-                stage: {name: counts[f"{stage}_{name}"] for name in ("sampled", "correct", "truncated")}
-                for stage in self.args.stages
-            },
-            # Beyond the attempts that settled something; this depends on the engine's speed, the numbers above do not.
-            "speculation": {name: counts[name] for name in ("unused", "unused_tokens", "aborted", "aborted_tokens")},
-            "verdicts": {str(v): counts["verdict_" + v] for v in Verdict},
-            # Of the correct ones, guided attempts that were not kept; `stages` does not count them as correct.
-            "rejected": {str(r): counts["rejected_" + r] for r in Rejection},
-        }
+            return Attempt(problem.id, stage, attempt, *ended, completion.text, ids, [round(x, 6) for x in log_probs])
+        return Attempt(problem.id, stage, attempt, *ended)
 
     # ---- rows out ----
 
@@ -685,7 +630,7 @@ class DataRewriter:
         file: Path,
         whole,
         dataset,
-        keys: np.ndarray,
+        memory: RunMemory,
         outcome_of: Callable[[int], Outcome | None],
         journal: JournalReader,
         run: str = "",
@@ -711,7 +656,7 @@ class DataRewriter:
         names = {source: public_name(self._sampler_of(source).name) for source in Source}
         experts: Counter = Counter()
         with pq.ParquetWriter(file, schema) as writer:
-            for chunk in batched(enumerate(self._problems(dataset, keys)), 100 if media else 1000):
+            for chunk in batched(enumerate(self._problems(dataset, memory)), 100 if media else 1000):
                 solved, rows = [], []
                 for i, problem in chunk:
                     outcome = outcome_of(i)
@@ -766,7 +711,7 @@ class DataRewriter:
         if self.shard.count > 1:
             files = [shard.file(self.output_dir, "metrics.json") for shard in self.shard.siblings()]
             if all(file.exists() for file in files):
-                total = _sum([json.loads(file.read_text()) for file in files])
+                total = summed([json.loads(file.read_text()) for file in files])
                 write_whole(self.output_dir / "metrics.json", json.dumps(total, indent=1) + "\n")
         if logged is not None and self.args.wandb_log_artifacts:
             paths = [self.output_dir / name for name in ("dataset", "run_config.yaml", "metrics.json")]
@@ -837,19 +782,6 @@ class DataRewriter:
         return row | {"chat_template_kwargs": given} if given else row
 
 
-@contextmanager
-def _frozen_heap():
-    """Else the collector walks over all that torch and the engine hold again and again: a sixth of a resume's time."""
-    ours = gc.get_freeze_count() == 0  # vLLM does the same
-    if ours:
-        gc.freeze()
-    try:
-        yield
-    finally:
-        if ours:
-            gc.unfreeze()
-
-
 def check_stages(columns: list[str], args: RewriteConfig) -> None:
     """`ValueError` if a dataset with these `columns` cannot be rewritten as `args` say, whatever its rows are."""
     carried_columns(columns, args.answer_column)
@@ -868,11 +800,3 @@ def check_stages(columns: list[str], args: RewriteConfig) -> None:
             "retells. Write stages=['self'] (--stages self), and what the model does not solve is listed in unsolved.jsonl; or name the "
             f"demonstrations' column as one of {', '.join(dict.fromkeys(pair[1] for pair in FORMATS))}."
         )
-
-
-def _sum(parts: list[dict]) -> dict:
-    """The sum of nested counts."""
-    return {
-        k: _sum([p.get(k, {}) for p in parts]) if isinstance(v, dict) else round(sum(p.get(k, 0) for p in parts), 2)
-        for k, v in parts[0].items()
-    }

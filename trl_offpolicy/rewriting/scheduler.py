@@ -7,37 +7,18 @@ the order in which attempts finish; keeping the first *finished* one instead wou
 """
 
 import random
-import struct
-from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections import OrderedDict, deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 
-from ..data.rows import Problem, Rejection, Source, Verdict, split_id
+from ..data.rows import Problem, Source
+from ..runs.journal import Result
+from ..runs.run_counts import RunCounts
 from ..sampling.sampler import FAILED, attempt_seed
 from .rewrite_config import RewriteConfig
-
-
-class Fate(NamedTuple):
-    """
-    How an attempt ended; `offset` is its place in the journal, `log_prob` the mean over its tokens (NaN: not known), `rejected` the
-    [`~data.rows.Rejection`] for which it is not kept though it is correct.
-    """
-
-    offset: int
-    verdict: str
-    finish_reason: str
-    num_tokens: int
-    log_prob: float
-    rejected: str = ""
-
-    @property
-    def accepted(self) -> bool:
-        """Whether it is a correct attempt, of which one is kept."""
-        return self.verdict == Verdict.CORRECT and not self.rejected
 
 
 class Outcome(NamedTuple):
@@ -53,15 +34,15 @@ class Outcome(NamedTuple):
 
 
 @dataclass(slots=True, eq=False)
-class Progress:
+class ProblemState:
     """Where one unfinished problem stands."""
 
     row: int
     id: str
     problem: Problem | None  # `None` until it is drawn for, where the journal knows it
-    known: dict[str, dict[int, Fate]]  # by stage and attempt: what the journal holds of stages to come
+    known: dict[str, dict[int, Result]]  # by stage and attempt: what the journal holds of stages to come
     stage: int = -1
-    fates: dict[int, Fate] = field(default_factory=dict)  # of this stage's attempts, by index
+    results: dict[int, Result] = field(default_factory=dict)  # of this stage's attempts, by index
     in_flight: set[int] = field(default_factory=set)
     queued: bool = False
     sampled: bool = False  # whether this run draws for it, or the journal knows it all
@@ -72,7 +53,7 @@ class Progress:
 class Draw:
     """One attempt to draw."""
 
-    progress: Progress
+    progress: ProblemState
     stage: str
     attempt: int
 
@@ -87,11 +68,10 @@ class Scheduler:
 
     Args:
         problems (`Iterable[tuple[str, Problem | None, bool, dict]]`): Ids and problems in order, whether each can be sampled at all, and
-            what [`KnownAttempts`] has of it.
+            what [`~runs.run_memory.RunMemory`] has of it.
         total (`int`): How many they are.
         args ([`RewriteConfig`]): Stages, K, selection, seed and how far to speculate.
-        counts (`Counter`): Where everything is counted. Attempts up to the one that settled a stage are `sampled`, and do not depend
-            on the order of things; those drawn beyond it are `unused`.
+        counts ([`RunCounts`]): Where everything is counted.
     """
 
     def __init__(
@@ -99,13 +79,13 @@ class Scheduler:
         problems: Iterable[tuple[str, Problem | None, bool, dict]],
         total: int,
         args: RewriteConfig,
-        counts: Counter,
+        counts: RunCounts,
     ):
         self.args, self.counts = args, counts
         self._fresh = enumerate(problems)
         self._all_needed = args.selection != "first"
-        self._ready: deque[Progress] = deque()
-        self._open: OrderedDict[int, Progress] = OrderedDict()
+        self._ready: deque[ProblemState] = deque()
+        self._open: OrderedDict[int, ProblemState] = OrderedDict()
         self._sources = [*args.stages, str(Source.EXPERT)]
         numbers = ("num_sampled", "num_correct", "attempt", "self_sampled", "self_correct")
         types = [("source", "u1"), ("offset", "i8"), *((name, "u2") for name in numbers)]
@@ -145,12 +125,12 @@ class Scheduler:
         rest = [0.0]  # of a problem that is through with all stages but the last 0, 1, …
         rates = []
         for stage in reversed(self.args.stages):
-            rates.insert(0, (counts[f"{stage}_correct"] + 1) / (counts[f"{stage}_sampled"] + 2))
+            rates.insert(0, (counts.stages[stage].correct + 1) / (counts.stages[stage].sampled + 2))
             rest.insert(0, self._expected(most, rates[0], rest[0]))
-        left = (len(self._outcomes) - sum(counts[source] for source in self._sources) - len(self._open)) * rest[0]
+        left = (len(self._outcomes) - counts.rows.total() - len(self._open)) * rest[0]
         for progress in self._open.values():
             if 0 <= progress.stage < len(rates):
-                tries = most - len(progress.fates)
+                tries = most - len(progress.results)
                 left += self._expected(tries, rates[progress.stage], rest[progress.stage + 1])
         return left
 
@@ -159,11 +139,11 @@ class Scheduler:
         in_vain = (1 - rate) ** tries
         return (tries if self._all_needed else (1 - in_vain) / rate) + in_vain * rest
 
-    def _due(self) -> Progress | None:
+    def _due(self) -> ProblemState | None:
         """A problem that waits for its next attempt, else a fresh one; `None` when all are under way or settled."""
         while not self._ready and (item := next(self._fresh, None)):
             row, (row_id, problem, can_be_sampled, known) = item
-            progress = Progress(row, row_id, problem, known)
+            progress = ProblemState(row, row_id, problem, known)
             self._open[row] = progress
             if can_be_sampled:
                 self._enter_next_stage(progress)
@@ -175,82 +155,64 @@ class Scheduler:
         progress.queued = False
         return progress
 
-    def record(self, draw: Draw, fate: Fate) -> list[str]:
-        """Takes an attempt's verdict and returns the ids of the attempts in flight that no longer matter."""
+    def record(self, draw: Draw, result: Result) -> list[str]:
+        """Takes how an attempt ended and returns the ids of the attempts in flight that no longer matter."""
         progress = draw.progress
         if self._stage_name(progress) != draw.stage or draw.attempt not in progress.in_flight:
-            self._count_unused([fate])  # it was obsolete before its verdict came
+            self.counts.add_unused(result.num_tokens)  # it was obsolete before its verdict came
             return []
         progress.in_flight.remove(draw.attempt)
-        progress.fates[draw.attempt] = fate
+        progress.results[draw.attempt] = result
         horizon = self._horizon(progress)
         obsolete = {k for k in progress.in_flight if k >= horizon}
         progress.in_flight -= obsolete
         self._advance(progress)
         return [Draw(progress, draw.stage, k).id for k in sorted(obsolete)]
 
-    def _stage_name(self, progress: Progress) -> str:
+    def _stage_name(self, progress: ProblemState) -> str:
         return self._sources[progress.stage]
 
-    def _horizon(self, progress: Progress) -> int:
+    def _horizon(self, progress: ProblemState) -> int:
         """One past the last attempt that can still matter."""
-        for k in sorted(k for k in progress.fates if k < self.args.num_generations):  # a journal may hold more
-            fate = progress.fates[k]
+        for k in sorted(k for k in progress.results if k < self.args.num_generations):  # a journal may hold more
+            result = progress.results[k]
             # A prompt that cannot be asked (beyond the context) can be asked no better at the next attempt.
-            if fate.finish_reason == "refused" or (fate.accepted and not self._all_needed):
+            if result.finish_reason == "refused" or (result.accepted and not self._all_needed):
                 return k + 1
         return self.args.num_generations
 
-    def _wanted(self, progress: Progress) -> list[int]:
+    def _wanted(self, progress: ProblemState) -> list[int]:
         """The attempts that can still matter and are neither known nor under way, in the order in which they are due."""
         if progress.stage == len(self.args.stages):
             return []
-        known = progress.fates.keys() | progress.in_flight
+        known = progress.results.keys() | progress.in_flight
         return [k for k in range(self._horizon(progress)) if k not in known]
 
-    def _enter_next_stage(self, progress: Progress) -> None:
+    def _enter_next_stage(self, progress: ProblemState) -> None:
         progress.stage += 1
         progress.in_flight = set()
-        progress.fates = progress.known.pop(self._stage_name(progress), {})
+        progress.results = progress.known.pop(self._stage_name(progress), {})
         self._advance(progress)
 
-    def _advance(self, progress: Progress) -> None:
+    def _advance(self, progress: ProblemState) -> None:
         """Settles the stage if all that matters is known; else sees to it that an attempt is drawn or under way."""
         if progress.stage == len(self.args.stages):
             self._settle(progress, Outcome(Source.EXPERT))
             return
-        horizon, stage, fates = self._horizon(progress), self._stage_name(progress), progress.fates
-        if any(k not in fates for k in range(horizon)):
+        horizon, stage, results = self._horizon(progress), self._stage_name(progress), progress.results
+        if any(k not in results for k in range(horizon)):
             if not progress.queued and (self._all_needed or not progress.in_flight) and self._wanted(progress):
                 progress.queued = True
                 self._ready.append(progress)
             return
-        counted = [fates.pop(k) for k in range(horizon)]
-        self._count_unused(fates.values())
-        correct = [fate for fate in counted if fate.accepted]
-        num_sampled = sum(fate.finish_reason not in FAILED for fate in counted)
-        counts = self.counts  # one by one: `update` costs a resume a second in ten
-        half = self.args.max_completion_length // 2
-        for fate in counted:
-            counts["verdict_" + fate.verdict] += 1
-            counts["tokens"] += fate.num_tokens
-            if fate.finish_reason == "length":
-                counts["truncated"] += 1
-                counts[f"{stage}_truncated"] += 1
-            if (
-                fate.num_tokens > half
-            ):  # by which `run_log.cut_advice` tells how long the ones that were cut would have become
-                counts["late_tokens"] += fate.num_tokens - half
-                counts["late_ends"] += fate.finish_reason == "stop"
-            if fate.rejected:
-                counts["rejected_" + fate.rejected] += 1
-        counts["sampled"] += num_sampled
-        counts["undrawn"] += sum(fate.finish_reason == "error" for fate in counted)
-        counts[f"{stage}_sampled"] += num_sampled
-        counts[f"{stage}_correct"] += len(correct)
-        counts["fixed_k"] += (
-            self.args.num_generations
-        )  # what the usual script draws for every problem that reaches a stage
+        counted = [results.pop(k) for k in range(horizon)]
+        for result in results.values():
+            self.counts.add_unused(result.num_tokens)
+        for result in counted:
+            self.counts.add(stage, result)
+        self.counts.fixed_k += self.args.num_generations
+        correct = [result for result in counted if result.accepted]
+        num_sampled = sum(result.finish_reason not in FAILED for result in counted)
         if stage == Source.SELF:
             progress.of_self = num_sampled, len(correct)
         if correct:
@@ -259,16 +221,12 @@ class Scheduler:
         else:
             self._enter_next_stage(progress)
 
-    def _count_unused(self, fates: Iterable[Fate]) -> None:
-        for fate in fates:
-            self.counts.update({"unused": 1, "unused_tokens": fate.num_tokens})
-
-    def _settle(self, progress: Progress, outcome: Outcome) -> None:
+    def _settle(self, progress: ProblemState, outcome: Outcome) -> None:
         progress.stage = len(self.args.stages)
         outcome = outcome._replace(self_sampled=progress.of_self[0], self_correct=progress.of_self[1])
         self._outcomes[progress.row] = (self._sources.index(outcome.source), *outcome[1:])
-        self.counts[str(outcome.source)] += 1
-        self.counts["undrawn_rows"] += not progress.sampled
+        self.counts.rows[outcome.source] += 1
+        self.counts.undrawn_rows += not progress.sampled
         del self._open[progress.row]
 
 
@@ -321,83 +279,10 @@ class Speculation:
         return tokens / seconds if tokens >= self.enough * 2 ** (level - 1) and seconds > 0 else None
 
 
-def select(correct: list[Fate], selection: str, key: tuple) -> Fate:
+def select(correct: list[Result], selection: str, key: tuple) -> Result:
     """The attempt that is kept of the `correct` ones, which are in index order; `key` is what [`attempt_seed`] takes."""
     if selection == "max_log_prob":
-        return max(correct, key=lambda fate: fate.log_prob)  # the lowest index among equals
+        return max(correct, key=lambda result: result.log_prob)  # the lowest index among equals
     if selection == "random":
         return correct[random.Random(attempt_seed(*key)).randrange(len(correct))]
     return correct[0]
-
-
-class KnownAttempts:
-    """
-    The attempts that are in the journal already: 50 bytes each, found by the problem's id. Not known are those that failed, and
-    guided ones whose reference was another than the row's demonstration is now: where they matter they are drawn again.
-
-    Args:
-        entries (`Iterator[tuple[int, dict]]`): Offset and head of each line, in the order written; a later line for the same attempt wins.
-        stages (`list[str]`): Names of the stages.
-    """
-
-    _RECORD = struct.Struct("<QIBHBBIdqIB")
-    _TYPES = [("id", "<u8"), ("copy", "<u4"), ("stage", "u1"), ("attempt", "<u2"), ("verdict", "u1"), ("finish_reason", "u1"),
-              ("num_tokens", "<u4"), ("log_prob", "<f8"), ("offset", "<i8"), ("reference", "<u4"), ("rejected", "u1")]  # fmt: skip
-    _VERDICTS = list(Verdict)
-    _FINISH_REASONS = ["stop", "length"]
-    _REJECTIONS = ["", *Rejection]
-
-    def __init__(self, entries: Iterator[tuple[int, dict]], stages: list[str]):
-        self._stages, packed, nan = stages, bytearray(), float("nan")
-        stage, verdict, finish_reason, rejected = (
-            {name: i for i, name in enumerate(names)}
-            for names in (stages, self._VERDICTS, self._FINISH_REASONS, self._REJECTIONS)
-        )
-        for offset, e in entries:
-            if e["finish_reason"] in FAILED:
-                continue
-            log_prob = nan if e["log_prob"] is None else e["log_prob"]
-            packed += self._RECORD.pack(
-                *split_id(e["id"]), stage[e["stage"]], e["attempt"], verdict[e["verdict"]], finish_reason[e["finish_reason"]],
-                e["num_tokens"], log_prob, offset, e.get("reference", 0), rejected[e.get("rejected", "")],
-            )  # fmt: skip
-        table = np.frombuffer(packed, self._TYPES)
-        self._table = table[np.argsort(table["id"], kind="stable")]
-        self._ids = np.ascontiguousarray(self._table["id"])
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def of(self, keys: np.ndarray) -> list[dict[str, dict[int, Fate]]]:
-        """
-        The known attempts of each of the problems with these `rows.KEY`s by stage and index; many at a time, for one search costs as
-        much as a hundred.
-        """
-        first, end = (np.searchsorted(self._ids, keys["id"], side) for side in ("left", "right"))
-        sizes = end - first
-        # The places of all of them in the table, one problem's after another's: one `tolist`, which is what takes the time.
-        places = np.repeat(end - sizes.cumsum(), sizes) + np.arange(sizes.sum())
-        rows = iter(self._table[places].tolist())
-        numbers = zip(sizes.tolist(), keys["copy"].tolist(), keys["reference"].tolist(), strict=True)
-        return [self._known(islice(rows, n), copy, (0, reference)) for n, copy, reference in numbers]
-
-    def _known(self, rows: Iterable[tuple], copy: int, references: tuple[int, int]) -> dict[str, dict[int, Fate]]:
-        found: dict[str, dict[int, Fate]] = {}
-        for (
-            _,
-            of_copy,
-            stage,
-            attempt,
-            verdict,
-            finish_reason,
-            num_tokens,
-            log_prob,
-            offset,
-            reference,
-            rejected,
-        ) in rows:
-            if of_copy == copy and reference in references:
-                told = self._VERDICTS[verdict], self._FINISH_REASONS[finish_reason]
-                fate = Fate(offset, *told, num_tokens, log_prob, self._REJECTIONS[rejected])
-                found.setdefault(self._stages[stage], {})[attempt] = fate
-        return found

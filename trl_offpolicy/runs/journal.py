@@ -1,5 +1,7 @@
 """An append-only record of attempts, one JSON line each: what a crash cannot lose and a resume starts from.
 
+[`Attempt`] is a line of a rewrite's journal; an evaluation's has other fields, and both have their texts behind `reason`.
+
 The first line is the configuration that made the attempts. A line is written whole, in one `write` to a file opened for
 appending, so a killed process leaves at most a torn last line, which the next opening cuts off (its attempt is simply
 drawn again, from the same seed). Lines are never changed; a later one for the same key wins.
@@ -17,7 +19,9 @@ import re
 import shlex
 import zlib
 from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm.auto import tqdm
 
@@ -27,6 +31,65 @@ from ..sampling.sampler import FAILED
 
 _CHECKSUM = b',"crc32":"%08x"}\n'
 _LENGTH = len(_CHECKSUM % 0)
+_TEXTS = b',"reason":'  # where a line's texts and token ids begin, nine tenths of it and more
+
+
+class Result(NamedTuple):
+    """
+    How an attempt ended; `offset` is its place in the journal, `log_prob` the mean over its tokens (NaN: not known), `rejected` the
+    [`~data.rows.Rejection`] for which it is not kept though it is correct.
+    """
+
+    offset: int
+    verdict: str
+    finish_reason: str
+    num_tokens: int
+    log_prob: float
+    rejected: str = ""
+
+    @property
+    def accepted(self) -> bool:
+        """Whether it is a correct attempt, of which one is kept."""
+        return self.verdict == Verdict.CORRECT and not self.rejected
+
+
+@dataclass(slots=True)
+class Attempt:
+    """
+    One line of a rewrite's journal. Fields that have their default value are not written, and those from `reason` on have it as well in
+    an attempt that was read without its texts.
+    """
+
+    id: str  # the problem's
+    stage: str
+    attempt: int  # its number among the problem's in this stage
+    verdict: str
+    finish_reason: str
+    num_tokens: int
+    log_prob: float | None  # mean over its tokens
+    reference: int = 0  # digest of the reference that its prompt showed, above 0 in the stage `guided`
+    rejected: str = ""  # the `Rejection` for which it is not kept though it is correct
+    reason: str | None = None  # of the verdict, or of `rejected`, in words
+    text: str | None = None  # this and what follows: not there if it was not to be kept
+    completion_ids: list[int] | None = None
+    behavior_log_probs: list[float] | None = None
+
+    @classmethod
+    def of(cls, entry: dict) -> "Attempt":
+        """What a line says, whenever it was written."""
+        return cls(**{name: entry[name] for name in cls.__slots__ if name in entry})
+
+    def entry(self) -> dict:
+        """The line."""
+        return {name: value for name, default in _DEFAULTS if (value := getattr(self, name)) != default}
+
+    def result(self, offset: int) -> Result:
+        """What is remembered of it while the run goes on; `offset` is its line's."""
+        log_prob = float("nan") if self.log_prob is None else self.log_prob
+        return Result(offset, self.verdict, self.finish_reason, self.num_tokens, log_prob, self.rejected)
+
+
+_DEFAULTS = [(field.name, field.default) for field in fields(Attempt)]
 
 
 class JournalReader:
@@ -35,9 +98,9 @@ class JournalReader:
     def __init__(self, path: Path):
         self.path, self._reader = Path(path), None
 
-    def entries(self, until: str | None = None) -> Iterator[tuple[int, dict]]:
+    def entries(self, texts: bool = True) -> Iterator[tuple[int, dict]]:
         """What [`read_entries`] finds in the file."""
-        return read_entries(self.path, until)
+        return read_entries(self.path, texts)
 
     def read(self, offset: int, expected: dict | None = None, fields: Iterable[str] = ()) -> dict:
         """
@@ -155,12 +218,17 @@ class Journal(JournalReader):
                 file.truncate(start)
 
 
-def read_entries(path: Path, until: str | None = None) -> Iterator[tuple[int, dict]]:
+def read_attempts(path: Path, ids: Collection[str] | None = None, texts: bool = True) -> Iterator[Attempt]:
+    """What [`read_entries`] finds in a rewrite's journal of the problems with these `ids`, by default of all."""
+    return (Attempt.of(entry) for _, entry in read_entries(path, texts) if ids is None or entry["id"] in ids)
+
+
+def read_entries(path: Path, texts: bool = True) -> Iterator[tuple[int, dict]]:
     """
     (offset, entry) of every whole line after the first, in the order written; also of a journal that is being written to.
 
-    With `until`, only an entry's fields before that one, which must not be its first: what follows is not parsed, so texts and
-    token ids, nine tenths of a line and more, cost next to nothing. Their checksum is compared all the same.
+    Without `texts`, only an entry's fields before `reason`: what follows is not parsed, so texts and token ids cost next to nothing.
+    Their checksum is compared all the same.
 
     Raises:
         ValueError: A line is damaged; names file and line.
@@ -168,7 +236,6 @@ def read_entries(path: Path, until: str | None = None) -> Iterator[tuple[int, di
     config = read_header(path)
     if config is None:
         return
-    mark = None if until is None else f',"{until}":'.encode()
     size, number = path.stat().st_size, 1
     with (
         path.open("rb") as file,
@@ -188,7 +255,7 @@ def read_entries(path: Path, until: str | None = None) -> Iterator[tuple[int, di
                 except ValueError as error:
                     raise _damaged(path, number, error) from error
                 # Without a checksum, a line whose end is missing is parsed in full, to say what is wrong.
-                end = line.find(mark) if mark is not None and (checked or line.endswith(b"}\n")) else -1
+                end = line.find(_TEXTS) if not texts and (checked or line.endswith(b"}\n")) else -1
                 heads.append(line[:end] + b"}" if end >= 0 else _content(line, checked))
                 offsets.append(offset)
                 offset += len(line)

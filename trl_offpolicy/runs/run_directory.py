@@ -1,98 +1,180 @@
-"""A finished or unfinished run on disk: what its journals, settings and rows say."""
+"""A finished or unfinished run on disk: which files it has, and what they say."""
 
 import json
 import re
 from collections import Counter
 from collections.abc import Iterator
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import yaml
 
-from ..cards import is_hub_id, link
-from ..data.rows import REJECTIONS, Source, Verdict, copy_id
-from .journal import read_entries, read_header
+from ..cards import is_hub_id
+from ..data.rows import Source
+from .journal import Attempt, read_attempts, read_header
+from .run_counts import RunCounts
+from .run_memory import RunMemory
 from .shards import Shard, journals_in
 
 
-def read_run(output_dir: Path, finished: bool = True) -> dict:
-    """What the card says of a run, from its journals, `run_config.yaml` and, if it is `finished`, its rows."""
-    import pyarrow.parquet as pq
+class RunDirectory:
+    """
+    What is in the directory of a run of `trl-offpolicy rewrite`; a file is read when it is asked for.
 
-    journals = journals_in(output_dir)
-    if not journals:
-        raise FileNotFoundError(
-            f"You passed output_dir={str(output_dir)!r}, which has no journal: it is no run of `trl-offpolicy rewrite`."
-        )
-    text = (output_dir / "run_config.yaml").read_text()
-    rows = sorted((output_dir / "dataset").glob("*.parquet")) if finished else []
-    if rows and len(rows) != len(journals):
-        raise ValueError(
-            f"{output_dir} has the rows of {len(rows)} shard(s), but {len(journals)} journal(s): {', '.join(path.name for path in journals)}. Bring "
-            "those of all shards together, or push from where they are; the card and the attempts are made from them."
-        )
-    sources, ids, files = Counter(), {journal: _asked(journal) for journal in journals}, {}
-    for journal, path in zip(journals, rows, strict=False):
-        table = pq.read_table(path, columns=["source", "id"])
-        sources.update(table["source"].to_pylist())
-        ids[journal] = set(table["id"].to_pylist())
-        unsolved = Shard.of_file(journal).file(output_dir, "unsolved.jsonl")
-        if unsolved.exists():  # problems without a demonstration that got no row, but attempts
-            files[unsolved.name] = unsolved.read_text()
-            ids[journal].update(json.loads(line)["id"] for line in files[unsolved.name].splitlines())
-    counts, tokens, tried, rejected = Counter(), Counter(), {}, Counter()
-    for journal in journals:
-        for _, entry in attempts_of(journal, ids[journal], until="reason"):
-            stage = entry["stage"]
-            counts[stage, entry["verdict"]] += 1
-            rejected[entry.get("rejected")] += 1
-            counts[stage, "truncated"] += entry["finish_reason"] == "length"
-            tokens[stage] += entry["num_tokens"]
-            tried.setdefault(stage, set()).add(entry["id"])
-    settings, config = yaml.safe_load(text), read_header(journals[0])
-    source, on_hub = settings.get("dataset_name"), "dataset_revision" in settings
-    # A digest of the weights stands where no commit names them: then it was a local model.
-    model_on_hub = False if re.fullmatch("[0-9a-f]{12}", config["model_revision"]) else None
-    public_text, left_out = _without_paths(
-        text,
-        {
-            "dataset_name": on_hub,
-            "data_files": on_hub,
-            "model_name_or_path": model_on_hub,
-            "chat_template_path": False,
-        },
-    )
-    metrics = next(output_dir.glob("metrics.json"), None) if finished else None
-    gap = output_dir / "policy_gap.json"
-    return {
-        "journals": journals,
-        "rows": rows,
-        "ids": ids,
-        "files": files | {"run_config.yaml": public_text} | ({"metrics.json": metrics.read_text()} if metrics else {}),
-        "left_out": left_out,
-        "config": config,
-        "settings": settings,
-        "source_id": source if on_hub else None,
-        "source": link(source, "datasets/", on_hub),
-        "model": link(config["model"], "", model_on_hub),
-        "rewriter": link(config.get("rewriter_adapter"), ""),
-        "made_with": " ".join(line[2:] for line in text.splitlines() if line.startswith("# ")),
-        "num_rows": sum(sources.values()),
-        "num_untried": len(set().union(*ids.values()).difference(*tried.values())) if rows else 0,
-        "sources": {str(source): sources[source] for source in Source},
-        "verdicts": [str(verdict) for verdict in Verdict],
-        "rejected": {what: rejected[why] for why, what in REJECTIONS.items() if rejected[why]},
-        "expert_format": json.loads(metrics.read_text()).get("expert_format", {}) if metrics else {},
-        "attempts": {
-            stage: {
-                "problems": len(tried[stage]),
-                "sampled": sum(counts[stage, v] for v in Verdict),
-                "tokens": tokens[stage],
-                **{name: counts[stage, name] for name in (*map(str, Verdict), "truncated")},
+    Args:
+        path (`str` or `Path`): The run's `output_dir`.
+        finished (`bool`, *optional*, defaults to `True`): `False` for a run under way, of which there are no rows and no `metrics` yet.
+    """
+
+    def __init__(self, path: str | Path, finished: bool = True):
+        self.path, self.finished = Path(path), finished
+        self.journals = journals_in(self.path)  # one for each shard
+        # Parquet files in the order of the rows.
+        self.row_files = sorted((self.path / "dataset").glob("*.parquet")) if finished else []
+
+    def check(self) -> None:
+        """Reads the attempts and the settings; `FileNotFoundError` or `ValueError` if there are none, or they are damaged."""
+        assert self.counts and self.settings is not None
+
+    # ---- how it was made ----
+
+    @cached_property
+    def config(self) -> dict:
+        """On what its attempts and their verdicts depend: a journal's first line."""
+        return read_header(self.journals[0])
+
+    @cached_property
+    def _run_config(self) -> str:
+        return (self.path / "run_config.yaml").read_text()
+
+    @cached_property
+    def settings(self) -> dict:
+        """All that was set, as in `run_config.yaml`."""
+        return yaml.safe_load(self._run_config)
+
+    @property
+    def made_with(self) -> str:
+        """Names and versions of the packages."""
+        return " ".join(line[2:] for line in self._run_config.splitlines() if line.startswith("# "))
+
+    @property
+    def source_on_hub(self) -> bool:
+        """Whether the dataset that was rewritten is on the Hub."""
+        return "dataset_revision" in self.settings
+
+    @property
+    def model_on_hub(self) -> bool | None:
+        """`False` where a digest of its weights stands for a commit: then it was local. Else it is not known."""
+        return False if re.fullmatch("[0-9a-f]{12}", self.config["model_revision"]) else None
+
+    # ---- attempts ----
+
+    @cached_property
+    def ids(self) -> dict[Path, set[str] | None]:
+        """
+        Of each journal the problems of its shard (`None`: not known); it may have attempts at others that have left the dataset since.
+
+        Raises:
+            FileNotFoundError: It is no run.
+            ValueError: There are rows of more shards than journals.
+        """
+        import pyarrow.parquet as pq
+
+        if not self.journals:
+            raise FileNotFoundError(
+                f"You passed output_dir={str(self.path)!r}, which has no journal: it is no run of `trl-offpolicy rewrite`."
+            )
+        if not self.row_files:
+            return {journal: self._asked(Shard.of_file(journal)) for journal in self.journals}
+        if len(self.row_files) != len(self.journals):
+            raise ValueError(
+                f"{self.path} has the rows of {len(self.row_files)} shard(s), but {len(self.journals)} journal(s): {', '.join(path.name for path in self.journals)}. "
+                "Bring those of all shards together, or push from where they are; the card and the attempts are made from them."
+            )
+        ids = {}
+        for journal, path in zip(self.journals, self.row_files, strict=True):
+            unsolved = (self._unsolved(journal).read_text() if self._unsolved(journal).exists() else "").splitlines()
+            ids[journal] = {
+                *pq.read_table(path, columns=["id"])["id"].to_pylist(),
+                *(json.loads(x)["id"] for x in unsolved),
             }
-            for stage in tried
-        },
-        "gap": json.loads(gap.read_text()) if gap.exists() else None,
-    }
+        return ids
+
+    def _unsolved(self, journal: Path) -> Path:
+        """Lists problems without a demonstration that got no row, but attempts; missing where there are none."""
+        return Shard.of_file(journal).file(self.path, "unsolved.jsonl")
+
+    def _asked(self, shard: Shard) -> set[str] | None:
+        """The ids of the rows that a shard is to rewrite; `None` where its `rows.npz` is elsewhere."""
+        memory = RunMemory.load(shard.file(self.path, "rows.npz"))
+        own = shard.rows(len(memory or ()))
+        return None if memory is None else set(memory.ids(own.start, len(own)))
+
+    def attempts(self, journal: Path, texts: bool = True) -> Iterator[Attempt]:
+        """Those in one of its journals, at problems in `ids`."""
+        return read_attempts(journal, self.ids[journal], texts)
+
+    @cached_property
+    def counts(self) -> RunCounts:
+        """Of all attempts that were drawn, also of those beyond the ones that settled a problem's stage."""
+        journals = list(self.ids)
+        counts = RunCounts(self.config["stages"], self.config["max_completion_length"])
+        for attempt in chain.from_iterable(self.attempts(journal, texts=False) for journal in journals):
+            counts.add(attempt.stage, attempt)
+            counts.stages[attempt.stage].problems.add(attempt.id)
+        return counts
+
+    # ---- rows ----
+
+    def rows(self):
+        """The rows, as a `pyarrow.dataset.Dataset`; `None` as long as the run is not finished."""
+        import pyarrow.dataset as ds
+
+        return ds.dataset(self.row_files, format="parquet") if self.row_files else None
+
+    @cached_property
+    def sources(self) -> dict[str, int]:
+        """How many rows come from where."""
+        found = Counter(self.rows().to_table(columns=["source"])["source"].to_pylist() if self.row_files else ())
+        return {str(source): found[source] for source in Source}
+
+    @property
+    def num_untried(self) -> int:
+        """Rows for which nothing was drawn."""
+        tried = (of.problems for of in self.counts.stages.values())
+        return len(set().union(*self.ids.values()).difference(*tried)) if self.row_files else 0
+
+    @property
+    def metrics(self) -> dict:
+        """`metrics.json`; empty as long as the run is not finished."""
+        return self._json("metrics.json") if self.finished else {}
+
+    @property
+    def gap(self) -> dict:
+        """What `trl-offpolicy gap` has measured here; empty if it has not."""
+        return self._json("policy_gap.json")
+
+    def _json(self, name: str) -> dict:
+        return json.loads((self.path / name).read_text()) if (self.path / name).exists() else {}
+
+    # ---- what others get ----
+
+    def files(self) -> dict[str, str]:
+        """What goes along with rows and attempts, by name."""
+        files = [*map(self._unsolved, self.journals), self.path / "metrics.json"] if self.row_files else []
+        return {file.name: file.read_text() for file in files if file.exists()} | {"run_config.yaml": self._public[0]}
+
+    @property
+    def left_out(self) -> list[str]:
+        """The settings that others do not get: they are local paths, or hold some."""
+        return self._public[1]
+
+    @cached_property
+    def _public(self) -> tuple[str, list[str]]:
+        on_hub: dict[str, bool | None] = dict.fromkeys(("dataset_name", "data_files"), self.source_on_hub)
+        on_hub |= {"model_name_or_path": self.model_on_hub, "chat_template_path": False}
+        return _without_paths(self._run_config, on_hub)
 
 
 # Settings that name a place: a Hub id, or something on a disk.
@@ -121,21 +203,3 @@ def _without_paths(text: str, on_hub: dict[str, bool | None]) -> tuple[str, list
     head += [f"# {name} was a local path, or held one: pass your own." for name in left_out]
     kept = {name: value for name, value in settings.items() if name not in left_out}
     return "\n".join(head) + "\n" + yaml.safe_dump(kept, sort_keys=False, allow_unicode=True), left_out
-
-
-def _asked(journal: Path) -> set[str] | None:
-    """The ids of the rows that a shard is to rewrite; `None` where that is not known (its `rows.npz` is elsewhere)."""
-    import numpy as np
-
-    file = journal.with_name(journal.name.replace("journal", "rows").replace(".jsonl", ".npz"))
-    if not file.exists():
-        return None
-    with np.load(file) as checked:
-        keys = checked["keys"]
-    own = Shard.of_file(journal).rows(len(keys))
-    return {copy_id(*key) for key in keys[own.start : own.stop][["id", "copy"]].tolist()}
-
-
-def attempts_of(journal: Path, ids: set[str] | None, until: str | None = None) -> Iterator[tuple[int, dict]]:
-    """What [`read_entries`] finds of the rows with these ids: a journal keeps the attempts of rows that have left the dataset since."""
-    return ((offset, entry) for offset, entry in read_entries(journal, until) if ids is None or entry["id"] in ids)
