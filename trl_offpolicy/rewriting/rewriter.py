@@ -221,7 +221,7 @@ class DataRewriter:
         counts, still_open = self._counts(), set()
         scheduler = Scheduler(problems, len(memory), self.args, counts)
         while draw := scheduler.next(speculate=False):
-            still_open.add(draw.progress.row)
+            still_open.add(draw.state.row)
         try:
             with partial_file(Path(file)) as partial:
                 unsolved = self._write(
@@ -512,8 +512,8 @@ class DataRewriter:
         def ask() -> Asked | None:
             most = speculation.most(min(drawing.sampling, scheduler.open_rows))
             draw = scheduler.next(speculate=drawing.sampling < most)
-            if draw is not None and draw.progress.problem is None:  # begun before a resume
-                (draw.progress.problem,) = self._problems(dataset, memory, draw.progress.row, 1)
+            if draw is not None and draw.state.problem is None:  # begun before a resume
+                (draw.state.problem,) = self._problems(dataset, memory, draw.state.row, 1)
             return draw and self._asked(draw)
 
         try:
@@ -590,7 +590,7 @@ class DataRewriter:
         return self._control.prompt(prompt)
 
     def _asked(self, draw: Draw) -> Asked:
-        args, problem = self.args, draw.progress.problem
+        args, problem = self.args, draw.state.problem
         seed = attempt_seed(args.seed, problem.id, draw.stage, draw.attempt)
         prompt = self._prompt(problem, draw.stage)
         request = Request(draw.id, prompt, seed, self._params, args.chat_template_kwargs)
@@ -598,7 +598,7 @@ class DataRewriter:
 
     def _record(self, judged: Judged, journal: Journal, log: RunLog) -> Result:
         draw, completion, *verdict = judged
-        attempt = self._attempt(draw.progress.problem, draw.stage, draw.attempt, completion, *verdict)
+        attempt = self._attempt(draw.state.problem, draw.stage, draw.attempt, completion, *verdict)
         entry = attempt.entry()
         log.attempt(entry)
         return attempt.result(journal.append(entry))

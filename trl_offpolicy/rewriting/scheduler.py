@@ -53,13 +53,13 @@ class ProblemState:
 class Draw:
     """One attempt to draw."""
 
-    progress: ProblemState
+    state: ProblemState
     stage: str
     attempt: int
 
     @property
     def id(self) -> str:
-        return f"{self.progress.id}/{self.stage}/{self.attempt}"
+        return f"{self.state.id}/{self.stage}/{self.attempt}"
 
 
 class Scheduler:
@@ -97,22 +97,22 @@ class Scheduler:
 
     def next(self, speculate: bool = True) -> Draw | None:
         """The next attempt: one that is due, else a fresh problem's first, else a speculative one if allowed; `None` if there is none."""
-        while (progress := self._due()) and not self._wanted(progress):
+        while (state := self._due()) and not self._wanted(state):
             pass  # a refusal has ended its stage while it was queued
-        if progress is None and speculate:
+        if state is None and speculate:
             narrow = (p for p in self._open.values() if len(p.in_flight) < self.args.max_concurrent_attempts)
-            progress = next((p for p in narrow if self._wanted(p)), None)
-            if progress is not None:
-                self._open.move_to_end(progress.row)  # a second attempt for every problem before a third for any
-        if progress is None:
+            state = next((p for p in narrow if self._wanted(p)), None)
+            if state is not None:
+                self._open.move_to_end(state.row)  # a second attempt for every problem before a third for any
+        if state is None:
             return None
-        attempt, *more = self._wanted(progress)
-        progress.in_flight.add(attempt)
-        progress.sampled = True
+        attempt, *more = self._wanted(state)
+        state.in_flight.add(attempt)
+        state.sampled = True
         if more and self._all_needed:  # a prompt's attempts one after another: an engine's prefix cache likes that
-            progress.queued = True
-            self._ready.appendleft(progress)
-        return Draw(progress, self.args.stages[progress.stage], attempt)
+            state.queued = True
+            self._ready.appendleft(state)
+        return Draw(state, self.args.stages[state.stage], attempt)
 
     @property
     def open_rows(self) -> int:
@@ -128,10 +128,10 @@ class Scheduler:
             rates.insert(0, (counts.stages[stage].correct + 1) / (counts.stages[stage].sampled + 2))
             rest.insert(0, self._expected(most, rates[0], rest[0]))
         left = (len(self._outcomes) - counts.rows.total() - len(self._open)) * rest[0]
-        for progress in self._open.values():
-            if 0 <= progress.stage < len(rates):
-                tries = most - len(progress.results)
-                left += self._expected(tries, rates[progress.stage], rest[progress.stage + 1])
+        for state in self._open.values():
+            if 0 <= state.stage < len(rates):
+                tries = most - len(state.results)
+                left += self._expected(tries, rates[state.stage], rest[state.stage + 1])
         return left
 
     def _expected(self, tries: int, rate: float, rest: float) -> float:
@@ -143,67 +143,67 @@ class Scheduler:
         """A problem that waits for its next attempt, else a fresh one; `None` when all are under way or settled."""
         while not self._ready and (item := next(self._fresh, None)):
             row, (row_id, problem, can_be_sampled, known) = item
-            progress = ProblemState(row, row_id, problem, known)
-            self._open[row] = progress
+            state = ProblemState(row, row_id, problem, known)
+            self._open[row] = state
             if can_be_sampled:
-                self._enter_next_stage(progress)
+                self._enter_next_stage(state)
             else:
-                self._settle(progress, Outcome(Source.EXPERT))
+                self._settle(state, Outcome(Source.EXPERT))
         if not self._ready:
             return None
-        progress = self._ready.popleft()
-        progress.queued = False
-        return progress
+        state = self._ready.popleft()
+        state.queued = False
+        return state
 
     def record(self, draw: Draw, result: Result) -> list[str]:
         """Takes how an attempt ended and returns the ids of the attempts in flight that no longer matter."""
-        progress = draw.progress
-        if self._stage_name(progress) != draw.stage or draw.attempt not in progress.in_flight:
+        state = draw.state
+        if self._stage_name(state) != draw.stage or draw.attempt not in state.in_flight:
             self.counts.add_unused(result.num_tokens)  # it was obsolete before its verdict came
             return []
-        progress.in_flight.remove(draw.attempt)
-        progress.results[draw.attempt] = result
-        horizon = self._horizon(progress)
-        obsolete = {k for k in progress.in_flight if k >= horizon}
-        progress.in_flight -= obsolete
-        self._advance(progress)
-        return [Draw(progress, draw.stage, k).id for k in sorted(obsolete)]
+        state.in_flight.remove(draw.attempt)
+        state.results[draw.attempt] = result
+        horizon = self._horizon(state)
+        obsolete = {k for k in state.in_flight if k >= horizon}
+        state.in_flight -= obsolete
+        self._advance(state)
+        return [Draw(state, draw.stage, k).id for k in sorted(obsolete)]
 
-    def _stage_name(self, progress: ProblemState) -> str:
-        return self._sources[progress.stage]
+    def _stage_name(self, state: ProblemState) -> str:
+        return self._sources[state.stage]
 
-    def _horizon(self, progress: ProblemState) -> int:
+    def _horizon(self, state: ProblemState) -> int:
         """One past the last attempt that can still matter."""
-        for k in sorted(k for k in progress.results if k < self.args.num_generations):  # a journal may hold more
-            result = progress.results[k]
+        for k in sorted(k for k in state.results if k < self.args.num_generations):  # a journal may hold more
+            result = state.results[k]
             # A prompt that cannot be asked (beyond the context) can be asked no better at the next attempt.
             if result.finish_reason == "refused" or (result.accepted and not self._all_needed):
                 return k + 1
         return self.args.num_generations
 
-    def _wanted(self, progress: ProblemState) -> list[int]:
+    def _wanted(self, state: ProblemState) -> list[int]:
         """The attempts that can still matter and are neither known nor under way, in the order in which they are due."""
-        if progress.stage == len(self.args.stages):
+        if state.stage == len(self.args.stages):
             return []
-        known = progress.results.keys() | progress.in_flight
-        return [k for k in range(self._horizon(progress)) if k not in known]
+        known = state.results.keys() | state.in_flight
+        return [k for k in range(self._horizon(state)) if k not in known]
 
-    def _enter_next_stage(self, progress: ProblemState) -> None:
-        progress.stage += 1
-        progress.in_flight = set()
-        progress.results = progress.known.pop(self._stage_name(progress), {})
-        self._advance(progress)
+    def _enter_next_stage(self, state: ProblemState) -> None:
+        state.stage += 1
+        state.in_flight = set()
+        state.results = state.known.pop(self._stage_name(state), {})
+        self._advance(state)
 
-    def _advance(self, progress: ProblemState) -> None:
+    def _advance(self, state: ProblemState) -> None:
         """Settles the stage if all that matters is known; else sees to it that an attempt is drawn or under way."""
-        if progress.stage == len(self.args.stages):
-            self._settle(progress, Outcome(Source.EXPERT))
+        if state.stage == len(self.args.stages):
+            self._settle(state, Outcome(Source.EXPERT))
             return
-        horizon, stage, results = self._horizon(progress), self._stage_name(progress), progress.results
+        horizon, stage, results = self._horizon(state), self._stage_name(state), state.results
         if any(k not in results for k in range(horizon)):
-            if not progress.queued and (self._all_needed or not progress.in_flight) and self._wanted(progress):
-                progress.queued = True
-                self._ready.append(progress)
+            if not state.queued and (self._all_needed or not state.in_flight) and self._wanted(state):
+                state.queued = True
+                self._ready.append(state)
             return
         counted = [results.pop(k) for k in range(horizon)]
         for result in results.values():
@@ -214,20 +214,20 @@ class Scheduler:
         correct = [result for result in counted if result.accepted]
         num_sampled = sum(result.finish_reason not in FAILED for result in counted)
         if stage == Source.SELF:
-            progress.of_self = num_sampled, len(correct)
+            state.of_self = num_sampled, len(correct)
         if correct:
-            kept = select(correct, self.args.selection, (self.args.seed, progress.id, stage, -1))
-            self._settle(progress, Outcome(stage, kept.offset, num_sampled, len(correct), counted.index(kept)))
+            kept = select(correct, self.args.selection, (self.args.seed, state.id, stage, -1))
+            self._settle(state, Outcome(stage, kept.offset, num_sampled, len(correct), counted.index(kept)))
         else:
-            self._enter_next_stage(progress)
+            self._enter_next_stage(state)
 
-    def _settle(self, progress: ProblemState, outcome: Outcome) -> None:
-        progress.stage = len(self.args.stages)
-        outcome = outcome._replace(self_sampled=progress.of_self[0], self_correct=progress.of_self[1])
-        self._outcomes[progress.row] = (self._sources.index(outcome.source), *outcome[1:])
+    def _settle(self, state: ProblemState, outcome: Outcome) -> None:
+        state.stage = len(self.args.stages)
+        outcome = outcome._replace(self_sampled=state.of_self[0], self_correct=state.of_self[1])
+        self._outcomes[state.row] = (self._sources.index(outcome.source), *outcome[1:])
         self.counts.rows[outcome.source] += 1
-        self.counts.undrawn_rows += not progress.sampled
-        del self._open[progress.row]
+        self.counts.undrawn_rows += not state.sampled
+        del self._open[state.row]
 
 
 class Speculation:
