@@ -148,24 +148,19 @@ class RunCounts:
         left: float | None = None,
     ) -> dict:
         """
-        One line of `metrics.jsonl`.
+        One line of `metrics.jsonl`: `rows` and their number by source; `sampled`, `tokens`, `acceptance/<stage>` and `truncated/<stage>` over
+        the attempts that settled something, `rejected/<why>` how many correct guided ones were not kept; `unused` and `unused_tokens` of
+        those drawn beyond them, `aborted` ones that were stopped on the way, with the `aborted_tokens` drawn of them by then; `drawn` tokens,
+        `tokens_per_second` and `eta_seconds` (`None` until it can be told) of this process alone, without what a journal knew; `tokens_saved`
+        of what K attempts for each problem and stage would have cost at the same mean length, after all tokens that were drawn in vain.
 
         Args:
             total (`int`): Rows of the run.
             seconds (`float`): Since this process began to sample.
-            sampling (`int`, *optional*, defaults to `0`): Attempts with the engine.
-            verifying (`int`, *optional*, defaults to `0`): Attempts waiting for their verdict.
-            drawn (`int`, *optional*, defaults to `0`): Tokens that this process has drawn, those of attempts under way included.
+            sampling, verifying (`int`, *optional*): Attempts with the engine, and those that wait for their verdict.
+            drawn (`int`, *optional*): Tokens that this process has drawn, those of attempts under way included.
             rate (`float`, *optional*): Tokens drawn per second of late; by default since the beginning.
-            left (`float`, *optional*): Attempts that are still to be drawn, those under way included ([`~rewriting.scheduler.Scheduler.attempts_left`]).
-
-        Returns:
-            `dict`: `rows` and their number by source; `drawn` tokens of this process; `sampled`, `tokens`, `acceptance/<stage>` and
-                `truncated/<stage>` over the attempts that settled something (they do not depend on the window), `rejected/<why>` how many
-                correct guided ones were not kept; `unused` and `unused_tokens` of those drawn beyond them, `aborted` ones that were stopped on
-                the way, with the `aborted_tokens` drawn of them by then; `tokens_per_second` and `eta_seconds` (`None` until it can be told) of
-                this process alone, without what a journal knew; `tokens_saved` of what K attempts for each problem and stage would have cost at
-                the same mean length, after all tokens that were drawn in vain.
+            left (`float`, *optional*): Attempts still to be drawn, those under way included ([`~rewriting.scheduler.Scheduler.attempts_left`]).
         """
         by_source, sampled, tokens = self.by_source, self.total("sampled"), self.total("tokens")
         rows = sum(by_source.values())

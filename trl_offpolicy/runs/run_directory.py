@@ -35,7 +35,8 @@ class RunDirectory:
 
     def check(self) -> None:
         """Reads the attempts and the settings; `FileNotFoundError` or `ValueError` if there are none, or they are damaged."""
-        assert self.counts and self.settings is not None
+        for name in ("counts", "settings"):
+            getattr(self, name)
 
     # ---- how it was made ----
 
