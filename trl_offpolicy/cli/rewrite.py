@@ -55,8 +55,9 @@ class RewriteArguments(DemonstrationArguments, EngineArguments, VerifierArgument
 
 
 def rewrite(argv: list[str]) -> int:
+    from ..rewriting.problems import check_stages
     from ..rewriting.push import refusals
-    from ..rewriting.rewriter import DataRewriter, check_stages
+    from ..rewriting.rewriter import DataRewriter
 
     parser = parser_for(
         (RewriteArguments, RewriteConfig),

@@ -1,0 +1,158 @@
+"""The rows that come out of a run: for each problem the kept attempt, else its demonstration, as Parquet."""
+
+import glob
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..cards import public_name
+from ..data.demonstrations import CALCULATOR_MARK, asks_for_box, has_box, in_asked_form
+from ..data.formats import as_completion, carried_columns, output_features
+from ..data.loading import batched, media_columns
+from ..data.prompts import contents
+from ..data.rows import Problem, Source, Verdict, storable
+from ..runs.journal import JournalReader
+from ..runs.shards import RUN_KEY
+from ..sampling.sampler import Sampler
+from .problems import Problems
+from .rewrite_config import RewriteConfig
+from .scheduler import Outcome
+
+
+def write_rows(
+    file: Path,
+    problems: Problems,
+    outcome_of: Callable[[int], Outcome | None],
+    journal: JournalReader,
+    sampler_of: Callable[[str], Sampler],
+    run: str = "",
+) -> tuple[list[dict], dict[str, int]]:
+    """
+    Writes the rows that have an outcome, in the order they came in, to a file that is not yet in its place; carried columns as they are
+    stored in the dataset.
+
+    Args:
+        file (`Path`): Parquet.
+        problems ([`Problems`]): What came in.
+        outcome_of (`Callable`): From a row's number to what it is to hold; `None` for one that is left out.
+        journal ([`JournalReader`]): Where the texts of the attempts are.
+        sampler_of (`Callable`): From a stage to who drew its attempts.
+        run (`str`, *optional*): By which the parts of one run know each other.
+
+    Returns:
+        `tuple[list[dict], dict[str, int]]`: The problems that have no row, for they were not solved and have no demonstration; and how many
+        demonstrations were put into the form that is asked for, or are not in it.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from datasets import Dataset, Features
+    from datasets.table import embed_table_storage
+
+    unsolved: list[dict] = []
+    args, whole = problems.args, problems.stored
+    carried = carried_columns(whole.column_names, args.answer_column)
+    given: Any = args.chat_template_kwargs  # a mapping, whatever it was written as
+    features = output_features(whole.features, whole.column_names, args.answer_column, given)
+    ours = Features({name: features[name] for name in features if name not in carried.values()})
+    schema = features.arrow_schema
+    schema = schema.with_metadata({**schema.metadata, RUN_KEY: run.encode()})
+    stored = whole.select_columns(list(carried)).with_format("arrow")
+    media = media_columns(whole)
+    reshaped, experts = bool(args.sampling_params().reshaping), Counter[str]()
+    ends: dict[str, Any] = {source: sampler_of(source).stop_token_ids if args.stop else None for source in Source}
+    drawn_by: dict[str, dict] = {source: _drawn_by(sampler_of(source), args) for source in Source}
+    with pq.ParquetWriter(file, schema) as writer:
+        for chunk in batched(enumerate(problems.read()), 100 if media else 1000):
+            solved, rows = [], []
+            for i, problem in chunk:
+                outcome = outcome_of(i)
+                if outcome is None:
+                    continue
+                if problem.demonstration is None and outcome.source == Source.EXPERT:
+                    unsolved.append({"id": problem.id, "problem": problem.problem, "answer": problem.answer})
+                else:
+                    solved.append(i)
+                    kept = _kept(problem, outcome, journal, ends[outcome.source])
+                    # Drawn from a reshaped distribution, a token's log μ is not the model's log-prob: better none than a wrong one.
+                    log_probs = {"behavior_log_probs": []} if reshaped else {}
+                    row = _row(problem, outcome, problems, kept) | drawn_by[outcome.source] | log_probs
+                    rows.append({name: row[name] for name in ours})
+            if not rows:
+                continue
+            experts.update(
+                how for row in rows if row["source"] == Source.EXPERT for how in _put(row, args.expert_format)
+            )
+            table = Dataset.from_list(rows, features=ours).data.table
+            there = stored[chunk[0][0] : chunk[-1][0] + 1].take([i - chunk[0][0] for i in solved])
+            for name, column in zip(carried.values(), there.columns, strict=True):
+                table = table.append_column(name, column)
+            table = pa.Table.from_arrays(table.columns, schema=schema)
+            writer.write_table(embed_table_storage(table) if media else table)
+    return unsolved, {how: experts[how] for how in ("boxed", "marks_removed", "not_as_asked")}
+
+
+def _drawn_by(sampler: Sampler, args: RewriteConfig) -> dict:
+    """The columns that say who drew a completion, and how."""
+    drawn_by = {"model": public_name(sampler.name), "model_revision": sampler.revision}
+    drawn_by |= {name: getattr(args, name) for name in ("temperature", "top_p", "top_k")}
+    return drawn_by | ({"chat_template_kwargs": args.chat_template_kwargs} if args.chat_template_kwargs else {})
+
+
+def _kept(problem: Problem, outcome: Outcome, journal: JournalReader, ends: list[int] | None) -> dict:
+    """
+    Text, token ids and log-probs of the completion that a row holds: an attempt's, or the demonstration, which has none. `ends` are the ids that
+    end a turn, where a run has stop texts.
+    """
+    kept = {"text": problem.demonstration, "completion_ids": [], "behavior_log_probs": []}
+    if outcome.offset < 0:
+        return kept
+    attempt = {"id": problem.id, "stage": outcome.source, "attempt": outcome.attempt, "verdict": Verdict.CORRECT}
+    kept = journal.read(outcome.offset, attempt, kept)
+    if ends is not None and kept["completion_ids"] and kept["completion_ids"][-1] not in ends:
+        # It ended with a stop text, which is no end of turn: trained on as text, to which the chat template adds one.
+        kept = {**kept, "completion_ids": [], "behavior_log_probs": []}
+    return kept
+
+
+def _row(problem: Problem, outcome: Outcome, problems: Problems, kept: dict) -> dict:
+    prompt, guided = problems.prompt(problem, Source.SELF), outcome.source == Source.GUIDED
+    return {
+        "prompt": prompt,
+        "completion": as_completion(prompt, storable(kept["text"])),  # an old journal's
+        "id": problem.id,
+        "source": str(outcome.source),
+        "answer": problem.answer,
+        **{name: getattr(outcome, name) for name in ("num_sampled", "num_correct", "self_sampled", "self_correct")},
+        "completion_ids": kept["completion_ids"],
+        "behavior_log_probs": kept["behavior_log_probs"],
+        "behavior_prompt": problems.prompt(problem, outcome.source) if guided else prompt[:0],
+    }
+
+
+def _put(row: dict, expert_format: str) -> list[str]:
+    """Puts the demonstration in an `expert` row into the form that its prompt asks for, if that is wanted; returns what is to be said of it."""
+    if not asks_for_box(row["prompt"]):
+        return []
+    (given,) = contents(row["completion"])
+    put = in_asked_form(given, row["answer"]) if expert_format == "boxed" else given
+    row["completion"] = as_completion(row["prompt"], put)
+    told = {
+        "boxed": has_box(put) and not has_box(given),
+        "marks_removed": CALCULATOR_MARK.search(given) and not CALCULATOR_MARK.search(put),
+        "not_as_asked": not has_box(put),
+    }
+    return [how for how, so in told.items() if so]
+
+
+def load_rows(file: Path):
+    """What was written, as a `datasets.Dataset`."""
+    import pyarrow.parquet as pq
+    from datasets import Dataset, load_dataset
+    from pyarrow.dataset import ParquetFragmentScanOptions
+
+    if pq.read_metadata(file).num_rows == 0:  # more shards than rows; `load_dataset` refuses a file without any
+        return Dataset(pq.read_table(file))
+    # Reading ahead is no faster here and takes twice the memory.
+    scan = ParquetFragmentScanOptions(pre_buffer=False)
+    return load_dataset("parquet", data_files=glob.escape(str(file)), split="train", fragment_scan_options=scan)
