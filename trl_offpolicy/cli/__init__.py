@@ -21,6 +21,7 @@ commands:
   rewrite    rewrite a dataset of demonstrations into what the model could have written itself
   sft        fine-tune on what came out, with importance weights or DFT
   agent      train a rewriting agent: a LoRA adapter that retells demonstrations as the model would put them
+  loop       rounds of rewriting with the newest policy and training on what it wrote
   verify     check the answers of a dataset: a table of verdicts, and the rows that are not correct
   eval       accuracy of a model on benchmarks: avg@k, pass@k, maj@k, greedy, with intervals
   gap        how far a rewritten dataset is from a model, before and after rewriting
@@ -33,6 +34,7 @@ commands:
   trl-offpolicy rewrite --config rewrite.yaml                        # the same keys in a file; run again to resume
   trl-offpolicy sft --model_name_or_path M --dataset_name runs/gsm8k/dataset --objective iw --output_dir runs/gsm8k-iw
   trl-offpolicy agent --model_name_or_path M --dataset_name D --output_dir runs/agent --use_vllm
+  trl-offpolicy loop --model_name_or_path M --dataset_name D --output_dir runs/loop --rounds 3 --train_config iw.yaml
   trl-offpolicy verify --dataset_name runs/gsm8k/dataset             # what is not correct goes to gsm8k.not_correct.jsonl
   trl-offpolicy rows runs/gsm8k --so_far                             # what is settled while the run goes on
   trl-offpolicy push runs/gsm8k --hub_dataset_id me/gsm8k-on-policy   # or --push_to_hub --hub_dataset_id … when rewriting
@@ -47,6 +49,7 @@ COMMANDS = {
     "rewrite": ("rewrite", "rewrite"),
     "sft": ("sft", "sft"),
     "agent": ("agent", "agent"),
+    "loop": ("loop", "loop"),
     "verify": ("verify", "verify"),
     "rows": ("rows", "rows"),
     "push": ("push", "push"),

@@ -14,6 +14,7 @@ GAP_EXAMPLES = """\
 examples:
   trl-offpolicy gap --model_name_or_path M --dataset_name runs/gsm8k/dataset --output_dir runs/gap
   trl-offpolicy gap --model_name_or_path M --dataset_name demos.jsonl --max_rows 200 --output_dir runs/gap-before    # before a rewrite
+  trl-offpolicy gap --model_name_or_path runs/gsm8k-iw --dataset_name runs/gsm8k --forgetting --output_dir runs/kl    # of a trained model
   trl-offpolicy gap --model_name_or_path M --dataset_name runs/gsm8k/dataset --output_dir runs/table3 --concatenate --dtype float16
 """
 
@@ -29,6 +30,12 @@ class GapArguments(DatasetArguments):
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
     dtype: str = field(default="auto", metadata={"help": "Weights' dtype: auto, bfloat16, float16 or float32."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code from the model's repository."})
+    forgetting: bool = field(
+        default=False,
+        metadata={
+            "help": "dataset_name is a rewrite's directory: KL from the policy that drew its attempts to the model."
+        },
+    )
     batch_tokens: int = field(default=8192, metadata={"help": "Tokens of one forward, padding included."})
     concatenate: bool = field(
         default=False, metadata={"help": "Bare problem + target without template, as the paper's Table 3."}
@@ -53,6 +60,11 @@ def gap(argv: list[str]) -> int:
     print(f"output_dir: {arguments.output_dir}", flush=True)
     check_before_loading(arguments.output_dir)
     template = arguments.chat_template_path
+    init = {
+        "dtype": arguments.dtype, "revision": arguments.model_revision, "trust_remote_code": arguments.trust_remote_code,
+    }  # fmt: skip
+    if arguments.forgetting:
+        return _forgetting(arguments, init)
     result = measure_policy_gap(
         arguments.model_name_or_path,
         load_dataset(arguments),
@@ -64,10 +76,27 @@ def gap(argv: list[str]) -> int:
         system_prompt=arguments.system_prompt,
         output_dir=arguments.output_dir,
         control_tokens=arguments.control_tokens,
-        model_init_kwargs={
-            "dtype": arguments.dtype, "revision": arguments.model_revision, "trust_remote_code": arguments.trust_remote_code,
-        },
-    )  # fmt: skip
+        model_init_kwargs=init,
+    )
     print(tables.markdown(tables.policy_gap(result)) + "\n" + tables.markdown(tables.texts(result)), end="")
     print(report_command(arguments.output_dir))
+    return 0
+
+
+def _forgetting(arguments: GapArguments, init: dict) -> int:
+    from ..evaluation.forgetting import measure_forgetting
+    from ..reporting.tables import number
+
+    found = measure_forgetting(
+        arguments.model_name_or_path,
+        arguments.dataset_name,
+        batch_tokens=arguments.batch_tokens,
+        output_dir=arguments.output_dir,
+        model_init_kwargs=init,
+        chat_template=read_template(arguments.chat_template_path),
+    )
+    for name, unit in (("kl", "completion"), ("kl_per_token", "token")):
+        print(
+            f"KL(π_0‖π) on {found['problems']:,} problems: {number(found[name], '.4f', found[f'{name}_ci95'])} nats per {unit}"
+        )
     return 0

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.tokenization import json_mapping
-from .loading import ModelNotFound, load_processing_class, loading
+from .loading import ModelNotFound, load_config, load_processing_class, loading
 from .sampler import check_positive
 
 
@@ -96,14 +96,12 @@ def check_model(arguments: EngineArguments):
         ModelNotFound: There is no such model.
         ValueError: There is no such dtype, or the model's tokenizer has no chat template.
     """
-    from transformers import AutoConfig
-
     model = arguments.model_name_or_path
     shared: dict[str, Any] = {"revision": arguments.model_revision, "trust_remote_code": arguments.trust_remote_code}
     check_dtype(arguments.dtype)
     try:
         with loading(model):
-            AutoConfig.from_pretrained(model, **shared)
+            load_config(model, **shared)
         return load_processing_class(model, chat_template=read_template(arguments.chat_template_path), **shared)
     except ModelNotFound:
         if arguments.sampler == "openai":

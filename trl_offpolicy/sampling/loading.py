@@ -1,8 +1,11 @@
 """Models and tokenizers from the Hub or a directory, with errors that say what is missing."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from .sampler import needs
 
 
 class ModelNotFound(FileNotFoundError, ValueError):
@@ -54,10 +57,24 @@ def load_processing_class(model: str, processing_class=None, chat_template: str 
     return processing_class
 
 
+def load_config(model: str, **kwargs):
+    """The config of a model; of a LoRA adapter, which has none of its own, that of the model it was trained on."""
+    from transformers import AutoConfig
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    adapter = find_adapter_config_file(model, **{k: v for k, v in kwargs.items() if k in ("revision", "token")})
+    if adapter is None:
+        return AutoConfig.from_pretrained(model, **kwargs)
+    needs("peft", "peft", f"The adapter {model!r}")
+    base = json.loads(Path(adapter).read_text())["base_model_name_or_path"]
+    return AutoConfig.from_pretrained(base, **{**kwargs, "revision": None})
+
+
 def load_model(model: str, **kwargs):
     """
     The model at `model` (Hub id or directory), for text: a causal language model, or a vision-language checkpoint (Qwen2.5-VL, Mistral 3,
-    LLaVA, ...) that is given no images, as TRL's trainers take it. `kwargs` are those of `from_pretrained`.
+    LLaVA, ...) that is given no images, as TRL's trainers take it; or a LoRA adapter, on the model it was trained on. `kwargs` are those of
+    `from_pretrained`.
 
     Raises:
         ModelNotFound: There is no such model.
@@ -66,13 +83,12 @@ def load_model(model: str, **kwargs):
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-        AutoConfig,
         AutoModelForCausalLM,
         AutoModelForImageTextToText,
     )
 
     shared = {k: v for k, v in kwargs.items() if k in ("revision", "trust_remote_code", "token")}
     with loading(model):
-        config = type(AutoConfig.from_pretrained(model, **shared))
+        config = type(load_config(model, **shared))
         sees = config not in MODEL_FOR_CAUSAL_LM_MAPPING and config in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
         return (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_pretrained(model, **kwargs)

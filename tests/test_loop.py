@@ -1,0 +1,327 @@
+"""Rounds of rewriting and training, and the divergence that they measure, with the embedded policy and the real commands."""
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import POLICY
+from datasets import load_dataset
+from quickstart_task import GUIDED_PROMPT, demonstrations, problems
+from safetensors.torch import load_file
+
+from trl_offpolicy import DataRewriter, RewriteConfig
+from trl_offpolicy.cli import main
+from trl_offpolicy.data.tokenization import encode_prompt
+from trl_offpolicy.evaluation.forgetting import measure_forgetting
+from trl_offpolicy.loop.loop_config import LoopConfig
+from trl_offpolicy.loop.rounds import Loop
+from trl_offpolicy.sampling.loading import load_model
+from trl_offpolicy.trainer.log_probs import target_log_probs
+
+
+TRAINING = "objective: iw\nlearning_rate: 1.0e-3\nmax_steps: 2\nper_device_train_batch_size: 4\nuse_cpu: true\nbf16: false\ndtype: float32\nreport_to: none\ndisable_tqdm: true\n"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder with demonstrations, one of which is there twice, and the options of a training and of the loop."""
+    monkeypatch.chdir(tmp_path)
+    rows = demonstrations(problems(7, 9, (2, 3)))
+    rows = [*rows, rows[0]]
+    Path("demos.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("train.yaml").write_text(TRAINING)
+    Path("loop.yaml").write_text(
+        f"guided_prompt: {json.dumps(GUIDED_PROMPT)}\nnum_generations: 2\nmax_completion_length: 60\ntrain_config: train.yaml\n"
+        f"model_name_or_path: {POLICY}\ndataset_name: demos.jsonl\n"
+    )
+    return tmp_path
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Runs the steps in this process, and lists the command and round of each."""
+    run = []
+
+    def in_this_process(command):
+        run.append(command[3])
+        return SimpleNamespace(returncode=main(command[3:]))
+
+    monkeypatch.setattr("trl_offpolicy.loop.rounds.subprocess.run", in_this_process)
+    return run
+
+
+def loop(*options):
+    return main(["loop", "--config", "loop.yaml", *map(str, options)])
+
+
+def rows_of(directory):
+    return load_dataset("parquet", data_files=f"{directory}/*.parquet", split="train")
+
+
+def weights(directory):
+    return load_file(Path(directory) / "model.safetensors")
+
+
+def test_each_round_is_drawn_by_the_policy_that_the_last_one_trained(here, steps, capsys):
+    assert loop("--output_dir", "run", "--rounds", 2) == 0
+    assert steps == ["rewrite", "sft", "gap"] * 2
+    first, second = (rows_of(f"run/round-{r}/rewrite/dataset") for r in (0, 1))
+    assert first["id"] == second["id"] and len(set(second["id"])) == 8
+    # The first round is what `rewrite` and `sft` do by themselves.
+    assert main(["rewrite", *options("run/round-0/rewrite.yaml"), "--output_dir", "alone"]) == 0
+    alone = rows_of("alone/dataset")
+    assert alone.to_list() == first.to_list()
+    train = ["sft", "--config", "train.yaml", "--model_name_or_path", POLICY, "--dataset_name", "alone/dataset"]
+    assert main([*train, "--output_dir", "alone-sft"]) == 0
+    trained = weights("run/round-0/train")
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in weights("alone-sft").items())
+    # The second is drawn by what the first has trained: a forward of that gives its log-probs, one of the initial policy does not.
+    own = [row for row in second if row["source"] == "self"]
+    assert own and not {row["model_revision"] for row in own} & {row["model_revision"] for row in first}
+    drawn = torch.tensor([x for row in own for x in row["behavior_log_probs"]])
+    for directory, same in (("run/round-0/train", True), (POLICY, False)):
+        model = load_model(directory, dtype=torch.float32)
+        pairs = [(prompt_of(row), row["completion_ids"]) for row in own]
+        again = torch.cat(target_log_probs(model, pairs, progress=False))
+        assert torch.allclose(again, drawn, atol=1e-4) is same
+    # Each round trains the initial policy; it is measured; what is done is not done again, and another setting is refused.
+    found = json.loads(Path("run/rounds.json").read_text())["rounds"]
+    assert [sum(each["sources"].values()) for each in found] == [8, 8] and found[1]["forgetting"]["kl"] != 0
+    capsys.readouterr()
+    assert loop("--output_dir", "run", "--rounds", 2) == 0 and len(steps) == 6
+    assert loop("--output_dir", "run", "--rounds", 2, "--refresh", "unsolved") == 2
+    assert "`refresh` was 'all' there and is 'unsolved' now" in capsys.readouterr().err
+    assert loop("--output_dir", "run", "--rounds", 2, "--temperature", 0.5) == 2
+    assert "`temperature` was None there and is 0.5 now" in capsys.readouterr().err
+    Path("train.yaml").write_text(TRAINING.replace("iw", "dft"))
+    assert loop("--output_dir", "run") == 2 and "`train_config` was" in capsys.readouterr().err
+
+
+def options(file):
+    return ["--config", file]
+
+
+def prompt_of(row):
+    from transformers import AutoTokenizer
+
+    return encode_prompt(AutoTokenizer.from_pretrained(POLICY), row["prompt"])
+
+
+def test_unsolved_rows_are_asked_again_and_the_others_carried_over(here, steps):
+    """The second copy of a problem keeps its id, whichever of the two is asked again."""
+    config = Path("loop.yaml").read_text().replace("num_generations: 2", "num_generations: 1")
+    Path("loop.yaml").write_text(config)
+    assert (
+        loop("--output_dir", "run", "--rounds", 2, "--refresh", "unsolved", "--train_from", "last", "--seed", 5) == 0
+    )
+    before, after = rows_of("run/round-0/rewrite/dataset").to_list(), rows_of("run/round-1/dataset").to_list()
+    assert [row["id"] for row in before] == [row["id"] for row in after]
+    solved = [row["source"] == "self" for row in before]
+    assert any(solved) and not all(solved)
+    assert [new == old for new, old in zip(after, before, strict=True) if old["source"] == "self"] == [True] * sum(
+        solved
+    )
+    asked = [json.loads(line) for line in Path("demos.jsonl").read_text().splitlines()]
+    again = load_dataset("parquet", data_files="run/round-1/unsolved.parquet", split="train")
+    assert again.to_list() == [row for row, own in zip(asked, solved, strict=True) if not own]
+    new = [row for row, own in zip(after, solved, strict=True) if not own]
+    drawn_before = {row["model_revision"] for row in before if row["source"] == "self"}
+    assert not drawn_before & {row["model_revision"] for row in new if row["source"] == "self"}
+    found = json.loads(Path("run/rounds.json").read_text())["rounds"][1]
+    rank = {"expert": 0, "guided": 1, "self": 2}
+    better = sum(rank[n["source"]] > rank[o["source"]] for n, o in zip(after, before, strict=True))
+    assert found["improved"] == better and found["sources"] == dict(
+        Counter({"self": 0, "guided": 0, "expert": 0}) | Counter(row["source"] for row in after)
+    ) | {source: 0 for source in rank if source not in {row["source"] for row in after}}
+    # training goes on from the round before
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(weights("run/round-0/train").values(), weights("run/round-1/train").values(), strict=True)
+    )
+    assert "run/round-0/train" in json.loads(Path("run/loop.jsonl").read_text().splitlines()[5])["command"]
+
+
+def test_reasons_to_stop(tmp_path):
+    first = {"round": 0, "cut": 0.1, "entropy": 1.0, "forgetting": {"kl_per_token": 0.01}}
+
+    def reason(config=None, **changed):
+        rounds = Loop(tmp_path, config or LoopConfig(), {}, {}, None)
+        return rounds.reason_to_stop([first, {**first, "round": 1, "improved": 3, **changed}])
+
+    assert reason() is None
+    assert "no row came from a better source" in reason(improved=0)
+    assert "60% of the attempts were cut at the limit, in round 0 10%" in reason(cut=0.6)
+    assert "fell from 1.000 to 0.200 nats" in reason(entropy=0.2)
+    assert reason(LoopConfig(min_entropy=0.1), entropy=0.2) is None
+    above = reason(LoopConfig(max_kl=0.05), forgetting={"kl_per_token": 0.06})
+    assert "0.060 nats per token, above max_kl=0.05" in above
+    assert reason(LoopConfig(max_kl=0.05), forgetting={"kl_per_token": 0.04}) is None
+
+
+def test_a_loop_stops_where_it_should(here, steps, capsys):
+    Path("train.yaml").write_text(TRAINING.replace("1.0e-3", "2.0e-2"))
+    assert loop("--output_dir", "run", "--rounds", 3, "--max_kl", 1e-9) == 0
+    assert "stopped after round 0: KL(π_0‖π)" in capsys.readouterr().out and len(steps) == 3
+    assert loop("--output_dir", "run", "--rounds", 1, "--max_kl", 1e-9) == 0  # all that was asked for
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--sampler", "openai"], "goes on serving the initial policy"),
+        (["--train_config", "none.yaml"], "there is no such file"),
+        (["--shard", "0/2"], "'shard': '0/2'"),
+        (["--push_to_hub", "--hub_dataset_id", "me/x"], "push a round with `trl-offpolicy push run/round-0/rewrite`"),
+        (["--rounds", "0"], "You passed rounds=0"),
+        (["--rounds", "3", "--train_config", "train.yaml", "train.yaml"], "2 files as train_config for 3 rounds"),
+        (["--refresh", "some"], "invalid choice: 'some'"),
+        (["--max_kl", "-1"], "max_kl=-1.0; it must be above 0"),
+        (["--min_entropy", "2"], "min_entropy=2.0; it is a share"),
+    ],
+)
+def test_options_that_cannot_work(here, command, given, message):
+    result = command("loop", "--config", "loop.yaml", "--output_dir", "run", *given)
+    assert result.returncode == 2 and message in result.stderr and not Path("run").exists()
+
+
+def test_a_step_that_fails_is_said_and_done_again(here, command, steps, monkeypatch):
+    Path("train.yaml").write_text(TRAINING + "objectiv: iw\n")
+    result = command("loop", "--config", "loop.yaml", "--output_dir", "run", "--rounds", 1)
+    assert result.returncode == 2 and "there is no option 'objectiv' (did you mean objective?)" in result.stderr
+    assert "round 0: `train` ended with exit code 2; its last words are above" in result.stderr
+    assert [json.loads(line).get("step") for line in Path("run/loop.jsonl").read_text().splitlines()] == [
+        None,
+        "rewrite",
+    ]
+    result = command("loop", "--config", "loop.yaml", "--output_dir", "run", "--rounds", 1, "--dry_run")
+    assert "round 0, rewrite (done)" in result.stdout and "round 0, train: " in result.stdout
+
+
+@pytest.mark.slow
+def test_killed_and_run_again_it_comes_to_the_same(here):
+    """kill -9 to the loop and its step, three times; rows and weights are those of a run that nobody disturbed."""
+    Path("train.yaml").write_text(TRAINING + "save_strategy: steps\nsave_steps: 1\n")
+    command = [sys.executable, "-m", "trl_offpolicy.cli", "loop", "--config", "loop.yaml", "--rounds", "2"]
+    assert subprocess.run([*command, "--output_dir", "calm"], capture_output=True).returncode == 0
+    for mark in (
+        "round-0/rewrite/journal.jsonl",
+        "round-0/train/checkpoint-1/trainer_state.json",
+        "round-1/rewrite.yaml",
+    ):
+        child = subprocess.Popen(
+            [*command, "--output_dir", "killed"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        while not Path("killed", mark).exists():
+            assert child.poll() is None, f"it ended before there was {mark}"
+            time.sleep(0.01)
+        subprocess.run(["kill", f"-{signal.SIGKILL}", "--", f"-{child.pid}"], check=True)
+        child.wait()
+    assert subprocess.run([*command, "--output_dir", "killed"], capture_output=True).returncode == 0
+    for r in (0, 1):
+        calm, killed = (rows_of(f"{run}/round-{r}/rewrite/dataset").to_list() for run in ("calm", "killed"))
+        for row in [*calm, *killed]:
+            row["model"] = row["model"].removeprefix("calm/").removeprefix("killed/")
+        assert calm == killed
+        ours, theirs = (weights(f"{run}/round-{r}/train") for run in ("calm", "killed"))
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+# ---- the divergence from the initial policy ----
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """A run whose attempts the embedded policy drew, and its rows."""
+    directory = tmp_path_factory.mktemp("drawn") / "run"
+    args = RewriteConfig(str(directory), num_generations=2, max_completion_length=60, guided_prompt=GUIDED_PROMPT)
+    return directory, DataRewriter(POLICY, args).rewrite(demonstrations(problems(12, 3, (2, 3, 4))))
+
+
+def test_forgetting_is_nothing_for_the_policy_itself_and_grows_with_the_distance(drawn, tmp_path, command):
+    directory, rows = drawn
+    model = load_model(POLICY, dtype=torch.float32)
+    own = measure_forgetting(model, str(directory))
+    assert own["problems"] == 12 and own["kl"] == pytest.approx(0, abs=1e-4)
+    # a naive loop over the journal, for a model that is another one
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)), alpha=0.02)
+    first = {}
+    for line in (directory / "journal.jsonl").open():
+        entry = json.loads(line)
+        if entry.get("stage") == "self" and entry["attempt"] == 0:
+            first[entry["id"]] = entry
+    assert any(entry["verdict"] != "correct" for entry in first.values())
+    differences, tokens = [], 0
+    for row in rows:
+        entry, prompt = first[row["id"]], prompt_of(row)
+        ids = torch.tensor([prompt + entry["completion_ids"]])
+        log_probs = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        now = log_probs.gather(1, ids[0, len(prompt) :, None]).sum().item()
+        differences.append(sum(entry["behavior_log_probs"]) - now)
+        tokens += len(entry["completion_ids"])
+    found = measure_forgetting(model, str(directory), output_dir=str(tmp_path))
+    assert found["kl"] == pytest.approx(sum(differences) / 12, abs=1e-4) and found["kl"] > 10 * abs(own["kl"])
+    assert found["kl_per_token"] == pytest.approx(sum(differences) / tokens, abs=1e-5)
+    assert found["kl_ci95"][0] < found["kl"] < found["kl_ci95"][1]
+    assert json.loads((tmp_path / "forgetting.json").read_text())["kl"] == found["kl"]
+    result = command(
+        "gap", "--forgetting", "--model_name_or_path", POLICY, "--dataset_name", directory, "--output_dir", tmp_path
+    )
+    assert result.returncode == 0 and "on 12 problems" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"keep_rejected": False}, "rejected attempts were not kept"),
+        ({"temperature": 0.7}, r"sampled with \{'temperature': 0.7\}"),
+        ({"stages": ["guided"]}, r"sampled with \['guided'\]"),
+    ],
+)
+def test_runs_from_which_it_cannot_be_told(tmp_path, changed, message):
+    args = RewriteConfig(str(tmp_path / "run"), num_generations=1, max_completion_length=20, **changed)
+    DataRewriter(POLICY, args).rewrite(demonstrations(problems(3, 3, (5,))))
+    with pytest.raises(ValueError, match=message):
+        measure_forgetting(POLICY, str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="no finished `trl-offpolicy rewrite`"):
+        measure_forgetting(POLICY, str(tmp_path))
+
+
+def test_an_adapter_is_measured_on_the_model_it_was_trained_on(drawn, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(load_model(POLICY, dtype=torch.float32), LoraConfig(target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(tmp_path)
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(POLICY).save_pretrained(tmp_path)
+    directory, _ = drawn
+    found = measure_forgetting(str(tmp_path), str(directory), model_init_kwargs={"dtype": torch.float32})
+    merged = measure_forgetting(model.merge_and_unload(), str(directory))
+    assert found["kl"] == pytest.approx(merged["kl"], abs=1e-3) and found["kl"] > 0.01
+
+
+def test_documented_loop_commands_parse():
+    from trl_offpolicy.cli.arguments import parser_for
+    from trl_offpolicy.cli.loop import LOOP_EXAMPLES, LoopArguments
+
+    for line in LOOP_EXAMPLES.replace("\\\n", " ").splitlines():
+        if "--model_name_or_path" in line:
+            parser_for((LoopArguments, RewriteConfig), "loop", "", "").parse_args_and_config(
+                shlex.split(line, comments=True)[2:]
+            )

@@ -1,0 +1,144 @@
+"""`trl-offpolicy loop`: rounds of rewriting with the newest policy and training on what it wrote."""
+
+import json
+import shlex
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from ..data.whole_file import write_whole
+from ..loop.loop_config import LoopConfig
+from ..rewriting.rewrite_config import RewriteConfig
+from ..sampling.engine import EngineArguments
+from .arguments import VerifierArguments, check_before_loading, load_demonstrations, parser_for
+from .rewrite import RewriteArguments
+
+
+LOOP_EXAMPLES = """\
+examples:
+  trl-offpolicy loop --model_name_or_path M --dataset_name demos.jsonl --output_dir runs/loop --train_config iw.yaml
+  trl-offpolicy loop --model_name_or_path M --dataset_name D --output_dir runs/loop --rounds 3 --train_from last --refresh unsolved \\
+      --sampler vllm --num_generations 8 --train_command "accelerate launch -m trl_offpolicy.cli sft" --train_config iw.yaml \\
+      --benchmarks math500 dev.jsonl --max_kl 0.05
+  trl-offpolicy loop --config loop.yaml --dry_run                      # the steps, and which of them are done
+
+It takes every option of `trl-offpolicy rewrite` for its rewrites; what trains has its options in --train_config. Run the same command
+again to go on after it was stopped or killed, with more --rounds too.
+"""
+
+
+@dataclass(kw_only=True)
+class LoopArguments(LoopConfig, RewriteArguments):
+    """The rounds, and what is rewritten by what."""
+
+
+def loop(argv: list[str]) -> int:
+    from ..loop.rounds import Loop, StepFailed, given
+
+    description = "Rewrite with the newest policy, train on the rows, measure, and again: each step is a command in a process of its own."
+    parser = parser_for((LoopArguments, RewriteConfig), "loop", description, LOOP_EXAMPLES)
+    arguments, config = parser.parse_args_and_config(argv)
+    print(f"output_dir: {config.output_dir}", flush=True)
+    _check(arguments, config)
+    rewriting = given(arguments, config)
+    for name in ("output_dir", "dry_run", *(f.name for f in fields(LoopConfig))):
+        rewriting.pop(name, None)
+    shared = {f.name for cls in (EngineArguments, VerifierArguments) for f in fields(cls)} - {"model_name_or_path"}
+    engine = {name: value for name, value in rewriting.items() if name in shared}
+    rounds = Loop(
+        Path(config.output_dir),
+        arguments,
+        rewriting,
+        engine,
+        lambda: load_demonstrations(arguments, config.answer_column),
+    )
+    if config.dry_run:
+        for step in rounds.steps(0):
+            print(f"round 0, {step.name}{' (done)' if step.done else ''}: {shlex.join(step.command)}")
+        print(
+            f"and so in each of {arguments.rounds} rounds, with the policy that the round before has trained; nothing was run"
+        )
+        return 0
+    check_before_loading(config.output_dir)
+    rounds.open()
+    try:
+        return _run(rounds, arguments.rounds)
+    except KeyboardInterrupt:
+        print("\nstopped; run the same command again to go on.")
+        return 3
+    except StepFailed as error:
+        print(
+            f"trl-offpolicy loop: {error} Mend that, then run the same command again to go on there.", file=sys.stderr
+        )
+        return 3 if error.code == 3 else 2
+
+
+def _run(rounds, wanted: int) -> int:
+    """All rounds that are wanted, or until one gives a reason to stop."""
+    summaries: list[dict] = []
+    for number in range(wanted):
+        for name in [step.name for step in rounds.steps(number)]:
+            step = next(step for step in rounds.steps(number) if step.name == name)
+            if not step.done:
+                print(f"round {number}, {name}: {shlex.join(step.command)}", flush=True)
+                rounds.run(step)
+        summaries.append(rounds.summary(number))
+        write_whole(rounds.output_dir / "rounds.json", json.dumps({"rounds": summaries}, indent=1) + "\n")
+        print(_told(summaries[-1]), flush=True)
+        if number + 1 < wanted and (reason := rounds.reason_to_stop(summaries)):
+            print(f"stopped after round {number}: {reason}.")
+            break
+    print(
+        shlex.join(["trl-offpolicy", "report", str(rounds.output_dir), "--output_dir", f"{rounds.output_dir}/report"])
+    )
+    return 0
+
+
+def _told(summary: dict) -> str:
+    total = sum(summary["sources"].values())
+    parts = [f"{source} {count / total:.1%}" for source, count in summary["sources"].items()]
+    if "improved" in summary:
+        parts.append(f"{summary['improved']:,} rows improved")
+    if "forgetting" in summary:
+        parts.append(f"KL(π_0‖π) {summary['forgetting']['kl_per_token']:.4f} nats per token")
+    for name, scores in summary.get("accuracy", {}).items():
+        best = next(key for key in scores if key.startswith("avg@"))
+        parts.append(f"{name} {best} {scores[best]:.1%}")
+    return f"round {summary['round']}: " + " · ".join(parts)
+
+
+def _check(arguments: LoopArguments, config: RewriteConfig) -> None:
+    """Raises `ValueError` for options of a rewrite that no loop can have."""
+    if arguments.sampler == "openai":
+        raise ValueError(
+            "You passed --sampler openai: such a server goes on serving the initial policy. Use vllm or transformers."
+        )
+    if not arguments.train_config and arguments.train_command is None:
+        raise ValueError(
+            "You passed neither --train_config nor --train_command: write the options of `trl-offpolicy sft` (objective, learning_rate, ...) into a YAML "
+            "file and pass it as --train_config."
+        )
+    if missing := [
+        file
+        for file in (*arguments.train_config, arguments.eval_config)
+        if file and not Path(file).expanduser().is_file()
+    ]:
+        raise ValueError(
+            f"You passed {' and '.join(map(repr, missing))} as train_config or eval_config, but there is no such file."
+        )
+    unwanted = {
+        name: getattr(config, name)
+        for name, default in (
+            ("shard", "0/1"),
+            ("push_to_hub", False),
+            ("probe", 0),
+            ("rejudge", False),
+            ("overwrite", False),
+        )
+        if getattr(config, name) != default
+    }
+    if unwanted or arguments.rewriter_adapter:
+        raise ValueError(
+            f"You passed {unwanted or {'rewriter_adapter': arguments.rewriter_adapter}}, which a loop does not take: push a round with `trl-offpolicy push "
+            f"{config.output_dir}/round-0/rewrite`, and begin anew in another output_dir."
+        )

@@ -1,0 +1,321 @@
+"""Rewrite with the newest policy, train on the rows, measure, and again: the steps of each round, and when it ends.
+
+    RUN/round-0/{rewrite,train,eval,gap}    ordinary directories of `rewrite`, `sft`, `eval` and `gap`
+    RUN/round-1/…
+    RUN/loop.jsonl                          the settings, then a line for each finished step
+    RUN/rounds.json                         what each finished round came to
+
+Each step is a process of its own, so that the engine's memory is free for training. A step that was killed is run again and resumes by its own
+means: a rewrite and an evaluation from their journals, a training from its last checkpoint, or from its beginning, which with the same seed
+is the same.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from ..data.rows import Source
+from ..data.whole_file import write_whole
+from ..runs.journal import differences, read_entries
+from ..runs.shards import journals_in
+from .loop_config import LoopConfig
+
+
+RANK = {Source.EXPERT: 0, Source.GUIDED: 1, Source.SELF: 2}  # an improved row has gone up
+# Settings of the loop that may change when it goes on.
+FREE = ("rounds", "max_kl", "min_entropy", "max_cut", "benchmarks", "eval_config")
+
+
+class Step(NamedTuple):
+    """One command of a round; `done` is said by a line of `loop.jsonl`."""
+
+    round: int
+    name: str  # rewrite, rows, train, gap or eval
+    command: list[str]
+    done: bool
+
+
+class StepFailed(RuntimeError):
+    """A step ended with an exit code other than 0."""
+
+    def __init__(self, step: Step, code: int):
+        super().__init__(f"round {step.round}: `{step.name}` ended with exit code {code}; its last words are above.")
+        self.code = code
+
+
+def given(*configs) -> dict[str, Any]:
+    """The fields of dataclasses that differ from their defaults, as a config file of the command has them."""
+    values = {}
+    for config in configs:
+        for f in fields(config):
+            default = f.default if f.default_factory is MISSING else f.default_factory()
+            value = getattr(config, f.name)
+            if value != default and f.repr:  # not a token
+                values[f.name] = value
+    return values
+
+
+class Loop:
+    """
+    The rounds of one run.
+
+    Args:
+        output_dir (`Path`): RUN.
+        config ([`LoopConfig`]): Rounds, training, measuring.
+        rewriting (`dict`): Options of `trl-offpolicy rewrite` by name, without `output_dir`; `model_name_or_path` is the initial policy.
+        engine (`dict`): Those of them that say with which engine and verifier, which `eval` is given too.
+        demonstrations (`Callable`): Loads the input rows, a `datasets.Dataset`, as every rewrite is given them.
+    """
+
+    def __init__(self, output_dir: Path, config: LoopConfig, rewriting: dict, engine: dict, demonstrations: Callable):
+        self.output_dir, self.config, self.rewriting, self.engine = output_dir, config, rewriting, engine
+        self.demonstrations = demonstrations
+        self.state = output_dir / "loop.jsonl"
+        settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in FREE}
+        self.header = {"config": {**settings, "train_config": _contents(config.train_config), "rewriting": rewriting}}
+
+    def directory(self, round: int, name: str = "") -> Path:
+        return self.output_dir / f"round-{round}" / name
+
+    def open(self) -> None:
+        """Begins `loop.jsonl`, or raises `ValueError` if it was begun with other settings."""
+        lines = self._lines()
+        if not lines:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            write_whole(self.state, json.dumps(self.header) + "\n")
+        elif differing := differences(_flat(lines[0]["config"]), _flat(self.header["config"]), free=()):
+            raise ValueError(
+                f"{self.state} was begun with other settings: {differing}. Give the same ones to go on, or another output_dir."
+            )
+
+    def _lines(self) -> list[dict]:
+        if not self.state.exists():
+            return []
+        return [json.loads(line) for line in self.state.read_text().splitlines() if line]
+
+    def steps(self, round: int) -> list[Step]:
+        """The steps of a round, in order. Those of a round after the first need the round before it."""
+        done = {(line["round"], line["step"]) for line in self._lines()[1:]}
+        cli = [sys.executable, "-m", "trl_offpolicy.cli"]
+        steps = {"rewrite": [*cli, "rewrite", "--config", str(self.directory(round, "rewrite.yaml"))]}
+        steps["train"] = self._train_command(round)
+        if "self" in self.rewriting.get("stages", ["self"]):
+            steps["gap"] = [
+                *cli, "gap", "--forgetting", "--dataset_name", str(self.directory(0, "rewrite")),
+                "--model_name_or_path", str(self.directory(round, "train")), "--output_dir", str(self.directory(round, "gap")),
+                *(part for name in ("dtype", "trust_remote_code") if name in self.engine for part in (f"--{name}", str(self.engine[name]))),
+            ]  # fmt: skip
+        if self.config.benchmarks:
+            steps["eval"] = [*cli, "eval", "--config", str(self.directory(round, "eval.yaml"))]
+        return [Step(round, name, command, (round, name) in done) for name, command in steps.items()]
+
+    def run(self, step: Step) -> None:
+        """Runs a step that is not done, and notes it."""
+        if step.name == "rewrite":
+            write_whole(self.directory(step.round, "rewrite.yaml"), _yaml(self._rewriting(step.round)))
+        if step.name == "eval":
+            write_whole(self.directory(step.round, "eval.yaml"), _yaml(self._evaluation(step.round)))
+        if step.name == "train":
+            self._make_rows(step.round)
+        code = subprocess.run(step.command).returncode
+        if code:
+            raise StepFailed(step, code)
+        with self.state.open("a") as file:
+            file.write(json.dumps({"round": step.round, "step": step.name, "command": step.command}) + "\n")
+
+    # ---- rewrite ----
+
+    def _policy(self, round: int) -> dict:
+        """The options that name the newest policy before a round: the initial one, or what the round before has trained."""
+        if round == 0:
+            return {}
+        trained = self.directory(round - 1, "train")
+        if (trained / "adapter_config.json").exists() and self.engine.get("sampler") == "vllm":
+            return {"adapter": str(trained)}
+        return {"model_name_or_path": str(trained)}
+
+    def _rewriting(self, round: int) -> dict:
+        seed = self.rewriting.get("seed", 42) + round  # other draws in each round
+        options = {
+            **self.rewriting,
+            **self._policy(round),
+            "seed": seed,
+            "output_dir": str(self.directory(round, "rewrite")),
+        }
+        if self._carries(round):
+            options = {k: v for k, v in options.items() if k not in LOADING}
+            options["dataset_name"] = str(self._write_unsolved(round))
+        return options
+
+    def _write_unsolved(self, round: int) -> Path:
+        """The input rows that the round before has not solved by itself, as it was given them."""
+        path = self.directory(round, "unsolved.parquet")
+        solved = [row["source"] == Source.SELF for row in _rows(self.rows(round - 1), ["source"])]
+        dataset = self.demonstrations()
+        unsolved = dataset.select([i for i, own in enumerate(solved) if not own])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unsolved.to_parquet(str(path))
+        return path
+
+    # ---- train ----
+
+    def rows(self, round: int) -> Path:
+        """The directory of a round's rows: every problem once."""
+        return (
+            self.directory(round, "dataset") if self._carries(round) else self.directory(round, "rewrite") / "dataset"
+        )
+
+    def _carries(self, round: int) -> bool:
+        """Whether a round keeps the self rows of the one before."""
+        return round > 0 and self.config.refresh == "unsolved"
+
+    def _make_rows(self, round: int) -> None:
+        """With `refresh="unsolved"`, the round's rows: those that were solved before, and in the places of the others the new ones."""
+        from datasets import concatenate_datasets, load_dataset
+
+        path = self.rows(round) / "train-00000-of-00001.parquet"
+        if not self._carries(round) or path.exists():
+            return
+        before, new = (
+            load_dataset("parquet", data_files=str(files / "*.parquet"), split="train")
+            for files in (self.rows(round - 1), self.directory(round, "rewrite") / "dataset")
+        )
+        places = [i for i, source in enumerate(before["source"]) if source != Source.SELF]
+        # A second row with the same problem keeps the number in its id, though the first one may not have been asked again.
+        new = (
+            new.remove_columns("id")
+            .add_column("id", [before["id"][i] for i in places])
+            .select_columns(before.column_names)
+        )
+        order = list(range(len(before)))
+        for k, place in enumerate(places):
+            order[place] = len(before) + k
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        concatenate_datasets([before, new.cast(before.features)]).select(order).to_parquet(str(partial))
+        partial.replace(path)
+
+    def _train_command(self, round: int) -> list[str]:
+        command = shlex.split(self.config.train_command or "")
+        command = command or [sys.executable, "-m", "trl_offpolicy.cli", "sft"]
+        if self.config.train_config:
+            command += ["--config", self.config.train_config[min(round, len(self.config.train_config) - 1)]]
+        model = self.rewriting["model_name_or_path"]
+        if round and self.config.train_from == "last":
+            model = str(self.directory(round - 1, "train"))
+            if (self.directory(round - 1, "train") / "adapter_config.json").exists():
+                raise ValueError(
+                    f"{model} is an adapter, which train_from='last' would train a second one on. Pass train_from='base', with which each round "
+                    "trains an adapter of its own on the initial policy, or train all weights."
+                )
+        directory = self.directory(round, "train")
+        command += [
+            "--model_name_or_path",
+            model,
+            "--dataset_name",
+            str(self.rows(round)),
+            "--output_dir",
+            str(directory),
+        ]
+        checkpoints = [p.parent for p in directory.glob("checkpoint-*/trainer_state.json")]
+        if checkpoints:
+            newest = max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]))
+            command += ["--resume_from_checkpoint", str(newest)]
+        return command
+
+    # ---- measure ----
+
+    def _evaluation(self, round: int) -> dict:
+        options = yaml.safe_load(Path(self.config.eval_config).read_text()) if self.config.eval_config else {}
+        options = {**self.engine, **options, "model_name_or_path": str(self.directory(round, "train"))}
+        if "adapter" in self._policy(round + 1):
+            options |= {"model_name_or_path": self.rewriting["model_name_or_path"], **self._policy(round + 1)}
+        if round:
+            options["baseline"] = str(self.directory(0, "eval"))
+        return {**options, "benchmarks": self.config.benchmarks, "output_dir": str(self.directory(round, "eval"))}
+
+    def summary(self, round: int) -> dict:
+        """What a finished round came to, from its files."""
+        rewrite = self.directory(round, "rewrite")
+        metrics = json.loads((rewrite / "metrics.json").read_text())
+        sampled, cut = (sum(each[name] for each in metrics["stages"].values()) for name in ("sampled", "truncated"))
+        rows = _rows(self.rows(round), ["id", "source"])
+        found = {
+            "round": round,
+            "sources": {str(source): sum(row["source"] == source for row in rows) for source in Source},
+            "sampled": sampled,
+            "cut": cut / sampled if sampled else None,
+            **_draws(rewrite),
+        }
+        if round:
+            earlier = {row["id"]: RANK[Source(row["source"])] for row in _rows(self.rows(round - 1), ["id", "source"])}
+            found["improved"] = sum(RANK[Source(row["source"])] > earlier[row["id"]] for row in rows)
+        if (file := self.directory(round, "gap") / "forgetting.json").exists():
+            found["forgetting"] = json.loads(file.read_text())
+        if (file := self.directory(round, "eval") / "results.json").exists():
+            results = json.loads(file.read_text())["benchmarks"]
+            found["accuracy"] = {
+                name: {key: each[key] for key in each if key.startswith(("avg@", "greedy"))}
+                for name, each in results.items()
+            }
+        return found
+
+    def reason_to_stop(self, rounds: list[dict]) -> str | None:
+        """Why no further round should follow, in words; `None` if one should."""
+        first, last = rounds[0], rounds[-1]
+        kl = last.get("forgetting", {}).get("kl_per_token")
+        if self.config.max_kl is not None and kl is not None and kl > self.config.max_kl:
+            return f"KL(π_0‖π) on the task's prompts is {kl:.3f} nats per token, above max_kl={self.config.max_kl:g}"
+        if last["cut"] and last["cut"] > self.config.max_cut >= (first["cut"] or 0) and last is not first:
+            return f"{last['cut']:.0%} of the attempts were cut at the limit, in round 0 {first['cut'] or 0:.0%}"
+        if (
+            first["entropy"]
+            and last["entropy"] is not None
+            and last["entropy"] < self.config.min_entropy * first["entropy"]
+        ):
+            return f"the draws' -log π per token fell from {first['entropy']:.3f} to {last['entropy']:.3f} nats"
+        if last.get("improved") == 0:
+            return "no row came from a better source than in the round before"
+        return None
+
+
+# Options of `rewrite` that say which rows are read, and how.
+LOADING = (
+    "dataset_name", "dataset_config", "dataset_split", "dataset_revision", "data_files", "column_mapping", "max_rows", "skip_incomplete",
+)  # fmt: skip
+
+
+def _draws(run_dir: Path) -> dict:
+    """`entropy` (mean -log π of the tokens of the first attempt at each problem, nats) and their mean `length` in tokens."""
+    log_probs, tokens, problems = 0.0, 0, 0
+    for journal in journals_in(run_dir):
+        for _, entry in read_entries(journal):
+            if entry["stage"] == "self" and entry["attempt"] == 0 and (drawn := entry.get("behavior_log_probs")):
+                log_probs, tokens, problems = log_probs + sum(drawn), tokens + len(drawn), problems + 1
+    return {"entropy": -log_probs / tokens if tokens else None, "length": tokens / problems if problems else None}
+
+
+def _rows(directory: Path, columns: list[str]) -> list[dict]:
+    import pyarrow.parquet as pq
+
+    files = sorted(directory.glob("*.parquet"))
+    return [row for file in files for row in pq.read_table(file, columns=columns).to_pylist()]
+
+
+def _contents(files: list[str]) -> list[str]:
+    return [Path(file).expanduser().read_text() for file in files]
+
+
+def _yaml(options: dict) -> str:
+    return yaml.safe_dump(json.loads(json.dumps(options)), sort_keys=False, allow_unicode=True)
+
+
+def _flat(config: dict) -> dict:
+    return {**{k: v for k, v in config.items() if k != "rewriting"}, **config["rewriting"]}
