@@ -3,10 +3,13 @@ VENV := .venv
 # Two threads on a busy two-core machine wait for each other; a policy this small wants one.
 RUN := OMP_NUM_THREADS=1 $(VENV)/bin/python
 
-.PHONY: quickstart test test-fast check venv policy lint docs
+.PHONY: quickstart rounds test test-fast check venv policy lint docs
 
 quickstart: venv  ## the main job on the embedded default: rewrite, train, measure (runs/quickstart)
 	$(RUN) examples/quickstart.py
+
+rounds: venv  ## three rounds of rewriting and training on the embedded policy (runs/rounds)
+	$(RUN) examples/rounds.py
 
 test: check  ## the test suite, no network needed
 	$(RUN) -m pytest -n 2 --dist worksteal  # each test wants one core

@@ -117,7 +117,7 @@ def test_import_is_lazy_and_help_needs_no_torch():
 
 
 ROOMS = [
-    "answers", "data", "cards", "sampling", "sandbox", "verification", "runs", "trainer", "reporting", "evaluation", "rewriting", "agent", "cli",
+    "answers", "data", "cards", "sampling", "sandbox", "verification", "runs", "trainer", "reporting", "evaluation", "rewriting", "agent", "loop", "cli",
 ]  # fmt: skip
 
 
@@ -203,6 +203,7 @@ def test_documented_commands_parse(tmp_path):
     from trl_offpolicy.cli.agent import AgentArguments
     from trl_offpolicy.cli.evaluate import EvalArguments
     from trl_offpolicy.cli.gap import GapArguments
+    from trl_offpolicy.cli.loop import LoopArguments
     from trl_offpolicy.cli.rewrite import RewriteArguments
     from trl_offpolicy.cli.sft import SFTArguments
     from trl_offpolicy.cli.verify import VerifyArguments
@@ -213,6 +214,7 @@ def test_documented_commands_parse(tmp_path):
         "accelerate launch examples/train.py": (SFTArguments, ImportanceWeightedSFTConfig, ModelConfig),
         "trl-offpolicy rewrite": (RewriteArguments, RewriteConfig),
         "python examples/rewrite_ray.py": (RayArguments, RewriteConfig),
+        "trl-offpolicy loop": (LoopArguments, RewriteConfig),
         "trl-offpolicy verify": (VerifyArguments,),
         "trl-offpolicy eval": (EvalArguments, EvaluationConfig),
         "trl-offpolicy gap": (GapArguments,),
