@@ -95,6 +95,11 @@ def test_each_round_is_drawn_by_the_policy_that_the_last_one_trained(here, steps
     # Each round trains the initial policy; it is measured; what is done is not done again, and another setting is refused.
     found = json.loads(Path("run/rounds.json").read_text())["rounds"]
     assert [sum(each["sources"].values()) for each in found] == [8, 8] and found[1]["forgetting"]["kl"] != 0
+    assert main(["report", "run", "--output_dir", "page"]) == 0
+    page = Path("page/report.md").read_text()
+    shown = [line.split(" | ")[0] for line in page.split("## Yield")[0].splitlines() if line.startswith("| ")]
+    assert shown == ["| round", "| ---", "| 0", "| 1"] and f"{found[1]['forgetting']['kl_per_token']:.4f} [" in page
+    assert "</svg>" in Path("page/figures/rounds-0.svg").read_text() and Path("page/figures/rounds-0-KL.svg").exists()
     capsys.readouterr()
     assert loop("--output_dir", "run", "--rounds", 2) == 0 and len(steps) == 6
     assert loop("--output_dir", "run", "--rounds", 2, "--refresh", "unsolved") == 2
@@ -206,11 +211,13 @@ def test_a_step_that_fails_is_said_and_done_again(here, command, steps, monkeypa
 
 
 @pytest.mark.slow
-def test_killed_and_run_again_it_comes_to_the_same(here):
+def test_killed_and_run_again_it_comes_to_the_same(here, steps, monkeypatch):
     """kill -9 to the loop and its step, three times; rows and weights are those of a run that nobody disturbed."""
     Path("train.yaml").write_text(TRAINING + "save_strategy: steps\nsave_steps: 1\n")
     command = [sys.executable, "-m", "trl_offpolicy.cli", "loop", "--config", "loop.yaml", "--rounds", "2"]
-    assert subprocess.run([*command, "--output_dir", "calm"], capture_output=True).returncode == 0
+    assert loop("--output_dir", "calm", "--rounds", 2) == 0
+    monkeypatch.undo()  # from here on each step is a process of its own
+    monkeypatch.chdir(here)
     for mark in (
         "round-0/rewrite/journal.jsonl",
         "round-0/train/checkpoint-1/trainer_state.json",

@@ -188,8 +188,8 @@ class GroupReward:
         right = np.zeros(len(texts))
         lengths = [cut_turn(self._tokenizer, self._stop_ids, ids, at_limit=True) for ids in completion_ids]
         whole = [i for i, ids in enumerate(completion_ids) if lengths[i] == len(ids)]
-        told = explain_with(self.verifier, [texts[i] for i in whole], [answers[i] for i in whole])
-        right[whole] = np.array(rewards(told), float)  # `None` becomes NaN
+        judgements = explain_with(self.verifier, [texts[i] for i in whole], [answers[i] for i in whole])
+        right[whole] = np.array(rewards(judgements), float)  # `None` becomes NaN
         return right
 
     def _reasoned(self, model, places, problems: list[str], texts: list[str]) -> np.ndarray:

@@ -304,16 +304,18 @@ def _column_mapping(mapping: str | dict, columns: list[str]) -> dict[str, str]:
     """Column of the dataset → the name that it gets, from `ours=theirs,…` (from a config file it may come as a mapping)."""
     pairs = mapping.items() if isinstance(mapping, dict) else [part.partition("=")[::2] for part in mapping.split(",")]
     pairs = [(str(ours).strip(), str(theirs).strip()) for ours, theirs in pairs]
-    told = f"You passed column_mapping={mapping!r}"
+    message = f"You passed column_mapping={mapping!r}"
     names = {theirs: ours for ours, theirs in pairs}
     if not all(part for pair in pairs for part in pair) or len(names) < len(pairs):
-        raise ValueError(f"{told}; write our columns by yours, each once, such as problem=instruction,answer=output.")
+        raise ValueError(
+            f"{message}; write our columns by yours, each once, such as problem=instruction,answer=output."
+        )
     if missing := [theirs for theirs in names if theirs not in columns]:
-        raise ValueError(f"{told}, but the dataset has the columns {columns} and no {' and no '.join(missing)}.")
+        raise ValueError(f"{message}, but the dataset has the columns {columns} and no {' and no '.join(missing)}.")
     renamed = [names.get(column, column) for column in columns]
     if twice := {name for name in renamed if renamed.count(name) > 1}:
         raise ValueError(
-            f"{told}, after which there would be two columns {' and '.join(sorted(twice))}: the dataset has one of that name. Map that one too, "
+            f"{message}, after which there would be two columns {' and '.join(sorted(twice))}: the dataset has one of that name. Map that one too, "
             f"for example {min(twice)}_before={min(twice)}."
         )
     return names

@@ -92,8 +92,8 @@ def evaluate(argv: list[str]) -> int:
     print(tables.markdown(tables.accuracy(results)), end="")
     if config.baseline:
         print(tables.markdown(tables.comparison(results)), end="")
-    for told in _unread(results, arguments.verifier):
-        print(told)
+    for sentence in _unread(results, arguments.verifier):
+        print(sentence)
     if not (Path(config.output_dir) / "results.json").exists():
         print(f"shard {config.shard} is done; results.json appears with the last of them")
         return 0

@@ -84,7 +84,7 @@ def _run(rounds, wanted: int) -> int:
                 rounds.run(step)
         summaries.append(rounds.summary(number))
         write_whole(rounds.output_dir / "rounds.json", json.dumps({"rounds": summaries}, indent=1) + "\n")
-        print(_told(summaries[-1]), flush=True)
+        print(_sentence(summaries[-1]), flush=True)
         if number + 1 < wanted and (reason := rounds.reason_to_stop(summaries)):
             print(f"stopped after round {number}: {reason}.")
             break
@@ -94,7 +94,7 @@ def _run(rounds, wanted: int) -> int:
     return 0
 
 
-def _told(summary: dict) -> str:
+def _sentence(summary: dict) -> str:
     total = sum(summary["sources"].values())
     parts = [f"{source} {count / total:.1%}" for source, count in summary["sources"].items()]
     if "improved" in summary:

@@ -67,9 +67,9 @@ def pushed(push, run_dir: str, repo_id: str, token: str | None) -> str | None:
         Exception,
         KeyboardInterrupt,
     ) as error:  # any failure of the network or the Hub; the rows are safe on the disk
-        told = f"the push failed: {type(error).__name__}: {error}".rstrip(": ")
+        message = f"the push failed: {type(error).__name__}: {error}".rstrip(": ")
         notes = getattr(error, "__notes__", None) or ["Nothing has changed on the Hub."]
-        print(redacted("\n".join([told, *notes, "To push again:"]), token), file=sys.stderr)
+        print(redacted("\n".join([message, *notes, "To push again:"]), token), file=sys.stderr)
         print(shlex.join(["trl-offpolicy", "push", run_dir, "--hub_dataset_id", repo_id]))
         return None
     print(f"pushed: {commit.commit_url}")

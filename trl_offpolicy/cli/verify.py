@@ -77,8 +77,8 @@ def verify(argv: list[str]) -> int:
             with _written(output) as file:
                 for chunk in batched(rows, 1024):
                     _, of_chunk, completions, answers = zip(*chunk, strict=True)
-                    told = explain_with(verifier, completions, answers, of_chunk)
-                    for (index, row, _, answer), (verdict, reason) in zip(chunk, told, strict=True):
+                    judgements = explain_with(verifier, completions, answers, of_chunk)
+                    for (index, row, _, answer), (verdict, reason) in zip(chunk, judgements, strict=True):
                         source = row.get("source")
                         counts[source if source in set(Source) else "", verdict] += 1
                         if verdict is not Verdict.CORRECT:

@@ -68,13 +68,13 @@ class ControlTokens:
         """The same for rows that are known already."""
         if not rows or self.mode not in ("warn", "refuse"):
             return
-        told = f"{numbered(rows, total)} control tokens of the model in {what}: {', '.join(map(repr, tokens))}. The tokenizer takes them for real ones"
+        message = f"{numbered(rows, total)} control tokens of the model in {what}: {', '.join(map(repr, tokens))}. The tokenizer takes them for real ones"
         if self.mode == "refuse":
             raise ValueError(
-                f"{told}, and you passed control_tokens='refuse'. Remove them, or pass control_tokens='escape' to have them read as text."
+                f"{message}, and you passed control_tokens='refuse'. Remove them, or pass control_tokens='escape' to have them read as text."
             )
         warnings.warn(
-            f"{told}: such a text can end its own turn and begin another. Pass control_tokens='escape' to have them read as text, 'refuse' to "
+            f"{message}: such a text can end its own turn and begin another. Pass control_tokens='escape' to have them read as text, 'refuse' to "
             "stop at them, 'allow' to hear nothing of it.",
             stacklevel=3,
         )
@@ -110,7 +110,7 @@ def rendered_before(processing_class, prompt: str) -> str | None:
     control = ControlTokens(processing_class)
     if control.tokens:
         starts = re.compile(rf"\s*({control._pattern.pattern})")
-        told, own = (starts.match(text) for text in (prompt, _rendered(processing_class, _PROBE[:1])))
-        if told and own and told[1] == own[1]:
-            return told[1]
+        given, own = (starts.match(text) for text in (prompt, _rendered(processing_class, _PROBE[:1])))
+        if given and own and given[1] == own[1]:
+            return given[1]
     return None

@@ -172,11 +172,13 @@ def read_row(
     else:
         demonstration = _demonstrated(row, index, demonstration_column)
     if demonstration is None and is_missing(row[answer_column]):
-        told = f"`{answer_column}` is {row[answer_column]!r}, and no attempt could be kept"
-        raise IncompleteRow(index, f"neither a demonstration nor a gold answer: {told}")
+        message = f"`{answer_column}` is {row[answer_column]!r}, and no attempt could be kept"
+        raise IncompleteRow(index, f"neither a demonstration nor a gold answer: {message}")
     if demonstration is not None and not demonstration.strip():
-        told = f"`{demonstration_column}` is {row[demonstration_column]!r:.200}, and there is nothing to fall back to"
-        raise IncompleteRow(index, f"no demonstration: {told}")
+        message = (
+            f"`{demonstration_column}` is {row[demonstration_column]!r:.200}, and there is nothing to fall back to"
+        )
+        raise IncompleteRow(index, f"no demonstration: {message}")
     user_turns = [m["content"] for m in turns if m["role"] == "user"]
     if not user_turns or not user_turns[-1].strip():
         raise IncompleteRow(index, f"no problem: `{prompt_column}` is {row[prompt_column]!r:.200}")

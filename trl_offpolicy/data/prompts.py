@@ -60,8 +60,8 @@ def check(template: str, name: str, *placeholders: str) -> None:
     missing = [p for p in placeholders if "{" + p + "}" not in template]
     if missing:
         shown = {"solution": "reference"}.get(missing[0], missing[0])
-        told = "every problem would get the same prompt" if shown == "problem" else f"the {shown} would not be shown"
+        reason = "every problem would get the same prompt" if shown == "problem" else f"the {shown} would not be shown"
         raise ValueError(
-            f"You passed {name}={template!r}, which has no {' and no '.join('{' + p + '}' for p in missing)}: {told}. "
+            f"You passed {name}={template!r}, which has no {' and no '.join('{' + p + '}' for p in missing)}: {reason}. "
             f"Write the placeholder where the text belongs, for example {name}='{' '.join('{' + p + '}' for p in placeholders)}'."
         )

@@ -43,8 +43,8 @@ def says_otherwise(processing_class, row: dict) -> str | None:
     wanted = "".join(filter(str.isalnum, "".join(turns)))
     for skip in (True, False):  # a text may hold special tokens, such as those around reasoning
         decoded = processing_class.decode(row["completion_ids"], skip_special_tokens=skip)
-        told = "".join(filter(str.isalnum, decoded))
-        if told.startswith(wanted) or told.endswith(wanted):
+        letters = "".join(filter(str.isalnum, decoded))
+        if letters.startswith(wanted) or letters.endswith(wanted):
             return None
     return decoded
 

@@ -64,7 +64,8 @@ def write_report(run_dirs: list[str], output_dir: str, title: str = "trl_offpoli
     (Path(output_dir) / "figures").mkdir(parents=True, exist_ok=True)
     page = Page(title, Path(output_dir) / "figures")
     page.heading(title, 1)
-    for kind, section in (("rewrites", _yield), ("evaluations", _accuracy), ("gaps", _gap), ("trainings", _training)):
+    sections = {"rounds": _rounds, "rewrites": _yield, "evaluations": _accuracy, "gaps": _gap, "trainings": _training}
+    for kind, section in sections.items():
         if found[kind]:
             section(page, found[kind])
     for label, (path, _) in found["rewrites"].items():
@@ -80,8 +81,15 @@ def find_runs(directories: list[Path]) -> dict[str, dict[str, tuple[Path, dict]]
         "results.json": "evaluations",
         "policy_gap.json": "gaps",
         "trainer_state.json": "trainings",
+        "rounds.json": "rounds",
     }
-    keys = {"rewrites": "yield", "evaluations": "benchmarks", "gaps": "total", "trainings": "log_history"}
+    keys = {
+        "rewrites": "yield",
+        "evaluations": "benchmarks",
+        "gaps": "total",
+        "trainings": "log_history",
+        "rounds": "rounds",
+    }
     found: dict[str, dict[Path, dict]] = {kind: {} for kind in keys}
     for directory in directories:
         if not directory.is_dir():
@@ -123,11 +131,17 @@ def _yield(page: Page, runs: dict) -> None:
             f"{sampling['fixed_k_equivalent']:,}. Verdicts: {', '.join(f'{n:,} {v}' for v, n in verdicts.items())}; {sampling['truncated']:,} cut. "
             f"{metrics['gold_unparsable']:,} rows have a gold answer that cannot be compared with."
         )
-    figure, axis = _axes(height=1.2 + 0.45 * len(runs))
-    for place, (_, metrics) in enumerate(runs.values()):
-        left, total = 0.0, max(1, metrics["yield"]["total"])
+    counts = [metrics["yield"] for _, metrics in runs.values()]
+    page.figures([("yield", "Where the rows' completions come from", _sources(list(runs), counts))])
+
+
+def _sources(labels: list[str], counts: list[dict]) -> bytes:
+    """A bar of each run or round: the shares of its rows by source; with `total`, the number of all rows, if some have none."""
+    figure, axis = _axes(height=1.2 + 0.45 * len(labels))
+    for place, of_sources in enumerate(counts):
+        left, total = 0.0, max(1, of_sources.get("total", sum(of_sources.values())))
         for i, source in enumerate(Source):
-            share = metrics["yield"][source] / total
+            share = of_sources[source] / total
             kind = {
                 "color": COLOURS[i],
                 "hatch": HATCHES[i],
@@ -139,11 +153,52 @@ def _yield(page: Page, runs: dict) -> None:
                 box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
                 axis.text(left + share / 2, place, f"{share:.0%}", ha="center", va="center", fontsize=8, bbox=box)
             left += share
-    axis.set_yticks(range(len(runs)), list(runs))
+    axis.set_yticks(range(len(labels)), labels)
     axis.set(xlabel="share of rows", xlim=(0, 1))
     axis.invert_yaxis()
     _legend(axis, 3)
-    page.figures([("yield", "Where the rows' completions come from", _svg(figure))])
+    return _svg(figure)
+
+
+def _rounds(page: Page, runs: dict) -> None:
+    page.heading("Rounds")
+    page.paragraph(
+        "Each round rewrites with the model that the round before has trained. KL(π_0‖π): from the initial policy to the round's model, on the "
+        "task's prompts, with a 95 % bootstrap interval over problems; -log π: of the first draws of the round's rewrite, nats per token."
+    )
+    for number, (label, (_, content)) in enumerate(runs.items()):
+        rounds = content["rounds"]
+        page.heading(label, 3)
+        page.table(tables.rounds(rounds))
+        labels = [f"round {each['round']}" for each in rounds]
+        figures = [
+            (f"rounds-{number}", "Where each round's rows come from", _sources(labels, [r["sources"] for r in rounds]))
+        ]
+        for name, caption, points in _measured(rounds):
+            figure, axis = _axes()
+            places = [place for place, value in points if value is not None]
+            values, errors = _values_and_errors([value for _, value in points if value is not None], "value")
+            axis.errorbar(places, values, yerr=errors, fmt="o-", color=COLOURS[0], capsize=3)
+            axis.set_xticks(range(len(rounds)))
+            axis.set(xlabel="round", ylabel=name)
+            figures.append((f"rounds-{number}-{_slug(name)}", caption, _svg(figure)))
+        page.figures(figures)
+
+
+def _measured(rounds: list[dict]) -> list[tuple[str, str, list]]:
+    """(axis, caption, (round, value with its interval)) of what was measured of each round's model."""
+
+    def value(of: dict, name: str) -> dict | None:
+        return None if of.get(name) is None else {"value": of[name], "value_ci95": of.get(f"{name}_ci95")}
+
+    forgotten = [(each["round"], value(each.get("forgetting", {}), "kl_per_token")) for each in rounds]
+    drawn = [("KL", "KL(π_0‖π) on the task's prompts, nats per token", forgotten)]
+    for benchmark in dict.fromkeys(name for each in rounds for name in each.get("accuracy", {})):
+        scores = [each.get("accuracy", {}).get(benchmark, {}) for each in rounds]
+        metric = next(name for name in max(scores, key=len) if name.startswith("avg@") and "_" not in name)
+        points = [(each["round"], value(score, metric)) for each, score in zip(rounds, scores, strict=True)]
+        drawn.append((f"{benchmark} {metric}", f"Share of {benchmark} that is right", points))
+    return [(name, caption, points) for name, caption, points in drawn if any(found for _, found in points)]
 
 
 def _accuracy(page: Page, runs: dict) -> None:

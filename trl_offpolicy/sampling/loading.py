@@ -20,9 +20,9 @@ def loading(model: str) -> Iterator[None]:
     Raises:
         ModelNotFound: It is a path at which there is no directory, or transformers says that there is no such model.
     """
-    told = f"You passed model={model!r}, which cannot be loaded"
+    message = f"You passed model={model!r}, which cannot be loaded"
     if model.startswith((".", "/", "~")) and not Path(model).is_dir():
-        raise ModelNotFound(f"{told}: there is no such directory.")
+        raise ModelNotFound(f"{message}: there is no such directory.")
     try:
         yield
     except OSError as error:
@@ -31,7 +31,7 @@ def loading(model: str) -> Iterator[None]:
             error.errno and not isinstance(error, (FileNotFoundError, PermissionError))
         ):
             raise
-        raise ModelNotFound(f"{told}: {error}") from error
+        raise ModelNotFound(f"{message}: {error}") from error
 
 
 def load_processing_class(model: str, processing_class=None, chat_template: str | None = None, **kwargs):

@@ -70,7 +70,7 @@ class _Server:
     outstanding: int = 0
     ready: bool = False
     busy: bool = False  # it said that it is overloaded, so it gets no new requests; those it has go on
-    told: float = -math.inf  # when the user was last told that we wait for it
+    warned_at: float = -math.inf  # when the user was last told that we wait for it
     failures: int = 0  # since its last answer
     reviving: asyncio.Task | None = None
     context: int = NO_CONTEXT
@@ -163,22 +163,22 @@ class OpenAISampler(Sampler):
                 self._vocabulary = _vocabulary(model, revision, self.processing_class)
                 self.stop_token_ids = stop_token_ids(self.processing_class)
             else:
-                told = "returns no token ids: rows will carry no `completion_ids` and no `behavior_log_probs`"
+                message = "returns no token ids: rows will carry no `completion_ids` and no `behavior_log_probs`"
                 try:
                     tokenizer = load_processing_class(model, processing_class, revision=revision)
                 except (OSError, ValueError):  # a name that only the servers know, or no chat template
-                    told += "; it is not told where a turn ends, for want of a chat template here"
+                    message += "; it is not told where a turn ends, for want of a chat template here"
                 else:
                     self.stop_token_ids = stop_token_ids(tokenizer)
                     self._stops = tokenizer.convert_ids_to_tokens(self.stop_token_ids)
                     end = end_of_turn_id(tokenizer)
                     self._stop = None if end is None else tokenizer.convert_ids_to_tokens(end)
                 if self._dialect == "chat":
-                    told += (
+                    message += (
                         "; nor does it take `top_k`, `min_p` and `repetition_penalty`: if its defaults or the model's generation "
                         "config set one, rows are not drawn from the model alone. Start the server without such defaults"
                     )
-                warnings.warn(f"{self._servers[0].url} {told}.", stacklevel=2)
+                warnings.warn(f"{self._servers[0].url} {message}.", stacklevel=2)
         except BaseException:
             self.close()
             raise
@@ -334,7 +334,7 @@ class OpenAISampler(Sampler):
 
     def _fault(self, job: _Job, server: _Server, error: Exception) -> Completion | None:
         """What to answer when a try has failed: nothing if it is the server's fault, and another may do better."""
-        reason, finish_reason = self._told(error), "refused"
+        reason, finish_reason = self._explained(error), "refused"
         status = getattr(error, "status_code", None)
         if status not in (400, 413, 422):
             self._set_aside(server, error)
@@ -354,7 +354,7 @@ class OpenAISampler(Sampler):
         server.room = min(server.room + 1, self.batch_size)
 
     def _note_failure(self, server: _Server, error: BaseException) -> None:
-        self._last_error = f"{server.url}: {self._told(error)}"
+        self._last_error = f"{server.url}: {self._explained(error)}"
         if self._failing_since is None:
             self._failing_since = self._loop.time()
 
@@ -376,12 +376,12 @@ class OpenAISampler(Sampler):
             waited = since is not None and self._loop.time() - since > self.give_up_after
             # A server that is ready, or busy with requests, may still answer; if it hangs, its requests time out.
             if waited and not any(other.ready or (other.busy and other.outstanding) for other in self._servers):
-                told = f"no server has answered for {self.give_up_after:g} s; the last one said: {self._last_error}"
-                self._finished.put(SamplerError(told))
+                message = f"no server has answered for {self.give_up_after:g} s; the last one said: {self._last_error}"
+                self._finished.put(SamplerError(message))
                 return
-            wait, told = self._pause(server, error)
-            if told:
-                self._finished.put(UserWarning(told))
+            wait, message = self._pause(server, error)
+            if message:
+                self._finished.put(UserWarning(message))
             await asyncio.sleep(wait)
             if server.busy:  # it answered, though only that it is overloaded: send it as many requests as it may have
                 server.ready, server.busy = True, False
@@ -411,9 +411,9 @@ class OpenAISampler(Sampler):
         if asked is not None:
             wait = min(asked, self.give_up_after)
         status = getattr(error, "status_code", None)
-        if status not in BUSY or self._loop.time() < server.told + TELL_EVERY:
+        if status not in BUSY or self._loop.time() < server.warned_at + TELL_EVERY:
             return wait, None
-        server.told = self._loop.time()
+        server.warned_at = self._loop.time()
         asks = "" if asked is None else f", it asks for {asked:,.6g} s"
         return wait, f"{server.url} is busy (status {status}{asks}); trying again in {wait:.3g} s."
 
@@ -435,17 +435,19 @@ class OpenAISampler(Sampler):
         """Greets all servers and settles the best dialect that those who answer have in common."""
         greetings = (self._patiently(self._greet, server) for server in self._servers)
         errors = await asyncio.gather(*greetings, return_exceptions=True)
-        told = [f"{s.url}: {self._told(e)}" for s, e in zip(self._servers, errors, strict=True) if e is not None]
+        messages = [
+            f"{s.url}: {self._explained(e)}" for s, e in zip(self._servers, errors, strict=True) if e is not None
+        ]
         for error in errors:
             if getattr(error, "status_code", None) in (401, 403):
-                raise ValueError(f"A server refuses us; is OPENAI_API_KEY set, and right? {'; '.join(told)}")
+                raise ValueError(f"A server refuses us; is OPENAI_API_KEY set, and right? {'; '.join(messages)}")
             if error is not None and not isinstance(error, (openai.OpenAIError, TimeoutError)):
                 raise error
         there = [s for s, error in zip(self._servers, errors, strict=True) if error is None]
         if not there:
-            raise SamplerError(f"no server answers. {'; '.join(told)}")
-        if told:
-            warnings.warn(f"Not every server answers; starting with {len(there)}. {'; '.join(told)}", stacklevel=2)
+            raise SamplerError(f"no server answers. {'; '.join(messages)}")
+        if messages:
+            warnings.warn(f"Not every server answers; starting with {len(there)}. {'; '.join(messages)}", stacklevel=2)
         self._dialect = await self._common_dialect(there)
         for server in self._servers:
             server.ready = server in there
@@ -461,10 +463,10 @@ class OpenAISampler(Sampler):
                 if isinstance(error, SamplerError):
                     raise error
                 if not isinstance(error, NotImplementedError) and not 400 <= getattr(error, "status_code", 0) < 429:
-                    raise SamplerError(f"{server.url} has trouble: {self._told(error)}") from error
+                    raise SamplerError(f"{server.url} has trouble: {self._explained(error)}") from error
             if not failed:
                 return dialect
-        raise ValueError(f"{failed[0][0].url} cannot draw a completion: {self._told(failed[0][1])}")
+        raise ValueError(f"{failed[0][0].url} cannot draw a completion: {self._explained(failed[0][1])}")
 
     async def _patiently(self, ask, server: _Server, *arguments):
         """`await ask(server, *arguments)`; as long as the server says that it is busy again, for `give_up_after` seconds at most."""
@@ -477,9 +479,9 @@ class OpenAISampler(Sampler):
                 if error.status_code not in BUSY or left <= 0:
                     raise
                 server.failures += 1
-                wait, told = self._pause(server, error)
-            if told:
-                warnings.warn(told, stacklevel=2)
+                wait, message = self._pause(server, error)
+            if message:
+                warnings.warn(message, stacklevel=2)
             await asyncio.sleep(min(wait, left))
 
     async def _greet(self, server: _Server) -> None:
@@ -548,9 +550,9 @@ class OpenAISampler(Sampler):
         if not at_text and not set(self.stop_token_ids).intersection(ids):
             # A generation config, which only the server has, may end turns at another special token.
             special = ids[-1] in special_tokens(self.processing_class).all
-            reason, told = ended(reason, special, len(ids), fields["max_tokens"])
-            if told:
-                warnings.warn(f"{server.url} {told}", stacklevel=2)
+            reason, message = ended(reason, special, len(ids), fields["max_tokens"])
+            if message:
+                warnings.warn(f"{server.url} {message}", stacklevel=2)
         completion = drawn_completion(
             request.id, ids, log_probs, reason, self.processing_class, self.stop_token_ids, params.stop
         )
@@ -570,13 +572,13 @@ class OpenAISampler(Sampler):
             server.letters += sum(map(str.isalpha, text))
             return
         server.doubtful.add(request_id)
-        told = f"it says {text!r:.100}, but its token ids are {decoded!r:.100} to the tokenizer of {self.name!r}"
+        message = f"it says {text!r:.100}, but its token ids are {decoded!r:.100} to the tokenizer of {self.name!r}"
         if len(server.doubtful) >= MOST_DOUBTFUL:
             raise SamplerError(
-                f"{server.url} has another tokenizer than the model here: {told}, and so {MOST_DOUBTFUL} times. Serve the model that you "
+                f"{server.url} has another tokenizer than the model here: {message}, and so {MOST_DOUBTFUL} times. Serve the model that you "
                 "pass, or pass the one that is served."
             )
-        raise ValueError(told)
+        raise ValueError(message)
 
     def _tell_unheeded(self, server: _Server, field: str) -> None:
         warnings.warn(
@@ -585,7 +587,7 @@ class OpenAISampler(Sampler):
             stacklevel=3,
         )
 
-    def _told(self, error: BaseException) -> str:
+    def _explained(self, error: BaseException) -> str:
         """An error in one line, without the key (a server may quote it)."""
         return redacted(cause(error), self._key).replace("\n", " ")[:300]
 

@@ -15,7 +15,7 @@ from opcode import opmap
 from .code_wire import OUTPUT, Ended, Peer, decode, encode, raised, run_coroutine
 
 
-ERRORS = 1 << 16  # bytes at the end of what a script writes to standard error, of which the last line is told
+ERRORS = 1 << 16  # bytes at the end of what a script writes to standard error, of which the last line is reported
 
 
 class Solution(Peer):
@@ -37,11 +37,11 @@ class Solution(Peer):
         return lambda *args, **kwargs: self.call_back(content, args, kwargs)
 
     def call_back(self, number, args, kwargs):
-        told = self.ask([number, encode(args, self.keep), encode(kwargs, self.keep)])
-        if "raised" in told:
-            names, _, text = told["raised"]
+        reply = self.ask([number, encode(args, self.keep), encode(kwargs, self.keep)])
+        if "raised" in reply:
+            names, _, text = reply["raised"]
             raise getattr(builtins, names[0], RuntimeError)(text)
-        return decode(told["value"], self.meet)
+        return decode(reply["value"], self.meet)
 
     def answer(self, question):
         printed = io.StringIO()
@@ -105,8 +105,8 @@ def run_script(task, peer):
             )  # whole lines only
             last = lines[-1] if lines else ""
             memory = last.startswith("MemoryError") and not lines[-2:][0].strip().startswith("raise MemoryError")
-            told = {"output": out.read(OUTPUT + 1).decode(errors="replace"), "code": code, "error": last}
-            peer.write({**told, "memory": memory})
+            reply = {"output": out.read(OUTPUT + 1).decode(errors="replace"), "code": code, "error": last}
+            peer.write({**reply, "memory": memory})
 
 
 def main(task, source):

@@ -293,9 +293,9 @@ class Tests(Peer):
 
     def do(self, name, *args, **kwargs):
         reply = self.ask([name, encode(list(args), self.keep), encode(kwargs, self.keep)])
-        return self.told(reply, args[1:] if name == "call" else (), ends=name == "next")
+        return self.received(reply, args[1:] if name == "call" else (), ends=name == "next")
 
-    def told(self, reply, args=(), ends=False):
+    def received(self, reply, args=(), ends=False):
         if printed := reply.get("printed"):
             sys.stdout.write(printed)
         if "raised" in reply:
@@ -412,7 +412,9 @@ def run_tests(task, peer):
     global tests
     tests = builtins.__tests__ = peer
     try:
-        problem = provide(task, peer.told(peer.read())) or (run_with_pytest if task["pytest"] else run_plainly)(task)
+        problem = provide(task, peer.received(peer.read())) or (run_with_pytest if task["pytest"] else run_plainly)(
+            task
+        )
     except BaseException as error:
         problem = explained(error, task)
         if isinstance(error, MemoryError) and not hasattr(error, "_of_solution"):

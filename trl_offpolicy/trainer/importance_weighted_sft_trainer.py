@@ -278,16 +278,16 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
             unknown += (asked & np.isnan(columns.get("behavior_log_probs", np.nan))).sum()
         if not unknown:
             return
-        told = (
+        message = (
             f"{unknown:,} of {total:,} training tokens ({unknown / total:.0%}) have no μ, as their rows have no `behavior_log_probs`: with "
             f"objective={self.args.objective!r} their weight is 1, which is plain SFT."
         )
         if unknown == total and self.args.objective_was_given:
             raise ValueError(
-                f"{told} Train on what `trl-offpolicy rewrite` wrote, sampled at temperature 1; set precompute_behavior_log_probs=True if the rows "
+                f"{message} Train on what `trl-offpolicy rewrite` wrote, sampled at temperature 1; set precompute_behavior_log_probs=True if the rows "
                 "have `completion_ids` of this model; or write objective='nll' (SFT), 'dft', or expert_weighting='base' (π/π_0), which need no μ."
             )
-        warnings.warn(f"{told} expert_weighting says what else they may weigh.", stacklevel=4)
+        warnings.warn(f"{message} expert_weighting says what else they may weigh.", stacklevel=4)
 
     def _vocab_size(self) -> int | None:
         """As the config says: ZeRO stage 3 leaves no shape to the embeddings."""
