@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoTokenizer
 
+from ..data.rows import Source
 from ..data.tokenization import encode_prompt
 from ..data.whole_file import write_whole
-from ..runs.journal import read_entries, read_header
-from ..runs.shards import journals_in
+from ..runs.run_directory import RunDirectory
 from ..sampling.loading import load_model
-from ..sampling.sampler import FAILED, PLAIN
+from ..sampling.sampler import PLAIN
 from ..trainer.log_probs import target_log_probs
 from .estimators import bootstrap
 
@@ -87,40 +87,35 @@ def _with_intervals(sums: np.ndarray) -> dict:
 
 def _first_attempts(run_dir: Path) -> tuple[dict, dict]:
     """By id: (prompt, tools, chat_template_kwargs) of each problem, and (token ids, log π_0 of each) of its first `self` attempt."""
-    import pyarrow.parquet as pq
-
-    passed = f"You passed the run {str(run_dir)!r}"
-    journals, files = journals_in(run_dir), sorted((run_dir / "dataset").glob("*.parquet"))
-    if not journals or not files:
+    passed, run = f"You passed the run {str(run_dir)!r}", RunDirectory(run_dir)
+    if not run.journals or not run.row_files:
         raise ValueError(f"{passed}, which is no finished `trl-offpolicy rewrite`: it has no journal, or no dataset/.")
-    config = read_header(journals[0]) or {}
-    reshaped = {name: config[name] for name, plain in PLAIN.items() if config.get(name, plain) != plain}
-    if reshaped or "self" not in config.get("stages", ()):
+    reshaped = {name: run.config[name] for name, plain in PLAIN.items() if run.config.get(name, plain) != plain}
+    if reshaped or Source.SELF not in run.config["stages"]:
         raise ValueError(
-            f"{passed}, sampled with {reshaped or config.get('stages')}: its attempts are not drawn from the policy alone. Rewrite with stage `self` "
+            f"{passed}, sampled with {reshaped or run.config['stages']}: its attempts are not drawn from the policy alone. Rewrite with stage `self` "
             "at temperature 1 with top_p 1 and top_k 0."
         )
     drawn = {}
-    for journal in journals:
-        for _, entry in read_entries(journal):
-            if entry["stage"] == "self" and entry["attempt"] == 0 and entry["finish_reason"] not in FAILED:
-                if not entry.get("behavior_log_probs"):
-                    raise ValueError(
-                        f"{passed}, whose journal has no log-probs of the attempt at {entry['id']}: rejected attempts were not kept, or a stop text "
-                        "ended it. Rewrite with keep_rejected=True and without `stop`; the accepted attempts alone would be a biased sample."
-                    )
-                drawn[entry["id"]] = entry["completion_ids"], entry["behavior_log_probs"]
+    for attempt in run.first_attempts():
+        if not attempt.behavior_log_probs:
+            raise ValueError(
+                f"{passed}, whose journal has no log-probs of the attempt at {attempt.id}: rejected attempts were not kept, or a stop text ended it. "
+                "Rewrite with keep_rejected=True and without `stop`; the accepted attempts alone would be a biased sample."
+            )
+        drawn[attempt.id] = attempt.completion_ids, attempt.behavior_log_probs
     if any(run_dir.glob("unsolved*.jsonl")):
         raise ValueError(
             f"{passed}, whose unsolved problems have no row and hence no prompt; the solved ones alone would be a biased sample. Rewrite a dataset "
             "that has demonstrations."
         )
-    prompts = {}
-    for file in files:
-        names = {"id", "prompt", "tools", "chat_template_kwargs"} & set(pq.read_schema(file).names)
-        for row in pq.read_table(file, columns=sorted(names)).to_pylist():
-            if row["id"] in drawn:
-                prompts[row["id"]] = row["prompt"], row.get("tools"), row.get("chat_template_kwargs")
+    rows = run.rows()
+    names = {"id", "prompt", "tools", "chat_template_kwargs"} & set(rows.schema.names)
+    prompts = {
+        row["id"]: (row["prompt"], row.get("tools"), row.get("chat_template_kwargs"))
+        for row in rows.to_table(columns=sorted(names)).to_pylist()
+        if row["id"] in drawn
+    }
     if not prompts:
         raise ValueError(f"{passed}, in whose journal there is no first attempt of stage `self` at any of its rows.")
     return prompts, drawn

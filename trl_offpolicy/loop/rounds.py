@@ -23,8 +23,8 @@ import yaml
 
 from ..data.rows import Source
 from ..data.whole_file import write_whole
-from ..runs.journal import differences, read_entries
-from ..runs.shards import journals_in
+from ..runs.journal import differences
+from ..runs.run_directory import RunDirectory
 from .loop_config import LoopConfig
 
 
@@ -243,16 +243,17 @@ class Loop:
 
     def summary(self, round: int) -> dict:
         """What a finished round came to, from its files."""
-        rewrite = self.directory(round, "rewrite")
-        metrics = json.loads((rewrite / "metrics.json").read_text())
-        sampled, cut = (sum(each[name] for each in metrics["stages"].values()) for name in ("sampled", "truncated"))
+        run = RunDirectory(self.directory(round, "rewrite"))
+        sampled, cut = (
+            sum(each[name] for each in run.metrics["stages"].values()) for name in ("sampled", "truncated")
+        )
         rows = _rows(self.rows(round), ["id", "source"])
         found = {
             "round": round,
             "sources": {str(source): sum(row["source"] == source for row in rows) for source in Source},
             "sampled": sampled,
             "cut": cut / sampled if sampled else None,
-            **_draws(rewrite),
+            **_draws(run),
         }
         if round:
             earlier = {row["id"]: RANK[Source(row["source"])] for row in _rows(self.rows(round - 1), ["id", "source"])}
@@ -292,14 +293,14 @@ LOADING = (
 )  # fmt: skip
 
 
-def _draws(run_dir: Path) -> dict:
+def _draws(run: RunDirectory) -> dict:
     """`entropy` (mean -log π of the tokens of the first attempt at each problem, nats) and their mean `length` in tokens."""
-    log_probs, tokens, problems = 0.0, 0, 0
-    for journal in journals_in(run_dir):
-        for _, entry in read_entries(journal):
-            if entry["stage"] == "self" and entry["attempt"] == 0 and (drawn := entry.get("behavior_log_probs")):
-                log_probs, tokens, problems = log_probs + sum(drawn), tokens + len(drawn), problems + 1
-    return {"entropy": -log_probs / tokens if tokens else None, "length": tokens / problems if problems else None}
+    drawn = [(a.log_prob, a.num_tokens) for a in run.first_attempts(texts=False) if a.log_prob is not None]
+    tokens = sum(length for _, length in drawn)
+    return {
+        "entropy": -sum(mean * length for mean, length in drawn) / tokens if tokens else None,
+        "length": tokens / len(drawn) if drawn else None,
+    }
 
 
 def _rows(directory: Path, columns: list[str]) -> list[dict]:

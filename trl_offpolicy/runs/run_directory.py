@@ -12,6 +12,7 @@ import yaml
 
 from ..cards import is_hub_id
 from ..data.rows import Source
+from ..sampling.sampler import FAILED
 from .journal import Attempt, read_attempts, read_header
 from .run_counts import RunCounts
 from .run_memory import RunMemory
@@ -115,6 +116,12 @@ class RunDirectory:
     def attempts(self, journal: Path, texts: bool = True) -> Iterator[Attempt]:
         """Those in one of its journals, at problems in `ids`."""
         return read_attempts(journal, self.ids[journal], texts)
+
+    def first_attempts(self, texts: bool = True) -> Iterator[Attempt]:
+        """The first attempt of stage `self` that was drawn at each problem: a sample of the policy, whatever became of it."""
+        for attempt in chain.from_iterable(self.attempts(journal, texts) for journal in self.ids):
+            if attempt.stage == Source.SELF and attempt.attempt == 0 and attempt.finish_reason not in FAILED:
+                yield attempt
 
     @cached_property
     def counts(self) -> RunCounts:
