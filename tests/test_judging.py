@@ -245,3 +245,21 @@ def test_verifiers_of_a_users_own_are_described_alike_in_every_process():
     assert describe(as_verifier(Recording())) == "Recording"
     assert repr(all_of(verify, Recording())) == "all_of(verify, Recording)"
     assert "0x" not in describe(all_of(verify, Recording()))
+
+
+@pytest.mark.parametrize(
+    "log_probs, reason, said",
+    [
+        ([], "error", "not one of the first 100 requests succeeded"),
+        ([float("nan")], "stop", "logits that are not numbers"),
+    ],
+)
+def test_a_judge_that_cannot_judge_stops_the_run(log_probs, reason, said):
+    class Broken(ScriptedSampler):
+        def completion(self, request):
+            return Completion(request.id, "YES", [1] * len(log_probs), log_probs, reason, "no GPU")
+
+    with pytest.raises(SamplerError, match=said):
+        JudgeVerifier(Broken()).verify(["x"] * 120, ["1"] * 120)
+    if reason == "error":  # a few failures are no reason to
+        assert JudgeVerifier(Broken()).explain(["x"] * 9, ["1"] * 9) == [("error", "no GPU")] * 9
