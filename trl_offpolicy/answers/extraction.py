@@ -10,7 +10,6 @@ A statement is read whole: nothing here picks a number out of a formula, and wha
 [`Unparsable`] with the reason. All of it takes time in proportion to the text: no pattern has a repetition within a repetition over the same characters.
 """
 
-import functools
 import itertools
 import re
 from bisect import bisect_left
@@ -45,14 +44,12 @@ class Unparsable(Exception):
 class Statement:
     """An answer that a completion states."""
 
-    text: str  # what it states: LaTeX if `mathematics` (words in it are in \text{}), else as it was written
+    text: str  # what it states: LaTeX with words in \text{} where it has mathematics in it, else as it was written
     kind: str  # one of ORDER
     start: int  # where its value is in the visible text, and where that ends
     end: int
-    mathematics: bool  # it had delimiters or a box
-    others: tuple[
-        str, ...
-    ] = ()  # what equal statements say elsewhere in other letters: a contradiction, unless they mean the same
+    # What equal statements say elsewhere in other letters: a contradiction, unless they mean the same.
+    others: tuple[str, ...] = ()
 
 
 # ---- 1. what is visible ----
@@ -99,10 +96,8 @@ def visible(completion: str) -> str:
 
 # ---- 2. segments ----
 
-_FORMULAS, _ARRAYS = (
-    r"(?:equation|align|gather|multline|displaymath|math)\*?",
-    r"(?:[pbvBV]?matrix|smallmatrix|cases|array|aligned)",
-)
+_FORMULAS = r"(?:equation|align|gather|multline|displaymath|math)\*?"
+_ARRAYS = r"(?:[pbvBV]?matrix|smallmatrix|cases|array|aligned)"
 _ENVIRONMENT = f"{_FORMULAS}|{_ARRAYS}"
 _DELIMITER = re.compile(
     rf"\\\\|\\\$|(?P<open>\$\$|\$|\\\[|\\\(|\\begin\{{(?P<begin>{_ENVIRONMENT})\}})|(?P<close>\\\]|\\\)|\\end\{{(?:{_ENVIRONMENT})\}})"
@@ -179,18 +174,22 @@ def _cover(text: str, spans: list[tuple[int, int, str]]) -> str:
 
 # ---- 3. statements ----
 
+
+def _called(latin: str, other: str) -> str:
+    """Any of these words; what has no spaces between words needs no end of a word."""
+    return rf"(?:\b(?:{latin.replace(' ', '|').replace('_', ' ')})\b|(?=[^\x00-\u0dff])(?:{other.replace(' ', '|')}))"
+
+
 # What is called an answer, and what a result, in the languages that models answer in; words that say "final", and "is".
-_ANSWER = (
-    "answer answers ans réponse réponses antwort antworten respuesta respuestas risposta resposta antwoord odpowiedź odpověď svar svaret vastaus válasz răspuns răspunsul"
-    " cevap yanıt đáp_án đáp_số câu_trả_lời jawaban jawabannya ответ відповідь отговор απάντηση الجواب الإجابة پاسخ جواب תשובה उत्तर উত্তর 答案 答え 解答 正解 答 정답 답 คำตอบ"
+_ANSWER = _called(
+    "answers? ans réponses? antwort(?:en)? respuestas? risposta resposta antwoord odpowiedź odpověď svar(?:et)? vastaus válasz răspuns(?:ul)?"
+    " cevap yanıt đáp_án đáp_số câu_trả_lời jawaban(?:nya)? ответ відповідь отговор απάντηση الجواب الإجابة پاسخ جواب תשובה उत्तर উত্তর",
+    "答案 答え 解答 正解 答 정답 답 คำตอบ",
 )
-_RESULT = (
-    "solution solutions result results option choice résultat ergebnis lösung lösungen resultado solución risultato soluzione solução wynik sonuç kết_quả hasil результат"
-    " 结果 結果 결과 选 選"
+_RESULT = _called(
+    "solutions? results? option choice résultat ergebnis lösung(?:en)? resultado solución risultato soluzione solução wynik sonuç kết_quả hasil результат",
+    "结果 結果 결과 选 選",
 )
-_CALLED = tuple(set(words.split()) for words in (_ANSWER, _RESULT))
-_OTHER_LETTERS = sorted(w for w in set.union(*_CALLED) if not w.isascii())
-_CONCLUSION = ("conclusion", "结论", "結論", "결론")
 _FINAL = r"(?:\b(?:final|finale|endgültige|окончательный|итоговый|ostateczna|nihai|slutligt?)\b|最终|最終|最后|최종)"
 _AFTER_IT = r"(?:finale?|cuối cùng|akhir|النهائية|نهائي)"
 _SAYS_FINAL = re.compile(f"{_FINAL}|{_AFTER_IT}", re.I)
@@ -201,25 +200,17 @@ _IS = (
 _SPACE = rf"[ \t{_MARK}]"
 
 
-@functools.lru_cache(256)
-def _patterns(answers: tuple[str, ...], results: tuple[str, ...]) -> tuple[re.Pattern, re.Pattern]:
-    """A heading that announces an answer, and a phrase that states one, of these words: those in the text, since all would be slow."""
-    answer, result = (
-        "|".join(w if w[0] >= "\u0e00" else rf"\b{w.replace('_', ' ')}\b" for w in words) or "(?!)"
-        for words in (answers, results)
-    )
-    heading = (
-        rf"^[ \t\\#*{_MARK}]*(?:\\(?:sub)*section\*?\{{)?(?:\d+[.)] *)?(?:the )?(?:(?P<final>{_FINAL}{_SPACE}*(?:{answer}|{result})|(?:{answer}) {_AFTER_IT})"
-        rf"|(?P<answer>{answer})|{'|'.join(_CONCLUSION)})[ \t:：}}*{_MARK}]*(?:$|(?={_MATH}))"
-    )
-    phrase = (
-        rf"(?:(?P<answer>{answer})|{result}|^A(?=:))(?:{_SPACE}(?P<after>{_AFTER_IT}))?"
-        rf"(?:{_SPACE}*\([^()\n]{{0,40}}\)| (?:to|for|of|in|from|we)\b[^.!?:;,\n{_MATH}]{{0,60}}?)?\}}?"
-        rf"{_SPACE}*(?:[:：=＝→⇒—–]+|=>|->|-(?= )|{_IS}){_SPACE}*\}}?"
-    )
-    return re.compile(heading, re.I | re.M), re.compile(phrase, re.I | re.M)
-
-
+_HEADING = re.compile(  # announces an answer
+    rf"^[ \t\\#*{_MARK}]*(?:\\(?:sub)*section\*?\{{)?(?:\d+[.)] *)?(?:the )?(?:(?P<final>{_FINAL}{_SPACE}*(?:{_ANSWER}|{_RESULT})|{_ANSWER} {_AFTER_IT})"
+    rf"|(?P<answer>{_ANSWER})|conclusion|结论|結論|결론)[ \t:：}}*{_MARK}]*(?:$|(?={_MATH}))",
+    re.I | re.M,
+)
+_PHRASE = re.compile(  # states one
+    rf"(?:(?P<answer>{_ANSWER})|{_RESULT}|^A(?=:))(?P<final>{_SPACE}{_AFTER_IT})?"
+    rf"(?:{_SPACE}*\([^()\n]{{0,40}}\)| (?:to|for|of|in|from|we)\b[^.!?:;,\n{_MATH}]{{0,60}}?)?\}}?"
+    rf"{_SPACE}*(?:[:：=＝→⇒—–]+|=>|->|-(?= )|{_IS}){_SPACE}*\}}?",
+    re.I | re.M,
+)
 _CALLED_FINAL = re.compile(rf"{_FINAL}{_SPACE}*(?:correct{_SPACE})?\Z", re.I)
 _LINE_MARK = re.compile(r"^[ \t]*####[ \t]*(?P<value>\S[^\n]*)$", re.M)
 
@@ -285,7 +276,6 @@ _PROSE_NUMBER = re.compile(
     rf"(?<![\w.,\\/^_-])[$€£]?\d[\d,]*(?:\.\d+)?(?:\s?%|\s[A-Za-z]+)?(?![\w-])|\b(?!zero\b|one\b)(?:{NUMBER_WORD})\b",
     re.I,
 )
-_ANNOUNCED = re.compile(rf"[A-Za-z][^\n{_MATH}\d]*(?::|\b(?:is|are|by))[ \t{_MARK}]*\n", re.I)
 _MATH_LINE = re.compile(rf"([\s{_MARK},;.]*\n[\s{_MARK}]*){_MATH}+[ \t{_MARK},;.]*(?:\n|\Z)")
 _ITEM = re.compile(rf"[ \t{_MARK}]*(?:[-*+•]|\d+[.)])[ \t]+(?=\S)")
 
@@ -293,30 +283,23 @@ _ITEM = re.compile(rf"[ \t{_MARK}]*(?:[-*+•]|\d+[.)])[ \t]+(?=\S)")
 _AROUND = ". \t\n,;:。．，、\"“”'*"
 
 
-def _compose(found: Segments, start: int, end: int) -> tuple[str, bool]:
-    """What is written from `start` to `end`, and whether it has mathematics in it: then it is LaTeX, its words in \\text{}."""
-    pieces, at, mathematics = [], start, False
-    first = bisect_left(found.spans, (start,))
-    for span_start, span_end, content in found.spans[first:]:
-        if span_start >= end:
-            break
-        pieces += [(found.text[at:span_start], found.covered[at:span_start]), content]
-        at, mathematics = span_end, True
-    pieces.append((found.text[at:end], found.covered[at:end]))
-    latex = []
-    for piece in pieces:
-        if isinstance(piece, tuple):
-            piece = "".join(c for c, cover in zip(*piece, strict=True) if cover != _MARK)
-            if mathematics and not re.search(r"[\\{}$]", piece):
-                piece = re.sub(r"[^\W\d_][^\d,;:()\[\]=<>+*/^%°|]*", lambda m: f"\\text{{ {m[0].strip()}}}", piece)
-        latex.append(piece)
-    text = "".join(latex).lstrip(_AROUND[1:]).rstrip()
+def _compose(found: Segments, start: int, end: int) -> str:
+    """What is written from `start` to `end`; if it has mathematics in it, as LaTeX with its words in \\text{}."""
+    spans = [span for span in found.spans[bisect_left(found.spans, (start,)) :] if span[0] < end]
+    pieces = []
+    for at, stop, content in zip(
+        [start, *(s[1] for s in spans)], [*(s[0] for s in spans), end], [*spans, None], strict=True
+    ):
+        words = "".join(
+            c for c, cover in zip(found.text[at:stop], found.covered[at:stop], strict=True) if cover != _MARK
+        )
+        if spans and not re.search(r"[\\{}$]", words):
+            words = re.sub(r"[^\W\d_][^\d,;:()\[\]=<>+*/^%°|]*", lambda m: f"\\text{{ {m[0].strip()}}}", words)
+        pieces += [words, content[2] if content else ""]
+    text = "".join(pieces).lstrip(_AROUND[1:]).rstrip()
     if re.search(r"\d(?:\.\.+|['\"*]+)\Z", text) and found.text[max(0, start - 1) : start] not in tuple("'\"*"):
-        return text.replace("..", "\\ldots"), mathematics  # `12...`, `12'` and `12*` are not 12
-    text = re.sub(r"^\.(?!\d)", "", text.rstrip(_AROUND)).strip(_AROUND[1:])  # .5 is a number
-    while text.endswith("}") and text.count("}") > text.count("{"):  # of `\textbf{Answer: 5}`
-        text = text[:-1].rstrip(_AROUND)
-    return text, mathematics
+        return text.replace("..", "\\ldots")  # `12...`, `12'` and `12*` are not 12
+    return text.rstrip(_AROUND).strip(_AROUND[1:])  # .5 is a number
 
 
 def _first(pattern: re.Pattern, found: Segments, start: int, end: int | None = None) -> int:
@@ -350,17 +333,7 @@ def _sentence(found: Segments, start: int, last: bool) -> tuple[int, int] | None
         at = verb.end() if verb else clause
     values = [p for p in pieces if p[0] < p[1] and _STARTS.match(covered, *p)]
     if values:
-        begin, stop = values[-1]
-        if not last and pieces[0] == values[0]:  # what is stated comes first, unless that is only the name: `x is 5`
-            begin, stop = values[0]
-            if len(values) > 1 and covered[stop] == ":":  # `C: 12`
-                stop = values[1][1]
-            elif (
-                len(values) > 1
-                and re.fullmatch(rf"\s*(?:{_MATH}+|[A-Za-z])\s*", covered[begin:stop])
-                and not re.search(r"[\d=]", found.text[begin:stop])
-            ):
-                begin, stop = values[1]
+        begin, stop = values[0] if not last and pieces[0] == values[0] else values[-1]  # what is stated comes first
         return begin, _first(_TAIL, found, begin + 1, stop)
     words, (begin, stop) = covered[start:clause], pieces[-1]
     numbers = list(_PROSE_NUMBER.finditer(words))
@@ -381,8 +354,7 @@ def _items(found: Segments, line: int) -> list[tuple[int, int]]:
     while (item := _ITEM.match(found.covered, line)) and len(items) < 50:
         items.append((item.end(), _end(found, item.end())))
         line = found.covered.find("\n", items[-1][1]) + 1 or len(found.text)
-    numbered = bool(items) and found.covered[items[0][0] - 2] in ".)"
-    return items if len(items) > numbered else []
+    return items
 
 
 _SPOKEN_MINUS = re.compile(rf"^(?:\\text\{{\s*{MINUS}\s*\}}|{MINUS}\b|\([-−]\))\s*(?=[\d.\\])", re.I)
@@ -405,8 +377,6 @@ def _value(found: Segments, start: int, kind: str, last: bool = False) -> Statem
         begin = _FILLER.match(found.covered, contrast.end()).end()
     if begin >= len(found.text) or (kind != "sentence" and _NO_VALUE.match(found.covered, begin)):
         return None
-    if announced := _ANNOUNCED.match(found.covered, begin):  # "The roots are:", and they follow
-        begin = _FILLER.match(found.covered, announced.end()).end()
     line = found.covered.rfind("\n", 0, begin) + 1
     ranges = _items(found, line) if line >= start else []
     if not ranges:
@@ -418,11 +388,10 @@ def _value(found: Segments, start: int, kind: str, last: bool = False) -> Statem
             ranges.append((more.end(1), _end(found, more.end(1))))
     if not _stands(found, ranges[0][0], ranges[-1][1], kind):
         return None
-    texts = [_compose(found, *r) for r in ranges]
-    text = _SPOKEN_MINUS.sub("-", ", ".join(t for t, _ in texts if t))
-    if not text or _PLACEHOLDER.fullmatch(text):
+    text = _SPOKEN_MINUS.sub("-", ", ".join(filter(None, (_compose(found, *r) for r in ranges))))
+    if _PLACEHOLDER.fullmatch(text):
         return None
-    return Statement(text.replace(", =", " ="), kind, ranges[0][0], ranges[-1][1], any(m for _, m in texts))
+    return Statement(text, kind, ranges[0][0], ranges[-1][1])
 
 
 # ---- boxes ----
@@ -479,18 +448,15 @@ def boxes(text: str) -> list[tuple[str | None, int, int]]:
     return found
 
 
-# What separates one statement of a formula from the next, brackets, and what says nothing about the value beside it.
-_PART = re.compile(
-    r"(?P<cut>\\\\(?:\[[^\[\]\n]{0,20}\])?|(?P<equals>(?<![<>:\\])=(?![<>]))|[&,;:≤≥]|\bis\b(?: one of)?|\\(?:q?quad|[;,: ]|implies|iff|to|in|equiv|approx|leq?|geq?|leqslant|geqslant|therefore|because|so|[Ll]ong[Rr]ightarrow|[Rr]ightarrow|[Ll]eftrightarrow|hence)(?![A-Za-z])"
-    r"|\\(?:text|mbox|textbf|textrm|intertext|tag)\s*\{[^{}]*\}|\\(?:begin|end)\{(?:align|aligned|array|split|gather|gathered|equation|multline)\*?\}(?:\{[^{}]*\})?)"
-    r"|(?P<open>\\begin\{\w{1,20}\}|\\\{|[({\[])|(?P<close>\\end\{\w{1,20}\}|\\\}|[)}\]])|\\."
+# What separates one statement of a formula from the next, and what says nothing about the value beside it.
+_CUT = re.compile(
+    r"\\\\|(?<![<>:\\])=(?![<>])|(?<!\\)[&,;:]|[≤≥]|\bis\b(?: one of)?|\\(?:[;,: ]|q?quad|frac(?=\s*\{\s*\\(?:text|math))|implies|iff|to|in|equiv|approx|[lg]eq?(?:slant)?|therefore|because|so|hence|[Ll]ong[Rr]ightarrow|[Rr]ightarrow|[Ll]eftrightarrow)(?![A-Za-z])"
+    r"|\\(?:text|mbox|textbf|textrm|intertext|tag)\s*\{[^{}]*\}|\\(?:begin|end)\{(?:align|aligned|array|split|gather|gathered|equation|multline)\*?\}(?:\{[^{}]*\})?"
 )
 _IDLE = re.compile(
-    r"(?:[\s{}().\[\]~]|\\[!,;: ]|\\[$%#]|%|\$|\^\s*\{?\s*\\circ\s*\}?|\\(?:circ|degree|displaystyle|textstyle|left|right|[bB]igg?[lr]?|bf|bm|math(?:bf|rm|it|sf)|text(?:bf|it|rm)?|underline|boldsymbol|large|Large|LARGE|huge|Huge|qedsymbol|square|blacksquare"
-    r"|color\s*\{\w+\}|textcolor\s*\{\w+\}|p?mod\s*(?:\{[^{}]*\}|\w+)|renewcommand\s*\{[^{}]*\}\s*\{[^{}]*\}|hline|multicolumn\s*\{\w*\}\s*\{[^{}]*\}|frac(?=\s*\{\s*\\(?:text|math))|(?:text|math)(?:rm|bf)?\s*\{[^{}]*\}?)(?![A-Za-z]))*"
+    r"(?:[\s{}().\[\]~]|\\[!,;: ]|\\[$%#]|%|\$|\^\s*\{?\s*\\circ\s*\}?|_\s*(?:\{\s*\w+\s*\}|\w)|\\(?:circ|degree|displaystyle|textstyle|left|right|[bB]igg?[lr]?|bf|bm|math(?:bf|rm|it|sf)|text(?:bf|it|rm)?|underline|boldsymbol|large|Large|LARGE|huge|Huge|qedsymbol|square|blacksquare"
+    r"|color\s*\{\w+\}|textcolor\s*\{\w+\}|p?mod\s*(?:\{[^{}]*\}|\w+)|renewcommand\s*\{[^{}]*\}\s*\{[^{}]*\}|hline|multicolumn\s*\{\w*\}\s*\{[^{}]*\}|(?:text|math)(?:rm|bf)?\s*\{[^{}]*\}?)(?![A-Za-z]))*"
 )
-# The base of a box: `\\boxed{101}_2`.
-_BASE = re.compile(r"_\s*(?:\{\s*\w+\s*\}|\w)(?:[\s{}.]|\\[,;! ])*")
 _UNEQUAL = re.compile(r"\\neq?(?![A-Za-z])|\\not(?![A-Za-z])|≠")
 _MAGNITUDE = re.compile(
     r"[\s$~\\,)\]]*(?:\\text\s*\{\s*)?(?:and a half|hundreds?|thousands?|millions?|billions?|trillions?|dozens?)\b"
@@ -514,24 +480,15 @@ def _in_formula(found: Segments, content: str, start: int, end: int) -> str:
         return content + _magnitude(text, end)
     low, high, inside = found.spans[at]
     low = text.index(inside, low)
-    high, depth, first, last = low + len(inside), 0, low, low + len(inside)
-    for part in itertools.chain(_PART.finditer(text, low, start), _PART.finditer(text, end, high)):
-        if part["cut"] and (depth == 0 or part["equals"]):
-            if part.start() >= end:
-                last = part.start()
-                break
-            first = part.end()
-        depth = max(0, depth + bool(part["open"]) - bool(part["close"]))
-    left, right = text[first:start], text[end:last]
+    high = low + len(inside)
+    left = text[max((m.end() for m in _CUT.finditer(text, low, start)), default=low) : start]
+    right = text[end : next((m.start() for m in _CUT.finditer(text, end, high)), high)]
     choice = re.fullmatch(r"\\text\w*\s*\{[^{}]*\}", content)
-    if _IDLE.fullmatch(left) and (choice or _IDLE.fullmatch(right) or _BASE.fullmatch(right)):
+    if _IDLE.fullmatch(left) and (choice or _IDLE.fullmatch(right)):
         return content + _magnitude(text, end)
     if _UNEQUAL.search(left + right):
         raise Unparsable(f"{NO_ANSWER}: its box is what something does not equal")
     right = right.rstrip(" .\n")
-    while match := _BOX.search(left):  # another box of the same formula
-        inner, stop = _box(left, match.start(), len(left))
-        left = f"{left[: match.start()]}({inner}){left[stop:]}"
     times = "\\cdot" if left[-1:].isdigit() else ""
     return f"{left}{times}({content}){right}".strip()
 
@@ -602,26 +559,15 @@ def _matches(pattern: re.Pattern, found: Segments) -> list[re.Match]:
 
 def statements(found: Segments) -> list[tuple[int, Statement]]:
     """Whatever states an answer in words, in order, with where its phrase begins."""
-    low = found.covered.lower()
-    latin = set(re.findall("[a-z]+", low))
-    other = [] if found.text.isascii() else _OTHER_LETTERS
-    answers, results = (
-        (*sorted(words & latin), *[w for w in other if w in words and w.replace("_", " ") in low]) for words in _CALLED
-    )
-    heading, phrase = _patterns(answers, results)
-    patterns = [heading] if answers or results or any(w in low for w in _CONCLUSION) else []
-    if answers or results or "a:" in low:
-        patterns.append(phrase)
     stated: dict[int, tuple[int, Statement]] = {}
-    for pattern in patterns:
+    for pattern in (_HEADING, _PHRASE):
         for match in _matches(pattern, found):
-            at, end, groups = match.start(), match.end(), match.groupdict()
-            if groups.get("final") or groups.get("after") or _CALLED_FINAL.search(found.covered, max(0, at - 30), at):
+            at, end = match.span()
+            kind = "answer" if match["answer"] else "result"
+            if match["final"] or _CALLED_FINAL.search(found.covered, max(0, at - 30), at):
                 kind = "final"
-            else:
-                kind = "answer" if groups["answer"] else "result"
             statement = _value(found, end, kind)
-            for _ in range(3 * (pattern is heading)):  # the value may be in a later paragraph
+            for _ in range(3 * (pattern is _HEADING)):  # the value may be in a later paragraph
                 if not statement and (paragraph := _PARAGRAPH.match(found.covered, end)):
                     end = paragraph.end()
                     statement = _value(found, end, kind)
@@ -643,26 +589,25 @@ def _choose(found: Segments, stated: list[tuple[int, Statement]]) -> Statement |
         between = found.covered[chosen.end : at] if chosen else ""
         if chosen is None or _CORRECTS.search(between):
             chosen, others = statement, []
-        elif _QUESTION.search(between) and _QUESTION.search(found.covered, 0, chosen.start):
+        elif _QUESTION.search(between):
             others += [statement.text]  # several questions, each with its answer: no one can tell which was asked
         elif not _REMARKS.search(between):
-            others += [statement.text] if statement.text != chosen.text else []
-    return replace(chosen, others=tuple(dict.fromkeys(others))) if others else chosen
+            others += [statement.text]
+    others = tuple(dict.fromkeys(text for text in others if text != chosen.text))
+    return replace(chosen, others=others) if others else chosen
+
+
+_TAG = re.compile(r"<(/?)(?:final[_ ]?)?answer>", re.I)
 
 
 def _tagged(text: str) -> tuple[int, int] | None:
     """Where the content of the last `<answer>` is that has any."""
     end = len(text)
     for match in reversed(list(_TAG.finditer(text))[-20:]):
-        if not match[1]:
-            content = text[match.end() : end]
-            if not _PLACEHOLDER.fullmatch(content, 0, min(len(content), 200)) or len(content) > 200:
-                return match.end(), end
+        if not match[1] and not _PLACEHOLDER.fullmatch(text[match.end() : end][:200]):
+            return match.end(), end
         end = match.start()
     return None
-
-
-_TAG = re.compile(r"<(/?)(?:final[_ ]?)?answer>", re.I)
 
 
 def stated_answer(completion: str) -> Statement:
@@ -711,14 +656,12 @@ def _boxed(found: Segments, boxed: list[tuple[str | None, int, int]]) -> Stateme
     contents = [_in_formula(found, *box) for box in boxed]
     if len(boxed) > 1 and all(names):
         contents = [f"{name[1]} = {content}" for name, content in zip(names, contents, strict=True)]
-    chosen = Statement(", ".join(dict.fromkeys(contents)), "box", start, end, True)
+    chosen = Statement(", ".join(dict.fromkeys(contents)), "box", start, end)
     if _SAYS_FINAL.search(text, end):
         behind = segments(text[end:])
         for at, statement in statements(behind):
-            its_own = _STARTS.match(behind.covered, statement.start) and not _APPROXIMATE.search(
-                behind.covered, at, statement.start
-            )
-            if statement.kind == "final" and its_own and not _REMARKS.search(behind.covered, 0, at):
+            exact = not _APPROXIMATE.search(behind.covered, at, statement.start)
+            if statement.kind == "final" and exact and _STARTS.match(behind.covered, statement.start):
                 chosen = _moved(statement, end)
     if chosen.kind != "box":
         return chosen

@@ -24,9 +24,7 @@ _UNICODE = {
 }  # fmt: skip
 _FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|exp|sqrt|gcd|lcm|abs|floor|ceil"
 _FONTS = "text|textbf|textit|textrm|textnormal|textup|textsf|texttt|emph|mbox|hbox|mathrm|mathbf|mathit|mathsf|boldsymbol|bm|operatorname|operatorname\\*|rm|bf|it"
-_FONT = re.compile(
-    rf"\\(?:(?:{_FONTS})\s*(?=\{{)|(?:textcolor|color)\s*\{{[^{{}}]*\}}\s*|(?:left|right|middle)\s*\.|(?:bm|bf|rm|it)(?![A-Za-z]))"
-)
+_FONT = re.compile(rf"\\(?:(?:{_FONTS})\s*(?=\{{)|(?:textcolor|color)\s*\{{[^{{}}]*\}}\s*)")
 # Commands that mean the same as another, or only how it looks.
 _SAME = {
     "\\frac": "dfrac tfrac cfrac", "<": "lt", ">": "gt", "\\le ": "leq leqq leqslant", "\\ge ": "geq geqq geqslant", "\\neq ": "ne", "\\{": "lbrace", "\\}": "rbrace",
@@ -42,17 +40,12 @@ _REWRITES = [
         (r"(?<=\d)\{,\}(?=\d)", ","),
         (r"\\(?:qquad|quad|hspace\{[^{}]*\}|[hv]?phantom\s*(?:\{[^{}]*\}|.)|[,;: !>])|~", " "),
         (r"^([+-]?\d{1,3}(?: \d{3})+)(?![\d/])", lambda m: m[1].replace(" ", ",")),
-        (r"(?<=[)\]]) ?U ?(?=[(\[])", r"\\cup "),
-        (r"<=|=<", r"\\le "),
-        (r">=|=>", r"\\ge "),
-        (r"!=", r"\\neq "),
-        (r"\*\*(?=[\w({-])", "^"),
+        (r"[<>!]=|\*\*", lambda m: {"<=": "\\le ", ">=": "\\ge ", "!=": "\\neq "}.get(m[0], "^")),
         (r"\\?(?<![A-Za-z])(?:infinity|infty|inf)(?![A-Za-z])", r"\\infty "),
         (r"\\(?:degree|deg)(?![A-Za-z])|\^\{?\\circ\}?|\\text\{\s*degrees?\s*\}|(?<=[\d}]) ?degrees?(?![A-Za-z])", r"^\\circ "),
         (r"\^\\circ\s*(?:\\text\s*\{\s*)?([CF])\b\s*\}?$", lambda m: r"\text{ " + {"C": "celsius", "F": "fahrenheit"}[m[1]] + "}"),
         (r"\\text\s*\{\s*(?:percent|pct|percentage)\s*\}|\s(?:percent(?:age)?|pct)\b|\\%", "%"),
-        (r"\\begin\{(?:[bB]matrix|matrix|smallmatrix|array)\}(?:\{[clr|]+\})?", r"\\begin{pmatrix}"),
-        (r"\\end\{(?:[bB]matrix|matrix|smallmatrix|array)\}", r"\\end{pmatrix}"),
+        (r"\\(begin|end)\{(?:[bB]matrix|matrix|smallmatrix|array)\}(?:\{[clr|]+\})?", r"\\\1{pmatrix}"),
         (r"\b(?:np|numpy|math)\.(log)?", lambda m: "ln" if m[1] else ""),
         (rf"(?<![\\A-Za-z])({_FUNCTIONS})(?=[\s(^_\d{{\\]|$)", r"\\\1 "),
         (rf"(?<![\\A-Za-z])(pi|{GREEK})(?![A-Za-z])", r"\\\1 "),
@@ -88,8 +81,9 @@ def normalize(answer: str) -> str:
         raise Unparsable
     if answer.isascii() and answer.isdecimal():
         return answer
-    text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻ⁿ]+", lambda m: f"^{{{unicodedata.normalize('NFKC', m[0])}}}", answer)
-    text = re.sub(r"[₀-₉]+", lambda m: f"_{{{unicodedata.normalize('NFKC', m[0])}}}", text)
+    text = re.sub(
+        r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻ⁿ]+|[₀-₉]+", lambda m: f"{'^_'[m[0] >= '₀']}{{{unicodedata.normalize('NFKC', m[0])}}}", answer
+    )
     text = re.sub(r"([√∛])\s*(\d+(?:\.\d+)?)", r"\1{\2}", text)
     text = "".join(_ascii(c) if ord(c) > 127 else c for c in text)
     text = re.sub(r"\\\\(?:\[[^\]]*\])?", r"\\cr ", text)  # or the second backslash would begin a command
@@ -120,8 +114,6 @@ def _without_fonts(text: str) -> str:
     while match := _FONT.search(text, position):
         out.append(text[position : match.start()])
         position = match.end()
-        if text[position : position + 1] != "{":
-            continue
         end = _argument_end(text, position)
         content, position = text[position + 1 : end - 1], end
         name = match[0].strip("\\ {")
@@ -142,9 +134,9 @@ def _ascii(char: str) -> str:
     if char in _UNICODE:
         return _UNICODE[char]
     name = unicodedata.name(char, "")
-    if greek := re.fullmatch(r"GREEK (SMALL|CAPITAL) LETTER (\w+)", name):
-        letter = greek[2].replace("LAMDA", "LAMBDA")
-        return f"\\{letter.lower() if greek[1] == 'SMALL' else letter.capitalize()} "
+    if name.startswith("GREEK "):
+        letter = name.split()[-1].replace("LAMDA", "LAMBDA")
+        return f"\\{letter.lower() if 'SMALL' in name else letter.capitalize()} "
     if name.startswith("VULGAR FRACTION"):
         numerator, _, denominator = unicodedata.normalize("NFKC", char).partition("⁄")
         return f"\\frac{{{numerator}}}{{{denominator}}}"
@@ -190,19 +182,11 @@ def _argument_end(text: str, start: int) -> int:
 _INTEGER = r"[1-9]\d{0,2}(?:,\d{3})+|\d+"
 _NUMBER = re.compile(
     rf"(?P<sign>[+-]?)\(?(?:(?:(?P<whole>{_INTEGER}) ?)?(?:\\frac\{{(?P<top>-?(?:{_INTEGER}))\}}\{{(?P<bottom>-?(?:{_INTEGER}))\}}|(?<![\d,])(?P<up>{_INTEGER})\.?/(?P<down>{_INTEGER}))"
-    rf"|(?P<int>{_INTEGER})?(?P<dec>\.\d*)?(?:\\overline\{{(?P<rep>\d+)\}})?(?:\\times ?10\^(?:\{{(?P<exp>[+-]?\d{{1,3}})\}}|(?P<exp1>\d)))?"
-    r"|10\^(?:\{(?P<power>[+-]?\d{1,3})\}|(?P<power1>\d)))\)?"
+    rf"|(?P<int>{_INTEGER})?(?:(?P<dec>\.\d*)(?:\\overline\{{(?P<rep>\d+)\}})?)?(?:(?(int)\\times ?|(?(dec)\\times ?))10\^(?P<exp>\{{[+-]?\d{{1,3}}\}}|\d))?)\)?"
 )
 MAGNITUDES = {
-    "dozen": 12,
-    "hundred": 100,
-    "thousand": 10**3,
-    "lakh": 10**5,
-    "million": 10**6,
-    "crore": 10**7,
-    "billion": 10**9,
-    "trillion": 10**12,
-}
+    "dozen": 12, "hundred": 100, "thousand": 10**3, "lakh": 10**5, "million": 10**6, "crore": 10**7, "billion": 10**9, "trillion": 10**12,
+}  # fmt: skip
 MAGNITUDE = rf"({'|'.join(MAGNITUDES)})s?\b"
 _SCALED = rf" ?\\text\s*\{{\s*(?:{'|'.join(MAGNITUDES)})\b"  # `\$5 \text{ million}`: no five dollars
 
@@ -218,25 +202,19 @@ def number(text: str) -> tuple[Fraction, bool] | None:
         return None
     if "(" in text and "," in text:
         return None  # `(2,345)` is a pair
-    part = match.groupdict()
-    top, bottom = part["top"] or part["up"], part["bottom"] or part["down"]
-    if bottom:
-        top, bottom = int(top.replace(",", "")), int(bottom.replace(",", ""))
-        if bottom == 0:
+    part = {name: (text or "").replace(",", "") for name, text in match.groupdict().items()}
+    if bottom := part["bottom"] or part["down"]:
+        if int(bottom) == 0:
             return None
-        value = Fraction(top, bottom) + int((part["whole"] or "0").replace(",", ""))
-    elif part["power"] or part["power1"]:
-        value = Fraction(10) ** int(part["power"] or part["power1"])
+        value = Fraction(int(part["top"] or part["up"]), int(bottom)) + int(part["whole"] or 0)
     else:
-        if part["int"] is None and part["dec"] in (None, "."):
+        digits = part["dec"][1:]
+        if not (part["int"] or digits or part["rep"] or part["exp"]):
             return None
-        digits = (part["dec"] or ".")[1:]
-        value = Fraction((part["int"] or "0").replace(",", "") + "." + (digits or "0"))
+        value = Fraction(f"{part['int']}.{digits}0") if part["int"] or part["dec"] else Fraction(1)
         if part["rep"]:
-            if part["dec"] is None:
-                return None
             value += Fraction(int(part["rep"]), 10 ** len(digits) * (10 ** len(part["rep"]) - 1))
-        value *= Fraction(10) ** int(part["exp"] or part["exp1"] or 0)
+        value *= Fraction(10) ** int(part["exp"].strip("{}") or 0)
     return (-value if part["sign"] == "-" else value), bool(part["dec"]) and not part["rep"]
 
 
@@ -272,7 +250,6 @@ DATE = re.compile(
 # `2015-03-01`, and `3/1/2015`, of which nobody knows whether it is in March.
 _DIGIT_DATE = re.compile(r"(?P<year>\d{4})-(?P<month>0?[1-9]|1[0-2])-(?P<day>\d{1,2})|\d{1,2}/\d{1,2}/\d{4}")
 _MONTHS = ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"]
-_SYNONYMS = {"dne": "doesnotexist", "doesntexist": "doesnotexist", "doesnotexist": "doesnotexist"}
 
 
 def words(text: str) -> str | None:
@@ -282,8 +259,6 @@ def words(text: str) -> str | None:
         if not date["year"]:
             return "/".join(str(int(part)) for part in bare.split("/"))
         return f"{_MONTHS[int(date['month']) - 1]}{int(date['day'])}{date['year']}"
-    if any(ord(c) > 127 for c in bare) and not re.search(r"[\d\\^_=<>+*/]", bare):
-        return re.sub(r"\W", "", bare.casefold()) or None  # no letter of another script is a variable
     if not re.fullmatch(r"[A-Za-z][A-Za-z'’.,!?\- ]*(?: ?\d{1,4}(?:st|nd|rd|th)?)?", bare) and not DATE.fullmatch(
         bare
     ):
@@ -296,8 +271,8 @@ def words(text: str) -> str | None:
         )
     ):
         return None
-    if same := _SYNONYMS.get(re.sub(r"[^a-z]", "", bare.casefold())):
-        return same
+    if re.fullmatch(r"(?i:DNE|does ?(?:not|n['’]t) exist)\.?", bare):
+        return "doesnotexist"
     if date := DATE.fullmatch(bare):
         return date["month"].casefold() + str(int(date["day"] or date["before"])) + (date["year"] or "")
     reduced = re.sub(r"^(?:the|an?)\b|[^a-z0-9]|(?<=[a-z]{3})s\b|(?<=\d)(?:st|nd|rd|th)\b", "", bare.casefold())
@@ -333,13 +308,7 @@ def _unit(name: str) -> tuple[Fraction, dict[str, int]] | None:
             return _units[known]
         for prefix, power in _PREFIXES.items():
             stem = known.removeprefix(prefix)
-            # `km` and `kilometer`; neither `kmeter` nor `mmin`
-            if (
-                stem != known
-                and stem in _units
-                and (len(prefix) > 2) == (len(stem) > 3)
-                and stem not in ("min", "in", "day", "ft")
-            ):
+            if stem != known and stem in _units and stem not in ("min", "in", "day", "ft"):
                 factor, dimension = _units[stem]
                 return factor * Fraction(10) ** power, dimension
     return None

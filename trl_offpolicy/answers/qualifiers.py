@@ -38,20 +38,22 @@ _IF = r"(?:if|unless)\b|wenn\b|falls\b|si\b|jeśli\b|если\b|jika\b|如果|�
 MINUS = r"(?:minus|negative|negativ|menos|moins|meno|минус|负)"
 
 
-def _table(*tables: dict[str, str]) -> str:
+def _words(*tables: dict[str, str]) -> str:
     return "|".join(words for table in tables for words in table.values())
 
 
-def _before(*tables: dict[str, str]) -> re.Pattern:
-    """Words of the tables with at most six words of the clause between them and the value: "is not equal to 5", "less than or equal to 5"."""
+def _before(table: dict[str, str]) -> re.Pattern:
+    """Words of the table with at most six words of the clause between them and the value: "is not equal to 5", "less than or equal to 5"."""
     to_value = r"(?:\s+(?:equal|to|or|be|have|get|find|the|is|just|exactly|simply|than|value|number|es|est|è|é|son|sont|de|a|à|zu|gleich)){0,6}(?:是|为)?[^\w\n.;,?!]*\Z"
-    chinese = "|".join(table["zh"] for table in tables)  # which has no spaces between words
-    return re.compile(rf"(?:(?<!\w)(?:{_table(*tables)})|{chinese}){to_value}", re.I)
+    return re.compile(
+        rf"(?:(?<!\w)(?:{_words(table)})|{table['zh']}){to_value}", re.I
+    )  # Chinese has no spaces between words
 
 
 _DENIED_BEFORE, _BOUNDED_BEFORE = _before(_DENIED), _before(_BOUNDED)
+# Directly before a value: it is the number of something, or the other side of a relation.
 _LABEL = re.compile(
-    r"\b(?:step|steps|case|part|example|question|problem|exercise|figure|chapter|section|page|method|equation|theorem|lemma|line|row)\s+\W*\Z",
+    r"\b(?:step|steps|case|part|example|question|problem|exercise|figure|chapter|section|page|method|equation|theorem|lemma|line|row)\s+\W*\Z|(?<![-=])[<>≤≥≠]\s*\Z",
     re.I,
 )
 # Anywhere before a value in its sentence: it is supposed, guessed, or what someone else believes.
@@ -66,15 +68,13 @@ _UNSURE = re.compile(
     r"\b(?:thought|tempting|naive(?:ly)?|mistake(?:nly)?|maybe|perhaps|possibly|whether|if|unless)\b(?!\s+and only if)[^.!?\n]*\Z",
     re.I,
 )
-_QUALIFIED_BEHIND = re.compile(rf"[^\w\n.!?]{{0,9}}?(?:{_table(_BEHIND)})", re.I)
+_QUALIFIED_BEHIND = re.compile(rf"[^\w\n.!?]{{0,9}}?(?:{_words(_BEHIND)})|[^\w\n.!;,]{{0,9}}\?", re.I)
 _ON_CONDITION = re.compile(rf"[^\w\n.!?]{{0,9}}?(?:{_IF})", re.I)
-_ASKED = re.compile(r"[^\w\n.!;,]{0,9}\?")
 # What is counted, and is not asked for: "there are 5 cases to check", "the answer has 5 digits".
 _COUNTED = re.compile(
     r"\A[^\w\n]{0,9}[\w,]{0,20}\W{0,3}(?:[a-z]+ )?(?:cases?|steps?|possibilit(?:y|ies)|options?|scenarios?|things?|conditions?|equations?|unknowns?|parts?|ways)\s+(?:to|that we|we|which we|for us|left to)\s+(?:must |need to |have to |should )?(?:check|consider|examine|solve|test|try|verify|look|analy[sz]e|distinguish|do|study)\b",
     re.I,
 )
-_SIGN = re.compile(r"[^\n]*(?<![-=])[<>≤≥≠]\s*\Z")
 # A number word of another language behind a number, which would be taken for its unit; the verb of a sentence that denies it.
 _SCALED = re.compile(
     r"\d\W{0,3}(?:tusen|tausend|Millionen|mil|millones|mille|mila|milioni|milhões|miljoner|duizend|miljoen|tysi\w+|milion\w*|тысяч\w*|миллион\w*)\b|\b(?:does|do|did|can|could|fails?)(?:n['’]t)?\W*\Z",
@@ -97,26 +97,13 @@ def stands(before: str, value: str, behind: str, kind: str) -> bool:
     before, behind = before[-200:], behind[:200]
     if clause := _CLAUSE.match(before):
         before = before[clause.end() :]
-    denied = (
-        _DENIED_BEFORE.search(before)
-        or _SUPPOSED.search(before)
-        or _QUALIFIED_BEHIND.match(behind)
-        or _ASKED.match(behind)
-    )
+    qualified = [_DENIED_BEFORE.search(before), _SUPPOSED.search(before), _QUALIFIED_BEHIND.match(behind)]
     if kind != "box":
-        denied = (
-            denied
-            or _BOUNDED_BEFORE.search(before)
-            or _ON_CONDITION.match(behind)
-            or _LABEL.search(before)
-            or _SIGN.match(before)
-            or _COUNTED.search(value[-200:] + behind)
-            or _SCALED.search(value[:200])
-            or _UNSURE.search(before)
-        )
+        qualified += [pattern.search(before) for pattern in (_BOUNDED_BEFORE, _LABEL, _UNSURE)]
+        qualified += [_ON_CONDITION.match(behind), _COUNTED.search(value[-200:] + behind), _SCALED.search(value[:200])]
     if kind == "sentence":
-        denied = denied or _PROPERTY.search(before)
-    return not denied
+        qualified.append(_PROPERTY.search(before))
+    return not any(qualified)
 
 
 # "not 4, but 5": what stands behind it is stated.

@@ -8,6 +8,7 @@ finds reads the gold `2007+\frac\pi 2` as 2), and numbers compared by relative s
 These functions may run for ever or exhaust memory on hostile input: `verification.py` runs them in processes it can kill.
 """
 
+import contextlib
 import functools
 import random
 import re
@@ -18,11 +19,12 @@ from typing import NamedTuple
 import sympy
 from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig
+from latex2sympy2_extended.logic import And
 from math_verify import verify
 from math_verify.grader import unwrap_fcs
 from sympy.logic.boolalg import Boolean
 
-from ..answers.extraction import NO_ANSWER, Statement, Unparsable, final_answer, stated_answer
+from ..answers.extraction import NO_ANSWER, Unparsable, final_answer, stated_answer
 from ..answers.normalization import DATE, GREEK, NUMBER_WORDS, normalize, number, split_unit, unit, words
 from ..data.rows import Verdict
 from .verifier import GoldAtFault, Judgement
@@ -44,12 +46,15 @@ def grade(
 
     The options are those of `math_verify.verify`, and mean the same.
     """
-    compare = _Comparison(float_rounding, numeric_precision, strict, allow_set_relation_comp)
+    compare = _Comparison(
+        float_rounding=float_rounding,
+        numeric_precision=numeric_precision,
+        strict=strict,
+        allow_set_relation_comp=allow_set_relation_comp,
+    )
+    gold = None
     try:
-        try:
-            gold = normalize(final_answer(answer) or answer)
-        except Unparsable as error:
-            raise UnparsableGold from error
+        gold = normalize(final_answer(answer) or answer)
         if not gold:
             return GoldAtFault(Verdict.UNPARSABLE, "the gold answer is empty")
         if completion is None:
@@ -57,21 +62,20 @@ def grade(
             return Judgement(Verdict.CORRECT)
         stated = stated_answer(completion)
         prediction = normalize(stated.text)
-        if not prediction:
-            return Judgement(Verdict.UNPARSABLE, NO_ANSWER)
         same = compare.same(prediction, gold)
         for other in stated.others:
             if not _agree(compare, other, prediction):
                 return Judgement(Verdict.UNPARSABLE, f"{NO_ANSWER}: it states {stated.text:.80} and {other:.80}")
         if same:
             return Judgement(Verdict.CORRECT)
-        if words(prediction) and not _choice(prediction) and _may_be_prose(stated, gold):
+        word = words(prediction) and not _choice(prediction) and stated.kind not in ("box", "tag")
+        if word and (stated.kind == "sentence" or not words(gold)):  # which need not be an answer at all
             return Judgement(Verdict.UNPARSABLE, NO_ANSWER)
         told = f"states {stated.text!r:.120}, the gold answer is {final_answer(answer) or answer!r:.120}"
         return Judgement(Verdict.WRONG, told)
-    except UnparsableGold:
-        return GoldAtFault(Verdict.UNPARSABLE, "the gold answer cannot be parsed")
     except Unparsable as error:
+        if gold is None or isinstance(error, UnparsableGold):
+            return GoldAtFault(Verdict.UNPARSABLE, "the gold answer cannot be parsed")
         return Judgement(Verdict.UNPARSABLE, str(error) or NO_ANSWER)
     except RecursionError:
         return Judgement(Verdict.UNPARSABLE, "an answer is nested too deeply")
@@ -85,20 +89,15 @@ def _agree(compare: "_Comparison", other: str, prediction: str) -> bool:
         return False
 
 
-def _may_be_prose(stated: Statement, gold: str) -> bool:
-    """A sentence that is not the gold word need not be an answer at all."""
-    return stated.kind == "sentence" or (stated.kind not in ("box", "tag") and not words(gold))
-
-
 # ---- reading: all of an answer as one of a few types ----
 
 
 class Answer(NamedTuple):
     """An answer read whole: its type, its parts in that type, and its text.
 
-    `parts` by `kind`: tuple, list, set, ratio: `Answer`s (a tuple's `name` holds its brackets); named: the value's `Answer` (`name` is
-    what it is called); equation: its sides as text; relation: terms and signs in turn; matrix, cases: rows of cells; modular: residue
-    and modulus; words, value: none.
+    `parts` by `kind`: tuple, list, set, ratio: `Answer`s (a tuple's `name` holds its brackets, or says that it is a row, a column or a matrix,
+    whose parts are its rows); cases: their rows; named: the value's `Answer`, and those of further sides (`name` is what it is called);
+    equation: its sides as text; modular: residue and modulus; words, value, relation: none.
     """
 
     kind: str
@@ -117,11 +116,13 @@ _ONE_NAME = (
 _NAME = re.compile(rf"(?:{_ONE_NAME})(?::(?:{_ONE_NAME}))*")
 _AND = r",? ?\\text\s*\{\s*,?\s*(?:and|or)\s*,?\s*\},?|,? ?(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|&"
 _SIGNS = r"[<>]|\\(?:le|ge|neq)(?![A-Za-z])"
-_FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
 _CONSTANT = re.compile(
     rf"\\(?!text|angle|overline|(?:{GREEK})(?![A-Za-z]))[A-Za-z]+|\\text\s*\{{[^{{}}]*\}}(?=.)|(?<![A-Za-z])[ei](?![A-Za-z])"
 )
 _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
+_IF = re.compile(
+    r"^,?\s*\\text\s*\{\s*,?\s*(?:if|for|when|where)?\s*\}\s*|^(?:if|for)\b\s*|,$"
+)  # before the condition of a case
 
 
 def _cuts(text: str, separator: str) -> list[re.Match]:
@@ -171,9 +172,7 @@ def _one_number(text: str) -> bool:
 
 
 def _signed(text: str) -> list[str]:
-    r"""`1\pm 2` as the two that it stands for; with `\mp`, the upper and the lower signs belong together."""
-    if "\\mp" in text:
-        return [re.sub(r"^\+", "", text.replace("\\pm", a).replace("\\mp", b)) for a, b in (("+", "-"), ("-", "+"))]
+    r"""`1\pm 2` as the two that it stands for."""
     texts = [text]
     while "\\pm" in texts[0] and len(texts) < 8:
         texts = [t.replace("\\pm", sign, 1) for t in texts for sign in "+-"]
@@ -192,40 +191,31 @@ def read(text: str) -> Answer:
     if number(text):
         return Answer("value", text)
     if matrix := re.fullmatch(r"\\begin\{(pmatrix|cases)\}((?:(?!\\begin).)*?)(?:\\cr ?)?\\end\{\1\}", text, re.S):
-        rows = tuple(
-            tuple(
-                read(_without_if(cell))
-                for cell in re.split(r"&|, " if matrix[1] == "cases" else r"&", row)
-                if cell.strip()
-            )
-            for row in matrix[2].split("\\cr")
-        )
-        return Answer("matrix" if matrix[1] == "pmatrix" else "cases", text, rows)
-    if re.search(r"\\hat\{[ijk]\}", text) and (vector := _vector(text)):
-        return Answer("matrix", text, tuple((read(v),) for v in vector))
+        cells = [[_IF.sub("", c.strip()) for c in row.split("&") if c.strip()] for row in matrix[2].split("\\cr")]
+        rows = [Answer("tuple", "&".join(row), tuple(map(read, row)), "row") for row in cells]
+        if matrix[1] == "cases":
+            return Answer("cases", text, tuple(rows))
+        if all(len(row) == 1 for row in cells):
+            return Answer("tuple", text, tuple(row.parts[0] for row in rows), "column")
+        return rows[0]._replace(text=text) if len(rows) == 1 else Answer("tuple", text, tuple(rows), "matrix")
     if around == "{}":
         return Answer("set", text, tuple(_read_all(_pieces(inside, True))))
     if around and len(items := _pieces(inside, True)) > 1:
-        signed = _signed(text)
-        if len(signed) > 1:
-            return Answer("list", text, tuple(map(read, signed)))
         return Answer("tuple", text, tuple(map(read, items)), around)
     if modular := re.fullmatch(r"(?:(?P<name>[^=]*)(?:\\equiv|=))?(?P<residue>[^=]*)\\pmod\{(?P<modulus>.*)\}", text):
         return Answer("modular", text, (read(modular["residue"]), read(modular["modulus"])), modular["name"] or "")
     pieces = [text] if DATE.fullmatch(_TEXT.sub(r"\1", text)) else _pieces(text, False)
-    if len(pieces) > 1 and not _one_number(text) and not _choice(text):
-        joined = (
-            _joined_relation(pieces)
-            if re.search(r"\band\b|, |\\cr", text) and not re.search(r"\bor\b", text)
-            else None
-        )
-        return read(joined) if joined else Answer("list", text, tuple(_read_all(pieces)))
+    if len(pieces) > 1:
+        return Answer("list", text, tuple(_read_all(pieces)))
     if len(signed := _signed(text)) > 1:
         return Answer("list", text, tuple(map(read, signed)))
     if said := words(text):
         return Answer("words", text, (), said)
-    if signs := _cuts(text, _SIGNS):
-        return _relation(text, signs)
+    if signs := [m[0] for m in _cuts(text, _SIGNS)]:
+        if set(signs) <= {">", "\\ge"}:  # `c>b>a` is `a<b<c`
+            flipped = ["<" if sign == ">" else "\\le " for sign in signs[::-1]]
+            text = "".join(map("".join, zip(_split(text, _SIGNS)[::-1], [*flipped, ""], strict=False)))
+        return Answer("relation", text)
     if len(sides := _split(text, "=")) > 1:
         return _equation(text, sides)
     if len(terms := _split(re.sub(r"\\text\s*\{\s*to\s*\}|(?<=\d) to (?=\d)", ":", text), ":")) > 1:
@@ -241,49 +231,6 @@ def _read_all(pieces: list[str]) -> list[Answer]:
     if answers[0].kind == "named" and all(a.kind == "value" for a in answers[1:]):
         return [answers[0].parts[0], *answers[1:]]
     return answers
-
-
-def _without_if(cell: str) -> str:
-    """The condition of a case without "if" and "for"."""
-    return re.sub(
-        r"^,?\s*(?:\\text\s*\{\s*,?\s*(?:if|for|when|where)?\s*\}|(?:if|for|when)\b)|,$", "", cell.strip()
-    ).strip()
-
-
-def _vector(text: str) -> list[str] | None:
-    """The three components of `2\\hat{i}-\\hat{k}`."""
-    terms = re.findall(r"([+-]?[^+-]*?)\\hat\{([ijk])\}", text)
-    if "".join(f"{factor}\\hat{{{axis}}}" for factor, axis in terms) != text or len({axis for _, axis in terms}) < len(
-        terms
-    ):
-        return None
-    factors = {axis: factor + "1" if factor in ("", "+", "-") else factor for factor, axis in terms}
-    return [factors.get(axis, "0").removeprefix("+") for axis in "ijk"]
-
-
-def _relation(text: str, signs: list) -> Answer:
-    """Terms and signs in turn, `>` turned around: `c>b>a` is `a<b<c`."""
-    ends = [0, *(m.end() for m in signs)]
-    terms = [
-        text[start:end].strip() for start, end in zip(ends, [*(m.start() for m in signs), len(text)], strict=True)
-    ]
-    signs = [m[0].strip() for m in signs]
-    if all(sign in (">", "\\ge") for sign in signs):
-        terms, signs = terms[::-1], [_FLIPPED[sign] for sign in signs[::-1]]
-    parts = tuple(p for pair in zip(terms, [*signs, ""], strict=True) for p in pair)[:-1]
-    return Answer("relation", "".join(p + " " * p.startswith("\\") for p in parts), parts)
-
-
-def _joined_relation(pieces: list[str]) -> str | None:
-    """`-1<=x<3` for `x>=-1` and `x<3`."""
-    answers = [read(p) for p in pieces]
-    if len(answers) != 2 or any(a.kind != "relation" or len(a.parts) != 3 for a in answers):
-        return None
-    (a, first, b), (c, second, d) = answers[0].parts, answers[1].parts
-    for (low, sign, name), (same, other, high) in (((a, first, b), (c, second, d)), ((c, second, d), (a, first, b))):
-        if name == same and _NAME.fullmatch(name) and {sign, other} <= {"<", "\\le"}:
-            return f"{low}{sign} {name}{other} {high}"
-    return None
 
 
 def _equation(text: str, sides: list[str]) -> Answer:
@@ -308,30 +255,11 @@ def _closed(text: str) -> bool:
 
 def _same_name(told: str, wanted: str) -> bool:
     r"""`a_n` and `a_{n}`, `|AB|` and `AB`; `f(x)` and `y`, which is what the axis is called."""
-    told, wanted = (
-        re.sub(r"^\((.*)\)$", r"\1", re.sub(r"\\text|\\overline|\\triangle|\\angle|[{}| ]", "", name))
-        for name in (told, wanted)
+    told, wanted = (re.sub(r"\\text|[{}| ]", "", name) for name in (told, wanted))
+    return told == wanted or any(
+        re.fullmatch(r"[A-Za-z]\([A-Za-z]\)", function) and axis in "yY"
+        for function, axis in ((told, wanted), (wanted, told))
     )
-    functions = [bool(re.fullmatch(r"[A-Za-z]\([A-Za-z]\)", name)) for name in (told, wanted)]
-    return (
-        told == wanted
-        or (functions[0] and wanted in "yY")
-        or (functions[1] and told in "yY")
-        or (all(functions) and told[0] == wanted[0])
-    )
-
-
-def _same_argument(prediction: str, gold: str) -> str:
-    """`f(t)=t^2` as `f(x)=x^2`, where that is how the gold answer calls its variable."""
-    told, wanted = (re.match(r"([A-Za-z])\(([A-Za-z])\)=", text) for text in (prediction, gold))
-    if (
-        not told
-        or not wanted
-        or told[1] != wanted[1]
-        or re.search(rf"(?<![\\A-Za-z]){wanted[2]}", prediction[told.end() :])
-    ):
-        return prediction
-    return re.sub(r"\\[A-Za-z]+|[A-Za-z]", lambda m: wanted[2] if m[0] == told[2] else m[0], prediction)
 
 
 # ---- comparison, by type ----
@@ -345,21 +273,12 @@ def _decimal(text: str, other: str, digits: str = r"\d\d?|\d{4,}") -> str:
 class _Comparison:
     """`same(prediction, gold)` on normalised text; `Unparsable` where nothing can be said."""
 
-    def __init__(self, float_rounding: int, numeric_precision: int, strict: bool, allow_set_relation_comp: bool):
-        self.strict = strict
-        self.options = {
-            "float_rounding": float_rounding,
-            "numeric_precision": numeric_precision,
-            "strict": strict,
-            "allow_set_relation_comp": allow_set_relation_comp,
-        }
+    def __init__(self, **options):
+        self.options, self.strict = options, options["strict"]
 
     def readable(self, gold: Answer) -> None:
         """Raises `UnparsableGold` unless every part of the gold answer is a number, words or LaTeX that parses as a whole."""
-        if gold.kind in ("matrix", "cases"):
-            for cell in (cell for row in gold.parts for cell in row):
-                self.readable(cell)
-        elif gold.kind in ("relation", "equation") or (gold.kind == "value" and not _choice(gold.text)):
+        if gold.kind in ("relation", "equation") or (gold.kind == "value" and not _choice(gold.text)):
             value = split_unit(gold.text)[0].removesuffix("%").replace("^\\circ", "")
             if not (number(value) or _time(gold.text) or _base(value)):
                 parse_latex(value, gold=True)
@@ -375,7 +294,7 @@ class _Comparison:
         told, wanted = number(_decimal(prediction, gold)), number(_decimal(gold, prediction, r"\d\d|\d{4,}"))
         if told and wanted:
             return self._close(told, wanted)
-        return self.equal(read(_same_argument(prediction, gold)), read(gold))
+        return self.equal(read(prediction), read(gold))
 
     def _close(self, told: tuple[Fraction, bool], wanted: tuple[Fraction, bool]) -> bool:
         """Equal; a decimal may also be another number rounded to `float_rounding` places, if that leaves five digits of it."""
@@ -408,24 +327,28 @@ class _Comparison:
             return any(self.same(side, wanted.text) for side in told.text.split("\\approx") if side)
         if "modular" in kinds:
             return self._same_modular(told, wanted)
+        if "\\hat" in told.text + wanted.text:
+            return self._same_value(_unit_vectors(told), _unit_vectors(wanted))
         if kinds == {"tuple"}:
-            return (told.name == wanted.name or not self.strict) and self._all(told.parts, wanted.parts)
+            # a vector may be a column, a row or a tuple, but a row is no column
+            vector = (
+                len({told.name, wanted.name} & {"column", "row"}) == len({told.name, wanted.name} & {"()", "[]"}) == 1
+            )
+            return (told.name == wanted.name or vector or not self.strict) and self._all(told.parts, wanted.parts)
         if kinds == {"cases"}:
-            return self._matched(told.parts, wanted.parts, self._all)
-        if kinds <= {"matrix", "tuple"}:
-            return self._same_cells(told, wanted)
-        if kinds & {"matrix", "cases"}:  # a number times a matrix is a value
+            return self._matched(told.parts, wanted.parts, self.equal)
+        if "cases" in kinds or {told.name, wanted.name} & {
+            "row",
+            "column",
+            "matrix",
+        }:  # a number times a matrix is a value
             return "pmatrix" in told.text and "pmatrix" in wanted.text and self._same_value(told.text, wanted.text)
         if "ratio" in kinds:
             return self._same_ratio(told, wanted)
         if "equation" in kinds:
             return self._same_equation(told, wanted)
-        if "words" in kinds and not (_base(told.text) and _base(wanted.text)):
+        if "words" in kinds:
             return False
-        if kinds == {"relation"} and len(told.parts) == len(wanted.parts) and told.parts[1::2] == wanted.parts[1::2]:
-            return all(map(self.same, told.parts[::2], wanted.parts[::2])) or self._same_quantity(
-                told.text, wanted.text
-            )
         return self._same_quantity(told.text, wanted.text)
 
     def _all(self, told: tuple, wanted: tuple) -> bool:
@@ -435,50 +358,21 @@ class _Comparison:
         """Whether each of `wanted` has its own of `told`, in any order, and none is left."""
         left = list(told)
         for one in wanted:
-            match = next((t for t in left if same(t, one)), None)
+            match = next((at for at, candidate in enumerate(left) if same(candidate, one)), None)
             if match is None:
                 return False
-            left.remove(match)
+            del left[match]
         return not left
 
-    def _same_cells(self, told: Answer, wanted: Answer) -> bool:
-        """Two matrices; a vector may be a column, a row or a tuple, and one of unit vectors may lack a last component of 0."""
-        rows = [answer.parts if answer.kind == "matrix" else (answer.parts,) for answer in (told, wanted)]
-        shapes = [[len(row) for row in matrix] for matrix in rows]
-        flat = all(1 in (len(shape), *shape[:1]) for shape in shapes)
-        turned = told.kind == wanted.kind and "\\hat" not in told.text + wanted.text  # a row is no column
-        if shapes[0] != shapes[1] and (turned or not flat) or {told.name, wanted.name} - {"", "()", "[]"}:
-            return False
-        cells = [[cell for row in matrix for cell in row] for matrix in rows]
-        for answer, own, other in ((told, *cells), (wanted, *cells[::-1])):
-            if "\\hat" in answer.text and len(own) == len(other) + 1 and own[-1].text == "0":
-                own.pop()
-        return self._all(*cells)
-
     def _same_ratio(self, told: Answer, wanted: Answer) -> bool:
-        """`3:4` and `6:8`; two terms are a fraction, too."""
-        if told.kind == wanted.kind:
-            scaled = [
-                [f"({other.parts[0].text})\\cdot({part.text})" for part in one.parts]
-                for one, other in ((told, wanted), (wanted, told))
-            ]
-            return len(scaled[0]) == len(scaled[1]) and all(map(self.same, *scaled))
-        if any(answer.kind == "ratio" and len(answer.parts) > 2 for answer in (told, wanted)):
-            return False
-        fractions = [
-            f"\\frac{{{a.parts[0].text}}}{{{a.parts[1].text}}}" if a.kind == "ratio" else a.text
-            for a in (told, wanted)
-        ]
-        return self.same(*fractions)
+        """`3:4` and `6:8`; a number is its ratio to 1."""
+        parts = [a.parts if a.kind == "ratio" else (a, Answer("value", "1")) for a in (told, wanted)]
+        scaled = [[f"({other[0].text})\\cdot({part.text})" for part in one] for one, other in (parts, parts[::-1])]
+        return len(parts[0]) == len(parts[1]) and all(map(self.same, *scaled))
 
     def _same_choice(self, told: Answer, wanted: Answer, chosen, right) -> bool | None:
         """A letter, with or without what it stands for. `None`: neither is a choice beside the other."""
-        if (
-            len(told.text) == len(wanted.text) == 1
-            and wanted.text.upper() in "ABCDEFGH"
-            and wanted.text != "e"
-            and told.text.upper() == wanted.text.upper()
-        ):
+        if told.text.upper() == wanted.text.upper() and wanted.text.upper() in [*"ABCDEFGH"] and wanted.text != "e":
             return True
         if right:
             if chosen:
@@ -496,8 +390,6 @@ class _Comparison:
             return wanted.kind == "modular" and self.equal(told, wanted.parts[0])
         if not self.equal(told.parts[1], wanted.parts[1]):
             return False
-        if told.name and wanted.name and not _same_name(told.name, wanted.name):
-            return False
         values = [number(part.text) for part in (told.parts[0], *wanted.parts)]
         if all(values) and values[2][0]:
             return (values[0][0] - values[1][0]) % values[2][0] == 0
@@ -507,100 +399,76 @@ class _Comparison:
         """`x=5` states 5; another name is another statement. All sides of `3\\cdot 5=15` must be the same."""
         if "equation" in (told.kind, wanted.kind):
             return self._same_equation(told, wanted)
-        if "relation" in (told.kind, wanted.kind):
-            return False
         if not all(self.equal(side, told.parts[0]) for side in told.parts[1:] if told.kind == "named"):
             raise Unparsable  # it contradicts itself
         values = [a.parts[0] if a.kind == "named" else a for a in (told, wanted)]
         if told.kind != wanted.kind or not self.strict:
             return self.equal(*values)
-        if _same_name(told.name, wanted.name) or not (told.name and wanted.name):
-            # `y` may be a name of `f(x)`, unless `y` is what it depends on
-            depends = {told.name, wanted.name} & {"y", "Y"} and any(
-                re.search(r"(?<![A-Za-z\\])y", v.text) for v in values
-            )
-            if not depends and self.equal(*values):
-                return True
+        functions = [re.fullmatch(r"([A-Za-z])\(([A-Za-z])\)", a.name) for a in (told, wanted)]
+        if all(functions) and functions[0][1] == functions[1][1]:  # `f(t)=t^2` is `f(x)=x^2`
+            (_, told_as), (_, wanted_as) = (function.groups() for function in functions)
+            renamed = re.sub(r"\\[A-Za-z]+|[A-Za-z]", lambda m: wanted_as if m[0] == told_as else m[0], values[0].text)
+            return self.same(renamed, values[1].text)
+        if _same_name(told.name, wanted.name):
+            return self.equal(*values)
         return not all(_closed(v.text) for v in values) and self._same_equation(told, wanted)
 
     def _same_equation(self, told: Answer, wanted: Answer) -> bool:
         """Two equations by what they are; where one is a value, the other states it only if it is no condition on `x`, `y` or one unknown."""
         if told.kind in ("equation", "named") and wanted.kind in ("equation", "named"):
-            sides = [_split(a.text, "=") for a in (told, wanted)]
-            if len(sides[0]) == len(sides[1]) == 2 and sides[0][0].replace(" ", "") == sides[1][0].replace(" ", ""):
-                return self.same(sides[0][1], sides[1][1])
             return self._same_value(told.text, wanted.text)
         equation, value = (told, wanted) if told.kind == "equation" else (wanted, told)
-        if value.kind == "relation":
-            return False
         letters = set(re.findall(r"(?<![A-Za-z])[A-Za-z](?![A-Za-z])", re.sub(r"\\[A-Za-z]+", " ", equation.parts[0])))
-        named = (
-            len(letters) != 1
-            or letters & set("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
-            and not re.search(r"\d", equation.parts[0])
-        )
-        if not named or letters & set("xyz") or not _closed(equation.parts[-1]) or equation.parts[-1] == "0":
+        if len(letters) == 1 or letters & set("xyz") or not _closed(equation.parts[-1]) or equation.parts[-1] == "0":
             return False
         sides = [equation.parts[-1], value.text]
         return self.same(*(sides if equation is told else sides[::-1]))
 
     def _same_list(self, told: Answer, wanted: Answer) -> bool:
-        """In any order, but positions where names, letters or brackets give one."""
+        """In any order, but positions where names or brackets give one; relations that all hold, or of which one does, are one."""
         for one, other in ((told, wanted), (wanted, told)):
-            # 12,345 is two numbers beside a list of two
-            if one.kind in ("list", "set") and other.kind == "value" and re.fullmatch(r"-?\d+(?:,-?\d+)+", other.text):
-                items = other._replace(kind="list", parts=tuple(map(read, other.text.split(","))))
-                return self._same_list(*((one, items) if one is told else (items, one)))
-        for one, other in ((told, wanted), (wanted, told)):
+            again = self.equal if one is told else lambda a, b: self.equal(b, a)
+            items, others = (a.parts if a.kind == "list" else (a,) for a in (one, other))
+            if len(items) > 1 and other.kind != "list" and {a.kind for a in items} == {"relation"}:
+                joined = sympy.Or if re.search(r"\bor\b", one.text) else And
+                whole = parse_latex(other.text, gold=other is wanted)
+                return _same_expression(joined(*(parse_latex(a.text) for a in one.parts)), whole, self.options)
+            if one.kind in ("list", "set") and re.fullmatch(r"-?\d+(?:,-?\d+)+", other.text) and other.kind == "value":
+                # 12,345 is two numbers beside a list of two
+                return again(one, other._replace(kind="list", parts=tuple(map(read, other.text.split(",")))))
             if one.kind == "named" and one.parts[0].kind in ("list", "set", "tuple"):
-                return self.equal(*((one.parts[0], other) if one is told else (other, one.parts[0])))
+                return again(one.parts[0], other)
             if one.kind == "set" and len(one.parts) > 1 and other.kind == "tuple" and self.strict:
                 return False
+            names = {a.name.partition("_")[0] for a in items if a.kind == "named"}
+            if len(names) == len(items) > 1 and not all(a.kind == "named" for a in others):
+                # `x=1,y=2` gives the positions of `1,2` and of `(1,2)` their names, `y=2,x=1` too
+                if "".join(sorted(names)) in string.ascii_lowercase:
+                    items = sorted(items, key=lambda a: a.name)
+                pair = tuple(a.parts[0] for a in items), other.parts if other.kind == "tuple" else others
+                return self._all(*(pair if one is told else pair[::-1]))
+            bracketed = one.kind in ("list", "set") and (other.kind, other.name) == ("tuple", "()")
+            if bracketed and len(one.parts) == len(other.parts):
+                if other is wanted:
+                    return self._all(one.parts, other.parts)
+                return self._same_list(told._replace(kind="list"), wanted)
         predictions, golds = (a.parts if a.kind in ("list", "set") else (a,) for a in (told, wanted))
         names = [[a.name if a.kind == "named" else "" for a in items] for items in (predictions, golds)]
-        # `x_1=2,x_2=3` enumerates roots, in any order
-        named = [all(n) and len({name.partition("_")[0] for name in n}) == len(n) > 1 for n in names]
         if len({name.partition("_")[0] for n in names for name in n if all(n)}) == 1 and names[0] != names[1]:
+            # `x_1=2,x_2=3` enumerates roots, in any order
             predictions, golds = (
                 tuple(a.parts[0] if a.kind == "named" else a for a in items) for items in (predictions, golds)
             )
-        if any(named) and not all(all(n) for n in names):
-            # `x=1,y=2` gives the positions of `1,2` and of `(1,2)` their names, `y=2,x=1` too
-            assigned = predictions if named[0] else golds
-            letters = sorted(a.name for a in assigned)
-            if "".join(letters) in string.ascii_lowercase:
-                assigned = sorted(assigned, key=lambda a: a.name)
-            values = tuple(a.parts[0] for a in assigned)
-            bare = golds if named[0] else predictions
-            bare = bare[0].parts[0:1] if len(bare) == 1 and bare[0].kind == "named" else bare
-            bare = bare[0].parts if len(bare) == 1 and bare[0].kind == "tuple" else bare
-            return self._all(values, bare) if named[0] else self._all(bare, values)
-        if (
-            len(golds) == 1
-            and wanted.kind != "set"
-            and golds[0].kind == "tuple"
-            and golds[0].name == "()"
-            and len(golds[0].parts) == len(predictions)
-        ):
-            return self._all(predictions, golds[0].parts)
-        listed = told.kind != "set" and len(predictions) == 1 < len(golds)
-        if listed and predictions[0].kind == "tuple" and predictions[0].name == "()":
-            predictions = predictions[0].parts
         if told.kind == "set" and wanted.text == "\\emptyset":
             return False  # that has an element
         if len(golds) == 1 and wanted.kind != "set" and all(self.equal(p, golds[0]) for p in predictions):
             return len({p.text for p in predictions}) == len(predictions)  # one answer in several forms
-        letters = [a.text for a in golds]
-        if len(letters) > 2 and all(re.fullmatch(r"[A-Z]", text) for text in letters) and letters != sorted(letters):
-            return self._all(predictions, golds)  # an order was asked for
         unique = [tuple({a.text.replace(" ", ""): a for a in items}.values()) for items in (predictions, golds)]
         if len(predictions) == len(golds) and "set" not in (told.kind, wanted.kind):
             unique = predictions, golds
         if self._matched(*unique, lambda a, b: (a.kind == "set") == (b.kind == "set") and self.equal(a, b)):
             return True
-        if "\\cup" in told.text + wanted.text or any(a.kind == "relation" for a in predictions + golds):
-            return self._same_value(told.text, wanted.text)
-        return False
+        return "\\cup" in told.text + wanted.text and self._same_value(told.text, wanted.text)
 
     def _same_quantity(self, prediction: str, gold: str) -> bool:
         """Bases, units, per cent and degrees around a value."""
@@ -622,44 +490,27 @@ class _Comparison:
         if isinstance(wanted_unit, tuple) and told_unit is not None and not degrees[0]:
             if isinstance(told_unit, str) or told_unit[1] != wanted_unit[1]:
                 return False
-            factor, value = told_unit[0] / wanted_unit[0], number(told)
-            if factor != 1:
-                told = (
-                    str(value[0] * factor)
-                    if value
-                    else f"\\frac{{{factor.numerator}}}{{{factor.denominator}}}({told})"
-                )
-                if value and "." in prediction:
-                    return self._close((value[0] * factor, True), number(wanted) or (Fraction(-1), False))
+            if (factor := told_unit[0] / wanted_unit[0]) != 1:
+                told = f"\\frac{{{factor.numerator}}}{{{factor.denominator}}}\\cdot({told})"
         if (told, wanted) != (prediction, gold):
             return self.same(told, wanted)
         # `12 m` is twelve metres where a plain number was asked for; as a gold answer it may be a product
         if number(gold) and (metres := _LETTER_UNIT.fullmatch(prediction)) and number(metres[1]):
             return self.same(metres[1], gold)
-        if "%" in prediction or "%" in gold:
-            told, wanted = prediction.removesuffix("%").strip(), gold.removesuffix("%").strip()
-            if self.same(told, wanted):
-                value = number(wanted)
-                return ("%" in prediction) == ("%" in gold) or value is None or abs(value[0]) >= 1
+        if "%" in prediction + gold:
+            told, wanted = prediction.removesuffix("%"), gold.removesuffix("%")
             if ("%" in prediction) == ("%" in gold):
-                return False
-            return self._same_value(
-                f"\\frac{{{told}}}{{100}}" if "%" in prediction else told,
-                f"\\frac{{{wanted}}}{{100}}" if "%" in gold else wanted,
-            )
-        if any(degrees):
-            as_radians = [
-                re.sub(r"(\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\})\^\\circ", r"(\1\\frac{\\pi}{180})", t)
-                for t in (prediction, gold)
+                return self.same(told, wanted)
+            if self.same(told, wanted):  # 25 for 25%, but not 0.25 for 0.25%
+                return not (value := number(wanted)) or abs(value[0]) >= 1
+            hundredths = [
+                f"\\frac{{{text.removesuffix('%')}}}{{100}}" if "%" in text else text for text in (prediction, gold)
             ]
-            bare = [t.replace("^\\circ", "") for t in (prediction, gold)]
-            in_function = bool(re.search(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)", prediction + gold))
-            return (
-                (in_function or "\\pi" in prediction + gold)
-                and self.same(*as_radians)
-                or not in_function
-                and self.same(*bare)
-            )
+            return self._same_value(*hundredths)
+        if any(degrees):
+            radians = re.search(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc|pi)", prediction + gold)
+            degree = r"(\1\\frac{\\pi}{180})" if radians else r"\1"
+            return self.same(*(re.sub(r"([\d.]*)\^\\circ", degree, text) for text in (prediction, gold)))
         return self._same_value(prediction, gold)
 
     def _same_value(self, prediction: str, gold: str) -> bool:
@@ -667,13 +518,20 @@ class _Comparison:
         if told and wanted:
             return self._close(told, wanted)
         told, wanted = parse_latex(prediction), parse_latex(gold, gold=True)
-        if not self.strict and hasattr(told, "free_symbols") and hasattr(wanted, "free_symbols"):
+        if not self.strict:
             symbols = [sorted(e.free_symbols, key=str) for e in (told, wanted)]
             told = told.xreplace(dict(zip(*symbols, strict=False)))
         return _same_expression(told, wanted, self.options)
 
 
 _LETTER_UNIT = re.compile(r"(.*\S) ([mshgL](?:\^\{?[23]\}?)?)")
+
+
+def _unit_vectors(vector: Answer) -> str:
+    r"""`1\hat{i}+2\hat{j}` for a vector (1, 2)."""
+    if vector.kind != "tuple":
+        return vector.text
+    return "+".join(f"({part.text})\\hat{{{axis}}}" for part, axis in zip(vector.parts, "ijk", strict=False))
 
 
 def _choice(text: str) -> tuple[str, str] | None:
@@ -695,8 +553,8 @@ def _time(text: str) -> tuple | None:
     match = re.fullmatch(r"(\d{1,2})(?::([0-5]\d))?(?::([0-5]\d))?(?:([ap])\.?m\.?)?", bare)
     if not match or not (match[2] or match[4]):
         return None
-    hour, half = int(match[1]), match[4]
-    return (hour - 12, *match.group(2, 3), "p") if hour > 12 and not half else (hour, *match.group(2, 3), half)
+    hour = int(match[1])
+    return (hour - 12, *match.group(2, 3), "p") if hour > 12 else (hour, *match.group(2, 3, 4))
 
 
 def _base(text: str) -> tuple | None:
@@ -705,16 +563,13 @@ def _base(text: str) -> tuple | None:
     if match := re.fullmatch(
         r"(\d[\dA-F]*|[A-F][\dA-F]*\d[\dA-F]*|[A-F]{2,})(?:(?:_\{?(?:base)?|base)(\w+)\}?)?", bare
     ):
-        base = match[2] and (NUMBER_WORDS.get(match[2]) or (int(match[2]) if match[2].isdecimal() else None))
-        if base or match[2] is None:
-            return match[1].lstrip("0"), base
+        return match[1].lstrip("0"), match[2] and str(NUMBER_WORDS.get(match[2], match[2]))
     return None
 
 
 # ---- mathematics ----
 
 _LATEX = NormalizationConfig(basic_latex=True, units=False, malformed_operators=False, nits=False, boxed="none")
-_INEQUALITIES = (sympy.Gt, sympy.Ge, sympy.Lt, sympy.Le)
 _EVALUATED_LATE = (sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit, sympy.Derivative)
 _OF_WHOLE_NUMBERS = (sympy.Sum, sympy.Product, sympy.floor, sympy.ceiling, sympy.Mod, sympy.factorial, sympy.binomial)
 
@@ -766,25 +621,16 @@ def _same_expression(told, wanted, options: dict) -> bool:
         if same is not None:
             return same
     truths = [isinstance(e, Boolean) for e in (told, wanted)]  # relations, and what "and" makes of them
-    if all(truths) and _proportional(told, wanted):
-        return True
-    if any(truths) and not all(truths) and not any(isinstance(e, sympy.Set) for e in (told, wanted)):
-        return False  # math-verify reads `x+y=1` as an assignment to x+y
-    try:
+    # The two libraries raise for things without a common measure (a set minus a number, ≠ beside <, a periodic solution): these
+    # could not be shown to be the same.
+    with contextlib.suppress(TypeError, KeyError, NotImplementedError):
+        if all(truths) and _proportional(told, wanted):
+            return True
         if verify(wanted, told, timeout_seconds=None, raise_on_error=True, **options):
             # ... and takes any two equations without solutions for the same
             return not (isinstance(told, sympy.Eq) and isinstance(wanted, sympy.Eq)) or bool(sympy.solve(wanted))
-        if (
-            all(truths)
-            and not told.has(sympy.Eq)
-            and told.free_symbols == wanted.free_symbols
-            and len(told.free_symbols) == 1
-        ):
-            return told.as_set() == wanted.as_set()
-    except (TypeError, KeyError, NotImplementedError):
-        # What the two libraries say of things without a common measure (a set minus a number, ≠ beside <, a periodic solution).
-        # Both sides were read, and nothing of ours runs in here: they could not be shown to be the same, as with `False`.
-        return False
+        if all(truths) and not told.has(sympy.Eq) and told.free_symbols == wanted.free_symbols:
+            return len(told.free_symbols) == 1 and told.as_set() == wanted.as_set()
     return False
 
 
@@ -807,24 +653,18 @@ def _value(expression, values: dict, digits: int = 40):
         value = expression.xreplace(values).evalf(digits, maxn=5 * digits)
     except (TypeError, ValueError, AttributeError, ZeroDivisionError, NotImplementedError):
         return None
-    return value if value.is_number and value.is_finite and not value.has(*_EVALUATED_LATE) else None
+    return value if value.is_number and value.is_finite else None
 
 
 def _values(told, wanted) -> list[tuple]:
     """Pairs of values at the points where both have one, and (unless `i` occurs) a real one."""
-    told, wanted = unwrap_fcs(told), unwrap_fcs(wanted)
-    symbols = told.free_symbols | wanted.free_symbols
-    if not symbols:
-        pairs = [(_value(told, {}), _value(wanted, {}))]
-    else:
-        powers = told.atoms(sympy.Pow) | wanted.atoms(sympy.Pow)
-        whole = (
-            told.has(*_OF_WHOLE_NUMBERS) or wanted.has(*_OF_WHOLE_NUMBERS) or any(p.base.is_negative for p in powers)
-        )
-        pairs = [(_value(told, values), _value(wanted, values)) for values in _points(symbols, whole)]
-        if not any(s.name == "i" for s in symbols) and not told.has(sympy.I) and not wanted.has(sympy.I):
-            pairs = [(a, b) for a, b in pairs if a is not None and b is not None and a.is_real and b.is_real]
-    return [(a, b) for a, b in pairs if a is not None and b is not None]
+    both = sympy.Tuple(unwrap_fcs(told), unwrap_fcs(wanted))
+    whole = both.has(*_OF_WHOLE_NUMBERS) or any(power.base.is_negative for power in both.atoms(sympy.Pow))
+    points = _points(both.free_symbols, whole) if both.free_symbols else [{}]
+    pairs = [pair for values in points if None not in (pair := tuple(_value(side, values) for side in both))]
+    if not both.free_symbols or both.has(sympy.I, sympy.Symbol("i", real=True)):
+        return pairs
+    return [(a, b) for a, b in pairs if a.is_real and b.is_real]
 
 
 def _same_at_points(told, wanted, places: int) -> bool | None:
@@ -837,10 +677,10 @@ def _same_at_points(told, wanted, places: int) -> bool | None:
         if rounded:
             near = difference * 2 * 10**places <= 1 and difference * 2 * 10 ** (places - 1) <= size
         else:
-            near = difference <= size * sympy.Float("1e-25") or (symbols and difference <= sympy.Float("1e-30"))
+            near = difference <= size * sympy.Float("1e-25")
             if near and difference and not symbols:  # e^{\pi\sqrt{163}} is a whole number in its first 30 digits
                 a, b = (_value(unwrap_fcs(e), {}, 400) for e in (told, wanted))
-                near = a is not None and b is not None and abs(a - b) <= size * sympy.Float("1e-350", 400)
+                near = None not in (a, b) and abs(a - b) <= size * sympy.Float("1e-350", 400)
         if not near:  # numeric integration and summation may also have failed
             return None if told.has(*_EVALUATED_LATE) or wanted.has(*_EVALUATED_LATE) else False
     if len(pairs) < (3 if symbols else 1):
@@ -854,19 +694,10 @@ def _same_at_points(told, wanted, places: int) -> bool | None:
 
 def _proportional(told, wanted) -> bool:
     """Whether one relation is a constant multiple of the other: then both say the same."""
-    flip = {sympy.Gt: sympy.Lt, sympy.Ge: sympy.Le}
-    kinds, sides = [], []
-    for relation in (told, wanted):
-        if not isinstance(relation, sympy.core.relational.Relational):
-            return False
-        if not isinstance(relation.lhs, sympy.Expr) or not isinstance(relation.rhs, sympy.Expr):
-            return False  # `x=[0,1]`: what is no number cannot be subtracted
-        kind, difference = type(relation), relation.lhs - relation.rhs
-        kinds.append(flip.get(kind, kind))
-        sides.append(-difference if kind in flip else difference)
-    if kinds[0] is not kinds[1]:
+    told, wanted = (r.reversed if isinstance(r, (sympy.Gt, sympy.Ge)) else r for r in (told, wanted))  # a>b is b<a
+    if not isinstance(told, sympy.core.relational.Relational) or type(told) is not type(wanted):
         return False
-    ratios = [a / b for a, b in _values(*sides) if abs(b) > 1e-30]
+    ratios = [a / b for a, b in _values(told.lhs - told.rhs, wanted.lhs - wanted.rhs) if abs(b) > 1e-30]
     if len(ratios) < 3 or any(abs(r - ratios[0]) > abs(ratios[0]) * sympy.Float("1e-20") for r in ratios):
         return False
-    return ratios[0] > 0 if kinds[0] in _INEQUALITIES else ratios[0] != 0
+    return ratios[0] > 0 or (isinstance(told, (sympy.Eq, sympy.Ne)) and ratios[0] != 0)
