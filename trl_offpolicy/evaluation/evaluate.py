@@ -23,6 +23,7 @@ from ..cards import versions
 from ..data import prompts
 from ..data.loading import batched
 from ..data.rows import Verdict, stored
+from ..data.tokenization import template_kwargs
 from ..data.whole_file import partial_file, write_whole
 from ..reporting import tables
 from ..runs.journal import Journal, differences, read_entries
@@ -112,7 +113,8 @@ def evaluate(
     processing_class = getattr(sampler, "processing_class", processing_class)
     sampler = as_sampler(sampler)
     if processing_class is not None:
-        check_format(processing_class, questions, args.train_tokenizer, train_dataset, args.chat_template_kwargs)
+        variables = template_kwargs(args.chat_template_kwargs)
+        check_format(processing_class, questions, args.train_tokenizer, train_dataset, variables)
         questions = without_control_tokens(processing_class, questions, args.control_tokens)
     asked = {name: getattr(args, name) for name in ("seed", "solve_prompt", "system_prompt")}
     asked |= {"control_tokens": "escape"} if args.control_tokens == "escape" else {}
@@ -287,12 +289,11 @@ class _Run:
                     bar.update()
 
     def _request(self, key: Key, question: Question) -> Request:
-        greedy = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
         params = self.args.sampling_params()
         if key.stage == "greedy":
-            params = replace(params, **greedy)
+            params = replace(params, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0)
         seed = attempt_seed(self.args.seed, question.id, key.stage, key.attempt)
-        return Request("/".join(map(str, key)), question.prompt, seed, params, self.args.chat_template_kwargs)
+        return Request("/".join(map(str, key)), question.prompt, seed, params, self.args.chat_template_kwargs)  # type: ignore[arg-type]
 
     def summarize(self, name: str) -> dict:
         """What [`evaluate`] returns of one benchmark."""

@@ -22,6 +22,7 @@ from ..cards import versions
 from ..data.formats import PLAIN_PROMPTS
 from ..data.loading import hub_origin
 from ..data.rows import Problem, Source, Verdict, reference_digest
+from ..data.tokenization import template_kwargs
 from ..data.whole_file import partial_file, write_whole
 from ..runs.journal import Attempt, Journal, JournalReader, Result, differences, read_attempts, read_header
 from ..runs.run_counts import RunCounts, summed
@@ -243,7 +244,7 @@ class DataRewriter:
             draw = scheduler.next(speculate=drawing.sampling < most)
             if draw is not None and draw.state.problem is None:  # begun before a resume
                 (draw.state.problem,) = problems.read(draw.state.row, 1)
-            return draw and self._asked(draw, problems)
+            return None if draw is None else self._asked(draw, problems)
 
         try:
             with drawing:
@@ -274,12 +275,12 @@ class DataRewriter:
         args, problem = self.args, draw.state.problem
         seed = attempt_seed(args.seed, problem.id, draw.stage, draw.attempt)
         prompt = problems.prompt(problem, draw.stage)
-        request = Request(draw.id, prompt, seed, args.sampling_params(), args.chat_template_kwargs)
+        request = Request(draw.id, prompt, seed, args.sampling_params(), args.chat_template_kwargs)  # type: ignore[arg-type]
         return Asked(draw, request, self._sampler_of(draw.stage), problem.answer, problem.extra)
 
     def _record(self, judged: Judged, journal: Journal, log: RunLog) -> Result:
-        draw, completion, *verdict = judged
-        attempt = self._attempt(draw.state.problem, draw.stage, draw.attempt, completion, *verdict)
+        draw, completion, verdict, reason = judged
+        attempt = self._attempt(draw.state.problem, draw.stage, draw.attempt, completion, verdict, reason)
         entry = attempt.entry()
         log.attempt(entry)
         return attempt.result(journal.append(entry))
@@ -453,7 +454,7 @@ class DataRewriter:
             return
         first, tokenizer = next(problems.read()), self._tokenizer()
         for stage in self.args.stages:
-            prompt, given = problems.prompt(first, stage), self.args.chat_template_kwargs
+            prompt, given = problems.prompt(first, stage), template_kwargs(self.args.chat_template_kwargs)
             print(shown_prompt(f"first prompt of stage {stage}", prompt, tokenizer, given, self.verifier))  # noqa: T201
         most = total * len(self.args.stages) * self.args.num_generations
         print(  # noqa: T201

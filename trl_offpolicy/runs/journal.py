@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from tqdm.auto import tqdm
 
@@ -96,7 +96,8 @@ class JournalReader:
     """The journal at `path`, only read; a run may be writing to it."""
 
     def __init__(self, path: Path):
-        self.path, self._reader = Path(path), None
+        self.path = Path(path)
+        self._reader: BinaryIO | None = None
 
     def entries(self, texts: bool = True) -> Iterator[tuple[int, dict]]:
         """What [`read_entries`] finds in the file."""

@@ -204,7 +204,8 @@ def _without_paths(text: str, on_hub: dict[str, bool | None]) -> tuple[str, list
             known = on_hub.get(name)
             is_local = not (is_hub_id(value) if known is None else known)
         else:  # such as {"download_dir": "/data/models"}
-            is_local = name.endswith("_kwargs") and re.search(r"""(?:^|["':=\s])(?:~|\.{0,2})/\w""", str(value))
+            holds_path = re.search(r"""(?:^|["':=\s])(?:~|\.{0,2})/\w""", str(value))
+            is_local = name.endswith("_kwargs") and holds_path is not None
         if is_local:
             left_out.append(name)
     head = [line for line in text.splitlines() if line.startswith("#")]

@@ -229,7 +229,8 @@ class PeriodicPush:
 
     def __init__(self, push: Callable[[], object], every: int, token: str | None = None):
         self.push, self.every, self.due, self.token = push, every, every, token
-        self.pool, self.under_way = ThreadPoolExecutor(1, "push"), None
+        self.pool = ThreadPoolExecutor(1, "push")
+        self.under_way: Future | None = None
 
     def update(self, rows: int) -> None:
         if self.under_way is not None and self.under_way.done():

@@ -94,7 +94,7 @@ class RunMemory:
 
     def copies(self, first: int = 0, count: int | None = None) -> Sequence[int]:
         """Of each of these rows, the how-manieth with its content id it is ([`~data.rows.number_copies`])."""
-        return self._keys["copy"][first:][:count]
+        return self._keys["copy"][first:][:count]  # type: ignore[return-value]  # an array is one
 
     # ---- attempts ----
 

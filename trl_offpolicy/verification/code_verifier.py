@@ -102,7 +102,7 @@ class CodeVerifier(Verifier):
         self._sandbox = Sandbox(sandbox, memory_mb, math.ceil(timeout), 3 * timeout, allow_network, allow_unsandboxed)
 
     def _explain(
-        self, completions: list[str], answers: list, entry_point: list[str | None] | None = None
+        self, completions: list[str], answers: list, entry_point: list[str | None] | None = None, **_
     ) -> list[Judgement]:
         with ThreadPoolExecutor(self.num_workers) as pool:
             return list(pool.map(self._judge, completions, answers, entry_point or [None] * len(answers)))
@@ -206,15 +206,15 @@ class CodeVerifier(Verifier):
 
     def _ended(self, process, said: bytes, otherwise: Judgement) -> Judgement:
         """What it means that a process ended without a word: by its limits, for want of a sandbox, or else `otherwise`."""
-        said = said.decode(errors="replace").strip() or complaint(process)
+        words = said.decode(errors="replace").strip() or complaint(process)
         code = process.poll()
         code = 128 - code if code is not None and code < 0 else code
         if code == OUT_OF_MEMORY:
             return Judgement(Verdict.ERROR, f"out of memory ({self._memory_mb} MiB)")
         if code in (128 + signal.SIGXCPU, 128 + signal.SIGKILL):
             return self._timeout()
-        if code == REFUSED or said:
-            return Judgement(Verdict.ERROR, f"the sandbox could not be made: {said}")
+        if code == REFUSED or words:
+            return Judgement(Verdict.ERROR, f"the sandbox could not be made: {words}")
         return otherwise._replace(reason=f"{otherwise.reason} (exit code {code})")
 
 
@@ -239,6 +239,11 @@ def _compiles(code: str) -> bool:
     return True
 
 
+def _whole(side) -> str:
+    """An input or output as one text: a list holds its lines."""
+    return "\n".join(map(str, side)) if isinstance(side, list) else str(side)
+
+
 def read_pairs(answer) -> list[tuple[str, str]] | None:
     """Inputs and outputs, if that is what the answer is; `ValueError` if they cannot be compared."""
     if isinstance(answer, str) and answer.lstrip()[:1] in ("{", "["):
@@ -260,9 +265,7 @@ def read_pairs(answer) -> list[tuple[str, str]] | None:
         pairs = [(a["input"], a["output"]) for a in answer]
     else:
         return None
-    pairs = [
-        tuple("\n".join(map(str, side)) if isinstance(side, list) else str(side) for side in pair) for pair in pairs
-    ]
+    pairs = [(_whole(given), _whole(expected)) for given, expected in pairs]
     if not pairs:
         raise ValueError("there are no inputs")
     if any(len(output) > OUTPUT for _, output in pairs):

@@ -97,7 +97,7 @@ class MathVerifier(Verifier):
         """Worker processes, at most."""
         return self._num_workers or default_workers()
 
-    def _explain(self, completions: list[str], answers: list[str]) -> list[Judgement]:
+    def _explain(self, completions: list[str], answers: list[str], **_) -> list[Judgement]:
         return self._run(
             [
                 [completion, "" if answer is None else str(answer)]

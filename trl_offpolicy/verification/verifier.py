@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Sequence
 from inspect import signature
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..data.redaction import brief
 from ..data.rows import Verdict
@@ -17,15 +17,21 @@ class Judgement(NamedTuple):
 
     verdict: Verdict
     reason: str = ""
-    # Whether the gold answer is what cannot be read or run, whatever the completion is. Not an item of the pair, hence no annotation.
-    gold_at_fault = False
+
+    @property
+    def gold_at_fault(self) -> bool:
+        """Whether the gold answer is what cannot be read or run, whatever the completion is. Not an item of the pair."""
+        return False
 
 
 class GoldAtFault(Judgement):
     """A judgement that says nothing of the completion, since nothing can be compared with the gold answer."""
 
     __slots__ = ()
-    gold_at_fault = True
+
+    @property
+    def gold_at_fault(self) -> bool:
+        return True
 
 
 def explain_with(
@@ -102,18 +108,20 @@ class Verifier:
     # What a prompt should ask for.
     asked_form = ""
     # How many completions are judged at a time.
-    num_workers = 1
+    num_workers: Any = 1
     # Columns of the dataset, beside the answers, that `explain` and `verify` take as keyword arguments: a list with a value for each completion.
     columns: tuple[str, ...] = ()
 
+    # mypy takes `type(self).__name__` for this property.
     @property
     def __name__(self) -> str:  # what GRPOTrainer calls its reward in the logs
-        return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower()
+        return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower()  # type: ignore[call-overload]
 
     def __repr__(self) -> str:
-        return type(self).__name__ + (describe(self).removeprefix(self.__name__) or "()")
+        return type(self).__name__ + (describe(self).removeprefix(self.__name__) or "()")  # type: ignore[operator]
 
     def _explain(self, completions: list[str], answers: list, **columns: list) -> list[Judgement]:
+        """Of texts and as many answers; `columns` are those that the verifier names."""
         raise NotImplementedError
 
     def explain(self, completions: list[str], answers: list, **columns: list) -> list[Judgement]:

@@ -313,7 +313,7 @@ class JsonSchemaVerifier(Verifier):
     def __reduce__(self):
         return JsonSchemaVerifier, (self.schema,)  # a validator cannot be pickled
 
-    def _explain(self, completions: list[str], answers: list) -> list[Judgement]:
+    def _explain(self, completions: list[str], answers: list, **_) -> list[Judgement]:
         return [self._judge(c, a) for c, a in zip(completions, answers, strict=True)]
 
     def _judge(self, completion: str, answer) -> Judgement:
@@ -327,9 +327,9 @@ class JsonSchemaVerifier(Verifier):
             return Judgement(Verdict.UNPARSABLE, f"{NO_ANSWER}: it is not JSON: {error}")
         if answer is None and self.validator is None:
             return GoldAtFault(Verdict.UNPARSABLE, "there is neither a schema nor an answer to compare with")
-        error = next(iter(self.validator.iter_errors(value)), None) if self.validator else None
-        if error is not None:
-            return Judgement(Verdict.WRONG, f"{error.json_path}: {error.message}"[:300])
+        violation = next(iter(self.validator.iter_errors(value)), None) if self.validator else None
+        if violation is not None:
+            return Judgement(Verdict.WRONG, f"{violation.json_path}: {violation.message}"[:300])
         try:
             gold = json.loads(answer) if isinstance(answer, str) else answer
         except ValueError as error:
@@ -386,7 +386,7 @@ class JudgeVerifier(Verifier):
         self.sampler, self.threshold, self.num_draws, self.prompt = as_sampler(sampler), threshold, num_draws, prompt
         self.words, self.seed = (yes.upper(), no.upper()), seed
 
-    def _explain(self, completions: list[str], answers: list) -> list[Judgement]:
+    def _explain(self, completions: list[str], answers: list, **_) -> list[Judgement]:
         results: list[Judgement | None] = [None] * len(completions)
         seen: list[dict] = [{} for _ in completions]  # token → (word, probability)
         waiting, draws = list(range(len(completions)))[::-1], [0] * len(completions)

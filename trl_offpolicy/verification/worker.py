@@ -79,7 +79,7 @@ class WorkerSource:
             # Its own group: a ctrl-C meant for the parent does not kill it. Not its own session, to which Linux would give as much of
             # a busy processor as to the engine's.
             self.process = subprocess.Popen(
-                _start_command(), stdin=theirs, process_group=0, env={**os.environ, "OMP_NUM_THREADS": "1"}
+                _start_command(), stdin=theirs.fileno(), process_group=0, env={**os.environ, "OMP_NUM_THREADS": "1"}
             )
 
     def forget(self) -> None:
