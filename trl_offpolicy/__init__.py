@@ -58,8 +58,8 @@ def __dir__():
 
 def relocated(old: str, *places: str):
     """
-    A `__getattr__` for the module `old`, whose names are in `places` (modules of this package) now: it finds them there with a
-    `DeprecationWarning` that says where.
+    A `__getattr__` for the module `old`, whose names are in `places` (modules of this package) now: it finds them
+    there with a `DeprecationWarning` that says where.
     """
 
     def find(name: str):

@@ -2,8 +2,8 @@
 
     r = r_task · (1 + λ_dist · r_dist + λ_div · r_div)
 
-A candidate is feasible where r_task is 1. The other two terms compare it with the feasible candidates of its group: how likely it
-is under the base, and how different from the others.
+A candidate is feasible where r_task is 1. The other two terms compare it with the feasible candidates of its group:
+how likely it is under the base, and how different from the others.
 """
 
 import numpy as np
@@ -13,7 +13,10 @@ EPSILON = 1e-6  # nats per token; NLLs that are all the same have no spread to b
 
 
 def task_gate(right, reasoned) -> np.ndarray:
-    """r_task = v_ans · v_rea: (N,) of 1, 0, and NaN where it could not be told. `reasoned` counts only where `right` is 1."""
+    """
+    r_task = v_ans · v_rea: (N,) of 1, 0, and NaN where it could not be told. `reasoned` counts only where `right` is
+    1.
+    """
     right = np.asarray(right, float)
     return np.where(right == 1, np.asarray(reasoned, float), right)
 
@@ -23,7 +26,8 @@ def alignment_reward(nll, feasible) -> np.ndarray:
     r_dist = 1 / (1 + exp(z)), where z is the NLL standardised over the feasible candidates of one group.
 
     Args:
-        nll (array of shape (N,)): Negative log-likelihoods under the base, nats per token; looked at where feasible only.
+        nll (array of shape (N,)): Negative log-likelihoods under the base, nats per token; looked at where feasible
+            only.
         feasible (bool array of shape (N,)): Which candidates passed the gate.
 
     Returns:

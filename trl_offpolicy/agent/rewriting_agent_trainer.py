@@ -1,17 +1,20 @@
-"""The rewriting agent: a LoRA policy on the frozen base model that learns to retell references as the base would have put them.
+"""
+The rewriting agent: a LoRA policy on the frozen base model that learns to retell references as the base would have put
+them.
 
     verifier = MathVerifier()
     trainer = RewritingAgentTrainer(
-        "Qwen/Qwen2.5-Math-1.5B", GroupReward(verifier), GRPOConfig("runs/agent"), agent_dataset(demonstrations, verifier),
-        peft_config=LoraConfig(r=64, lora_alpha=32, target_modules="all-linear"),
+        "Qwen/Qwen2.5-Math-1.5B", GroupReward(verifier), GRPOConfig("runs/agent"), agent_dataset(demonstrations,
+        verifier), peft_config=LoraConfig(r=64, lora_alpha=32, target_modules="all-linear"),
     )
     trainer.train()
 
 ("Patch the Distribution Mismatch", arXiv 2602.11220.) A candidate's reward depends on all candidates of its prompt:
 
-A candidate that is right (and, if the base judges, validly reasoned) is rewarded for being likely under the base and different from
-the other right ones: `group_rewards.py`. The likelihood is standardised within a group, so the mean of `reward/dist` is near 0.5 by
-construction; what falls as the agent aligns with the base is the negative log-likelihood itself, `reward/nll`.
+A candidate that is right (and, if the base judges, validly reasoned) is rewarded for being likely under the base and
+different from the other right ones: `group_rewards.py`. The likelihood is standardised within a group, so the mean of
+`reward/dist` is near 0.5 by construction; what falls as the agent aligns with the base is the negative log-likelihood
+itself, `reward/nll`.
 """
 
 import hashlib
@@ -43,7 +46,8 @@ from ..verification.verifier import as_verifier, explain_with, rewards
 from .group_rewards import alignment_reward, diversity_reward, task_gate, total_reward
 
 
-# Values of `init_lora_weights` (or how they begin) that change the frozen weights, so that the adapter off is another model.
+# Values of `init_lora_weights` (or how they begin) that change the frozen weights, so that the adapter off is another
+# model.
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -61,22 +65,25 @@ class GroupReward:
     """
     The reward as `GRPOTrainer` calls it, on rows of [`agent_dataset`].
 
-    A group is all candidates of one prompt, wherever they are in the batch and on whichever process; every process computes all
-    groups and returns its own part. `None` (no reward, no gradient) is what a candidate gets whose gold answer cannot be compared with,
-    whose verification timed out or failed, or whose log-probs are not finite; it counts as neither right nor wrong in its group.
-    One that was cut at `max_completion_length` gets 0: a rewrite never keeps it.
+    A group is all candidates of one prompt, wherever they are in the batch and on whichever process; every process
+    computes all groups and returns its own part. `None` (no reward, no gradient) is what a candidate gets whose gold
+    answer cannot be compared with, whose verification timed out or failed, or whose log-probs are not finite; it
+    counts as neither right nor wrong in its group. One that was cut at `max_completion_length` gets 0: a rewrite never
+    keeps it.
 
-    Logged beside TRL's metrics, over all processes: `reward/accuracy` (v_ans), `reward/gate` (r_task), `reward/feasible` and
-    `reward/unjudged` (shares of all candidates), and of the feasible `reward/dist`, `reward/div` and `reward/nll` (nats per token).
+    Logged beside TRL's metrics, over all processes: `reward/accuracy` (v_ans), `reward/gate` (r_task),
+    `reward/feasible` and `reward/unjudged` (shares of all candidates), and of the feasible `reward/dist`, `reward/div`
+    and `reward/nll` (nats per token).
 
     Args:
         verifier: What verifies answers; as for [`DataRewriter`].
         lambda_dist, lambda_div (`float`, *optional*, default to `0.35` and `0.5`): The paper's.
-        judge (`bool`, *optional*, defaults to `False`): Ask the base, where an answer is right, whether the reasoning is valid, and take
-            P(YES) ≥ P(NO) of its next token for a yes. A model of a few million parameters cannot judge.
+        judge (`bool`, *optional*, defaults to `False`): Ask the base, where an answer is right, whether the reasoning
+            is valid, and take P(YES) ≥ P(NO) of its next token for a yes. A model of a few million parameters cannot
+            judge.
         reasoning_prompt (`str`, *optional*): What it is asked then, with `{problem}` and `{completion}`.
-        embed (`Callable`, *optional*): `list[str]` → (N, H), such as a `SentenceTransformer`'s `encode`; by default the base's last
-            hidden states, averaged over the candidate's tokens.
+        embed (`Callable`, *optional*): `list[str]` → (N, H), such as a `SentenceTransformer`'s `encode`; by default
+            the base's last hidden states, averaged over the candidate's tokens.
         batch_tokens (`int`, *optional*, defaults to `8192`): Tokens of one forward of the base, padding included.
     """
 
@@ -106,7 +113,8 @@ class GroupReward:
         Takes the base, the model of `trainer` with its adapter off; [`RewritingAgentTrainer`] calls it.
 
         Raises:
-            ValueError: The model has no adapter, or one whose `init_lora_weights` or `bias` changes the base; its parameters are sharded, or (with a judge) YES and NO begin with the same token.
+            ValueError: The model has no adapter, or one whose `init_lora_weights` or `bias` changes the base; its
+                parameters are sharded, or (with a judge) YES and NO begin with the same token.
         """
         if not is_peft_model(trainer.model):
             raise ValueError(
@@ -216,7 +224,8 @@ class GroupReward:
         """NLL per token and embedding of the candidates at `places`, from one forward of the base."""
         nll = np.full(len(texts), np.nan)
         embeddings: list[np.ndarray | None] = [None] * len(texts)
-        # The same candidate drawn twice is scored once: what rounding makes of its place in a batch would be taken for a difference.
+        # The same candidate drawn twice is scored once: what rounding makes of its place in a batch would be taken for
+        # a difference.
         alike: dict[tuple, list[int]] = {}
         for i in places:
             pair = tuple(self._encoded(qa_prompts[i])), tuple(completion_ids[i])
@@ -267,10 +276,13 @@ def agent_dataset(
     Args:
         dataset (`datasets.Dataset` or `list[dict]`): Rows in any of the formats of `rows.FORMATS`.
         verifier: Rows whose gold answer it cannot compare with are left out, and counted in a warning.
-        qa_template (`str`, *optional*): Text with `{problem}` under which the base's NLL is taken, without chat template
-            (`prompts.PAPER_QA_PROMPT`); by default a row's own prompt, the one that will be trained on, through the chat template.
-        processing_class, max_prompt_length (*optional*): Rows whose prompt has more tokens are left out, and counted likewise.
-        control_tokens (`str`, *optional*, defaults to `"warn"`): What is done with problems and references that hold control tokens of the
+        qa_template (`str`, *optional*): Text with `{problem}` under which the base's NLL is taken, without chat
+            template (`prompts.PAPER_QA_PROMPT`); by default a row's own prompt, the one that will be trained on,
+            through the chat template.
+        processing_class, max_prompt_length (*optional*): Rows whose prompt has more tokens are left out, and counted
+            likewise.
+        control_tokens (`str`, *optional*, defaults to `"warn"`): What is done with problems and references that hold
+            control tokens of the
             `processing_class` as text: `warn`, `refuse`, `escape` or `allow` ([`~data.control_tokens.ControlTokens`]).
         system_prompt, chat_template_kwargs (*optional*): As in [`RewriteConfig`]; the latter for `max_prompt_length`.
 
@@ -344,7 +356,10 @@ class RewritingAgentTrainer(GRPOTrainer):
                 reward.bind(self)
 
     def _stop_at_the_end_of_a_turn(self) -> None:
-        """TRL stops where tokenizer and generation config say; a rewrite with the agent also where the chat template ends a turn."""
+        """
+        TRL stops where tokenizer and generation config say; a rewrite with the agent also where the chat template ends
+        a turn.
+        """
         self.eos_token_ids = stop_token_ids(self._tokenizer, self.eos_token_ids)
         if self.use_vllm:
             given = self.vllm_generation.generation_kwargs
@@ -356,11 +371,15 @@ class RewritingAgentTrainer(GRPOTrainer):
     def _calculate_rewards(self, *args, **kwargs):
         rewards = super()._calculate_rewards(*args, **kwargs)  # (N, functions), NaN where one said None
         own = [i for i, reward in enumerate(self.reward_funcs) if isinstance(reward, GroupReward)]
-        # GRPO sums the rewards that are there, so a completion without this reward would rank lowest in its group beside other rewards.
+        # GRPO sums the rewards that are there, so a completion without this reward would rank lowest in its group
+        # beside other rewards.
         rewards[rewards[:, own].isnan().any(1)] = math.nan
         return rewards
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
-        """Writes `output_dir/README.md`: base, data, reward, prompt, hyper-parameters, last results, and the command that rewrites with it."""
+        """
+        Writes `output_dir/README.md`: base, data, reward, prompt, hyper-parameters, last results, and the command that
+        rewrites with it.
+        """
         if self.is_world_process_zero():
             write_whole(f"{self.args.output_dir}/README.md", str(agent_card(self, model_name, dataset_name, tags)))

@@ -1,4 +1,6 @@
-r"""What a completion states as its answer: the first half of a verdict. `docs/how_an_answer_is_read.md` has the rules with examples.
+r"""
+What a completion states as its answer: the first half of a verdict. `docs/how_an_answer_is_read.md` has the rules with
+examples.
 
     stated_answer("We add.\n\n**Answer:** $x = 5$ cm").text   # "x = 5\\text{ cm}"
 
@@ -7,7 +9,8 @@ r"""What a completion states as its answer: the first half of a verdict. `docs/h
 3. [`statements`] lists whatever states an answer, and [`stated_answer`] chooses among them by `ORDER`.
 
 A statement is read whole: nothing here picks a number out of a formula, and what cannot be read as one answer raises
-[`Unparsable`] with the reason. All of it takes time in proportion to the text: no pattern has a repetition within a repetition over the same characters.
+[`Unparsable`] with the reason. All of it takes time in proportion to the text: no pattern has a repetition within a
+repetition over the same characters.
 """
 
 import itertools
@@ -117,7 +120,9 @@ _EMPHASIS = {
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """A text, the same text with mathematics and Markdown covered, and where the mathematics is: (start, end, content)."""
+    """
+    A text, the same text with mathematics and Markdown covered, and where the mathematics is: (start, end, content).
+    """
 
     text: str
     covered: str
@@ -125,7 +130,10 @@ class Segments:
 
 
 def segments(text: str) -> Segments:
-    """Mathematics as whole spans (`$…$` within a line, `$$…$$`, `\\(…\\)`, `\\[…\\]`, environments), emphasis, code marks, quotes."""
+    """
+    Mathematics as whole spans (`$…$` within a line, `$$…$$`, `\\(…\\)`, `\\[…\\]`, environments), emphasis, code
+    marks, quotes.
+    """
     text = text.replace(_MATH, " ").replace(_MARK, " ")
     found = [m for m in _DELIMITER.finditer(text) if m.lastgroup] if "$" in text or "\\" in text else []
     places: dict[str, list[int]] = {}
@@ -150,7 +158,10 @@ def segments(text: str) -> Segments:
 
 
 def _inline(text: str, start: int, end: int) -> bool:
-    """Whether what is between two dollar signs is mathematics: all in one line, and not `$5 and each child $`, `$5 or $6`."""
+    """
+    Whether what is between two dollar signs is mathematics: all in one line, and not `$5 and each child $`, `$5 or
+    $6`.
+    """
     if text.find("\n", start, end) >= 0:
         return False
     content = text[start:end]
@@ -180,7 +191,8 @@ def _called(latin: str, other: str) -> str:
     return rf"(?:\b(?:{latin.replace(' ', '|').replace('_', ' ')})\b|(?=[^\x00-\u0dff])(?:{other.replace(' ', '|')}))"
 
 
-# What is called an answer, and what a result, in the languages that models answer in; words that say "final", and "is".
+# What is called an answer, and what a result, in the languages that models answer in; words that say "final", and
+# "is".
 _ANSWER = _called(
     "answers? ans réponses? antwort(?:en)? respuestas? risposta resposta antwoord odpowiedź odpověď svar(?:et)? vastaus válasz răspuns(?:ul)?"
     " cevap yanıt đáp_án đáp_số câu_trả_lời jawaban(?:nya)? ответ відповідь отговор απάντηση الجواب الإجابة پاسخ جواب תשובה उत्तर উত্তর",
@@ -251,7 +263,8 @@ _QUALIFIED = re.compile(
     r"|[^A-Za-z\s,'’\"()-]|(?<![A-Za-z])[B-HJ-Zb-hj-z](?![A-Za-z])",
     re.I,
 )
-# Where a sentence ends; what gives the reason of a value, or restricts it; and what follows a value and changes nothing about it.
+# Where a sentence ends; what gives the reason of a value, or restricts it; and what follows a value and changes
+# nothing about it.
 _END = re.compile(
     rf"\n|[。！？．।]|です|となります|になります|である|입니다|이다|[.?](?=[\s{_MARK})\"”]|$)(?<!\bSt\.)(?<![ap]\.m\.)(?<!i\.e\.)(?<!e\.g\.)|\bI hope\b|(?<!\s)!(?=[{_MARK})\"”]|\s*$|\s*\n|\s+(?-i:[A-Z]))",
     re.I,
@@ -310,14 +323,20 @@ def _first(pattern: re.Pattern, found: Segments, start: int, end: int | None = N
 
 
 def _end(found: Segments, start: int) -> int:
-    """Where the sentence at `start` ends. Its exclamation mark is a factorial where no word but only "Answer:" stands before the number."""
+    """
+    Where the sentence at `start` ends. Its exclamation mark is a factorial where no word but only "Answer:" stands
+    before the number.
+    """
     end, covered = _first(_END, found, start), found.covered
     factorial = covered[end : end + 1] == "!" and covered[end - 1].isalnum()
     return end + (factorial and not re.search(r"[^\W\d_]{2}[^:：=\n]*\Z", covered[max(0, start - 30) : end]))
 
 
 def _sentence(found: Segments, start: int, last: bool) -> tuple[int, int] | None:
-    """The value in the sentence at `start`, as (start, end): what it begins with, or what stands behind a verb, the last one if `last`."""
+    """
+    The value in the sentence at `start`, as (start, end): what it begins with, or what stands behind a verb, the last
+    one if `last`.
+    """
     end, covered = _end(found, start), found.covered
     if (option := _OPTION.match(covered, start)) and not _VERB.search(covered, start, option.end()):
         return option.span()
@@ -362,7 +381,9 @@ _SENTENCE_START = re.compile(rf".*(?:[.!?](?=\s)|\n(?![a-z\d{_MATH}]))", re.S)
 
 
 def _stands(found: Segments, start: int, end: int, kind: str) -> bool:
-    """Whether what stands around the value from `start` to `end` leaves it as it is: in its sentence, and behind it."""
+    """
+    Whether what stands around the value from `start` to `end` leaves it as it is: in its sentence, and behind it.
+    """
     before = found.covered[max(0, start - 200) : start]
     sentence = _SENTENCE_START.match(before)
     return stands(
@@ -427,7 +448,9 @@ def _box(text: str, start: int, end: int) -> tuple[str | None, int]:
 
 
 def boxes(text: str) -> list[tuple[str | None, int, int]]:
-    r"""The boxes of one answer, as (content, start, end): the last one, and those before it that only "and", "or", a comma or `y =` separate.
+    r"""
+    The boxes of one answer, as (content, start, end): the last one, and those before it that only "and", "or", a comma
+    or `y =` separate.
 
     An echo of the instruction is no box. The content of a last one that is not closed is `None`.
     """
@@ -471,7 +494,10 @@ _BARE_RIGHT = re.compile(
 
 
 def _in_formula(found: Segments, content: str, start: int, end: int) -> str:
-    """The content of a box, or the formula that it is a part of with the content in its place: `-(5)` for `$x = -\\boxed{5}$`."""
+    """
+    The content of a box, or the formula that it is a part of with the content in its place: `-(5)` for `$x =
+    -\\boxed{5}$`.
+    """
     at = bisect_left(found.spans, (start + 1,)) - 1
     text = found.text
     if at < 0 or found.spans[at][1] < end:
@@ -499,7 +525,9 @@ def _magnitude(text: str, end: int) -> str:
 
 
 def final_answer(text: str) -> str | None:
-    r"""What a demonstration gives as its answer: its last boxes, else GSM8K's `#### 42`; `None` if neither is there."""
+    r"""
+    What a demonstration gives as its answer: its last boxes, else GSM8K's `#### 42`; `None` if neither is there.
+    """
     found = boxes(text)
     if found:
         contents = [content for content, _, _ in found]
@@ -511,7 +539,10 @@ def final_answer(text: str) -> str | None:
 
 
 def _is_mark(text: str, match: re.Match) -> bool:
-    """Whether a line that begins with `####` is GSM8K's mark: a value with at most two words (its unit), or a last word; no heading."""
+    """
+    Whether a line that begins with `####` is GSM8K's mark: a value with at most two words (its unit), or a last word;
+    no heading.
+    """
     rest = match["value"].strip(f" {_MARK}")
     words = re.findall(r"[A-Za-z]{2,}", re.sub(r"\\[A-Za-z]+(?:\s*\{[A-Za-z ]*\})?", "", rest))
     valued = _STARTS.match(rest) and not re.match(r"\d+[.):]\s+[A-Za-z]", rest) and len(words) < 3
@@ -580,7 +611,10 @@ _QUESTION = re.compile(rf"^[\s#*{_MARK}]*(?:question|problem|q)\b[^\n:]{{0,10}}:
 
 
 def _choose(found: Segments, stated: list[tuple[int, Statement]]) -> Statement | None:
-    """The first statement of the highest kind; a later one takes its place where the text says so, and contradicts it otherwise."""
+    """
+    The first statement of the highest kind; a later one takes its place where the text says so, and contradicts it
+    otherwise.
+    """
     best = min((ORDER.index(s.kind) for _, s in stated), default=None)
     chosen, others = None, []
     for at, statement in stated:
@@ -593,8 +627,8 @@ def _choose(found: Segments, stated: list[tuple[int, Statement]]) -> Statement |
             others += [statement.text]  # several questions, each with its answer: no one can tell which was asked
         elif not _REMARKS.search(between):
             others += [statement.text]
-    others = tuple(dict.fromkeys(text for text in others if text != chosen.text))
-    return replace(chosen, others=others) if others else chosen
+    kept = tuple(dict.fromkeys(text for text in others if text != chosen.text))
+    return replace(chosen, others=kept) if kept else chosen
 
 
 _TAG = re.compile(r"<(/?)(?:final[_ ]?)?answer>", re.I)
@@ -614,7 +648,8 @@ def stated_answer(completion: str) -> Statement:
     """The answer that a completion states, by the rules at the top of `ORDER`.
 
     Raises:
-        Unparsable: It states none, its last box is not closed, or it ends while it thinks; the text of the error says which.
+        Unparsable: It states none, its last box is not closed, or it ends while it thinks; the text of the error says
+        which.
     """
     text = visible(completion)
     if tagged := _tagged(text):
@@ -675,7 +710,9 @@ def _boxed(found: Segments, boxed: list[tuple[str | None, int, int]]) -> Stateme
 
 
 def _corrected(found: Segments, chosen: Statement) -> Statement | None:
-    """What takes the place of a statement that the text behind it takes back; `Unparsable` where it is not clear what."""
+    """
+    What takes the place of a statement that the text behind it takes back; `Unparsable` where it is not clear what.
+    """
     covered = found.covered
     retracted = RETRACTS.search(covered, chosen.end)
     if not retracted or _REMARKS.search(covered, chosen.end, retracted.start()):

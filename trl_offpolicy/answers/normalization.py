@@ -73,7 +73,9 @@ def _plain(subscript: str) -> str:
 
 @functools.lru_cache(4096)
 def normalize(answer: str) -> str:
-    r"""An answer in one spelling: no `$`, `\left` or thin spaces, ASCII and LaTeX for unicode, `\frac{1}{2}` for `\frac12`.
+    r"""
+    An answer in one spelling: no `$`, `\left` or thin spaces, ASCII and LaTeX for unicode, `\frac{1}{2}` for
+    `\frac12`.
 
     Of the spaces only those behind a comma are kept: `12, 345` are two numbers, `12,345` may be one.
     """
@@ -109,7 +111,9 @@ def normalize(answer: str) -> str:
 
 
 def _without_fonts(text: str) -> str:
-    r"""`\text{…}` for words in any font; around a formula, `i` and `e` the command goes; unit vectors become `\hat{i}`."""
+    r"""
+    `\text{…}` for words in any font; around a formula, `i` and `e` the command goes; unit vectors become `\hat{i}`.
+    """
     out, position = [], 0
     while match := _FONT.search(text, position):
         out.append(text[position : match.start()])
@@ -147,7 +151,9 @@ _BARS = {"abs": ("|", "|"), "floor": ("\\lfloor ", "\\rfloor "), "ceil": ("\\lce
 
 
 def _brace_arguments(text: str) -> str:
-    r"""`\frac12`, `\frac\pi 2`, `\sqrt2`, `\sqrt(x+1)` and `2^(x+1)` with braces around each argument; `\abs(x)` as `|x|`."""
+    r"""
+    `\frac12`, `\frac\pi 2`, `\sqrt2`, `\sqrt(x+1)` and `2^(x+1)` with braces around each argument; `\abs(x)` as `|x|`.
+    """
     out, position = [], 0
     for match in re.finditer(r"\\(frac|sqrt|binom|abs|floor|ceil)(?![A-Za-z])(\[[^\]]*\])?\s*|\^\s*(?=\()", text):
         if match.start() < position:
@@ -192,8 +198,9 @@ _SCALED = rf" ?\\text\s*\{{\s*(?:{'|'.join(MAGNITUDES)})\b"  # `\$5 \text{ milli
 
 
 def number(text: str) -> tuple[Fraction, bool] | None:
-    r"""The exact value of `-3`, `1,234.5`, `\frac{1}{2}`, `3/4`, `3\frac{1}{7}`, `0.\overline{3}`, `4.5\times 10^{33}` or `ten`, and
-    whether it was written as a decimal (and may be rounded); `None` for anything else."""
+    r"""
+    The exact value of `-3`, `1,234.5`, `\frac{1}{2}`, `3/4`, `3\frac{1}{7}`, `0.\overline{3}`, `4.5\times 10^{33}` or
+    `ten`, and whether it was written as a decimal (and may be rounded); `None` for anything else."""
     if text.isascii() and text.isdecimal() and len(text) <= 400:
         return Fraction(int(text)), False
     if text.casefold() in NUMBER_WORDS:
@@ -223,10 +230,12 @@ _MARKED = re.compile(r"\s*(?:\\text\w*\s*\{)?\s*\(?([A-J])(?:[.):]+(?=[\s}\\]|$)
 
 
 def canonical(answer: str) -> str:
-    r"""One spelling of what letter, number, unit or words alone show to be equal: `42` for `42.0`, `x=42` and `$42$`, `B` for `(B) 12`.
+    r"""
+    One spelling of what letter, number, unit or words alone show to be equal: `42` for `42.0`, `x=42` and `$42$`, `B`
+    for `(B) 12`.
 
-    For counting votes, in this process and of any text: it neither parses mathematics nor raises, and what is too long to be read in no time
-    stays as it is, but for its white space.
+    For counting votes, in this process and of any text: it neither parses mathematics nor raises, and what is too long
+    to be read in no time stays as it is, but for its white space.
     """
     answer = re.sub(r"\s+|~~+", " ", answer).strip()
     if len(answer) > MAX_VOTE:
@@ -253,7 +262,9 @@ _MONTHS = ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct",
 
 
 def words(text: str) -> str | None:
-    """The words of a text answer, for comparison; `None` for mathematics. Up to three bare small letters are a product."""
+    """
+    The words of a text answer, for comparison; `None` for mathematics. Up to three bare small letters are a product.
+    """
     bare = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text).strip()
     if date := _DIGIT_DATE.fullmatch(bare):
         if not date["year"]:
@@ -315,7 +326,10 @@ def _unit(name: str) -> tuple[Fraction, dict[str, int]] | None:
 
 
 def unit(text: str) -> tuple[Fraction, dict[str, int]] | None:
-    """(factor, exponents of the base units) of `km/h`, `kg m^2`, `square feet` or `meters per second squared`; `None` if not known."""
+    """
+    (factor, exponents of the base units) of `km/h`, `kg m^2`, `square feet` or `meters per second squared`; `None` if
+    not known.
+    """
     text = re.sub(r"\\cdot|[*.(){} ]+|\\times|-(?!\d)", " ", re.sub(r"\\mu ?", "u", text))
     text = text.replace(" ^", "^").replace("^ ", "^").strip()
     factor, total, position, sign = Fraction(1), {}, 0, 1
@@ -352,7 +366,9 @@ _BARE = re.compile(r"(.*?(?:[\d)}]|\\pi))( ?)([A-Za-z]++(?:[ /*^-]*+(?:[A-Za-z]+
 
 
 def split_unit(text: str) -> tuple[str, tuple[Fraction, dict[str, int]] | str | None]:
-    """A value (times the "million" behind it) and its unit: (factor, base units), or the word for what was counted, or `None`.
+    """
+    A value (times the "million" behind it) and its unit: (factor, base units), or the word for what was counted, or
+    `None`.
 
     Nothing is dropped that could change the value: `7\\text{ tenths}` and `5\\text{x}` come back as they are.
     """
@@ -372,8 +388,8 @@ def split_unit(text: str) -> tuple[str, tuple[Fraction, dict[str, int]] | str | 
     else:
         return text, None
     if scaled := re.fullmatch(rf"{MAGNITUDE}(?:[ ](.*))?", name):
-        factor, known = MAGNITUDES[scaled[1]], number(value)
-        value = str(known[0] * factor) if known else f"{factor}\\cdot({value})"
+        factor, plain = MAGNITUDES[scaled[1]], number(value)
+        value = str(plain[0] * factor) if plain else f"{factor}\\cdot({value})"
         return split_unit(f"{value}\\text{{ {scaled[2]}}}") if scaled[2] else (value, None)
     if known := unit(name):
         return value, known

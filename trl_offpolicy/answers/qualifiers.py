@@ -1,6 +1,9 @@
-"""The words around a value that take it back: what they are said of states no value. One table by language, for every kind of statement.
+"""
+The words around a value that take it back: what they are said of states no value. One table by language, for every
+kind of statement.
 
-The patterns are for text in which mathematics and Markdown are covered (`extraction.py`); the caller bounds the text that they look at.
+The patterns are for text in which mathematics and Markdown are covered (`extraction.py`); the caller bounds the text
+that they look at.
 """
 
 import re
@@ -43,7 +46,10 @@ def _words(*tables: dict[str, str]) -> str:
 
 
 def _before(table: dict[str, str]) -> re.Pattern:
-    """Words of the table with at most six words of the clause between them and the value: "is not equal to 5", "less than or equal to 5"."""
+    """
+    Words of the table with at most six words of the clause between them and the value: "is not equal to 5", "less than
+    or equal to 5".
+    """
     to_value = r"(?:\s+(?:equal|to|or|be|have|get|find|the|is|just|exactly|simply|than|value|number|es|est|è|é|son|sont|de|a|à|zu|gleich)){0,6}(?:是|为)?[^\w\n.;,?!]*\Z"
     return re.compile(
         rf"(?:(?<!\w)(?:{_words(table)})|{table['zh']}){to_value}", re.I
@@ -75,7 +81,8 @@ _COUNTED = re.compile(
     r"\A[^\w\n]{0,9}[\w,]{0,20}\W{0,3}(?:[a-z]+ )?(?:cases?|steps?|possibilit(?:y|ies)|options?|scenarios?|things?|conditions?|equations?|unknowns?|parts?|ways)\s+(?:to|that we|we|which we|for us|left to)\s+(?:must |need to |have to |should )?(?:check|consider|examine|solve|test|try|verify|look|analy[sz]e|distinguish|do|study)\b",
     re.I,
 )
-# A number word of another language behind a number, which would be taken for its unit; the verb of a sentence that denies it.
+# A number word of another language behind a number, which would be taken for its unit; the verb of a sentence that
+# denies it.
 _SCALED = re.compile(
     r"\d\W{0,3}(?:tusen|tausend|Millionen|mil|millones|mille|mila|milioni|milhões|miljoner|duizend|miljoen|tysi\w+|milion\w*|тысяч\w*|миллион\w*)\b|\b(?:does|do|did|can|could|fails?)(?:n['’]t)?\W*\Z",
     re.I,
@@ -90,7 +97,9 @@ _CLAUSE = re.compile(r".*(?:;|(?<!anything )\bbut\b)", re.S | re.I)
 
 
 def stands(before: str, value: str, behind: str, kind: str) -> bool:
-    """Whether a value with these two texts around it, the rest of its sentence and what follows, is stated: not denied, bounded, asked or supposed.
+    """
+    Whether a value with these two texts around it, the rest of its sentence and what follows, is stated: not denied,
+    bounded, asked or supposed.
 
     A box keeps its value behind "at least" and before "if": those say which value is asked for.
     """

@@ -1,4 +1,6 @@
-"""What is said of a dataset or a model on the Hub: citations, links, versions; the templates of the cards are beside it."""
+"""
+What is said of a dataset or a model on the Hub: citations, links, versions; the templates of the cards are beside it.
+"""
 
 import json
 import re

@@ -109,7 +109,10 @@ def _tell(message, category, filename, lineno, file=None, line=None) -> None:
 
 
 def _hide_token(argv: list[str]) -> list[str]:
-    """The arguments without `--hub_token X`, which moves to the environment: W&B logs a command line, and we print the next one."""
+    """
+    The arguments without `--hub_token X`, which moves to the environment: W&B logs a command line, and we print the
+    next one.
+    """
     parts = iter(argv)
     kept = []
     for part in parts:

@@ -41,7 +41,8 @@ Preset `paper` (arXiv 2602.11220; flags beside it win): the settings of its rele
 draws 5. A model of a few million parameters cannot judge reasoning: with one, add --judge False.
 """
 
-# Settings of arXiv 2602.11220's script (verl), with TRL's names; a step's batch depends on the number of processes: see `_batches`.
+# Settings of arXiv 2602.11220's script (verl), with TRL's names; a step's batch depends on the number of processes:
+# see `_batches`.
 PAPER: dict[str, Any] = {
     "judge": True, "lambda_dist": 0.35, "lambda_div": 0.5,  # the function's own defaults there are 0.2, its entry point passes these
     "qa_prompt": prompts.PAPER_QA_PROMPT, "max_prompt_length": 2048, "max_completion_length": 4096,

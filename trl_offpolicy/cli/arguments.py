@@ -84,8 +84,8 @@ class CommandParser(TrlParser):
     """
     TRL's parser of flags and `--config`, with each value of the file converted as if it stood on the command line.
 
-    Raises `ValueError` with one sentence, where argparse prints the usage of every option and ends the process, for a flag or key that
-    is no option (with the closest one) and for a value of the wrong type (with file and line).
+    Raises `ValueError` with one sentence, where argparse prints the usage of every option and ends the process, for a
+    flag or key that is no option (with the closest one) and for a value of the wrong type (with file and line).
     """
 
     def __init__(self, *args, **kwargs):
@@ -220,9 +220,10 @@ def _from_yaml(action: argparse.Action, hint, node, value, where: str):
     A value of a config file as its option's type.
 
     Args:
-        hint: How the option's field is annotated. A list, a mapping or a truth value stays one where that is among its types.
-        node (`yaml.Node`): The value as it is written: `007`, `no` and `1e-4` are a text, a text and a number where the option is one,
-            whatever YAML takes them for.
+        hint: How the option's field is annotated. A list, a mapping or a truth value stays one where that is among its
+        types.
+        node (`yaml.Node`): The value as it is written: `007`, `no` and `1e-4` are a text, a text and a number where
+            the option is one, whatever YAML takes them for.
         value: The value as YAML reads it.
         where (`str`): File and line, for the error.
     """
@@ -301,7 +302,9 @@ def load_demonstrations(arguments: DemonstrationArguments, answer_column: str):
 
 
 def _column_mapping(mapping: str | dict, columns: list[str]) -> dict[str, str]:
-    """Column of the dataset → the name that it gets, from `ours=theirs,…` (from a config file it may come as a mapping)."""
+    """
+    Column of the dataset → the name that it gets, from `ours=theirs,…` (from a config file it may come as a mapping).
+    """
     pairs = mapping.items() if isinstance(mapping, dict) else [part.partition("=")[::2] for part in mapping.split(",")]
     pairs = [(str(ours).strip(), str(theirs).strip()) for ours, theirs in pairs]
     message = f"You passed column_mapping={mapping!r}"
@@ -322,7 +325,10 @@ def _column_mapping(mapping: str | dict, columns: list[str]) -> dict[str, str]:
 
 
 def check_before_loading(output_dir: str, report_to: str = "none") -> None:
-    """Proves that files can be written where the run's directory is or will be, and that W&B has a key, before minutes go into loading a model."""
+    """
+    Proves that files can be written where the run's directory is or will be, and that W&B has a key, before minutes go
+    into loading a model.
+    """
     from ..runs.run_log import check_wandb
 
     if not output_dir.strip():
@@ -337,7 +343,9 @@ def check_before_loading(output_dir: str, report_to: str = "none") -> None:
 
 
 def last_checkpoint(resume: str | None, output_dir: str) -> str | None:
-    """`resume_from_checkpoint`, with `last` as the newest checkpoint in `output_dir`; `ValueError` if there is none."""
+    """
+    `resume_from_checkpoint`, with `last` as the newest checkpoint in `output_dir`; `ValueError` if there is none.
+    """
     from transformers.trainer_utils import get_last_checkpoint
 
     if resume != "last":

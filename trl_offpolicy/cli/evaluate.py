@@ -102,7 +102,10 @@ def evaluate(argv: list[str]) -> int:
 
 
 def _unread(results: dict[str, dict], verifier: str) -> list[str]:
-    """A sentence on each benchmark of which many samples state no answer: more often than the model, its prompt is at fault."""
+    """
+    A sentence on each benchmark of which many samples state no answer: more often than the model, its prompt is at
+    fault.
+    """
     return [
         f"{name}: {result['unparsable']:.0%} of the samples end without an answer that `--verifier {verifier}` reads, and count as wrong. "
         "--dry_run shows what was asked; does it ask for the form that the verifier reads, and as the model was trained?"

@@ -58,7 +58,10 @@ def push(argv: list[str]) -> int:
 
 
 def pushed(push, run_dir: str, repo_id: str, token: str | None) -> str | None:
-    """The full name of the repository that was pushed to; `None` if the push failed, after saying why, what has become of it, and how to go on."""
+    """
+    The full name of the repository that was pushed to; `None` if the push failed, after saying why, what has become of
+    it, and how to go on.
+    """
     try:
         commit = push()
     except (ValueError, FileNotFoundError):  # the arguments are wrong; nothing was sent

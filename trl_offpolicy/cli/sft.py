@@ -123,8 +123,8 @@ def _train(script_args, args, model_args, resume: str | None) -> None:
 
 def _as_expert_rows(dataset, text_field: str):
     """
-    Rows that `SFTTrainer` takes, as they are; those in a format that else only a rewrite reads (problem + solution, Alpaca, …) as the
-    `expert` rows that it makes of them.
+    Rows that `SFTTrainer` takes, as they are; those in a format that else only a rewrite reads (problem + solution,
+    Alpaca, …) as the `expert` rows that it makes of them.
     """
     from ..data.formats import KNOWN_FORMATS, expert_row, known_format
 

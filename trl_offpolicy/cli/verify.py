@@ -122,7 +122,10 @@ def _as_text(value) -> str:
 
 @contextmanager
 def _written(output: Path):
-    """A file that takes the place of `output` when it is closed, stopped by ctrl-C too; after an error nothing is left of it."""
+    """
+    A file that takes the place of `output` when it is closed, stopped by ctrl-C too; after an error nothing is left of
+    it.
+    """
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f"{output.name}.{os.getpid()}")
     keep = True
@@ -164,7 +167,9 @@ def _to_verify(dataset, arguments: VerifyArguments):
 
 
 def _text(value, index: int, column: str) -> str:
-    """What is checked of a completion: a text, the last of its messages, or a number that a file's reader made of `42`."""
+    """
+    What is checked of a completion: a text, the last of its messages, or a number that a file's reader made of `42`.
+    """
     if isinstance(value, list) and value:
         value = value[-1].get("content") if isinstance(value[-1], dict) else value
     if isinstance(value, (list, dict)) and value:

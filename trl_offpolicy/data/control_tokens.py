@@ -1,4 +1,7 @@
-"""Control tokens in what others wrote: a problem that holds `<|im_end|>` ends its own turn, since a tokenizer makes the real token of it."""
+"""
+Control tokens in what others wrote: a problem that holds `<|im_end|>` ends its own turn, since a tokenizer makes the
+real token of it.
+"""
 
 import re
 import warnings
@@ -23,14 +26,14 @@ class ControlTokens:
     """
     The control tokens of a tokenizer, and what is done with texts that hold them.
 
-    They are its special tokens, and whatever else of its added tokens the chat template writes between turns. `<think>` and its like,
-    where they are ordinary tokens, are none.
+    They are its special tokens, and whatever else of its added tokens the chat template writes between turns.
+    `<think>` and its like, where they are ordinary tokens, are none.
 
     Args:
         processing_class: Tokenizer or processor; without one (`None`) nothing is known, and nothing done.
-        mode (`str`, *optional*, defaults to `"warn"`): `warn` says how many rows, and which; `refuse` raises; `escape` writes a zero-width space
-            behind the first character of each, so that every tokenizer takes it for ordinary text, in sampling and in training on the rows
-            alike; `allow` leaves them what they are.
+        mode (`str`, *optional*, defaults to `"warn"`): `warn` says how many rows, and which; `refuse` raises; `escape`
+            writes a zero-width space behind the first character of each, so that every tokenizer takes it for ordinary
+            text, in sampling and in training on the rows alike; `allow` leaves them what they are.
     """
 
     def __init__(self, processing_class, mode: str = "warn"):
@@ -106,7 +109,9 @@ def _rendered(processing_class, turns: list[dict[str, str]]) -> str:
 
 
 def rendered_before(processing_class, prompt: str) -> str | None:
-    """The token with which both a text and what the chat template makes of a problem begin: it was rendered already."""
+    """
+    The token with which both a text and what the chat template makes of a problem begin: it was rendered already.
+    """
     control = ControlTokens(processing_class)
     if control.tokens:
         starts = re.compile(rf"\s*({control._pattern.pattern})")

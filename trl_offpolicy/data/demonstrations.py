@@ -1,4 +1,6 @@
-r"""What is made of a demonstration: the reference that the guided stage shows, and the answer of an `expert` row in the form its prompt asks for.
+r"""
+What is made of a demonstration: the reference that the guided stage shows, and the answer of an `expert` row in the
+form its prompt asks for.
 
     clean_reference("48/2 = <<48/2=24>>24 clips.\n#### 24")      # "48/2 = 24 clips."
     in_asked_form("48/2 = <<48/2=24>>24 clips.\n#### 24", "24")  # "48/2 = 24 clips.\nThe final answer is \boxed{24}."
@@ -36,7 +38,10 @@ def without_boxes(text: str) -> str:
 
 
 def clean_reference(demonstration: str) -> str:
-    """The demonstration without calculator marks and GSM8K's last line (`#### 72`), which a retelling would copy; never empty."""
+    """
+    The demonstration without calculator marks and GSM8K's last line (`#### 72`), which a retelling would copy; never
+    empty.
+    """
     text = CALCULATOR_MARK.sub("", demonstration)
     body, value = _marked_line(text)
     return body if value and body.strip() else text
@@ -44,10 +49,12 @@ def clean_reference(demonstration: str) -> str:
 
 def in_asked_form(demonstration: str, answer: str | None) -> str:
     r"""
-    The demonstration with its own final answer in `\boxed{}`, for a prompt that asks for one, and without calculator marks.
+    The demonstration with its own final answer in `\boxed{}`, for a prompt that asks for one, and without calculator
+    marks.
 
-    Known are GSM8K's last line (`#### 72`), the box of MATH and NuminaMath, which is left as it is, and a stated answer ("The final answer
-    is 72.", "Answer: 72") that is `answer` too. A demonstration that ends in another way is left as it is.
+    Known are GSM8K's last line (`#### 72`), the box of MATH and NuminaMath, which is left as it is, and a stated
+    answer ("The final answer is 72.", "Answer: 72") that is `answer` too. A demonstration that ends in another way is
+    left as it is.
     """
     text = CALCULATOR_MARK.sub("", demonstration)
     if has_box(text):
@@ -61,7 +68,9 @@ def in_asked_form(demonstration: str, answer: str | None) -> str:
 
 
 def _marked_line(text: str) -> tuple[str, str]:
-    """The text before GSM8K's last line and the value in it; the whole text and nothing if its last line is another."""
+    """
+    The text before GSM8K's last line and the value in it; the whole text and nothing if its last line is another.
+    """
     body, _, line = text.rstrip().rpartition("\n")
     value = line.strip().removeprefix("####")
     return (body.rstrip(), value.strip()) if value != line.strip() and not value.startswith("#") else (text, "")

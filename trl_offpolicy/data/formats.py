@@ -1,4 +1,7 @@
-"""The formats of datasets: which columns hold the problem, the demonstration and the answer, and how a row of each is read."""
+"""
+The formats of datasets: which columns hold the problem, the demonstration and the answer, and how a row of each is
+read.
+"""
 
 import warnings
 from collections.abc import Iterable, Iterator
@@ -36,7 +39,8 @@ PLAIN_PROMPTS = (
 )
 # Where there are gold answers alone: the columns that may hold the problem.
 PROBLEM_COLUMNS = ("prompt", "problem", "question")
-# Names that our output or TRL's data preparation gives a meaning: an input column of that name moves to `input_<name>`.
+# Names that our output or TRL's data preparation gives a meaning: an input column of that name moves to
+# `input_<name>`.
 _TAKEN = {
     "prompt", "completion", "id", "source", "answer", "num_sampled", "num_correct", "self_sampled", "self_correct", "completion_ids", "behavior_log_probs",
     "model", "model_revision", "temperature", "top_p", "top_k", "behavior_prompt", "messages", "conversations", "text", "input_ids", "labels", "attention_mask", "seq_lengths",
@@ -59,8 +63,8 @@ def known_format(columns: Iterable[str]) -> tuple[str, str] | None:
 
 def find_format(columns: Iterable[str], answer_column: str | None = None) -> tuple[str, str | None]:
     """
-    (prompt column, demonstration column) of a dataset with these `columns`. With `answer_column`, gold answers in it are enough, and the
-    demonstration column is `None`.
+    (prompt column, demonstration column) of a dataset with these `columns`. With `answer_column`, gold answers in it
+    are enough, and the demonstration column is `None`.
 
     Raises:
         ValueError: There is neither; names what was found.
@@ -84,7 +88,8 @@ def carried_columns(columns: Iterable[str], answer_column: str = "answer") -> di
     Input column → output column, for everything that our own columns do not already say.
 
     Raises:
-        ValueError: There is no `answer_column`, and it is not the default, without which answers are those of the demonstrations.
+        ValueError: There is no `answer_column`, and it is not the default, without which answers are those of the
+            demonstrations.
     """
     columns = list(columns)
     prompt_column, demonstration_column = find_format(columns, answer_column)
@@ -92,7 +97,8 @@ def carried_columns(columns: Iterable[str], answer_column: str = "answer") -> di
         raise ValueError(
             f"You passed answer_column={answer_column!r}, but the dataset has the columns {columns} and no {answer_column}."
         )
-    # A prompt comes out as it came in, and so does a gold answer; `answer` may also hold the demonstration (GSM8K), or be none of ours.
+    # A prompt comes out as it came in, and so does a gold answer; `answer` may also hold the demonstration (GSM8K), or
+    # be none of ours.
     same = {prompt_column} & {"prompt"} | {answer_column} & {"answer"} - {demonstration_column}
     return moved([column for column in columns if column not in same], _TAKEN)
 
@@ -104,7 +110,8 @@ def moved(columns: Iterable[str], taken: Iterable[str]) -> dict[str, str]:
     for name in columns:
         if name not in taken:
             column = name
-            # A dataset that was rewritten before has an `input_completion`, and a `completion` that is the demonstration now.
+            # A dataset that was rewritten before has an `input_completion`, and a `completion` that is the
+            # demonstration now.
             while name in names.values():
                 name = f"input_{name}"
             names[column] = name
@@ -158,7 +165,8 @@ def read_row(
     """One row as a `Problem`.
 
     Raises:
-        IncompleteRow: It has no problem, no demonstration though its dataset has a column of them (such a row has no fallback), or neither
+        IncompleteRow: It has no problem, no demonstration though its dataset has a column of them (such a row has no
+        fallback), or neither
             demonstration nor gold answer.
         ValueError: What it has is of another kind; with its position, from 0.
     """
@@ -200,8 +208,8 @@ def read_row(
 
 def own_prompt(row: dict, column: str, where: str) -> list[dict[str, str]] | str:
     """
-    What the prompt's column of a row holds: a text (Alpaca's `input` stands below its instruction), or messages, without the last one where
-    that is the demonstration.
+    What the prompt's column of a row holds: a text (Alpaca's `input` stands below its instruction), or messages,
+    without the last one where that is the demonstration.
 
     Raises:
         ValueError: It is neither; begins with `where`.
@@ -248,8 +256,8 @@ def tell_missing_answers(rows: Iterable[dict], column: str, instead: str) -> Ite
 
 def guided_prompt(problem: Problem, template: str = GUIDED_PROMPT, clean: bool = True) -> list[dict[str, str]] | str:
     """
-    A problem's own prompt with its last user turn, or its text, replaced by `template`, which holds the problem and the reference
-    ([`clean_reference`]).
+    A problem's own prompt with its last user turn, or its text, replaced by `template`, which holds the problem and
+    the reference ([`clean_reference`]).
     """
     reference = clean_reference(problem.demonstration) if clean else problem.demonstration
     text = fill(template, problem=problem.problem, solution=reference)
@@ -286,7 +294,10 @@ def read_rows(
 
 
 def complete_rows(dataset, answer_column: str = "answer"):
-    """The rows of a `datasets.Dataset` that are not incomplete ([`IncompleteRow`]); says how many others are left out, and which."""
+    """
+    The rows of a `datasets.Dataset` that are not incomplete ([`IncompleteRow`]); says how many others are left out,
+    and which.
+    """
     incomplete = []
     for index, row in enumerate(text_columns(plain_rows(dataset), answer_column)):
         try:
@@ -315,7 +326,9 @@ def expert_row(row: dict, index: int, answer_column: str = "answer", solve_promp
 
 
 def has_plain_prompts(features, columns: Iterable[str], answer_column: str = "answer") -> bool:
-    """Whether the prompts of a dataset with these `datasets.Features` are plain texts, which no chat template renders."""
+    """
+    Whether the prompts of a dataset with these `datasets.Features` are plain texts, which no chat template renders.
+    """
     column = find_format(columns, answer_column)[0]
     return column == "prompt" and getattr(features[column], "dtype", None) in ("string", "large_string")
 

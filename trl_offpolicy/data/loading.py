@@ -8,7 +8,10 @@ from pathlib import Path
 
 
 def unformatted(dataset):
-    """A `datasets.Dataset` with rows of Python's types, whatever `with_format("torch")` made of them; `ValueError` if it has a transform."""
+    """
+    A `datasets.Dataset` with rows of Python's types, whatever `with_format("torch")` made of them; `ValueError` if it
+    has a transform.
+    """
     if dataset.format["type"] == "custom":
         raise ValueError(
             "The dataset has a transform (`with_transform`), which may say something else each time a row is read. Apply it with `dataset.map` instead."
@@ -20,8 +23,8 @@ def unformatted(dataset):
 
 def plain_rows(dataset):
     """
-    The same without images, audio and the like, which nobody here looks at and which take long to decode. Anything else, such as a list of
-    dicts, is left as it is.
+    The same without images, audio and the like, which nobody here looks at and which take long to decode. Anything
+    else, such as a list of dicts, is left as it is.
     """
     from datasets import Dataset
 
@@ -40,8 +43,9 @@ def media_columns(dataset) -> list[str]:
 
 def hub_origin(dataset) -> dict[str, str]:
     """
-    `dataset_name`, `dataset_config` and `dataset_revision` (the commit) of a `datasets.Dataset` that was loaded from the Hub, however
-    it was filtered or mapped since; empty if that cannot be told. `datasets` keeps them in the paths of its cache only.
+    `dataset_name`, `dataset_config` and `dataset_revision` (the commit) of a `datasets.Dataset` that was loaded from
+    the Hub, however it was filtered or mapped since; empty if that cannot be told. `datasets` keeps them in the paths
+    of its cache only.
     """
     from datasets import config
 
@@ -65,17 +69,21 @@ def load_rows(
     named: str = "dataset_name",
 ):
     """
-    A `datasets.Dataset` from a JSONL, JSON, CSV or Parquet file, a directory (Parquet or `save_to_disk`) or a Hub id; an
-    `IterableDataset` with `streaming`. Texts are what the files hold: no string of a JSON file is taken for a date, and every column of a CSV
+    A `datasets.Dataset` from a JSONL, JSON, CSV or Parquet file, a directory (Parquet or `save_to_disk`) or a Hub id;
+    an
+    `IterableDataset` with `streaming`. Texts are what the files hold: no string of a JSON file is taken for a date,
+        and every column of a CSV
     is text, in which an empty cell is a missing value.
 
     Args:
-        data_files (`str` or `list[str]`, *optional*): Files of a directory or repository, or URLs with `dataset_name="json"`, as for
-            `datasets.load_dataset`.
-        named (`str`, *optional*, defaults to `"dataset_name"`): What the caller calls `dataset_name`, for what is said of it.
+        data_files (`str` or `list[str]`, *optional*): Files of a directory or repository, or URLs with
+            `dataset_name="json"`, as for `datasets.load_dataset`.
+        named (`str`, *optional*, defaults to `"dataset_name"`): What the caller calls `dataset_name`, for what is said
+            of it.
 
     Raises:
-        ValueError: The file cannot be read, or there is no such split: a file and a single saved dataset are the split `train` only.
+        ValueError: The file cannot be read, or there is no such split: a file and a single saved dataset are the split
+            `train` only.
         FileNotFoundError: It is a path at which there is nothing.
     """
     import pyarrow.parquet as pq

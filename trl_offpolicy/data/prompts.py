@@ -1,4 +1,6 @@
-"""The texts a policy is prompted with. Placeholders: `{problem}`, and `{solution}` (the reference) in the guided prompt."""
+"""
+The texts a policy is prompted with. Placeholders: `{problem}`, and `{solution}` (the reference) in the guided prompt.
+"""
 
 import re
 
@@ -6,7 +8,8 @@ import re
 # What a row without a prompt of its own (`problem`, `question`) is asked, in training as in sampling.
 SOLVE_PROMPT = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}."
 
-# Digest-and-retell ("Mind the Gap", Figure 2, in our words): the reference is there to be understood, not to be copied.
+# Digest-and-retell ("Mind the Gap", Figure 2, in our words): the reference is there to be understood, not to be
+# copied.
 GUIDED_PROMPT = """\
 You are given a problem and a teacher's solution to it. Read the solution until you understand why it works, then solve \
 the problem again in your own way.
@@ -24,7 +27,8 @@ Teacher's solution (for reference):
 
 Now solve the problem in your own way:"""
 
-# The rewriting agent's judge (arXiv 2602.11220, in our words); the base model itself is asked, where the answer is right.
+# The rewriting agent's judge (arXiv 2602.11220, in our words); the base model itself is asked, where the answer is
+# right.
 REASONING_PROMPT = """\
 You are a strict verifier. Below are a problem and a solution that reaches the right answer. Check every step: is each one \
 valid, does it follow from those before it, and is nothing missing that the answer depends on?

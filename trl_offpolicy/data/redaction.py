@@ -1,4 +1,7 @@
-"""Secrets are taken out of what is printed, journaled or pushed: an error may quote the request it belongs to, a traceback a variable."""
+"""
+Secrets are taken out of what is printed, journaled or pushed: an error may quote the request it belongs to, a
+traceback a variable.
+"""
 
 import os
 import re
@@ -8,7 +11,8 @@ import re
 _SECRET_NAME = re.compile(r"(?:^|_)(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?)$", re.IGNORECASE)
 REASON = 400  # characters of a reason that are kept
 _SHORTEST = 8  # a value of fewer characters could be any word
-# Secrets that are recognised by their form: tokens of Hugging Face, OpenAI, GitHub, GitLab, Slack, AWS and others; then HTTP headers.
+# Secrets that are recognised by their form: tokens of Hugging Face, OpenAI, GitHub, GitLab, Slack, AWS and others;
+# then HTTP headers.
 _SECRET_FORM = re.compile(
     r"\b(?:(?:hf|api_org)_[A-Za-z0-9]{16,}|sk-[\w-]{16,}|(?:gh[oprsu]|github_pat)_\w{8,}|glpat-[\w-]{8,}|xox[a-z]-[\w-]{8,}|(?:AKIA|ASIA)[A-Z0-9]{12,})"
     r"|(?<=\bBearer )[^\s\"',;]{4,}"
@@ -22,8 +26,9 @@ def redacted(text: str, *secrets: str | None) -> str:
 
     Args:
         text (`str`): What is about to be shown.
-        secrets (`str`): Secrets that the caller knows of; those of the environment (`HF_TOKEN`, `*_API_KEY`, …), user and password in a URL,
-            and tokens that can be told by their form (`hf_…`, `sk-…`, …) are found without being named.
+        secrets (`str`): Secrets that the caller knows of; those of the environment (`HF_TOKEN`, `*_API_KEY`, …), user
+            and password in a URL, and tokens that can be told by their form (`hf_…`, `sk-…`, …) are found without
+            being named.
     """
     known = {value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= _SHORTEST}
     for secret in sorted(
@@ -34,5 +39,8 @@ def redacted(text: str, *secrets: str | None) -> str:
 
 
 def brief(reason: str) -> str:
-    """What is said of a verdict (it may quote the output of a model's code, or a server), fit to be journaled and pushed: no secrets, and short."""
+    """
+    What is said of a verdict (it may quote the output of a model's code, or a server), fit to be journaled and pushed:
+    no secrets, and short.
+    """
     return redacted(reason)[:REASON] if reason else reason

@@ -4,12 +4,14 @@ An output row, ready for `SFTTrainer` (`completion_ids` and `behavior_log_probs`
 
     {"prompt": [{"role": "user", "content": "2+2?"}], "completion": [{"role": "assistant", "content": "\\boxed{4}"}],
      "id": "9f86d081884c7d65", "source": "self", "answer": "4", "num_sampled": 2, "num_correct": 1,
-     "self_sampled": 2, "self_correct": 1, "completion_ids": [76, 123, 19, 125, 2], "behavior_log_probs": [-0.1, -0.0, -0.3, -0.0, -0.0],
-     "model": "me/policy", "model_revision": "a1b2c3", "temperature": 1.0, "top_p": 1.0, "top_k": 0, "behavior_prompt": []}
+     "self_sampled": 2, "self_correct": 1, "completion_ids": [76, 123, 19, 125, 2], "behavior_log_probs": [-0.1, -0.0,
+     -0.3, -0.0, -0.0], "model": "me/policy", "model_revision": "a1b2c3", "temperature": 1.0, "top_p": 1.0, "top_k": 0,
+     "behavior_prompt": []}
 
-Rows whose `prompt` was a plain text have plain texts in `prompt`, `completion` and `behavior_prompt`, so that sampling and training see the
-same text without a chat template. `behavior_prompt` is what the sampler was asked where that is not `prompt`: in guided rows, with the reference in it. `num_sampled` and
-`num_correct` are of the stage that gave the row (0 in `expert` rows), `self_sampled` and `self_correct` of the stage `self` in every row.
+Rows whose `prompt` was a plain text have plain texts in `prompt`, `completion` and `behavior_prompt`, so that sampling
+and training see the same text without a chat template. `behavior_prompt` is what the sampler was asked where that is
+not `prompt`: in guided rows, with the reference in it. `num_sampled` and `num_correct` are of the stage that gave the
+row (0 in `expert` rows), `self_sampled` and `self_correct` of the stage `self` in every row.
 """
 
 import hashlib
@@ -53,14 +55,18 @@ class Problem:
 
 def content_id(prompt: list[dict[str, str]], answer: str | None) -> str:
     """16 hex digits that depend on the problem and its gold answer only, never on a row's position."""
-    # The text that json.dumps([[[role, content], ...], answer]) would write, built by hand because that is several times faster.
+    # The text that json.dumps([[[role, content], ...], answer]) would write, built by hand because that is several
+    # times faster.
     turns = ", ".join(f"[{_quote(m['role'])}, {_quote(m['content'])}]" for m in prompt)
     content = f"[[{turns}], {_quote(answer or '')}]"
     return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
 
 def numbered(indices: Sequence[int], total: int, counted: str = "") -> str:
-    """`3 of 40 rows (5, 7, 12) have`: how many rows something is said of, and which; `counted` says how they are, if not from 0."""
+    """
+    `3 of 40 rows (5, 7, 12) have`: how many rows something is said of, and which; `counted` says how they are, if not
+    from 0.
+    """
     shown = ", ".join(map(str, indices[:10])) + (f" and {len(indices) - 10:,} more" if len(indices) > 10 else "")
     return f"{len(indices):,} of {total:,} rows ({shown}{counted}) have"
 
@@ -82,8 +88,9 @@ def split_id(row_id: str) -> tuple[int, int]:
 
 
 def number_copies(ids):
-    """For each content id (as a number), the how-manieth row with it this is: 1, and 2 for the second row with the same problem
-    and answer, whose id becomes `<id>-2`. An array of uint32, 4 bytes a row."""
+    """
+    For each content id (as a number), the how-manieth row with it this is: 1, and 2 for the second row with the same
+    problem and answer, whose id becomes `<id>-2`. An array of uint32, 4 bytes a row."""
     import numpy as np
 
     ids = np.asarray(ids, dtype=np.uint64)
@@ -96,8 +103,9 @@ def number_copies(ids):
 
 
 def attempt_features():
-    """`datasets.Features` of the attempts, as the journal has them but for `reference`, which is for a resume; `text` and what follows is
-    null where it was not kept."""
+    """
+    `datasets.Features` of the attempts, as the journal has them but for `reference`, which is for a resume; `text` and
+    what follows is null where it was not kept."""
     from datasets import Features, List, Value
 
     return Features(
@@ -119,7 +127,9 @@ def attempt_features():
 
 
 def storable(text: str) -> str:
-    """The text with `?` for each half of a surrogate pair, which has no UTF-8: no Parquet file and no page could hold it."""
+    """
+    The text with `?` for each half of a surrogate pair, which has no UTF-8: no Parquet file and no page could hold it.
+    """
     return text.encode(errors="replace").decode()
 
 

@@ -1,8 +1,9 @@
 """Files read as their authors wrote them: a string is a string, and a cell of a CSV is its text.
 
-`datasets` guesses at more: in JSON, strings that look like dates become timestamps (`2015-03-01` comes out as `2015-03-01 00:00:00`); in
-a CSV, one empty cell makes `7` and `007` into `7.0`, and `NA`, `None` or `null` into nothing. Its builders are used for all but the parsing
-(finding files, caching as Arrow, splits, streaming), a few megabytes of a file at a time.
+`datasets` guesses at more: in JSON, strings that look like dates become timestamps (`2015-03-01` comes out as
+    `2015-03-01 00:00:00`); in
+a CSV, one empty cell makes `7` and `007` into `7.0`, and `NA`, `None` or `null` into nothing. Its builders are used
+for all but the parsing (finding files, caching as Arrow, splits, streaming), a few megabytes of a file at a time.
 """
 
 import json
@@ -24,9 +25,11 @@ from datasets.utils.json import find_mixed_struct_types_field_paths
 
 
 BATCH = 8 << 20  # bytes of lines that are parsed at a time
-# An integer from about 2**53 on (or a text with one): read as a float, which a column with one float makes of it, it may become another.
+# An integer from about 2**53 on (or a text with one): read as a float, which a column with one float makes of it, it
+# may become another.
 _LONG_INTEGER = re.compile(rb"[\s:,\[]-?\d{16,}[\s,\]}]")
-# These options also change the cache key of `datasets`, so that our Arrow files are kept apart from those of a plain `load_dataset`.
+# These options also change the cache key of `datasets`, so that our Arrow files are kept apart from those of a plain
+# `load_dataset`.
 _OPTIONS: dict[type, dict[str, Any]] = {
     JsonFiles: {"chunksize": BATCH, "parse_agent_traces": False},
     Csv: {"keep_default_na": False, "na_values": [""]},
@@ -41,8 +44,8 @@ def load_text_dataset(path: str, split: str, streaming: bool = False, **where):
         where: `name`, `data_files`, `revision`, as for `load_dataset`.
 
     Raises:
-        ValueError: A file cannot be read (names it, and the line), there are no rows, or there is no such split. With `streaming`, what is
-            wrong behind the first rows is raised where they are read.
+        ValueError: A file cannot be read (names it, and the line), there are no rows, or there is no such split. With
+            `streaming`, what is wrong behind the first rows is raised where they are read.
     """
     name = where.get("data_files") or path
     try:
@@ -87,7 +90,10 @@ def _json_tables(builder, files_iterables, allow_full_read: bool = True, **_) ->
 
 
 def _lines(file: str) -> Iterator[tuple[str, int, list[bytes]]]:
-    """(file, number of the first line, lines) of JSON lines, `BATCH` bytes at a time; a list of rows is brought into that form."""
+    """
+    (file, number of the first line, lines) of JSON lines, `BATCH` bytes at a time; a list of rows is brought into that
+    form.
+    """
     with xopen(file, "rb") as handle:
         first, size, number, lines = 1, 0, 0, []
         for number, line in enumerate(handle, 1):
@@ -138,7 +144,10 @@ def _as_written(type: pa.DataType) -> pa.DataType:
 
 
 def _mixed_table(file: str, first: int, lines: list[bytes], known: Features | None) -> pa.Table:
-    """What Arrow cannot hold as it is: numbers and texts in one column become texts, objects with other keys in each row JSON."""
+    """
+    What Arrow cannot hold as it is: numbers and texts in one column become texts, objects with other keys in each row
+    JSON.
+    """
     rows = []
     for number, line in enumerate(lines, first):
         if line.strip():
@@ -198,7 +207,8 @@ def _frames(file: str, config) -> Iterator[pd.DataFrame]:
     try:
         with xopen(file, "rb") as handle:
             for frame in pd.read_csv(handle, iterator=True, dtype=str, **config.pd_read_csv_kwargs):
-                # Where the first row is longer than the header, pandas takes its first fields for names of rows, and the others move left.
+                # Where the first row is longer than the header, pandas takes its first fields for names of rows, and
+                # the others move left.
                 if config.index_col is None and not isinstance(frame.index, pd.RangeIndex):
                     columns = len(frame.columns)
                     raise ValueError(

@@ -13,7 +13,8 @@ from statistics import fmean
 
 
 _TOKEN = re.compile(r"\w+|[^\w\s]")
-# A solution that speaks of the text it was shown, in the languages that models answer in. "The given triangle" or "the hint of a pattern" is none.
+# A solution that speaks of the text it was shown, in the languages that models answer in. "The given triangle" or "the
+# hint of a pattern" is none.
 LEAKS = (
     # English
     r"\b(?:the|this|that|your|provided|given|a)\s+(?:reference|provided|given|original|sample|model|(?:teacher|tutor)(?:['’]s)?)\s+(?:solution|answer|text|explanation|reasoning|guidance)s?\b",
@@ -50,7 +51,9 @@ def ngrams(text: str | list[str], n: int) -> Counter:
 
 
 def copy_ratio(text: str, reference: str, n: int = 4) -> float | None:
-    """Share of the text's n-grams that the reference holds too (as often); `None` for a text of fewer than `n` tokens."""
+    """
+    Share of the text's n-grams that the reference holds too (as often); `None` for a text of fewer than `n` tokens.
+    """
     own = ngrams(text, n)
     return (own & ngrams(reference, n)).total() / own.total() if own else None
 

@@ -14,8 +14,8 @@ def encode_prompt(
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> list[int]:
     """
-    Token ids of a prompt as sampling, training and measuring all see it: rendered by the chat template, up to the answer. A row's `tools`
-    (JSON, if a text) and `chat_template_kwargs` go to the template, as in TRL.
+    Token ids of a prompt as sampling, training and measuring all see it: rendered by the chat template, up to the
+    answer. A row's `tools` (JSON, if a text) and `chat_template_kwargs` go to the template, as in TRL.
     """
     if isinstance(prompt, str):
         return processing_class(prompt)["input_ids"]
@@ -31,9 +31,11 @@ def encode_prompt(
 
 def says_otherwise(processing_class, row: dict) -> str | None:
     """
-    What a row's `completion_ids` decode to, where that is not its `completion`: they are ids of another vocabulary. `None` if all is well.
+    What a row's `completion_ids` decode to, where that is not its `completion`: they are ids of another vocabulary.
+    `None` if all is well.
 
-    Letters and digits are compared, at either end: a text may lack its reasoning or a stop string, white space, or what has no UTF-8.
+    Letters and digits are compared, at either end: a text may lack its reasoning or a stop string, white space, or
+    what has no UTF-8.
     """
     if not row.get("completion_ids") or not row.get("completion"):
         return None
@@ -50,7 +52,10 @@ def says_otherwise(processing_class, row: dict) -> str | None:
 
 
 def json_mapping(name: str, value: dict | str, example: str) -> dict:
-    """The mapping that the setting `name` holds: from Python or a config file a mapping, from the command line JSON; else `ValueError`."""
+    """
+    The mapping that the setting `name` holds: from Python or a config file a mapping, from the command line JSON; else
+    `ValueError`.
+    """
     try:
         return dict(json.loads(value) if isinstance(value, str) else value)
     except (ValueError, TypeError) as error:

@@ -1,4 +1,6 @@
-"""Where an assistant's turn ends, and what it says: told by token ids, since text may hold what only looks like a token."""
+"""
+Where an assistant's turn ends, and what it says: told by token ids, since text may hold what only looks like a token.
+"""
 
 import re
 import warnings
@@ -8,7 +10,8 @@ from typing import NamedTuple
 from jinja2 import TemplateError
 
 
-# Special tokens by their names: those around reasoning (Magistral's [THINK], Command A's <|END_THINKING|>), and those that end a turn in
+# Special tokens by their names: those around reasoning (Magistral's [THINK], Command A's <|END_THINKING|>), and those
+# that end a turn in
 # one template or another.
 _THINK = re.compile(r"think|thought|reason", re.IGNORECASE)
 _END = re.compile(r"end|eo[tms]|return|turn\|>|^</s>$", re.IGNORECASE)
@@ -17,8 +20,9 @@ _ANSWER = "Zanzibar"  # a word that no chat template says itself
 
 def end_of_turn_id(processing_class) -> int | None:
     """
-    The token by which the chat template ends an assistant's turn. It need not be what tokenizer and generation config call the end of a
-    sequence: in base checkpoints with a chat template it often is not. `None` if the template ends a turn with text, or with nothing.
+    The token by which the chat template ends an assistant's turn. It need not be what tokenizer and generation config
+    call the end of a sequence: in base checkpoints with a chat template it often is not. `None` if the template ends a
+    turn with text, or with nothing.
     """
     if not processing_class.chat_template:
         return None
@@ -35,14 +39,19 @@ def end_of_turn_id(processing_class) -> int | None:
         return ids[: next((i for i, token in enumerate(ids) if token not in added), len(ids))]
 
     last, inner = behind_the_answer(), behind_the_answer({"role": "user", "content": "Who?"})
-    # A token that is there whether or not another turn follows belongs to this turn; if there are two (Command R), the second ends it.
+    # A token that is there whether or not another turn follows belongs to this turn; if there are two (Command R), the
+    # second ends it.
     shared = [a for i, (a, b) in enumerate(zip(last, inner, strict=False)) if last[:i] == inner[:i] and a == b]
-    # If there is none, the last turn may have an end token of its own (gpt-oss), or the first token of the next turn ends this one (GLM).
+    # If there is none, the last turn may have an end token of its own (gpt-oss), or the first token of the next turn
+    # ends this one (GLM).
     return next(iter([*shared[-1:], *last, *inner]), None)
 
 
 def stop_token_ids(processing_class, declared: int | list[int] | None = None) -> list[int]:
-    """Every token at which a drawn turn is over, sorted: the chat template's, the tokenizer's, and the generation config's (`declared`)."""
+    """
+    Every token at which a drawn turn is over, sorted: the chat template's, the tokenizer's, and the generation
+    config's (`declared`).
+    """
     end = end_of_turn_id(processing_class)
     declared = declared if isinstance(declared, list) else [declared]
     ids = sorted({end, processing_class.eos_token_id, *declared} - {None})
@@ -57,7 +66,10 @@ def stop_token_ids(processing_class, declared: int | list[int] | None = None) ->
 
 
 def turn_text(processing_class, ids: list[int]) -> str:
-    """The text of a completion without special tokens, except those around reasoning, which else would run into the answer."""
+    """
+    The text of a completion without special tokens, except those around reasoning, which else would run into the
+    answer.
+    """
     special = special_tokens(processing_class)
     if special.think.isdisjoint(ids):
         return processing_class.decode(ids, skip_special_tokens=True)
@@ -66,8 +78,9 @@ def turn_text(processing_class, ids: list[int]) -> str:
 
 def cut_turn(processing_class, stop_ids: list[int], ids: list[int], at_limit: bool) -> int | None:
     """
-    How many of a completion's `ids` there are up to the first of `stop_ids`, that token included; `None` if there is none. Then, and if
-    it ran into its limit, this warns of a token in its middle with which other chat templates end a turn: the model may do so too.
+    How many of a completion's `ids` there are up to the first of `stop_ids`, that token included; `None` if there is
+    none. Then, and if it ran into its limit, this warns of a token in its middle with which other chat templates end a
+    turn: the model may do so too.
     """
     if stops := [ids.index(stop) for stop in stop_ids if stop in ids]:
         return min(stops) + 1
@@ -93,7 +106,9 @@ class Special(NamedTuple):
 
 @lru_cache(16)  # every completion asks for it
 def special_tokens(processing_class) -> Special:
-    """The ids of a tokenizer's special tokens: all, those around reasoning, and those that by their names end a turn."""
+    """
+    The ids of a tokenizer's special tokens: all, those around reasoning, and those that by their names end a turn.
+    """
     names = {i: token.content for i, token in processing_class.added_tokens_decoder.items() if token.special}
     think = frozenset(i for i, name in names.items() if _THINK.search(name))
     return Special(frozenset(names), think, frozenset(i for i, name in names.items() if _END.search(name)) - think)

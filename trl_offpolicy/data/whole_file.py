@@ -8,7 +8,10 @@ from pathlib import Path
 
 @contextmanager
 def partial_file(path: Path) -> Iterator[Path]:
-    """A name beside `path` that nobody else writes to; whoever has written it moves it to its place, or it is gone with the block."""
+    """
+    A name beside `path` that nobody else writes to; whoever has written it moves it to its place, or it is gone with
+    the block.
+    """
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
         yield partial
@@ -17,7 +20,9 @@ def partial_file(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path | str, text: str) -> None:
-    """Writes `text` (UTF-8; what has none becomes `?`) to a file that takes the place of `path` when all of it is there."""
+    """
+    Writes `text` (UTF-8; what has none becomes `?`) to a file that takes the place of `path` when all of it is there.
+    """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with partial_file(Path(path)) as partial:
         partial.write_text(text, encoding="utf-8", errors="replace")

@@ -1,4 +1,6 @@
-"""The problems a model is evaluated on: benchmarks by name, file or Hub id, and the exact prompts they are asked with."""
+"""
+The problems a model is evaluated on: benchmarks by name, file or Hub id, and the exact prompts they are asked with.
+"""
 
 import warnings
 from collections.abc import Iterable
@@ -23,7 +25,8 @@ from ..data.rows import content_id
 from ..data.tokenization import encode_prompt
 
 
-# Name → Hub id, configuration, split. Files of your own take any of these rows' columns: problem or question; answer or final_answer.
+# Name → Hub id, configuration, split. Files of your own take any of these rows' columns: problem or question; answer
+# or final_answer.
 BENCHMARKS = {
     "math500": ("HuggingFaceH4/MATH-500", None, "test"),
     "minerva_math": ("math-ai/minervamath", None, "test"),
@@ -43,13 +46,16 @@ _PAPER = {
     "seed": 0,
 }
 PRESETS = {
-    # "Mind the Gap" (arXiv 2509.15157), as its code evaluates Qwen2.5-Math. It differs from these settings in what we do not copy: its
-    # grader takes numbers within 1e-4 and 100 times too large or small; its accuracy is the mean of 16 per-run accuracies, each
+    # "Mind the Gap" (arXiv 2509.15157), as its code evaluates Qwen2.5-Math. It differs from these settings in what we
+    # do not copy: its
+    # grader takes numbers within 1e-4 and 100 times too large or small; its accuracy is the mean of 16 per-run
+    # accuracies, each
     # rounded to 0.1 points; the answer's instruction stood in the system turn in training.
     "paper": {
         **_PAPER, "system_prompt": "You are a helpful assistant.", "solve_prompt": prompts.SOLVE_PROMPT,
     },
-    # The same for Llama-3.1-8B-Instruct. Its hard-coded header begins with <|begin_of_text|>, and the engine adds another; ours does not.
+    # The same for Llama-3.1-8B-Instruct. Its hard-coded header begins with <|begin_of_text|>, and the engine adds
+    # another; ours does not.
     "paper_llama": {
         **_PAPER, "system_prompt": None,
         "solve_prompt": "{problem}\nLet's think step by step and output the final answer within \\boxed{}.",
@@ -77,8 +83,8 @@ def load_benchmark(name: str):
     (short name, rows) of a benchmark.
 
     Args:
-        name (`str`): One of `BENCHMARKS`; a JSONL, JSON, CSV or Parquet file or a directory; or a Hub dataset as `ID`, `ID:SPLIT` or
-            `ID:CONFIG:SPLIT` (split `test` by default).
+        name (`str`): One of `BENCHMARKS`; a JSONL, JSON, CSV or Parquet file or a directory; or a Hub dataset as `ID`,
+            `ID:SPLIT` or `ID:CONFIG:SPLIT` (split `test` by default).
 
     Raises:
         ValueError: It is none of these.
@@ -115,7 +121,10 @@ def load_benchmarks(names: Iterable[str]) -> dict:
 
 
 def read_questions(name: str, rows: Iterable[dict], solve_prompt: str, system_prompt: str | None) -> list[Question]:
-    """Every row as a `Question`, asked as a rewrite asks it; a second row with the same prompt and answer has the id `<id>-2`, so its samples are its own."""
+    """
+    Every row as a `Question`, asked as a rewrite asks it; a second row with the same prompt and answer has the id
+    `<id>-2`, so its samples are its own.
+    """
     questions, seen, plain = [], {}, 0
     rows = tell_missing_answers(plain_rows(rows), "answer", "another column's answer, or what the solution boxes,")
     for index, row in enumerate(rows):
@@ -134,7 +143,8 @@ def read_questions(name: str, rows: Iterable[dict], solve_prompt: str, system_pr
             prompt = [{"role": "system", "content": system_prompt}] if system_prompt else []
             prompt.append({"role": "user", "content": prompts.fill(solve_prompt, problem=problem)})
         plain += isinstance(prompt, str)
-        # The same words as a plain text and as a message are two questions: only the message is rendered by the template.
+        # The same words as a plain text and as a message are two questions: only the message is rendered by the
+        # template.
         key = content_id([{"role": "", "content": prompt}] if isinstance(prompt, str) else prompt, answer)
         seen[key] = copy = seen.get(key, 0) + 1
         questions.append(Question(key if copy == 1 else f"{key}-{copy}", prompt, problem, answer, row))
@@ -146,7 +156,10 @@ def read_questions(name: str, rows: Iterable[dict], solve_prompt: str, system_pr
 
 
 def _answer(row: dict) -> str | None:
-    """The gold answer: a column of that name (GSM8K's holds the whole solution), else the last box of solution or demonstration."""
+    """
+    The gold answer: a column of that name (GSM8K's holds the whole solution), else the last box of solution or
+    demonstration.
+    """
     for column in ("answer", "final_answer"):
         value = row.get(column)
         value = ", ".join(map(str, value)) if isinstance(value, list) else value
@@ -161,7 +174,10 @@ def _answer(row: dict) -> str | None:
 def without_control_tokens(
     processing_class, questions: dict[str, list[Question]], mode: str = "warn"
 ) -> dict[str, list[Question]]:
-    """The questions as they are asked: with `escape`, the control tokens in them are text; see [`~data.control_tokens.ControlTokens`]."""
+    """
+    The questions as they are asked: with `escape`, the control tokens in them are text; see
+    [`~data.control_tokens.ControlTokens`].
+    """
     control = ControlTokens(processing_class, mode)
     for name, each in questions.items():
         texts = ("\0".join(prompts.contents(question.prompt)) for question in each)
@@ -213,9 +229,11 @@ def check_training_format(processing_class, questions: list[Question], tokenizer
     Refuses to ask the model in another format than it was trained with.
 
     Args:
-        tokenizer (`str` or `PreTrainedTokenizerBase`, *optional*): With which it was trained: both must render a conversation alike.
-        dataset (`datasets.Dataset` or `list[dict]`, *optional*): On which it was trained: the first row's turns before the problem
-            must be the same, and so must the words around the problem, where the row says what its problem is.
+        tokenizer (`str` or `PreTrainedTokenizerBase`, *optional*): With which it was trained: both must render a
+            conversation alike.
+        dataset (`datasets.Dataset` or `list[dict]`, *optional*): On which it was trained: the first row's turns before
+            the problem must be the same, and so must the words around the problem, where the row says what its problem
+            is.
 
     Raises:
         ValueError: They differ; both are shown.

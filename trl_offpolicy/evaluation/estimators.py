@@ -1,7 +1,7 @@
 """What k samples of each problem say of a model: pass@k, majority vote, intervals over problems, a paired test.
 
-Samples of one problem are not independent of each other, so everything here resamples problems, never samples. (For a real
-matrix of 100 problems by 8 samples the standard error by samples is 2.5 times too small.)
+Samples of one problem are not independent of each other, so everything here resamples problems, never samples. (For a
+real matrix of 100 problems by 8 samples the standard error by samples is 2.5 times too small.)
 """
 
 import math
@@ -13,7 +13,9 @@ import numpy as np
 
 
 def pass_at_k(num_sampled: int, num_correct: int, k: int) -> float:
-    """Chance that at least one of `k` draws without replacement is correct: the unbiased estimator of arXiv 2107.03374."""
+    """
+    Chance that at least one of `k` draws without replacement is correct: the unbiased estimator of arXiv 2107.03374.
+    """
     if not 1 <= k <= num_sampled:
         raise ValueError(f"You asked for pass@{k} of {num_sampled} samples; k must be from 1 to {num_sampled}.")
     return 1 - math.comb(num_sampled - num_correct, k) / math.comb(num_sampled, k)
@@ -23,8 +25,9 @@ def majority(answers: Sequence[str | None], correct: Sequence[bool]) -> float:
     """
     Whether the most frequent answer of one problem's samples is correct; a tie counts as its share of correct winners.
 
-    All correct samples equal the gold answer, so they vote together however they write it; wrong ones vote together only where they are
-    the same text ([`evaluate`] passes them in one spelling). `None` (no answer, cut) does not vote, and without any vote the result is 0.
+    All correct samples equal the gold answer, so they vote together however they write it; wrong ones vote together
+    only where they are the same text ([`evaluate`] passes them in one spelling). `None` (no answer, cut) does not
+    vote, and without any vote the result is 0.
     """
     votes = Counter(True if ok else answer for answer, ok in zip(answers, correct, strict=True) if ok or answer)
     most = max(votes.values(), default=0)
@@ -33,12 +36,14 @@ def majority(answers: Sequence[str | None], correct: Sequence[bool]) -> float:
 
 def accuracies(answers: list[list[str | None]], correct: list[list[bool]], k: int) -> dict:
     """
-    avg@k, pass@j and maj@k of problems whose samples answered `answers` and were `correct` (a list of both for each problem).
+    avg@k, pass@j and maj@k of problems whose samples answered `answers` and were `correct` (a list of both for each
+    problem).
 
     A problem without samples counts nowhere, and one with fewer than j not in `pass@j`.
 
     Returns:
-        `dict`: `avg@k`, `pass@j` for powers of two j and j = k, `maj@k`, each with `…_ci95`; `avg@k_se`, the standard error over problems.
+        `dict`: `avg@k`, `pass@j` for powers of two j and j = k, `maj@k`, each with `…_ci95`; `avg@k_se`, the standard
+            error over problems.
     """
     counts = [(len(c), sum(c)) for c in correct if c]
     shares = {f"avg@{k}": [c / n for n, c in counts]}
@@ -66,9 +71,11 @@ def bootstrap(
 
     Args:
         values (array, (n, m) or (n,)): m numbers of each row.
-        statistic (`Callable`): Column means (resamples, m) → statistics (resamples, s); by default the means themselves.
-        level (`float`, *optional*, defaults to `0.95`): Nominal coverage. The percentiles are the expanded ones (Hesterberg 2015,
-            arXiv 1411.5279), which correct what the bootstrap lacks with few rows as Student's t does the normal.
+        statistic (`Callable`): Column means (resamples, m) → statistics (resamples, s); by default the means
+            themselves.
+        level (`float`, *optional*, defaults to `0.95`): Nominal coverage. The percentiles are the expanded ones
+            (Hesterberg 2015, arXiv 1411.5279), which correct what the bootstrap lacks with few rows as Student's t
+            does the normal.
 
     Returns:
         `np.ndarray`, (s, 2) float64: lower and upper end of each; NaN for fewer than two rows.
@@ -96,7 +103,8 @@ def share_interval(shares: Sequence[float], level: float = 0.95) -> list[float] 
     """
     Interval of the mean of shares in [0, 1], one a problem; `None` for fewer than two problems.
 
-    Where all problems are alike at 0 or 1, the bootstrap cannot know how uncertain that is: there it is the exact binomial bound.
+    Where all problems are alike at 0 or 1, the bootstrap cannot know how uncertain that is: there it is the exact
+    binomial bound.
     """
     n = len(shares)
     if n < 2:
@@ -109,7 +117,10 @@ def share_interval(shares: Sequence[float], level: float = 0.95) -> list[float] 
 
 
 def paired_test(differences: Sequence[float] | np.ndarray, num_flips: int = 10_000, seed: int = 0) -> float:
-    """Two-sided p-value of the mean of paired differences: their signs flipped at random (the null: either model, either sign)."""
+    """
+    Two-sided p-value of the mean of paired differences: their signs flipped at random (the null: either model, either
+    sign).
+    """
     differences = np.asarray(differences, dtype=float)
     rng, observed, reached = np.random.default_rng(seed), abs(np.mean(differences)), 0
     for start in range(0, num_flips, 1000):
@@ -126,7 +137,8 @@ def compare(results: dict, baseline: dict) -> dict:
         results, baseline (`dict`): What [`evaluate`] returned of one benchmark.
 
     Returns:
-        `dict`: `difference` of the accuracies (share; positive: better than the baseline), its interval `difference_ci95` over problems,
+        `dict`: `difference` of the accuracies (share; positive: better than the baseline), its interval
+            `difference_ci95` over problems,
         `p_value` of the paired sign-flip test, `num_problems` in common.
 
     Raises:

@@ -1,9 +1,11 @@
-"""Accuracy on problems with a final answer: sample k times, verify, report avg@k, pass@k and maj@k with intervals over problems.
+"""
+Accuracy on problems with a final answer: sample k times, verify, report avg@k, pass@k and maj@k with intervals over
+problems.
 
     evaluate("Qwen/Qwen2.5-Math-1.5B", ["math500", "aime24"], output_dir="runs/eval-base", **PRESETS["paper"])
 
-Each sample is a line of a journal, so an interrupted evaluation resumes, and the results are computed from journals alone: the
-last of several shards to finish finds all the others' there.
+Each sample is a line of a journal, so an interrupted evaluation resumes, and the results are computed from journals
+alone: the last of several shards to finish finds all the others' there.
 """
 
 import json
@@ -76,28 +78,36 @@ def evaluate(
 
     Args:
         model (`str` or `PreTrainedModel`): What is evaluated (ignored when a `sampler` is passed).
-        benchmarks (`list[str]` or `dict[str, Iterable[dict]]`): Names, files or Hub ids ([`~evaluation.benchmarks.load_benchmark`]); or rows by
-            name, each with `answer` and a prompt as a rewrite takes it: `messages`, a conversational `prompt`, a plain text `prompt`, which is
-            asked without a chat template; or with `problem` or `question`, which `solve_prompt` turns into messages.
+        benchmarks (`list[str]` or `dict[str, Iterable[dict]]`): Names, files or Hub ids
+            ([`~evaluation.benchmarks.load_benchmark`]); or rows by name, each with `answer` and a prompt as a rewrite
+            takes it: `messages`, a conversational `prompt`, a plain text `prompt`, which is asked without a chat
+            template; or with `problem` or `question`, which `solve_prompt` turns into messages.
         args ([`EvaluationConfig`], *optional*): The settings.
         sampler, verifier, processing_class (*optional*): As for [`DataRewriter`].
-        train_dataset (*optional*): The rows that it was trained on; another prompt is refused ([`~evaluation.benchmarks.check_training_format`]).
-        settings: Fields of [`EvaluationConfig`] by name, in place of `args`: `evaluate(model, ["math500"], num_generations=4)`.
+        train_dataset (*optional*): The rows that it was trained on; another prompt is refused
+            ([`~evaluation.benchmarks.check_training_format`]).
+        settings: Fields of [`EvaluationConfig`] by name, in place of `args`: `evaluate(model, ["math500"],
+            num_generations=4)`.
 
     Returns:
         `dict`: For each benchmark (of this shard's problems only, as long as other shards are missing):
 
-            - `avg@k`, `pass@j` for powers of two j and j = k, `maj@k`, `greedy` (if asked for): shares, each with `…_ci95`, a bootstrap interval
-              over problems; `avg@k_se`, the standard error over problems; `vs_baseline` ([`~evaluation.estimators.compare`]), if there is one;
-            - `num_problems`, and `problem_ids`, `num_correct`, `num_judged`: lists in row order; `mean_length` in tokens;
-            - `truncated`, `unparsable`, `not_told`: shares of the samples that were cut, stated no answer, could not be judged or drawn
-              (time-outs, errors). The first two count as wrong, the last are left out, and a problem with fewer than j left is left out of
+            - `avg@k`, `pass@j` for powers of two j and j = k, `maj@k`, `greedy` (if asked for): shares, each with
+              `…_ci95`, a bootstrap interval over problems; `avg@k_se`, the standard error over problems; `vs_baseline`
+              ([`~evaluation.estimators.compare`]), if there is one;
+            - `num_problems`, and `problem_ids`, `num_correct`, `num_judged`: lists in row order; `mean_length` in
+              tokens;
+            - `truncated`, `unparsable`, `not_told`: shares of the samples that were cut, stated no answer, could not
+              be judged or drawn (time-outs, errors). The first two count as wrong, the last are left out, and a
+              problem with fewer than j left is left out of
               `pass@j`. `gold_unparsable`: problems whose gold answer the verifier cannot compare with;
-            - `entropy`: nats per token, the mean of -log π over the sampled tokens; `None` without log-probs or plain sampling.
+            - `entropy`: nats per token, the mean of -log π over the sampled tokens; `None` without log-probs or plain
+              sampling.
 
     Raises:
-        ValueError: A benchmark is empty or unknown, a row has no problem or no answer, the prompts' format is wrong, or `output_dir`
-            holds an evaluation with other settings, or `baseline` one with no problem in common or another k, sampling or token limit.
+        ValueError: A benchmark is empty or unknown, a row has no problem or no answer, the prompts' format is wrong,
+            or `output_dir` holds an evaluation with other settings, or `baseline` one with no problem in common or
+            another k, sampling or token limit.
         TypeError: `args` is no [`EvaluationConfig`], or there are `settings` beside it.
     """
     args = _config(args, settings)
@@ -154,8 +164,8 @@ def _default_sampler(model, processing_class) -> Sampler:
 
 def _read_baseline(directory: Path, questions: dict[str, list[Question]], settings: dict) -> dict[str, dict]:
     """
-    The benchmarks of an earlier evaluation; `ValueError` before anything is sampled where nothing could be compared with it, or it was
-    sampled with other `settings`: a difference of theirs would be taken for one of the models.
+    The benchmarks of an earlier evaluation; `ValueError` before anything is sampled where nothing could be compared
+    with it, or it was sampled with other `settings`: a difference of theirs would be taken for one of the models.
     """
     path = directory / "results.json"
     if not path.exists():
@@ -261,7 +271,9 @@ class _Run:
         self.complete = all(key in self.samples for key in every)
 
     def _know(self, journal: Path, failed: bool = True) -> dict[Key, int]:
-        """Reads a journal, up to the texts; where each sample is in it, those that could not be drawn only if `failed`."""
+        """
+        Reads a journal, up to the texts; where each sample is in it, those that could not be drawn only if `failed`.
+        """
         offsets = {}
         for offset, entry in read_entries(journal, texts=False):
             if entry["finish_reason"] in FAILED and not failed:

@@ -11,15 +11,19 @@ class EvaluationConfig(RunConfig):
     How a model is evaluated. Generation parameters have TRL's names (`GRPOConfig`).
 
     Args:
-        output_dir (`str`, *optional*): Run directory: journal, `samples.parquet`, `results.json`, `results.md`. An interrupted run resumes from it.
+        output_dir (`str`, *optional*): Run directory: journal, `samples.parquet`, `results.json`, `results.md`. An
+            interrupted run resumes from it.
         num_generations (`int`, *optional*, defaults to `16`): k; the papers' avg@16.
-        temperature, top_p, top_k, min_p, repetition_penalty, stop, seed, chat_template_kwargs, control_tokens (*optional*): As in [`RewriteConfig`].
+        temperature, top_p, top_k, min_p, repetition_penalty, stop, seed, chat_template_kwargs, control_tokens
+            (*optional*): As in [`RewriteConfig`].
         max_completion_length (`int`, *optional*, defaults to `4096`): Tokens of one sample.
         greedy (`bool`, *optional*, defaults to `False`): Also draw one completion of each problem at temperature 0.
         solve_prompt (`str`, *optional*): What a problem without a prompt of its own is asked.
         system_prompt (`str`, *optional*): A system turn before problems that have no prompt of their own.
-        shard (`str`, *optional*, defaults to `"0/1"`): `i/n`, the i-th of n blocks of problems; `output_dir` has the results with the last.
-        report_to (`str`, *optional*, defaults to `"none"`): `"wandb"` logs the numbers of `results.json`; needs `output_dir`.
+        shard (`str`, *optional*, defaults to `"0/1"`): `i/n`, the i-th of n blocks of problems; `output_dir` has the
+            results with the last.
+        report_to (`str`, *optional*, defaults to `"none"`): `"wandb"` logs the numbers of `results.json`; needs
+            `output_dir`.
         baseline (`str`, *optional*): Run directory of another model: paired comparison with it on the same problems.
         train_tokenizer (`str` or tokenizer, *optional*): With what it was trained; another chat template is refused
             ([`~evaluation.benchmarks.check_training_format`]).

@@ -1,22 +1,21 @@
 """How far training has moved a model from the policy that it began with, without sampling anything new.
 
-The first `self` attempt at each problem in a rewrite's journal was drawn from the initial policy π_0, whatever became of it, and its log π_0
-is stored. So the mean of log π_0(y|x) - log π(y|x) over them estimates KL(π_0‖π) on the task's prompts without bias, for the price of one
-forward pass of each. That divergence predicts what is forgotten (*RL's Razor*, arXiv 2509.04259). Later attempts exist only where earlier
-ones failed, so they are left out.
+The first `self` attempt at each problem in a rewrite's journal was drawn from the initial policy π_0, whatever became
+of it, and its log π_0 is stored. So the mean of log π_0(y|x) - log π(y|x) over them estimates KL(π_0‖π) on the task's
+prompts without bias, for the price of one forward pass of each. That divergence predicts what is forgotten (*RL's
+Razor*, arXiv 2509.04259). Later attempts exist only where earlier ones failed, so they are left out.
 """
 
 import json
 from pathlib import Path
 
 import numpy as np
-from transformers import AutoTokenizer
 
 from ..data.rows import Source
 from ..data.tokenization import encode_prompt
 from ..data.whole_file import write_whole
 from ..runs.run_directory import RunDirectory
-from ..sampling.loading import load_model
+from ..sampling.loading import model_and_tokenizer
 from ..sampling.sampler import PLAIN
 from ..trainer.log_probs import target_log_probs
 from .estimators import bootstrap
@@ -36,7 +35,8 @@ def measure_forgetting(
 
     Args:
         model (`str` or `PreTrainedModel`): The trained model π.
-        run_dir (`str`): Output directory of a finished rewrite with π_0: stage `self`, plain sampling, `keep_rejected`.
+        run_dir (`str`): Output directory of a finished rewrite with π_0: stage `self`, plain sampling,
+            `keep_rejected`.
         processing_class (`PreTrainedTokenizerBase`, *optional*): By default the model's.
         batch_tokens (`int`, *optional*, defaults to `8192`): Tokens of one forward, padding included.
         output_dir (`str`, *optional*): Also writes `forgetting.json` there.
@@ -44,20 +44,16 @@ def measure_forgetting(
         chat_template (`str`, *optional*): Jinja template used in training, where that is not the tokenizer's.
 
     Returns:
-        `dict`: `problems`, `tokens` (their mean), `kl` (nats per completion) and `kl_per_token` (nats), each with `…_ci95`, a bootstrap interval over
+        `dict`: `problems`, `tokens` (their mean), `kl` (nats per completion) and `kl_per_token` (nats), each with
+            `…_ci95`, a bootstrap interval over
         problems. A completion that was cut counts as far as it was drawn.
 
     Raises:
-        ValueError: The run has no such attempts: it is not finished, has no stage `self`, was not sampled from the model's own distribution, or
-            kept no rejected attempts.
+        ValueError: The run has no such attempts: it is not finished, has no stage `self`, was not sampled from the
+            model's own distribution, or kept no rejected attempts.
     """
     prompts, drawn = _first_attempts(Path(run_dir).expanduser())
-    if isinstance(model, str):
-        kwargs = {"dtype": "auto", **(model_init_kwargs or {})}
-        shared = {k: v for k, v in kwargs.items() if k in ("revision", "trust_remote_code")}
-        processing_class = processing_class or AutoTokenizer.from_pretrained(model, **shared)
-        model = load_model(model, **kwargs)
-    processing_class = processing_class or AutoTokenizer.from_pretrained(model.config._name_or_path)
+    model, processing_class = model_and_tokenizer(model, processing_class, model_init_kwargs)
     pairs = [
         (encode_prompt(processing_class, prompt, chat_template, tools, given), drawn[row_id][0])
         for row_id, (prompt, tools, given) in prompts.items()
@@ -86,7 +82,10 @@ def _with_intervals(sums: np.ndarray) -> dict:
 
 
 def _first_attempts(run_dir: Path) -> tuple[dict, dict]:
-    """By id: (prompt, tools, chat_template_kwargs) of each problem, and (token ids, log π_0 of each) of its first `self` attempt."""
+    """
+    By id: (prompt, tools, chat_template_kwargs) of each problem, and (token ids, log π_0 of each) of its first `self`
+    attempt.
+    """
     passed, run = f"You passed the run {str(run_dir)!r}", RunDirectory(run_dir)
     if not run.journals or not run.row_files:
         raise ValueError(f"{passed}, which is no finished `trl-offpolicy rewrite`: it has no journal, or no dataset/.")

@@ -1,8 +1,9 @@
 """How far a dataset is from a policy: the log-probability of its targets, by source, before and after rewriting.
 
-"Mind the Gap", Table 3, reports the mean over rows of Σ_t log π(y_t|x, y_<t): that is `sequence_log_prob` here. It favours
-short targets, so the mean per token, the length and a difference at equal length stand beside it, and the prompt is rendered as
-in training. The paper's own script scores the bare concatenation of question and answer instead: `concatenate=True`.
+"Mind the Gap", Table 3, reports the mean over rows of Σ_t log π(y_t|x, y_<t): that is `sequence_log_prob` here. It
+favours short targets, so the mean per token, the length and a difference at equal length stand beside it, and the
+prompt is rendered as in training. The paper's own script scores the bare concatenation of question and answer instead:
+`concatenate=True`.
 """
 
 import json
@@ -14,7 +15,6 @@ from statistics import fmean
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
 from trl.data_utils import common_prefix_length
 
 from ..data import prompts
@@ -25,7 +25,7 @@ from ..data.rows import Source
 from ..data.text_statistics import copy_ratio, distinct_n, leaks_hint, self_bleu
 from ..data.tokenization import encode_prompt, says_otherwise, template_kwargs
 from ..data.whole_file import write_whole
-from ..sampling.loading import load_model
+from ..sampling.loading import model_and_tokenizer
 from ..trainer.log_probs import target_log_probs
 from .estimators import bootstrap
 
@@ -59,50 +59,49 @@ def measure_policy_gap(
 
     Args:
         model (`str` or `PreTrainedModel`): Usually the model that will be trained, before training.
-        dataset (`datasets.Dataset` or `list[dict]`): Rows written by `DataRewriter`; or demonstrations in any format that it takes, of which
-            nothing was rewritten yet: then all are `expert`, and before equals after.
+        dataset (`datasets.Dataset` or `list[dict]`): Rows written by `DataRewriter`; or demonstrations in any format
+            that it takes, of which nothing was rewritten yet: then all are `expert`, and before equals after.
         processing_class (`PreTrainedTokenizerBase`, *optional*): By default the model's.
         batch_tokens (`int`, *optional*, defaults to `8192`): Tokens of one forward, padding included.
-        concatenate (`bool`, *optional*, defaults to `False`): Score the text of the problem followed directly by the text of the target,
-            without template, separator or end of turn, as the script behind the paper's Table 3 does (in float16, which is
-            `model_init_kwargs={"dtype": "float16"}`).
+        concatenate (`bool`, *optional*, defaults to `False`): Score the text of the problem followed directly by the
+            text of the target, without template, separator or end of turn, as the script behind the paper's Table 3
+            does (in float16, which is `model_init_kwargs={"dtype": "float16"}`).
         chat_template (`str`, *optional*): Jinja template used in training, where that is not the tokenizer's.
-        output_dir (`str`, *optional*): Also writes `policy_gap.json`, and the sums of each row as `policy_gap.parquet`, there.
+        output_dir (`str`, *optional*): Also writes `policy_gap.json`, and the sums of each row as
+            `policy_gap.parquet`, there.
         model_init_kwargs (`dict`, *optional*): Passed to `from_pretrained`.
-        control_tokens, chat_template_kwargs, solve_prompt, system_prompt, answer_column (*optional*): As in [`RewriteConfig`]; a rewrite with `escape` has
-            escaped its control tokens already, and a row's own column `chat_template_kwargs` wins.
+        control_tokens, chat_template_kwargs, solve_prompt, system_prompt, answer_column (*optional*): As in
+            [`RewriteConfig`]; a rewrite with `escape` has escaped its control tokens already, and a row's own column
+            `chat_template_kwargs` wins.
 
     Returns:
         `dict`: For each source there is and for `"total"`:
 
             - `rows`: their number;
-            - `before` (the demonstrations) and `after` (the rows' completions): `sequence_log_prob` (mean over rows of the sum, nats) with
-              standard error `sequence_log_prob_se`, `token_log_prob` (mean over all tokens), `perplexity` (exp of minus that),
-              `num_tokens` (mean length), and of the texts `hint_leakage` (share that speak of a reference), `distinct_2` and `self_bleu`
-              (of at most 200 texts); `after` also `copy_ratio` (share of 4-grams that the demonstration has too);
-            - `difference`: after minus before of `sequence_log_prob` and `token_log_prob`, and `length_matched`: per token, over
-              the first min(length before, length after) tokens of either target of a row;
-            - `behavior`, where μ is known: `rows`, `kl` (k3 estimate of KL(μ‖π), nats per token) and `ess` ((Σw)²/(n·Σw²) of the tokens'
-              unlimited w = π/μ). π is asked without the reference, μ was as the row was sampled.
+            - `before` (the demonstrations) and `after` (the rows' completions): `sequence_log_prob` (mean over rows of
+              the sum, nats) with standard error `sequence_log_prob_se`, `token_log_prob` (mean over all tokens),
+              `perplexity` (exp of minus that), `num_tokens` (mean length), and of the texts `hint_leakage` (share that
+              speak of a reference), `distinct_2` and `self_bleu` (of at most 200 texts); `after` also `copy_ratio`
+              (share of 4-grams that the demonstration has too);
+            - `difference`: after minus before of `sequence_log_prob` and `token_log_prob`, and `length_matched`: per
+              token, over the first min(length before, length after) tokens of either target of a row;
+            - `behavior`, where μ is known: `rows`, `kl` (k3 estimate of KL(μ‖π), nats per token) and `ess`
+              ((Σw)²/(n·Σw²) of the tokens' unlimited w = π/μ). π is asked without the reference, μ was as the row was
+              sampled.
 
-            `…_ci95` are bootstrap intervals over rows, `None` for a single row. `copy_ratio` of `self` rows, whose sampler never saw the
-            demonstration, is what two solutions of a problem share by chance; likewise their `hint_leakage`.
+            `…_ci95` are bootstrap intervals over rows, `None` for a single row. `copy_ratio` of `self` rows, whose
+            sampler never saw the demonstration, is what two solutions of a problem share by chance; likewise their
+            `hint_leakage`.
 
     Raises:
-        ValueError: The dataset is empty, is no rewrite, or its demonstrations were not carried through; or the model cannot be loaded.
+        ValueError: The dataset is empty, is no rewrite, or its demonstrations were not carried through; or the model
+            cannot be loaded.
     """
     check_mode(control_tokens)
     rows = _demonstrations_as_rows(list(plain_rows(dataset)), answer_column, solve_prompt, system_prompt)
     _check_rows(rows, concatenate)
     rows = [{"chat_template_kwargs": template_kwargs(chat_template_kwargs), **row} for row in rows]
-    if isinstance(model, str):
-        kwargs = {"dtype": "auto", **(model_init_kwargs or {})}
-        if torch.cuda.is_available():
-            kwargs.setdefault("device_map", "auto")
-        shared = {k: v for k, v in kwargs.items() if k in ("revision", "trust_remote_code")}
-        directory, model = model, load_model(model, **kwargs)
-        processing_class = processing_class or AutoTokenizer.from_pretrained(directory, **shared)
-    processing_class = processing_class or AutoTokenizer.from_pretrained(model.config._name_or_path)
+    model, processing_class = model_and_tokenizer(model, processing_class, model_init_kwargs)
     if not concatenate:
         control = ControlTokens(processing_class, control_tokens)
         control.check(
@@ -163,7 +162,10 @@ def _check_rows(rows: list[dict], concatenate: bool) -> None:
 
 
 def _with_own_ids(rows: list[dict], processing_class) -> list[dict]:
-    """The rows without `completion_ids`, and with them μ, where those are another model's: their texts are then tokenized anew."""
+    """
+    The rows without `completion_ids`, and with them μ, where those are another model's: their texts are then tokenized
+    anew.
+    """
     others = {i for i, row in enumerate(rows) if says_otherwise(processing_class, row) is not None}
     if others:
         warnings.warn(
@@ -178,7 +180,10 @@ def _with_own_ids(rows: list[dict], processing_class) -> list[dict]:
 def targets(
     rows: list[dict], processing_class, concatenate: bool = False, chat_template: str | None = None
 ) -> tuple[list[tuple[list[int], list[int]]], list[int], list[int]]:
-    """(prompt ids, target ids) of everything there is to score, and for each row the places of its demonstration and of its completion."""
+    """
+    (prompt ids, target ids) of everything there is to score, and for each row the places of its demonstration and of
+    its completion.
+    """
     encode: Callable = _concatenated if concatenate else _templated
     pairs, before, after = [], [], []
     for row in rows:
@@ -219,7 +224,10 @@ def _templated(processing_class, row: dict, expert: str, chat_template: str | No
 
 
 def _concatenated(processing_class, row: dict, expert: str, chat_template: None):
-    """The same from one string without template; the question's tokens are those that it has in common with the question alone."""
+    """
+    The same from one string without template; the question's tokens are those that it has in common with the question
+    alone.
+    """
     question = row.get("problem") or row.get("question") or prompts.contents(row["prompt"])[-1]
     alone = processing_class(question)["input_ids"]
 

@@ -10,19 +10,23 @@ class LoopConfig:
 
     Args:
         rounds (`int`, *optional*, defaults to `3`): Rounds of rewrite and train. A later run may ask for more.
-        train_from (`str`, *optional*, defaults to `"base"`): `base` trains the initial policy on each round's rows (as STaR and ReST-EM do),
-            `last` the model of the round before (as Iterative-SFT and RAFT do).
-        refresh (`str`, *optional*, defaults to `"all"`): `all` rewrites every row with the newest policy; `unsolved` only those that were guided or
-            expert, and carries the self rows over: their `model_revision` still says who drew them.
-        train_command (`str`, *optional*): What trains, such as `accelerate launch examples/train.py`; by default `trl-offpolicy sft` in one process. It
-            is given `--model_name_or_path`, `--dataset_name`, `--output_dir` and, to go on, `--resume_from_checkpoint`.
+        train_from (`str`, *optional*, defaults to `"base"`): `base` trains the initial policy on each round's rows (as
+            STaR and ReST-EM do), `last` the model of the round before (as Iterative-SFT and RAFT do).
+        refresh (`str`, *optional*, defaults to `"all"`): `all` rewrites every row with the newest policy; `unsolved`
+            only those that were guided or expert, and carries the self rows over: their `model_revision` still says
+            who drew them.
+        train_command (`str`, *optional*): What trains, such as `accelerate launch examples/train.py`; by default
+            `trl-offpolicy sft` in one process. It is given `--model_name_or_path`, `--dataset_name`, `--output_dir`
+            and, to go on, `--resume_from_checkpoint`.
         train_config (`list[str]`): YAML file with its other options: one for every round, or one for each.
         benchmarks (`list[str]`, *optional*): Evaluate each round's model on these, as `trl-offpolicy eval` takes them.
         eval_config (`str`, *optional*): YAML file with further options of `trl-offpolicy eval`.
         max_kl (`float`, *optional*): Stop when KL(π_0‖π) on the task's prompts is above this, in nats per token
             ([`~evaluation.forgetting.measure_forgetting`]).
-        min_entropy (`float`, *optional*, defaults to `0.3`): Stop when the mean -log π of the drawn tokens is below this share of round 0's.
-        max_cut (`float`, *optional*, defaults to `0.5`): Stop when a larger share of a round's attempts is cut at the limit, and it was less in round 0.
+        min_entropy (`float`, *optional*, defaults to `0.3`): Stop when the mean -log π of the drawn tokens is below
+            this share of round 0's.
+        max_cut (`float`, *optional*, defaults to `0.5`): Stop when a larger share of a round's attempts is cut at the
+            limit, and it was less in round 0.
 
     Raises:
         ValueError: A value out of its range.

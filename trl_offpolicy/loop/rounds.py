@@ -5,9 +5,9 @@
     RUN/loop.jsonl                          the settings, then a line for each finished step
     RUN/rounds.json                         what each finished round came to
 
-Each step is a process of its own, so that the engine's memory is free for training. A step that was killed is run again and resumes by its own
-means: a rewrite and an evaluation from their journals, a training from its last checkpoint, or from its beginning, which with the same seed
-is the same.
+Each step is a process of its own, so that the engine's memory is free for training. A step that was killed is run
+again and resumes by its own means: a rewrite and an evaluation from their journals, a training from its last
+checkpoint, or from its beginning, which with the same seed is the same.
 """
 
 import json
@@ -69,7 +69,8 @@ class Loop:
     Args:
         output_dir (`Path`): RUN.
         config ([`LoopConfig`]): Rounds, training, measuring.
-        rewriting (`dict`): Options of `trl-offpolicy rewrite` by name, without `output_dir`; `model_name_or_path` is the initial policy.
+        rewriting (`dict`): Options of `trl-offpolicy rewrite` by name, without `output_dir`; `model_name_or_path` is
+            the initial policy.
         engine (`dict`): Those of them that say with which engine and verifier, which `eval` is given too.
         demonstrations (`Callable`): Loads the input rows, a `datasets.Dataset`, as every rewrite is given them.
     """
@@ -133,7 +134,9 @@ class Loop:
     # ---- rewrite ----
 
     def _policy(self, round: int) -> dict:
-        """The options that name the newest policy before a round: the initial one, or what the round before has trained."""
+        """
+        The options that name the newest policy before a round: the initial one, or what the round before has trained.
+        """
         if round == 0:
             return {}
         trained = self.directory(round - 1, "train")
@@ -177,7 +180,10 @@ class Loop:
         return round > 0 and self.config.refresh == "unsolved"
 
     def _make_rows(self, round: int) -> None:
-        """With `refresh="unsolved"`, the round's rows: those that were solved before, and in the places of the others the new ones."""
+        """
+        With `refresh="unsolved"`, the round's rows: those that were solved before, and in the places of the others the
+        new ones.
+        """
         from datasets import concatenate_datasets, load_dataset
 
         path = self.rows(round) / "train-00000-of-00001.parquet"
@@ -188,7 +194,8 @@ class Loop:
             for files in (self.rows(round - 1), self.directory(round, "rewrite") / "dataset")
         )
         places = [i for i, source in enumerate(before["source"]) if source != Source.SELF]
-        # A second row with the same problem keeps the number in its id, though the first one may not have been asked again.
+        # A second row with the same problem keeps the number in its id, though the first one may not have been asked
+        # again.
         new = (
             new.remove_columns("id")
             .add_column("id", [before["id"][i] for i in places])
@@ -294,7 +301,9 @@ LOADING = (
 
 
 def _draws(run: RunDirectory) -> dict:
-    """`entropy` (mean -log π of the tokens of the first attempt at each problem, nats) and their mean `length` in tokens."""
+    """
+    `entropy` (mean -log π of the tokens of the first attempt at each problem, nats) and their mean `length` in tokens.
+    """
     drawn = [(a.log_prob, a.num_tokens) for a in run.first_attempts(texts=False) if a.log_prob is not None]
     tokens = sum(length for _, length in drawn)
     return {

@@ -1,4 +1,7 @@
-"""A page that is written as HTML and as Markdown at once: headings, tables, figures, long texts. Everything it is given is escaped."""
+"""
+A page that is written as HTML and as Markdown at once: headings, tables, figures, long texts. Everything it is given
+is escaped.
+"""
 
 import base64
 import html

@@ -1,7 +1,10 @@
-"""One page of what rewrites, trainings, evaluations and gap measurements have written: `report.html`, self-contained, and `report.md`.
+"""
+One page of what rewrites, trainings, evaluations and gap measurements have written: `report.html`, self-contained, and
+`report.md`.
 
-Nothing is computed anew: a number here is a number in one of the files that it was made from. Figures are SVG, in the colours of
-Okabe and Ito and with a line style and a marker of their own, so that they can be told apart in print and by the colour-blind.
+Nothing is computed anew: a number here is a number in one of the files that it was made from. Figures are SVG, in the
+colours of Okabe and Ito and with a line style and a marker of their own, so that they can be told apart in print and
+by the colour-blind.
 """
 
 import io
@@ -45,7 +48,8 @@ def write_report(run_dirs: list[str], output_dir: str, title: str = "trl_offpoli
     Writes `report.html`, `report.md` and its `figures/` of everything found in `run_dirs` and below them.
 
     Args:
-        run_dirs (`list[str]`): Output directories of `rewrite`, `eval`, `gap` and trainings, or directories that hold several.
+        run_dirs (`list[str]`): Output directories of `rewrite`, `eval`, `gap` and trainings, or directories that hold
+            several.
         seed (`int`, *optional*, defaults to `0`): Which rows of a rewrite are shown.
 
     Returns:
@@ -136,7 +140,10 @@ def _yield(page: Page, runs: dict) -> None:
 
 
 def _sources(labels: list[str], counts: list[dict]) -> bytes:
-    """A bar of each run or round: the shares of its rows by source; with `total`, the number of all rows, if some have none."""
+    """
+    A bar of each run or round: the shares of its rows by source; with `total`, the number of all rows, if some have
+    none.
+    """
     figure, axis = _axes(height=1.2 + 0.45 * len(labels))
     for place, of_sources in enumerate(counts):
         left, total = 0.0, max(1, of_sources.get("total", sum(of_sources.values())))
@@ -354,7 +361,9 @@ def _values_and_errors(results: list[dict], metric: str) -> tuple[list[float], l
 
 
 def _look(i: int) -> tuple:
-    """Colour, marker and line style of the i-th run; beyond eight, colours come again with another marker and style."""
+    """
+    Colour, marker and line style of the i-th run; beyond eight, colours come again with another marker and style.
+    """
     shifted = (i + i // 8) % 8
     return COLOURS[i % 8], MARKERS[shifted], STYLES[shifted]
 

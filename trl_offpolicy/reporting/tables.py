@@ -1,4 +1,6 @@
-"""Results as tables for people: (header, rows of strings), which the command line, `results.md` and the report all show."""
+"""
+Results as tables for people: (header, rows of strings), which the command line, `results.md` and the report all show.
+"""
 
 import re
 
@@ -7,7 +9,10 @@ Table = tuple[list[str], list[list[str]]]
 
 
 def plain(text: str) -> str:
-    """`text` on one line as Markdown that shows just that: no HTML, link, emphasis, formula or table comes of what is in it."""
+    """
+    `text` on one line as Markdown that shows just that: no HTML, link, emphasis, formula or table comes of what is in
+        it.
+    """
     # An underscore within a word, as in eval_loss, means nothing; at the beginning `#`, `-` or `1.` would.
     text = re.sub(
         r"([\\`*|~$]|<(?=[A-Za-z/!?])|&(?=#?\w+;)|\](?=[(\[:])|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split())

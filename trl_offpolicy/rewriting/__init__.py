@@ -1,1 +1,4 @@
-"""`DataRewriter`: self-alignment, guided alignment, fallback; what is kept, in which order it is drawn, and what is pushed."""
+"""
+`DataRewriter`: self-alignment, guided alignment, fallback; what is kept, in which order it is drawn, and what is
+    pushed.
+"""

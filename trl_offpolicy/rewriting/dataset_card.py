@@ -17,7 +17,8 @@ def edited_card(card, run: RunDirectory, repo_id: str, parts: dict[str, dict], s
 
     Args:
         parts (`dict[str, dict[str, Path]]`): Files by config; a config without files is taken out of the metadata.
-        source (`dict`): Metadata of the source dataset's card: `license` and `language` are inherited where the card has none.
+        source (`dict`): Metadata of the source dataset's card: `license` and `language` are inherited where the card
+            has none.
 
     Returns:
         `huggingface_hub.DatasetCard`.
@@ -70,7 +71,8 @@ def edited_card(card, run: RunDirectory, repo_id: str, parts: dict[str, dict], s
         old = data.get(key) or []
         if merged := list(dict.fromkeys([*([old] if isinstance(old, str) else old), *values])):
             data[key] = merged
-    # What the files of a config are is in the files; a `dataset_info` of older ones makes `load_dataset` fail (datasets #8608).
+    # What the files of a config are is in the files; a `dataset_info` of older ones makes `load_dataset` fail
+    # (datasets #8608).
     infos = data.get("dataset_info") or []
     infos = [infos] if isinstance(infos, dict) else infos
     data["dataset_info"] = [info for info in infos if info.get("config_name", "default") not in parts] or None

@@ -14,7 +14,10 @@ from .rewrite_config import RewriteConfig
 def shown_prompt(
     title: str, prompt: list[dict[str, str]] | str, processing_class, chat_template_kwargs: dict | None, verifier
 ) -> str:
-    """A prompt, the same with all special tokens if there is a tokenizer, and a word if it does not ask for the form that the verifier reads."""
+    """
+    A prompt, the same with all special tokens if there is a tokenizer, and a word if it does not ask for the form that
+    the verifier reads.
+    """
     turns = [{"role": "plain text", "content": prompt}] if isinstance(prompt, str) else prompt
     told = [f"---- {title} ----", *(f"[{turn['role']}]\n{turn['content']}" for turn in turns)]
     if processing_class is not None:

@@ -1,7 +1,9 @@
-"""Which verified retellings are not kept: a right answer says nothing of the text before it, and the reference was in the prompt.
+"""
+Which verified retellings are not kept: a right answer says nothing of the text before it, and the reference was in the
+prompt.
 
-Pure functions. An attempt is judged by its own text, its problem and the settings alone, never by other attempts, so rows do not depend
-on the order of things.
+Pure functions. An attempt is judged by its own text, its problem and the settings alone, never by other attempts, so
+rows do not depend on the order of things.
 """
 
 import re
@@ -14,7 +16,10 @@ from .rewrite_config import RewriteConfig
 
 
 def reject_guided(text: str, problem: Problem, args: RewriteConfig) -> tuple[Rejection, str] | None:
-    """The first reason not to keep a guided attempt that was verified as correct, and what is wrong in words; `None` if it is kept."""
+    """
+    The first reason not to keep a guided attempt that was verified as correct, and what is wrong in words; `None` if
+    it is kept.
+    """
     reference = clean_reference(problem.demonstration)
     if args.reject_mentions:
         # What the problem or the reference says itself, such as a teacher with 30 pencils, belongs to the tale.
@@ -52,9 +57,10 @@ def false_step(text: str) -> str | None:
     """
     The first equation of plain numbers in a text that is false, such as `32 + 16 = 49`; `None` if there is none.
 
-    Read are runs of numbers and `+ - * /` between equals signs, by exact fractions and with the usual precedence. Where there are decimals, or
-    one side is a division, a difference of less than one unit of the last decimal is rounding. What a run touches (variables, powers,
-    percent, parentheses) takes its outer side out of the comparison: an equation that is not understood is not called false.
+    Read are runs of numbers and `+ - * /` between equals signs, by exact fractions and with the usual precedence.
+    Where there are decimals, or one side is a division, a difference of less than one unit of the last decimal is
+    rounding. What a run touches (variables, powers, percent, parentheses) takes its outer side out of the comparison:
+    an equation that is not understood is not called false.
     """
     text = _SPELT.sub(lambda match: _SIGNS[match[0]], _IGNORED.sub("", text))
     for run in _RUN.finditer(text):
@@ -66,7 +72,8 @@ def false_step(text: str) -> str | None:
             sides[0] = ""
         if _CONTINUED.match(after) or (not run[0][-1].isspace() and _ATTACHED.match(after)):
             sides[-1] = ""
-        # Of a first side that begins with an operator, or is one number (`Week 1 + Week 2 = 35 + 35`), the beginning was not read.
+        # Of a first side that begins with an operator, or is one number (`Week 1 + Week 2 = 35 + 35`), the beginning
+        # was not read.
         if not re.match(r"\d[\d.,]*\s*[-+*/]", sides[0]):
             sides[0] = ""
         for left, right in zip(sides, sides[1:], strict=False):
@@ -76,7 +83,10 @@ def false_step(text: str) -> str | None:
 
 
 def _equal(left: str, right: str) -> bool:
-    """Whether two sums of products of plain numbers are equal, up to rounding; what has two readings, or no operation, is not judged."""
+    """
+    Whether two sums of products of plain numbers are equal, up to rounding; what has two readings, or no operation, is
+    not judged.
+    """
     values = _value(left), _value(right)
     if None in values or not re.search(r"\d\s*[-+*/]", f"{left};{right}"):
         return True

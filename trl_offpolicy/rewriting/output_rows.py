@@ -29,8 +29,8 @@ def write_rows(
     run: str = "",
 ) -> tuple[list[dict], dict[str, int]]:
     """
-    Writes the rows that have an outcome, in the order they came in, to a file that is not yet in its place; carried columns as they are
-    stored in the dataset.
+    Writes the rows that have an outcome, in the order they came in, to a file that is not yet in its place; carried
+    columns as they are stored in the dataset.
 
     Args:
         file (`Path`): Parquet.
@@ -41,8 +41,8 @@ def write_rows(
         run (`str`, *optional*): By which the parts of one run know each other.
 
     Returns:
-        `tuple[list[dict], dict[str, int]]`: The problems that have no row, for they were not solved and have no demonstration; and how many
-        demonstrations were put into the form that is asked for, or are not in it.
+        `tuple[list[dict], dict[str, int]]`: The problems that have no row, for they were not solved and have no
+        demonstration; and how many demonstrations were put into the form that is asked for, or are not in it.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -74,7 +74,8 @@ def write_rows(
                 else:
                     solved.append(i)
                     kept = _kept(problem, outcome, journal, ends[outcome.source])
-                    # Drawn from a reshaped distribution, a token's log μ is not the model's log-prob: better none than a wrong one.
+                    # Drawn from a reshaped distribution, a token's log μ is not the model's log-prob: better none than
+                    # a wrong one.
                     log_probs = {"behavior_log_probs": []} if reshaped else {}
                     row = _row(problem, outcome, problems, kept) | drawn_by[outcome.source] | log_probs
                     rows.append({name: row[name] for name in ours})
@@ -101,8 +102,8 @@ def _drawn_by(sampler: Sampler, args: RewriteConfig) -> dict:
 
 def _kept(problem: Problem, outcome: Outcome, journal: JournalReader, ends: list[int] | None) -> dict:
     """
-    Text, token ids and log-probs of the completion that a row holds: an attempt's, or the demonstration, which has none. `ends` are the ids that
-    end a turn, where a run has stop texts.
+    Text, token ids and log-probs of the completion that a row holds: an attempt's, or the demonstration, which has
+    none. `ends` are the ids that end a turn, where a run has stop texts.
     """
     kept = {"text": problem.demonstration, "completion_ids": [], "behavior_log_probs": []}
     if outcome.offset < 0:
@@ -131,7 +132,10 @@ def _row(problem: Problem, outcome: Outcome, problems: Problems, kept: dict) -> 
 
 
 def _put(row: dict, expert_format: str) -> list[str]:
-    """Puts the demonstration in an `expert` row into the form that its prompt asks for, if that is wanted; returns what is to be said of it."""
+    """
+    Puts the demonstration in an `expert` row into the form that its prompt asks for, if that is wanted; returns what
+    is to be said of it.
+    """
     if not asks_for_box(row["prompt"]):
         return []
     (given,) = contents(row["completion"])

@@ -1,4 +1,6 @@
-"""The rows that go into a run, as problems: which ids they have, what the model is asked for them, which can be verified."""
+"""
+The rows that go into a run, as problems: which ids they have, what the model is asked for them, which can be verified.
+"""
 
 import copy
 from collections.abc import Iterator
@@ -33,9 +35,10 @@ class Problems:
     """
     The rows of a run as problems.
 
-    A row is read three times, since a million of them cannot be kept: all at first, because an id counts the rows before it that are alike,
-    and a bad row is to be told before anything is drawn (a resume finds what that has told in `rows_file`); then those without attempts, when
-    their turn comes; and all in order when they are written, for which the last attempt at the first of them may have been waited for.
+    A row is read three times, since a million of them cannot be kept: all at first, because an id counts the rows
+    before it that are alike, and a bad row is to be told before anything is drawn (a resume finds what that has told
+    in `rows_file`); then those without attempts, when their turn comes; and all in order when they are written, for
+    which the last attempt at the first of them may have been waited for.
 
     Args:
         dataset (`datasets.Dataset`): Rows in any of the formats of `data.formats.FORMATS`.
@@ -44,7 +47,8 @@ class Problems:
         rows_file (`Path`): Where what was found is kept.
 
     Raises:
-        ValueError: The dataset is empty or cannot be rewritten as `args` say, or a row has no problem or no demonstration (named by number).
+        ValueError: The dataset is empty or cannot be rewritten as `args` say, or a row has no problem or no
+            demonstration (named by number).
     """
 
     def __init__(self, dataset, args: RewriteConfig, processing_class, rows_file: Path):
@@ -88,7 +92,10 @@ class Problems:
         return memory
 
     def _control_tokens_in(self, problem: Problem) -> set[str]:
-        """The control tokens in what the model is shown of a problem; `ValueError` if it cannot be shown all that it comes with."""
+        """
+        The control tokens in what the model is shown of a problem; `ValueError` if it cannot be shown all that it
+        comes with.
+        """
         if given := [name for name in ("tools", "chat_template_kwargs") if problem.extra.get(name)]:
             raise ValueError(
                 f"The row with the problem {problem.problem!r:.100} has {' and '.join(given)}, with which its prompt would be rendered in "
@@ -111,15 +118,19 @@ class Problems:
         return self._control.prompt(asked)
 
     def known(self) -> Iterator[tuple[str, Problem | None, bool, dict]]:
-        """What the scheduler takes, when the known attempts are all that there will be: no row is read, no gold answer checked."""
+        """
+        What the scheduler takes, when the known attempts are all that there will be: no row is read, no gold answer
+        checked.
+        """
         for start in range(0, len(self), CHUNK):
             for row_id, found in zip(self.memory.ids(start, CHUNK), self.memory.known(start, CHUNK), strict=True):
                 yield row_id, None, True, found
 
     def checked(self, verifier: Verifier, counts: RunCounts) -> Iterator[tuple[str, Problem | None, bool, dict]]:
         """
-        What the scheduler takes: id, problem, whether its gold answer can be compared with (else it goes straight to its demonstration), and
-        the known attempts. One with attempts in the journal has passed that check, and is not read: most of them are settled.
+        What the scheduler takes: id, problem, whether its gold answer can be compared with (else it goes straight to
+        its demonstration), and the known attempts. One with attempts in the journal has passed that check, and is not
+        read: most of them are settled.
         """
         pool, memory = ThreadPoolExecutor(1, "gold answers"), self.memory
 

@@ -1,7 +1,8 @@
 """What others find on the Hub: the rows and attempts of a run, and their card.
 
-A push is one commit: the Parquet files as the run wrote them, the attempts from its journal, `run_config.yaml`, `metrics.json`
-and the card. So a repository is as it was before or as it is after, whenever the line is cut, and what is not ours in it stays.
+A push is one commit: the Parquet files as the run wrote them, the attempts from its journal, `run_config.yaml`,
+`metrics.json` and the card. So a repository is as it was before or as it is after, whenever the line is cut, and what
+is not ours in it stays.
 """
 
 import random
@@ -38,7 +39,7 @@ def push_run(
     accept_failed: bool = False,
 ):
     """
-    Pushes what `DataRewriter` wrote into `output_dir`: config `default` (the rows), config `attempts` and the card, in one commit.
+    Pushes what `DataRewriter` wrote, in one commit: config `default` (the rows), config `attempts` and the card.
 
     Args:
         output_dir (`str` or `Path`): The run directory.
@@ -47,18 +48,19 @@ def push_run(
         token (`str`, *optional*): By default the one of the environment (`HF_TOKEN`) or of `hf auth login`.
         revision (`str`, *optional*): Branch, made if there is none; by default `main`.
         push_attempts (`bool`, *optional*, defaults to `True`): Whether every attempt goes along, rejected ones too.
-        finished (`bool`, *optional*, defaults to `True`): `False` pushes the attempts of a run under way, and leaves the rows alone.
-        accept_failed (`bool`, *optional*, defaults to `False`): Whether rows go along though the engine failed at some attempts, for which
-            some of them may have fallen back.
+        finished (`bool`, *optional*, defaults to `True`): `False` pushes the attempts of a run under way, and leaves
+            the rows alone.
+        accept_failed (`bool`, *optional*, defaults to `False`): Whether rows go along though the engine failed at some
+            attempts, for which some of them may have fallen back.
 
     Returns:
         `huggingface_hub.CommitInfo`.
 
     Raises:
-        ValueError: The run has no rows yet, or some that may have fallen back because the engine failed, or `private` was asked of a
-            repository that is public.
-        HfHubHTTPError, httpx.TransportError, ConnectionError: The Hub refused, cannot be reached, or sent something unreadable, also after
-            some tries. A note on the exception says whether anything has changed there; the same call can be made again.
+        ValueError: The run has no rows yet, or some that may have fallen back because the engine failed, or `private`
+            was asked of a repository that is public.
+        HfHubHTTPError, httpx.TransportError, ConnectionError: The Hub refused, cannot be reached, or sent something
+            unreadable, also after some tries. A note on the exception says whether anything has changed there.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
@@ -101,7 +103,8 @@ def push_run(
             ]
             return api.create_commit(
                 repo_id,
-                # New ones at each try: only those are compared with what is there, and a commit whose answer was lost is there.
+                # New ones at each try: only those are compared with what is there, and a commit whose answer was lost
+                # is there.
                 [*(CommitOperationAdd(*item) for item in [*data, ("README.md", str(card).encode())]), *stale],
                 commit_message=commit_message or ("Push rows" if finished else "Push attempts of a run under way"),
                 repo_type="dataset",
@@ -117,7 +120,10 @@ def push_run(
 
 
 def _what_has_changed(api, repo_id: str, revision: str | None, before: str | None) -> str:
-    """What there is to know of a push that failed; `before` was the last commit when it began, `None` if it did not come to that."""
+    """
+    What there is to know of a push that failed; `before` was the last commit when it began, `None` if it did not come
+    to that.
+    """
     try:
         now = before and api.dataset_info(repo_id, revision=revision).sha
     except Exception as error:  # whatever a network can do
@@ -132,8 +138,8 @@ def _what_has_changed(api, repo_id: str, revision: str | None, before: str | Non
 
 def open_repo(repo_id: str, private: bool | None = None, token: str | None = None, revision: str | None = None):
     """
-    Makes the repository and the branch if there are none; raises what a push would raise. Returns the `HfApi` to go on with, and the
-    repository's full name: a `repo_id` without an owner is one of the token's user.
+    Makes the repository and the branch if there are none; raises what a push would raise. Returns the `HfApi` to go on
+    with, and the repository's full name: a `repo_id` without an owner is one of the token's user.
     """
     from huggingface_hub import HfApi, get_token
 
@@ -160,7 +166,10 @@ def refusals() -> tuple[type[Exception], ...]:
 
 
 def _tried_again(request: Callable, token: str | None = None):
-    """`request()`, made again after a while where the Hub's answer, or the lack of one, says that this may help; each wait is said."""
+    """
+    `request()`, made again after a while where the Hub's answer, or the lack of one, says that this may help; each
+    wait is said.
+    """
     from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 
     for wait in (1, 2, 4, 8, 16, None):
@@ -194,7 +203,10 @@ def _card(api, repo_id: str, revision: str | None = None):
 
 
 class _AsWritten(yaml.SafeLoader):
-    """YAML as its version 1.2 and the Hub read it: `no` (Norwegian), `12:30` and `1.10` are texts, and so written back, quoted."""
+    """
+    YAML as its version 1.2 and the Hub read it: `no` (Norwegian), `12:30` and `1.10` are texts, and so written back,
+    quoted.
+    """
 
 
 _AsWritten.yaml_implicit_resolvers = {}

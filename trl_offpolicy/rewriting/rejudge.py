@@ -20,10 +20,12 @@ def rejudge(
     path: Path, config: dict, problems: Problems, verifier: Verifier, as_attempt: Callable[..., Attempt]
 ) -> int:
     """
-    Puts a journal with this verifier's verdicts on the same texts in the place of the one at `path`, which stays beside it under a number.
+    Puts a journal with this verifier's verdicts on the same texts in the place of the one at `path`, which stays
+    beside it under a number.
 
-    Left out are attempts at problems whose gold answer this verifier cannot compare with, at rows that are not in the dataset, and at references
-    that have changed; and those whose texts were not kept, which are drawn again where they matter.
+    Left out are attempts at problems whose gold answer this verifier cannot compare with, at rows that are not in the
+    dataset, and at references that have changed; and those whose texts were not kept, which are drawn again where they
+    matter.
 
     Args:
         path (`Path`): The journal.

@@ -11,7 +11,8 @@ from ..sampling.sampler import LATER
 STAGES = ("self", "guided")
 SELECTIONS = ("first", "random", "max_log_prob")
 EXPERT_FORMATS = ("keep", "boxed")
-# What decides which guided attempts are kept, and the value with which it does nothing: what rewrites did before there was any of it.
+# What decides which guided attempts are kept, and the value with which it does nothing: what rewrites did before there
+# was any of it.
 GUIDED_FILTERS = {
     "clean_reference": False,
     "reject_mentions": False,
@@ -51,80 +52,100 @@ class RewriteConfig(HubOptions, RunConfig):
     How a dataset is rewritten. Generation parameters have TRL's names (`GRPOConfig`).
 
     Args:
-        output_dir (`str`): Run directory: journal, metrics and the rewritten dataset. An interrupted run resumes from it.
-        num_generations (`int`, *optional*, defaults to `8`): At most this many attempts for each problem and stage (K; the paper's
-            is not published, re-implementations use 4 to 10). A run goes on with another number: what it has drawn stays.
+        output_dir (`str`): Run directory: journal, metrics and the rewritten dataset. An interrupted run resumes from
+            it.
+        num_generations (`int`, *optional*, defaults to `8`): At most this many attempts for each problem and stage (K;
+            the paper's is not published, re-implementations use 4 to 10). A run goes on with another number: what it
+            has drawn stays.
         temperature (`float`, *optional*, defaults to `1.0`): Sampling temperature; importance weights need 1.
         top_p (`float`, *optional*, defaults to `1.0`): Nucleus; importance weights need 1.
-        top_k (`int`, *optional*, defaults to `0`): Highest-probability tokens kept, 0 for all; importance weights need 0.
-        min_p (`float`, *optional*, defaults to `0.0`): Tokens less likely than this share of the likeliest are never drawn; importance weights need 0.
-        repetition_penalty (`float`, *optional*, defaults to `1.0`): Above 1, tokens of prompt and completion are drawn less (as in
-            `transformers`); importance weights need 1.
-        stop (`list[str]`, *optional*): Texts at which an attempt ends, and which are cut off it. Rows that ended so are trained on as text,
-            without `completion_ids` and `behavior_log_probs`: the end of turn that they are trained to write was not drawn.
-        max_completion_length (`int`, *optional*, defaults to `2048`): Tokens of one attempt. One that is cut here is never kept.
-        stages (`list[str]`, *optional*, defaults to `["self", "guided"]`): Stages in order; the demonstration is always the last resort.
-        selection (`str`, *optional*, defaults to `"first"`): `first` stops at the first correct attempt; `random` draws all K and keeps
-            a random correct one: the same distribution of rows at a higher price, with the pass rate `num_correct / num_sampled`.
-            `max_log_prob` draws all K and keeps the correct one with the highest length-normalised log-probability, `sum_t log
-            μ(y_t | prompt, y_<t) / len(y)` over the sampled tokens including the end of turn, at temperature 1 and under the prompt
-            that was really used (in the guided stage, with the reference). The criterion is GRAPE's (arXiv 2502.04194), the
-            candidates are the model's own; kept rows are then likelier than a sample of the model.
-        max_concurrent_attempts (`int`, *optional*, defaults to `4`): With `first`, at most this many attempts of one problem at a time, and
-            more than one only where other problems leave the engine free slots. Rows do not depend on it; 1 never draws a token on
-            speculation.
-        keep_rejected (`bool`, *optional*, defaults to `True`): Whether the journal keeps text, token ids and log-probs of attempts that are
-            not correct. Without them a line is some 200 bytes, and what the model got wrong cannot be looked at.
+        top_k (`int`, *optional*, defaults to `0`): Highest-probability tokens kept, 0 for all; importance weights need
+            0.
+        min_p (`float`, *optional*, defaults to `0.0`): Tokens less likely than this share of the likeliest are never
+            drawn; importance weights need 0.
+        repetition_penalty (`float`, *optional*, defaults to `1.0`): Above 1, tokens of prompt and completion are drawn
+            less (as in `transformers`); importance weights need 1.
+        stop (`list[str]`, *optional*): Texts at which an attempt ends, and which are cut off it. Rows that ended so
+            are trained on as text, without `completion_ids` and `behavior_log_probs`: the end of turn that they are
+            trained to write was not drawn.
+        max_completion_length (`int`, *optional*, defaults to `2048`): Tokens of one attempt. One that is cut here is
+            never kept.
+        stages (`list[str]`, *optional*, defaults to `["self", "guided"]`): Stages in order; the demonstration is
+            always the last resort.
+        selection (`str`, *optional*, defaults to `"first"`): `first` stops at the first correct attempt; `random`
+            draws all K and keeps a random correct one: the same distribution of rows at a higher price, with the pass
+            rate `num_correct / num_sampled`. `max_log_prob` draws all K and keeps the correct one with the highest
+            length-normalised log-probability, `sum_t log μ(y_t | prompt, y_<t) / len(y)` over the sampled tokens
+            including the end of turn, at temperature 1 and under the prompt that was really used (in the guided stage,
+            with the reference). The criterion is GRAPE's (arXiv 2502.04194), the candidates are the model's own; kept
+            rows are then likelier than a sample of the model.
+        max_concurrent_attempts (`int`, *optional*, defaults to `4`): With `first`, at most this many attempts of one
+            problem at a time, and more than one only where other problems leave the engine free slots. Rows do not
+            depend on it; 1 never draws a token on speculation.
+        keep_rejected (`bool`, *optional*, defaults to `True`): Whether the journal keeps text, token ids and log-probs
+            of attempts that are not correct. Without them a line is some 200 bytes, and what the model got wrong
+            cannot be looked at.
         solve_prompt (`str`, *optional*): What a row without a prompt of its own (`problem`, `question`) is asked.
         system_prompt (`str`, *optional*): A system turn before it. Rows with prompts of their own hold theirs.
-        chat_template_kwargs (`dict` or JSON, *optional*): Variables of the chat template, such as `{"enable_thinking": False}`. They are a column of
-            the rows, so that training and `gap` render with them too; `eval` takes them with its own `--chat_template_kwargs`.
+        chat_template_kwargs (`dict` or JSON, *optional*): Variables of the chat template, such as `{"enable_thinking":
+            False}`. They are a column of the rows, so that training and `gap` render with them too; `eval` takes them
+            with its own `--chat_template_kwargs`.
         guided_prompt (`str`, *optional*): The digest-and-retell prompt, with `{problem}` and `{solution}`.
-        clean_reference (`bool`, *optional*, defaults to `True`): Show references in the guided prompt without GSM8K's calculator marks
-            (`<<32+16=48>>`) and its last line (`#### 48`), which retellings copy.
-        reject_mentions (`bool`, *optional*, defaults to `True`): Do not keep a guided attempt that speaks of the reference or a teacher, in
-            the languages of `text_statistics.LEAKS`, unless the problem itself does.
+        clean_reference (`bool`, *optional*, defaults to `True`): Show references in the guided prompt without GSM8K's
+            calculator marks (`<<32+16=48>>`) and its last line (`#### 48`), which retellings copy.
+        reject_mentions (`bool`, *optional*, defaults to `True`): Do not keep a guided attempt that speaks of the
+            reference or a teacher, in the languages of `text_statistics.LEAKS`, unless the problem itself does.
         mention_phrases (`list[str]`, *optional*): Further such phrases: regular expressions, in any case.
         reject_calculator_marks (`bool`, *optional*, defaults to `True`): Nor one with calculator marks.
-        min_guided_length (`float`, *optional*, defaults to `0.2`): Nor one with fewer words and signs (beside its box) than this share of its
-            reference's: a stub without reasoning. The reference is the measure, not the model's own solutions, so that it does not depend
-            on what was drawn before. 0 for no limit.
-        reject_other_form (`bool`, *optional*, defaults to `True`): Nor one without `\boxed{}` where the row's prompt asks for it.
-        max_guided_copy (`float`, *optional*, defaults to `0.8`): Nor one of whose 4-grams more than this share are the reference's. 1 for no limit.
+        min_guided_length (`float`, *optional*, defaults to `0.2`): Nor one with fewer words and signs (beside its box)
+            than this share of its reference's: a stub without reasoning. The reference is the measure, not the model's
+            own solutions, so that it does not depend on what was drawn before. 0 for no limit.
+        reject_other_form (`bool`, *optional*, defaults to `True`): Nor one without `\boxed{}` where the row's prompt
+            asks for it.
+        max_guided_copy (`float`, *optional*, defaults to `0.8`): Nor one of whose 4-grams more than this share are the
+            reference's. 1 for no limit.
         check_arithmetic (`bool`, *optional*, defaults to `False`): Nor one that says something like `32 + 16 = 49`
             ([`~rewriting.guided_filters.false_step`]).
-        expert_format (`str`, *optional*, defaults to `"boxed"`): `boxed` puts the final answer of an `expert` row into `\boxed{}` where its prompt
-            asks for that ([`~data.demonstrations.in_asked_form`]), and takes calculator marks out; no value is changed, and the demonstration as
-            it came is in its own column. `keep` leaves it as it is.
-        control_tokens (`str`, *optional*, defaults to `"warn"`): What is done with problems and references that hold the model's control tokens as
-            text ([`~data.control_tokens.ControlTokens`]): `warn`, `refuse`, `escape` or `allow`.
-        answer_column (`str`, *optional*, defaults to `"answer"`): Gold final answers; where it has none, the demonstration's last box
-            or GSM8K's `####` is taken.
-        seed (`int`, *optional*, defaults to `42`): Seed of the run; each attempt has a seed of its own derived from it.
-        shard (`str`, *optional*, defaults to `"0/1"`): `i/n` does the i-th of n blocks of rows (i from 0 to n - 1), with files of its own in
-            `output_dir`; `output_dir/dataset` appears with the last of them.
-        report_to (`str`, *optional*, defaults to `"none"`): `wandb` logs the lines of `metrics.jsonl` there as well, and the attempts as a
-            table. The environment's `WANDB_RUN_GROUP`, set for rewrite, training and evaluation alike, ties them together.
+        expert_format (`str`, *optional*, defaults to `"boxed"`): `boxed` puts the final answer of an `expert` row into
+            `\boxed{}` where its prompt asks for that ([`~data.demonstrations.in_asked_form`]), and takes calculator
+            marks out; no value is changed, and the demonstration as it came is in its own column. `keep` leaves it as
+            it is.
+        control_tokens (`str`, *optional*, defaults to `"warn"`): What is done with problems and references that hold
+            the model's control tokens as text ([`~data.control_tokens.ControlTokens`]): `warn`, `refuse`, `escape` or
+            `allow`.
+        answer_column (`str`, *optional*, defaults to `"answer"`): Gold final answers; where it has none, the
+            demonstration's last box or GSM8K's `####` is taken.
+        seed (`int`, *optional*, defaults to `42`): Seed of the run; each attempt has a seed of its own derived from
+            it.
+        shard (`str`, *optional*, defaults to `"0/1"`): `i/n` does the i-th of n blocks of rows (i from 0 to n - 1),
+            with files of its own in `output_dir`; `output_dir/dataset` appears with the last of them.
+        report_to (`str`, *optional*, defaults to `"none"`): `wandb` logs the lines of `metrics.jsonl` there as well,
+            and the attempts as a table. The environment's `WANDB_RUN_GROUP`, set for rewrite, training and evaluation
+            alike, ties them together.
         wandb_log_artifacts (`bool`, *optional*, defaults to `False`): Log the rewritten dataset as an artifact too.
-        accept_failed (`bool`, *optional*, defaults to `False`): Push a run, and let the command end with 0, though the engine failed at some
-            attempts and their rows may have fallen back for it. Else the same command tries them again.
-        push_to_hub (`bool`, *optional*, defaults to `False`): The command pushes rows, attempts and card when the run is done (in Python, call
-            `push_to_hub`). Whether it may is found out before anything is sampled.
+        accept_failed (`bool`, *optional*, defaults to `False`): Push a run, and let the command end with 0, though the
+            engine failed at some attempts and their rows may have fallen back for it. Else the same command tries them
+            again.
+        push_to_hub (`bool`, *optional*, defaults to `False`): The command pushes rows, attempts and card when the run
+            is done (in Python, call `push_to_hub`). Whether it may is found out before anything is sampled.
         hub_dataset_id (`str`, *optional*): Dataset repository, `owner/name`.
-        hub_private_repo (`bool`, *optional*, defaults to `False`): Make a new repository private (`--private`); otherwise it is what the
-            owner's new repositories are.
-        hub_token (`str`, *optional*): By default `HF_TOKEN`, or that of `hf auth login`; a command line can be read by others.
+        hub_private_repo (`bool`, *optional*, defaults to `False`): Make a new repository private (`--private`);
+            otherwise it is what the owner's new repositories are.
+        hub_token (`str`, *optional*): By default `HF_TOKEN`, or that of `hf auth login`; a command line can be read by
+            others.
         hub_revision (`str`, *optional*): Branch; by default `main`.
         push_attempts (`bool`, *optional*, defaults to `True`): Push every attempt too, as config `attempts`.
-        push_every (`int`, *optional*, defaults to `0`): Push the attempts so far every so many rows of a long run, 0 for never.
-        dry_run (`bool`, *optional*, defaults to `False`): Print the first prompt of each stage, on the command line as the
-            model reads it too, and the estimate; sample nothing.
-        probe (`int`, *optional*, defaults to `0`): With `dry_run`: rows, evenly spread, whose first attempt at each stage is drawn, to tell lengths,
-            acceptance and cost. They are kept in `probe.jsonl`, and a run with the same settings begins with them.
-        rejudge (`bool`, *optional*, defaults to `False`): Judge the texts that `output_dir`'s journal holds anew, as another `verifier` needs; they are
-            not drawn again. The journal as it was stays beside it under a number.
-        overwrite (`bool`, *optional*, defaults to `False`): Delete the journal of another configuration in `output_dir`; one of this
-            configuration is resumed all the same.
+        push_every (`int`, *optional*, defaults to `0`): Push the attempts so far every so many rows of a long run, 0
+            for never.
+        dry_run (`bool`, *optional*, defaults to `False`): Print the first prompt of each stage, on the command line as
+            the model reads it too, and the estimate; sample nothing.
+        probe (`int`, *optional*, defaults to `0`): With `dry_run`: rows, evenly spread, whose first attempt at each
+            stage is drawn, to tell lengths, acceptance and cost. They are kept in `probe.jsonl`, and a run with the
+            same settings begins with them.
+        rejudge (`bool`, *optional*, defaults to `False`): Judge the texts that `output_dir`'s journal holds anew, as
+            another `verifier` needs; they are not drawn again. The journal as it was stays beside it under a number.
+        overwrite (`bool`, *optional*, defaults to `False`): Delete the journal of another configuration in
+            `output_dir`; one of this configuration is resumed all the same.
     """
 
     num_generations: int = field(
@@ -263,7 +284,10 @@ class RewriteConfig(HubOptions, RunConfig):
         prompts.check(self.guided_prompt, "guided_prompt", "problem", "solution")
 
     def identity(self) -> dict:
-        """The fields on which an attempt, or whether it is kept, depends; the rest may change between a run and its resume."""
+        """
+        The fields on which an attempt, or whether it is kept, depends; the rest may change between a run and its
+        resume.
+        """
         used = self.settings()
         del used["expert_format"]
         if self.control_tokens != "escape":  # else the prompts are others

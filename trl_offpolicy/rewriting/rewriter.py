@@ -1,11 +1,14 @@
-"""`DataRewriter`: for each problem the model's own correct solution, else its retelling of the reference, else the demonstration.
+"""
+`DataRewriter`: for each problem the model's own correct solution, else its retelling of the reference, else the
+    demonstration.
 
     rewriter = DataRewriter("Qwen/Qwen2.5-Math-1.5B", RewriteConfig(output_dir="runs/rewrite", num_generations=8))
     dataset = rewriter.rewrite(load_dataset("openai/gsm8k", "main", split="train"))
     trainer = ImportanceWeightedSFTTrainer("Qwen/Qwen2.5-Math-1.5B", train_dataset=dataset)
 
 ("Mind the Gap", arXiv 2509.15157, section 3.2.) The way of a row: `problems.py` reads it, `scheduler.py` says
-which attempt is drawn when, here they are drawn, verified and journaled, and `output_rows.py` writes what comes out. A run holds the attempts in flight and some 30 bytes a row, not the texts.
+which attempt is drawn when, here they are drawn, verified and journaled, and `output_rows.py` writes what comes out. A
+run holds the attempts in flight and some 30 bytes a row, not the texts.
 """
 
 import hashlib
@@ -60,11 +63,13 @@ class DataRewriter:
     Args:
         model (`str` or `PreTrainedModel`): The model that will be trained; it is also the one that is sampled.
         args ([`RewriteConfig`]): How.
-        sampler ([`~trl_offpolicy.sampling.Sampler`], *optional*): Engine; by default a [`TransformersSampler`] of `model`.
-        verifier (*optional*): Something with `verify(completions, answers) -> list[Verdict]`, or a function of that form; by
-            default a [`MathVerifier`].
+        sampler ([`~trl_offpolicy.sampling.Sampler`], *optional*): Engine; by default a [`TransformersSampler`] of
+        `model`.
+        verifier (*optional*): Something with `verify(completions, answers) -> list[Verdict]`, or a function of that
+            form; by default a [`MathVerifier`].
         processing_class (`PreTrainedTokenizerBase`, *optional*): Tokenizer of the default sampler.
-        guided_sampler ([`~trl_offpolicy.sampling.Sampler`], *optional*): Who draws in the guided stage, such as a trained rewriting agent,
+        guided_sampler ([`~trl_offpolicy.sampling.Sampler`], *optional*): Who draws in the guided stage, such as a
+        trained rewriting agent,
             `sampler.with_adapter("me/agent")`; by default `sampler`.
     """
 
@@ -102,20 +107,21 @@ class DataRewriter:
 
     def rewrite(self, dataset, run_config: dict | None = None):
         """
-        Rewrites every row of `dataset` and returns the result, which is also in `output_dir/dataset` as Parquet. Of problems without
-        demonstrations (`stages=["self"]` only), those without a correct attempt are listed in `output_dir/unsolved.jsonl` instead.
+        Rewrites every row of `dataset` and returns the result, which is also in `output_dir/dataset` as Parquet. Of
+        problems without demonstrations (`stages=["self"]` only), those without a correct attempt are listed in
+        `output_dir/unsolved.jsonl` instead.
 
         Args:
             dataset (`datasets.Dataset`): Rows in any of the formats of `rows.FORMATS`; each comes out exactly once.
-            run_config (`dict`, *optional*): Further arguments of `trl-offpolicy rewrite` for `run_config.yaml`, such as `dataset_name`, which
-                with commit and config is found out for a dataset from the Hub.
+            run_config (`dict`, *optional*): Further arguments of `trl-offpolicy rewrite` for `run_config.yaml`, such
+                as `dataset_name`, which with commit and config is found out for a dataset from the Hub.
 
         Returns:
             `datasets.Dataset`: The rewritten rows, of this shard if it is one of several; `None` after a dry run.
 
         Raises:
-            ValueError: The dataset is empty or lacks a column, a row has no problem or no demonstration (named by number), or
-                `output_dir` holds the attempts of another configuration.
+            ValueError: The dataset is empty or lacks a column, a row has no problem or no demonstration (named by
+                number), or `output_dir` holds the attempts of another configuration.
         """
         problems = self._problems(dataset)
         if problems.plain:
@@ -169,8 +175,8 @@ class DataRewriter:
 
     def rows_so_far(self, dataset, file: str | Path) -> int:
         """
-        Writes the rows of this shard that are settled by what its journal holds, as [`rewrite`] would, to a Parquet `file`. Nothing is
-        sampled, and a run may be under way. Rows of which nothing was drawn yet are left out.
+        Writes the rows of this shard that are settled by what its journal holds, as [`rewrite`] would, to a Parquet
+        `file`. Nothing is sampled, and a run may be under way. Rows of which nothing was drawn yet are left out.
 
         Returns:
             `int`: How many rows were written.
@@ -207,12 +213,14 @@ class DataRewriter:
         commit_message: str | None = None,
     ):
         """
-        Pushes the rows in `output_dir`, the attempts and their card to the Hub; see [`~rewriting.push.push_run`]. Arguments left out are those of `args`.
+        Pushes the rows in `output_dir`, the attempts and their card to the Hub; see [`~rewriting.push.push_run`].
+        Arguments left out are those of `args`.
 
         Raises:
-            ValueError: No repository is named, the run is not finished, the engine failed at some of its attempts and `accept_failed` is
-                not set, or a private one was asked for and it is public.
-            HfHubHTTPError, httpx.TransportError, ConnectionError: The Hub refused or cannot be reached; a note on the exception says whether
+            ValueError: No repository is named, the run is not finished, the engine failed at some of its attempts and
+                `accept_failed` is not set, or a private one was asked for and it is public.
+            HfHubHTTPError, httpx.TransportError, ConnectionError: The Hub refused or cannot be reached; a note on the
+            exception says whether
                 anything has changed there. Call it again.
         """
         return self._push(repo_id, private, token, revision, push_attempts, commit_message)
@@ -226,7 +234,10 @@ class DataRewriter:
         return problems.select(self.shard.rows(len(problems)))
 
     def _run(self, problems: Problems, journal: Journal, logged, args: RewriteConfig, path: Path | None) -> Scheduler:
-        """Streams all problems through sampling and verification until each has its outcome; `path` is that of `metrics.jsonl`, if it is wanted."""
+        """
+        Streams all problems through sampling and verification until each has its outcome; `path` is that of
+        `metrics.jsonl`, if it is wanted.
+        """
         memory, counts = problems.memory, self._counts()
         memory.recall(journal, args.stages)
         if path is not None and memory.num_known:
@@ -392,7 +403,10 @@ class DataRewriter:
         return Journal(path, config, overwrite=self.args.overwrite), config
 
     def _look_at_verifier(self, path: Path, config: dict, problems: Problems) -> None:
-        """Has the journal's texts judged anew if that is wanted; `ValueError` if the verifier, and nothing else, is another one and it is not."""
+        """
+        Has the journal's texts judged anew if that is wanted; `ValueError` if the verifier, and nothing else, is
+        another one and it is not.
+        """
         found = read_header(path)
         if found is None or differences(found, config, free=("num_generations", "verifier")):
             return
@@ -470,8 +484,8 @@ class DataRewriter:
 
     def _probe(self, problems: Problems) -> None:
         """
-        Draws the first attempt of each stage for some rows, evenly spread, and prints what they tell of the whole run. They go into a journal
-        of their own, which a run with the same settings begins with.
+        Draws the first attempt of each stage for some rows, evenly spread, and prints what they tell of the whole run.
+        They go into a journal of their own, which a run with the same settings begins with.
         """
         self._load_engines()
         self.output_dir.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,10 @@
 """Which attempt is drawn next, and when a problem is settled; knows neither engines nor files.
 
-A problem's attempts are drawn in index order while other problems keep the engine full. Only where slots are left, and the engine
-draws more tokens per second for it, does a problem get later attempts on speculation; as soon as one of its attempts is correct, the higher ones are obsolete, the lower
-ones are waited for, and the lowest correct one is kept. So the rows are those of drawing one attempt after another, whatever
-the order in which attempts finish; keeping the first *finished* one instead would favour short answers.
+A problem's attempts are drawn in index order while other problems keep the engine full. Only where slots are left, and
+the engine draws more tokens per second for it, does a problem get later attempts on speculation; as soon as one of its
+attempts is correct, the higher ones are obsolete, the lower ones are waited for, and the lowest correct one is kept.
+So the rows are those of drawing one attempt after another, whatever the order in which attempts finish; keeping the
+first *finished* one instead would favour short answers.
 """
 
 import random
@@ -22,7 +23,10 @@ from .rewrite_config import RewriteConfig
 
 
 class Outcome(NamedTuple):
-    """What a problem became; `offset` is the place in the journal of the kept `attempt`, or -1; `self_…` are the numbers of the stage `self`."""
+    """
+    What a problem became; `offset` is the place in the journal of the kept `attempt`, or -1; `self_…` are the numbers
+    of the stage `self`.
+    """
 
     source: str
     offset: int = -1
@@ -67,8 +71,8 @@ class Scheduler:
     Hands out attempts ([`next`]) and takes verdicts ([`record`]) until every problem has its outcome.
 
     Args:
-        problems (`Iterable[tuple[str, Problem | None, bool, dict]]`): Ids and problems in order, whether each can be sampled at all, and
-            what [`~runs.run_memory.RunMemory`] has of it.
+        problems (`Iterable[tuple[str, Problem | None, bool, dict]]`): Ids and problems in order, whether each can be
+            sampled at all, and what [`~runs.run_memory.RunMemory`] has of it.
         total (`int`): How many they are.
         args ([`RewriteConfig`]): Stages, K, selection, seed and how far to speculate.
         counts ([`RunCounts`]): Where everything is counted.
@@ -96,7 +100,10 @@ class Scheduler:
         return Outcome(self._sources[source], *rest)
 
     def next(self, speculate: bool = True) -> Draw | None:
-        """The next attempt: one that is due, else a fresh problem's first, else a speculative one if allowed; `None` if there is none."""
+        """
+        The next attempt: one that is due, else a fresh problem's first, else a speculative one if allowed; `None` if
+        there is none.
+        """
         while (state := self._due()) and not self._wanted(state):
             pass  # a refusal has ended its stage while it was queued
         if state is None and speculate:
@@ -120,7 +127,10 @@ class Scheduler:
         return len(self._open)
 
     def attempts_left(self) -> float:
-        """The attempts that are still to be drawn, those under way included, if each stage goes on accepting as many as so far."""
+        """
+        The attempts that are still to be drawn, those under way included, if each stage goes on accepting as many as
+        so far.
+        """
         most, counts = self.args.num_generations, self.counts
         rest = [0.0]  # of a problem that is through with all stages but the last 0, 1, …
         rates = []
@@ -135,7 +145,10 @@ class Scheduler:
         return left
 
     def _expected(self, tries: int, rate: float, rest: float) -> float:
-        """Attempts of a problem with so many tries at a stage, each of which succeeds at `rate`, and `rest` behind it if none does."""
+        """
+        Attempts of a problem with so many tries at a stage, each of which succeeds at `rate`, and `rest` behind it if
+        none does.
+        """
         in_vain = (1 - rate) ** tries
         return (tries if self._all_needed else (1 - in_vain) / rate) + in_vain * rest
 
@@ -182,7 +195,9 @@ class Scheduler:
         return self.args.num_generations
 
     def _wanted(self, state: ProblemState) -> list[int]:
-        """The attempts that can still matter and are neither known nor under way, in the order in which they are due."""
+        """
+        The attempts that can still matter and are neither known nor under way, in the order in which they are due.
+        """
         if state.stage == len(self.args.stages):
             return []
         known = state.results.keys() | state.in_flight
@@ -234,14 +249,15 @@ class Speculation:
     """
     How many attempts may be in flight, speculative ones included, so that each of them makes the engine draw more.
 
-    Tokens per second are measured at each power of two in flight while the run goes. Beyond the attempts that are needed there may be
-    twice as many where that many have not been tried, or where they were drawn at [`GAIN`] times the rate; and so on from there. An
-    engine whose cores are full draws hardly more with twice as many, and each attempt that is needed would only take longer.
+    Tokens per second are measured at each power of two in flight while the run goes. Beyond the attempts that are
+    needed there may be twice as many where that many have not been tried, or where they were drawn at [`GAIN`] times
+    the rate; and so on from there. An engine whose cores are full draws hardly more with twice as many, and each
+    attempt that is needed would only take longer.
 
     Args:
         slots (`int`): How many the engine draws at a time.
-        enough (`int`, *optional*, defaults to `32`): Tokens for each attempt in flight after which a rate is believed; many completions'
-            worth where tokens are counted only when an attempt is finished.
+        enough (`int`, *optional*, defaults to `32`): Tokens for each attempt in flight after which a rate is believed;
+            many completions' worth where tokens are counted only when an attempt is finished.
     """
 
     GAIN = 1.2
@@ -252,7 +268,10 @@ class Speculation:
         self._measured: dict[int, list[float]] = {}  # tokens and seconds by the power of two
 
     def note(self, in_flight: int, drawn: int, now: float) -> None:
-        """Takes how many tokens had been drawn at the time `now`, before which so many attempts were in flight since the last call."""
+        """
+        Takes how many tokens had been drawn at the time `now`, before which so many attempts were in flight since the
+        last call.
+        """
         before, self._last = self._last, (drawn, now)
         if before is None or not in_flight:
             return
@@ -280,7 +299,9 @@ class Speculation:
 
 
 def select(correct: list[Result], selection: str, key: tuple) -> Result:
-    """The attempt that is kept of the `correct` ones, which are in index order; `key` is what [`attempt_seed`] takes."""
+    """
+    The attempt that is kept of the `correct` ones, which are in index order; `key` is what [`attempt_seed`] takes.
+    """
     if selection == "max_log_prob":
         return max(correct, key=lambda result: result.log_prob)  # the lowest index among equals
     if selection == "random":

@@ -1,14 +1,16 @@
 """An append-only record of attempts, one JSON line each: what a crash cannot lose and a resume starts from.
 
-[`Attempt`] is a line of a rewrite's journal; an evaluation's has other fields, and both have their texts behind `reason`.
+[`Attempt`] is a line of a rewrite's journal; an evaluation's has other fields, and both have their texts behind
+`reason`.
 
-The first line is the configuration that made the attempts. A line is written whole, in one `write` to a file opened for
-appending, so a killed process leaves at most a torn last line, which the next opening cuts off (its attempt is simply
-drawn again, from the same seed). Lines are never changed; a later one for the same key wins.
+The first line is the configuration that made the attempts. A line is written whole, in one `write` to a file opened
+for appending, so a killed process leaves at most a torn last line, which the next opening cuts off (its attempt is
+simply drawn again, from the same seed). Lines are never changed; a later one for the same key wins.
 
-A line's last field is the CRC-32 of all that is before it, `{"id":"9f86d081884c7d65","stage":"self",…,"crc32":"1b2e9d33"}`, so that
-what a disk or an editor has made of a line is never taken for an attempt. Journals written before there were checksums are
-read and continued: from its first line with a checksum on, every line of a file has one.
+A line's last field is the CRC-32 of all that is before it,
+`{"id":"9f86d081884c7d65","stage":"self",…,"crc32":"1b2e9d33"}`, so that what a disk or an editor has made of a line is
+never taken for an attempt. Journals written before there were checksums are read and continued: from its first line
+with a checksum on, every line of a file has one.
 """
 
 import errno
@@ -36,8 +38,8 @@ _TEXTS = b',"reason":'  # where a line's texts and token ids begin, nine tenths 
 
 class Result(NamedTuple):
     """
-    How an attempt ended; `offset` is its place in the journal, `log_prob` the mean over its tokens (NaN: not known), `rejected` the
-    [`~data.rows.Rejection`] for which it is not kept though it is correct.
+    How an attempt ended; `offset` is its place in the journal, `log_prob` the mean over its tokens (NaN: not known),
+    `rejected` the [`~data.rows.Rejection`] for which it is not kept though it is correct.
     """
 
     offset: int
@@ -56,8 +58,8 @@ class Result(NamedTuple):
 @dataclass(slots=True)
 class Attempt:
     """
-    One line of a rewrite's journal. Fields that have their default value are not written, and those from `reason` on have it as well in
-    an attempt that was read without its texts.
+    One line of a rewrite's journal. Fields that have their default value are not written, and those from `reason` on
+    have it as well in an attempt that was read without its texts.
     """
 
     id: str  # the problem's
@@ -108,7 +110,8 @@ class JournalReader:
         The entry that `append` or `entries` gave this offset for.
 
         Raises:
-            ValueError: It is damaged, is another one than `expected` (values by field), or lacks one of the `fields`; names file and line.
+            ValueError: It is damaged, is another one than `expected` (values by field), or lacks one of the `fields`;
+                names file and line.
         """
         if self._reader is None:
             self._reader = self.path.open("rb")
@@ -136,12 +139,13 @@ class Journal(JournalReader):
     Args:
         path (`Path`): The JSONL file.
         config (`dict`): What the attempts depend on; compared with the file's first line.
-        overwrite (`bool`, *optional*, defaults to `False`): Empty the file if it holds the attempts of another configuration. The same
-            configuration is resumed all the same, so a command with this flag can be interrupted and run again.
+        overwrite (`bool`, *optional*, defaults to `False`): Empty the file if it holds the attempts of another
+            configuration. The same configuration is resumed all the same, so a command with this flag can be
+            interrupted and run again.
 
     Raises:
-        ValueError: The file holds the attempts of another configuration (names each field that differs), its first line is damaged and
-            it is not to be overwritten, or another process is writing to it.
+        ValueError: The file holds the attempts of another configuration (names each field that differs), its first
+            line is damaged and it is not to be overwritten, or another process is writing to it.
     """
 
     def __init__(self, path: Path, config: dict, overwrite: bool = False):
@@ -226,10 +230,11 @@ def read_attempts(path: Path, ids: Collection[str] | None = None, texts: bool = 
 
 def read_entries(path: Path, texts: bool = True) -> Iterator[tuple[int, dict]]:
     """
-    (offset, entry) of every whole line after the first, in the order written; also of a journal that is being written to.
+    (offset, entry) of every whole line after the first, in the order written; also of a journal that is being written
+    to.
 
-    Without `texts`, only an entry's fields before `reason`: what follows is not parsed, so texts and token ids cost next to nothing.
-    Their checksum is compared all the same.
+    Without `texts`, only an entry's fields before `reason`: what follows is not parsed, so texts and token ids cost
+    next to nothing. Their checksum is compared all the same.
 
     Raises:
         ValueError: A line is damaged; names file and line.
@@ -287,8 +292,9 @@ def read_header(path: Path) -> dict | None:
 
 def differences(found: dict | None, config: dict, free: Collection[str] = ("num_generations",)) -> str:
     """
-    Each field but the `free` ones in which two configurations differ, in words; empty if none does, or there is nothing to compare with.
-    Of journals, how many attempts a problem may have is free: each has a seed of its own, whatever that number is.
+    Each field but the `free` ones in which two configurations differ, in words; empty if none does, or there is
+    nothing to compare with. Of journals, how many attempts a problem may have is free: each has a seed of its own,
+    whatever that number is.
     """
     found, config = json.loads(json.dumps([found, config]))
     fields = [k for k in {**(found or {}), **config} if k not in free]
@@ -297,7 +303,9 @@ def differences(found: dict | None, config: dict, free: Collection[str] = ("num_
 
 
 def lock(handle: int, how: int) -> None:
-    """`flock`, which the kernel lets go of when the process ends, however it ends; nothing on file systems without locks."""
+    """
+    `flock`, which the kernel lets go of when the process ends, however it ends; nothing on file systems without locks.
+    """
     try:
         fcntl.flock(handle, how)
     except OSError as error:
@@ -306,7 +314,10 @@ def lock(handle: int, how: int) -> None:
 
 
 def _has_checksum(line: bytes, required: bool = False) -> bool:
-    """Whether a line ends with its checksum; `ValueError` if that is another line's, or there is none though it is `required`."""
+    """
+    Whether a line ends with its checksum; `ValueError` if that is another line's, or there is none though it is
+    `required`.
+    """
     if not required and b'"crc32":"' not in line[-_LENGTH:]:
         return False
     checksum = _CHECKSUM % zlib.crc32(line[:-_LENGTH])
@@ -321,7 +332,10 @@ def _content(line: bytes, checked: bool) -> bytes:
 
 
 def _parse(path: Path, lines: list[bytes], number: int, unchecked: int, config: dict) -> list[dict]:
-    """The entries in these lines, of which the last is the `number`-th of the file, and the first `unchecked` have no checksum."""
+    """
+    The entries in these lines, of which the last is the `number`-th of the file, and the first `unchecked` have no
+    checksum.
+    """
     stages = stages if isinstance(stages := config.get("stages"), list) else None
     try:
         # All at once takes two thirds of the time. No text reaches over a line's end: JSON allows none there.
@@ -368,7 +382,9 @@ _ATTEMPT = {
 
 
 def _wrong_fields(entry: dict, stages: list[str] | None) -> list[str]:
-    """Fields of an entry that cannot be those of an attempt, made by a run with these `stages` where they are known."""
+    """
+    Fields of an entry that cannot be those of an attempt, made by a run with these `stages` where they are known.
+    """
     wrong = [name for name, is_right in _ATTEMPT.items() if not is_right(entry[name])]
     return wrong if stages is None or entry["stage"] in stages else [*wrong, "stage"]
 

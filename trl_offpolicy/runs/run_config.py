@@ -1,4 +1,6 @@
-"""The settings that everything has in common which draws completions into a run directory: rewriting and evaluation."""
+"""
+The settings that everything has in common which draws completions into a run directory: rewriting and evaluation.
+"""
 
 import os
 from dataclasses import dataclass, field, fields
@@ -12,7 +14,10 @@ from .shards import Shard
 
 @dataclass
 class RunConfig:
-    """How completions are drawn, and where to; the names are TRL's (`GRPOConfig`). [`RewriteConfig`] and [`EvaluationConfig`] document them."""
+    """
+    How completions are drawn, and where to; the names are TRL's (`GRPOConfig`). [`RewriteConfig`] and
+    [`EvaluationConfig`] document them.
+    """
 
     output_dir: str = field(metadata={"help": "Run directory. An interrupted run resumes from it."})
     num_generations: int = field(default=8, metadata={"help": "Completions of each problem."})
@@ -95,6 +100,9 @@ class RunConfig:
                 raise ValueError(f"You passed {name}={getattr(self, name)}; it must be at least {low}.")
 
     def sampling_params(self) -> SamplingParams:
-        """Those of its fields that say how one completion is drawn; raises `ValueError` for values that no engine can draw with."""
+        """
+        Those of its fields that say how one completion is drawn; raises `ValueError` for values that no engine can
+        draw with.
+        """
         given = {f.name: getattr(self, f.name) for f in fields(SamplingParams)}
         return SamplingParams(**{**given, "stop": self.stop or ()})

@@ -1,4 +1,7 @@
-"""What is counted of a run, in one place: for `metrics.json`, `metrics.jsonl`, the status line, the summary at its end and the card."""
+"""
+What is counted of a run, in one place: for `metrics.json`, `metrics.jsonl`, the status line, the summary at its end
+and the card.
+"""
 
 import json
 import math
@@ -29,8 +32,8 @@ class StageCounts:
 
 class RunCounts:
     """
-    The counts of a run. Attempts up to the one that settled a problem's stage ([`add`]) do not depend on the order of things; what was drawn
-    beyond them depends on the engine's speed, and is counted apart (`unused`, `aborted`).
+    The counts of a run. Attempts up to the one that settled a problem's stage ([`add`]) do not depend on the order of
+    things; what was drawn beyond them depends on the engine's speed, and is counted apart (`unused`, `aborted`).
 
     Args:
         stages (`Iterable[str]`): Names of the stages.
@@ -47,7 +50,8 @@ class RunCounts:
         self.undrawn_rows = 0  # of these, those for which this process drew nothing
         self.golds: Counter = Counter()  # gold answers that cannot be compared with, by verdict
         self.drawn = self.failed = 0  # attempts that this process has journaled
-        # `finished`, `unused` and `aborted` ones and their tokens, as [`~verification.drawing.Drawing`] counts them; of the tokens of
+        # `finished`, `unused` and `aborted` ones and their tokens, as [`~verification.drawing.Drawing`] counts them;
+        # of the tokens of
         # aborted ones, `earlier_aborted_tokens` are those of processes before this one.
         self.engine: Counter = Counter()
 
@@ -78,7 +82,10 @@ class RunCounts:
         self.engine["unused_tokens"] += tokens
 
     def recall_aborted(self, path: Path) -> None:
-        """Adds what earlier processes of the run have drawn of attempts that are in no journal, as its `metrics.jsonl` says."""
+        """
+        Adds what earlier processes of the run have drawn of attempts that are in no journal, as its `metrics.jsonl`
+        says.
+        """
         for line in path.read_text().splitlines()[-2:] if path.exists() else ():
             try:
                 told = json.loads(line)
@@ -148,11 +155,13 @@ class RunCounts:
         left: float | None = None,
     ) -> dict:
         """
-        One line of `metrics.jsonl`: `rows` and their number by source; `sampled`, `tokens`, `acceptance/<stage>` and `truncated/<stage>` over
-        the attempts that settled something, `rejected/<why>` how many correct guided ones were not kept; `unused` and `unused_tokens` of
-        those drawn beyond them, `aborted` ones that were stopped on the way, with the `aborted_tokens` drawn of them by then; `drawn` tokens,
-        `tokens_per_second` and `eta_seconds` (`None` until it can be told) of this process alone, without what a journal knew; `tokens_saved`
-        of what K attempts for each problem and stage would have cost at the same mean length, after all tokens that were drawn in vain.
+        One line of `metrics.jsonl`: `rows` and their number by source; `sampled`, `tokens`, `acceptance/<stage>` and
+        `truncated/<stage>` over the attempts that settled something, `rejected/<why>` how many correct guided ones
+        were not kept; `unused` and `unused_tokens` of those drawn beyond them, `aborted` ones that were stopped on the
+        way, with the `aborted_tokens` drawn of them by then; `drawn` tokens, `tokens_per_second` and `eta_seconds`
+        (`None` until it can be told) of this process alone, without what a journal knew; `tokens_saved` of what K
+        attempts for each problem and stage would have cost at the same mean length, after all tokens that were drawn
+        in vain.
 
         Args:
             total (`int`): Rows of the run.
@@ -160,7 +169,8 @@ class RunCounts:
             sampling, verifying (`int`, *optional*): Attempts with the engine, and those that wait for their verdict.
             drawn (`int`, *optional*): Tokens that this process has drawn, those of attempts under way included.
             rate (`float`, *optional*): Tokens drawn per second of late; by default since the beginning.
-            left (`float`, *optional*): Attempts still to be drawn, those under way included ([`~rewriting.scheduler.Scheduler.attempts_left`]).
+            left (`float`, *optional*): Attempts still to be drawn, those under way included
+                ([`~rewriting.scheduler.Scheduler.attempts_left`]).
         """
         by_source, sampled, tokens = self.by_source, self.total("sampled"), self.total("tokens")
         rows = sum(by_source.values())
@@ -195,7 +205,10 @@ class RunCounts:
     def _eta(
         self, rows: int, total: int, seconds: float, sampling: int, drawn: int, rate: float, left: float | None
     ) -> float | None:
-        """The tokens that attempts to come will have, less those that are drawn of the ones under way, at the rate of late."""
+        """
+        The tokens that attempts to come will have, less those that are drawn of the ones under way, at the rate of
+        late.
+        """
         finished = self.engine["finished_tokens"]
         if not finished:  # nothing is finished, or the server says no tokens: then by rows
             fresh = rows - self.undrawn_rows
@@ -204,7 +217,8 @@ class RunCounts:
             return None
         aborted = self.engine["aborted_tokens"] - self.engine["earlier_aborted_tokens"]
         under_way = max(0, drawn - finished - aborted)
-        # The first to finish are the short ones: none that are under way will be shorter than they are on average by now.
+        # The first to finish are the short ones: none that are under way will be shorter than they are on average by
+        # now.
         length = max(finished / self.engine["finished"], under_way / max(1, sampling))
         return round(max(0.0, left * length - under_way) / rate, 1)
 
@@ -223,7 +237,9 @@ def summed(metrics: list[dict]) -> dict:
 
 
 def shown(line: dict) -> str:
-    """What the status line says of a line of `metrics.jsonl`, the most important first: a narrow terminal cuts its end."""
+    """
+    What the status line says of a line of `metrics.jsonl`, the most important first: a narrow terminal cuts its end.
+    """
     left = line["eta_seconds"]
     parts = [] if left is None else [f"{tqdm.format_interval(left)} left"]
     parts += [f"{line['drawn']:,} tokens", f"{line['tokens_per_second']:,.0f} tok/s"]
@@ -247,15 +263,16 @@ def cut_advice(sampling: Mapping[str, int], limit: int, begun: bool = True) -> s
     """
     What to raise, and to what, where more than a quarter of the attempts were cut; `None` where they were not.
 
-    Beyond half the limit, attempts ended at some rate a token: `late_ends` of them in `late_tokens`. If that rate goes on beyond the
-    limit, of those that were cut so many are still running after so many more tokens, and one in twenty of all would be cut at the
-    limit that is named (the maximum-likelihood estimate for an exponential tail with censoring). Where none ended so late, it is four
-    times the limit.
+    Beyond half the limit, attempts ended at some rate a token: `late_ends` of them in `late_tokens`. If that rate goes
+    on beyond the limit, of those that were cut so many are still running after so many more tokens, and one in twenty
+    of all would be cut at the limit that is named (the maximum-likelihood estimate for an exponential tail with
+    censoring). Where none ended so late, it is four times the limit.
 
     Args:
         sampling (`Mapping`): `sampled`, `truncated`, `late_ends` and `late_tokens` of a run ([`RunCounts.sampling`]).
         limit (`int`): Its `max_completion_length`.
-        begun (`bool`, *optional*, defaults to `True`): Whether its `output_dir` has attempts, which another limit would not go on from.
+        begun (`bool`, *optional*, defaults to `True`): Whether its `output_dir` has attempts, which another limit
+            would not go on from.
     """
     sampled, cut = sampling["sampled"], sampling["truncated"]
     if cut <= MOST_CUT * sampled:
@@ -273,7 +290,9 @@ def cut_advice(sampling: Mapping[str, int], limit: int, begun: bool = True) -> s
 
 
 def summary(metrics: dict, limit: int) -> Iterator[str]:
-    """The lines that a finished run ends with: its `metrics.json`, `limit` being its `max_completion_length`, in words."""
+    """
+    The lines that a finished run ends with: its `metrics.json`, `limit` being its `max_completion_length`, in words.
+    """
     counts = dict(metrics["yield"])
     total = counts.pop("total")
     yield f"{total:,} rows: " + ", ".join(f"{n:,} {source} ({n / max(1, total):.1%})" for source, n in counts.items())

@@ -25,7 +25,8 @@ class RunDirectory:
 
     Args:
         path (`str` or `Path`): The run's `output_dir`.
-        finished (`bool`, *optional*, defaults to `True`): `False` for a run under way, of which there are no rows and no `metrics` yet.
+        finished (`bool`, *optional*, defaults to `True`): `False` for a run under way, of which there are no rows and
+            no `metrics` yet.
     """
 
     def __init__(self, path: str | Path, finished: bool = True):
@@ -35,7 +36,10 @@ class RunDirectory:
         self.row_files = sorted((self.path / "dataset").glob("*.parquet")) if finished else []
 
     def check(self) -> None:
-        """Reads the attempts and the settings; `FileNotFoundError` or `ValueError` if there are none, or they are damaged."""
+        """
+        Reads the attempts and the settings; `FileNotFoundError` or `ValueError` if there are none, or they are
+        damaged.
+        """
         for name in ("counts", "settings"):
             getattr(self, name)
 
@@ -75,7 +79,8 @@ class RunDirectory:
     @cached_property
     def ids(self) -> dict[Path, set[str] | None]:
         """
-        Of each journal the problems of its shard (`None`: not known); it may have attempts at others that have left the dataset since.
+        Of each journal the problems of its shard (`None`: not known); it may have attempts at others that have left
+        the dataset since.
 
         Raises:
             FileNotFoundError: It is no run.
@@ -118,7 +123,10 @@ class RunDirectory:
         return read_attempts(journal, self.ids[journal], texts)
 
     def first_attempts(self, texts: bool = True) -> Iterator[Attempt]:
-        """The first attempt of stage `self` that was drawn at each problem: a sample of the policy, whatever became of it."""
+        """
+        The first attempt of stage `self` that was drawn at each problem: a sample of the policy, whatever became of
+        it.
+        """
         for attempt in chain.from_iterable(self.attempts(journal, texts) for journal in self.ids):
             if attempt.stage == Source.SELF and attempt.attempt == 0 and attempt.finish_reason not in FAILED:
                 yield attempt
@@ -191,8 +199,8 @@ PLACES = ("model_name_or_path", "dataset_name", "rewriter_adapter", "adapter", "
 
 def _without_paths(text: str, on_hub: dict[str, bool | None]) -> tuple[str, list[str]]:
     """
-    `run_config.yaml` as others get it, and the names of the settings that are left out: they hold local paths, which are nobody's business
-    and lead nowhere elsewhere.
+    `run_config.yaml` as others get it, and the names of the settings that are left out: they hold local paths, which
+    are nobody's business and lead nowhere elsewhere.
 
     Args:
         text (`str`): As it is in the run's directory.

@@ -140,8 +140,9 @@ def wandb_run(report_to: str, directory: Path, job_type: str, config: dict, part
     """
     The W&B run in which a command that writes into `directory` logs; `None` unless `report_to` is `"wandb"`.
 
-    A run that is open already is logged to and left open. One of our own goes on when the command is run again. It is in the group
-    `WANDB_RUN_GROUP`, which ties rewrite, training and evaluation together, or by default in one named after `directory`.
+    A run that is open already is logged to and left open. One of our own goes on when the command is run again. It is
+    in the group `WANDB_RUN_GROUP`, which ties rewrite, training and evaluation together, or by default in one named
+    after `directory`.
     """
     if report_to != "wandb":
         yield None
@@ -219,7 +220,8 @@ def log_artifact(run, kind: str, paths: list[Path]) -> None:
 
 class PeriodicPush:
     """
-    Pushes a run under way every so many rows, in a thread of its own and one at a time; a push that fails is said and tried again.
+    Pushes a run under way every so many rows, in a thread of its own and one at a time; a push that fails is said and
+    tried again.
 
     Args:
         push (`Callable[[], object]`): Makes one push.

@@ -20,14 +20,16 @@ class RunMemory:
     """
     The ids of a run's rows, and how the attempts ended that are in its journal already.
 
-    Why it exists: as Python objects, a million rows and their attempts would take gigabytes, and the garbage collector would walk over
-    them again and again. Here a row takes 16 bytes and an attempt 50, in arrays that nobody outside sees; they are looked up some hundred
-    rows at a time, since one search costs as much as a hundred. What reading all rows has told is kept in a file beside the journal, so
-    that a resume does not read them. That is how it has a million attempts again after some 12 seconds (`benchmarks/scale.py`).
+    Why it exists: as Python objects, a million rows and their attempts would take gigabytes, and the garbage collector
+    would walk over them again and again. Here a row takes 16 bytes and an attempt 50, in arrays that nobody outside
+    sees; they are looked up some hundred rows at a time, since one search costs as much as a hundred. What reading all
+    rows has told is kept in a file beside the journal, so that a resume does not read them. That is how it has a
+    million attempts again after some 12 seconds (`benchmarks/scale.py`).
 
     Attributes:
         digest (`str`): Of all rows, in their order.
-        marked (`list[int]`), tokens (`list[str]`): Numbers of the rows with control tokens in their texts, and which tokens these are.
+        marked (`list[int]`), tokens (`list[str]`): Numbers of the rows with control tokens in their texts, and which
+            tokens these are.
         num_known (`int`): Attempts in the journal, after [`recall`].
     """
 
@@ -63,8 +65,8 @@ class RunMemory:
     @classmethod
     def load(cls, file: Path, made_from: str | None = None) -> "RunMemory | None":
         """
-        What [`save`] has kept, if it was `made_from` this (by default from whatever it was); `None` if there is nothing such. It is a cache,
-        which is made again if it is damaged, whatever that raises.
+        What [`save`] has kept, if it was `made_from` this (by default from whatever it was); `None` if there is
+        nothing such. It is a cache, which is made again if it is damaged, whatever that raises.
         """
         with suppress(Exception), np.load(file) as kept:
             if made_from is None or kept["key"] == made_from:
@@ -100,8 +102,9 @@ class RunMemory:
 
     def recall(self, journal: JournalReader, stages: list[str]) -> None:
         """
-        Reads the journal of a run with these stages. Not known are attempts that failed, and guided ones whose reference was another than the
-        row's demonstration is now: where they matter they are drawn again. Of two lines for the same attempt, the later one wins.
+        Reads the journal of a run with these stages. Not known are attempts that failed, and guided ones whose
+        reference was another than the row's demonstration is now: where they matter they are drawn again. Of two lines
+        for the same attempt, the later one wins.
         """
         self._stages, packed, nan = stages, bytearray(), float("nan")
         stage, verdict, finish_reason, rejected = (
@@ -126,7 +129,8 @@ class RunMemory:
         keys = self._keys[first:][:count]
         begin, end = (np.searchsorted(self._attempt_ids, keys["id"], side) for side in ("left", "right"))
         sizes = end - begin
-        # The places of all of them in the table, one problem's after another's: one `tolist`, which is what takes the time.
+        # The places of all of them in the table, one problem's after another's: one `tolist`, which is what takes the
+        # time.
         places = np.repeat(end - sizes.cumsum(), sizes) + np.arange(sizes.sum())
         rows = iter(self._attempts[places].tolist())
         numbers = zip(sizes.tolist(), keys["copy"].tolist(), keys["reference"].tolist(), strict=True)
@@ -144,7 +148,9 @@ class RunMemory:
     @staticmethod
     @contextmanager
     def frozen_heap() -> Iterator[None]:
-        """Else the collector walks over all that torch and the engine hold again and again: a sixth of a resume's time."""
+        """
+        Else the collector walks over all that torch and the engine hold again and again: a sixth of a resume's time.
+        """
         ours = gc.get_freeze_count() == 0  # vLLM does the same
         if ours:
             gc.freeze()

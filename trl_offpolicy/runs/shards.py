@@ -1,9 +1,11 @@
-"""Rewriting in parts without a coordinator: which rows a shard does, which files are its own, when the parts make a whole.
+"""
+Rewriting in parts without a coordinator: which rows a shard does, which files are its own, when the parts make a
+whole.
 
-Shard `i/n` does the i-th of n blocks of consecutive rows, so the union in the order of the files is the unsharded dataset. It
-has a journal, metrics and a Parquet file of its own, and shares nothing that another shard writes at the same time. Finished
-files wait in `dataset.partial`; whichever shard finds all n of the same run there makes `dataset` of them, so a part of the
-whole can never be loaded as the whole.
+Shard `i/n` does the i-th of n blocks of consecutive rows, so the union in the order of the files is the unsharded
+dataset. It has a journal, metrics and a Parquet file of its own, and shares nothing that another shard writes at the
+same time. Finished files wait in `dataset.partial`; whichever shard finds all n of the same run there makes `dataset`
+of them, so a part of the whole can never be loaded as the whole.
 """
 
 import fcntl
@@ -73,7 +75,10 @@ def journals_in(output_dir: Path) -> list[Path]:
 
 
 def withdraw(output_dir: Path, shard: Shard) -> None:
-    """Removes the rows that were made from a journal that has been overwritten: they must not be taken for those of the next one."""
+    """
+    Removes the rows that were made from a journal that has been overwritten: they must not be taken for those of the
+    next one.
+    """
     with published(output_dir):
         (output_dir / "dataset.partial" / shard.parquet).unlink(missing_ok=True)
         shutil.rmtree(output_dir / "dataset", ignore_errors=True)
@@ -84,8 +89,8 @@ def check_siblings(
     output_dir: Path, shard: Shard, config: dict, overwrite: bool, free: Collection[str] = ("num_generations",)
 ) -> None:
     """
-    Refuses to join a run whose other shards are of another number or, unless they are to be overwritten too, of another configuration (in
-    a field that is not `free`).
+    Refuses to join a run whose other shards are of another number or, unless they are to be overwritten too, of
+    another configuration (in a field that is not `free`).
 
     Raises:
         ValueError: Names the file, and each field that differs.
@@ -107,7 +112,8 @@ def check_siblings(
 
 def publish(file: Path, output_dir: Path, shard: Shard, run: str) -> list[Shard]:
     """
-    Moves a shard's finished Parquet `file` to its place, and all of them to `output_dir/dataset` if it is the last one.
+    Moves a shard's finished Parquet `file` to its place, and all of them to `output_dir/dataset` if it is the last
+    one.
 
     Args:
         file (`Path`): Parquet file whose metadata holds `run` under `RUN_KEY`; it is moved.
@@ -145,7 +151,10 @@ def _missing(directory: Path, shard: Shard, run: str) -> list[Shard]:
 
 @contextmanager
 def published(output_dir: Path):
-    """Nobody else moves a shard's file meanwhile: those that finish at the same moment take turns, and a killed one lets go."""
+    """
+    Nobody else moves a shard's file meanwhile: those that finish at the same moment take turns, and a killed one lets
+    go.
+    """
     handle = os.open(output_dir / "dataset.lock", os.O_RDWR | os.O_CREAT, 0o644)  # a file that is never replaced
     try:
         lock(handle, fcntl.LOCK_EX)

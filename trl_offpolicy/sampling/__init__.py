@@ -1,4 +1,7 @@
-"""Engines that draw completions: in this process (transformers, vLLM) or on servers. They know no mathematics and no stages."""
+"""
+Engines that draw completions: in this process (transformers, vLLM) or on servers. They know no mathematics and no
+stages.
+"""
 
 from .sampler import Completion, Request, Sampler, SamplerError, SamplingParams
 

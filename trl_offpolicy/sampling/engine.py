@@ -1,4 +1,6 @@
-"""The engine by its name and options, as the command line has them; the engines themselves are imported when one is made."""
+"""
+The engine by its name and options, as the command line has them; the engines themselves are imported when one is made.
+"""
 
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -26,7 +26,8 @@ def loading(model: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # Errors of transformers have no errno. Those of the operating system that are not about a missing file, such as a full disk, pass through.
+        # Errors of transformers have no errno. Those of the operating system that are not about a missing file, such
+        # as a full disk, pass through.
         if isinstance(error, ModelNotFound) or (
             error.errno and not isinstance(error, (FileNotFoundError, PermissionError))
         ):
@@ -35,7 +36,9 @@ def loading(model: str) -> Iterator[None]:
 
 
 def load_processing_class(model: str, processing_class=None, chat_template: str | None = None, **kwargs):
-    """`processing_class`, or else the tokenizer of `model` (with `chat_template`, if given); every engine renders its prompts with it.
+    """
+    `processing_class`, or else the tokenizer of `model` (with `chat_template`, if given); every engine renders its
+    prompts with it.
 
     Raises:
         ModelNotFound: There is no such model.
@@ -72,9 +75,9 @@ def load_config(model: str, **kwargs):
 
 def load_model(model: str, **kwargs):
     """
-    The model at `model` (Hub id or directory), for text: a causal language model, or a vision-language checkpoint (Qwen2.5-VL, Mistral 3,
-    LLaVA, ...) that is given no images, as TRL's trainers take it; or a LoRA adapter, on the model it was trained on. `kwargs` are those of
-    `from_pretrained`.
+    The model at `model` (Hub id or directory), for text: a causal language model, or a vision-language checkpoint
+    (Qwen2.5-VL, Mistral 3, LLaVA, ...) that is given no images, as TRL's trainers take it; or a LoRA adapter, on the
+    model it was trained on. `kwargs` are those of `from_pretrained`.
 
     Raises:
         ModelNotFound: There is no such model.
@@ -92,3 +95,23 @@ def load_model(model: str, **kwargs):
         config = type(load_config(model, **shared))
         sees = config not in MODEL_FOR_CAUSAL_LM_MAPPING and config in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
         return (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_pretrained(model, **kwargs)
+
+
+def model_and_tokenizer(model, processing_class=None, model_init_kwargs: dict | None = None) -> tuple:
+    """
+    A model that is loaded if it is given by its name (on the GPUs, if there are any), and its tokenizer if none is
+    given.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    name = model if isinstance(model, str) else model.config._name_or_path
+    kwargs = {"dtype": "auto", **(model_init_kwargs or {})}
+    if isinstance(model, str):
+        if torch.cuda.is_available():
+            kwargs.setdefault("device_map", "auto")
+        model = load_model(model, **kwargs)
+    if processing_class is None:
+        shared = {k: v for k, v in kwargs.items() if k in ("revision", "trust_remote_code")}
+        processing_class = AutoTokenizer.from_pretrained(name, **shared)
+    return model, processing_class

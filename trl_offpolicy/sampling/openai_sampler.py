@@ -1,10 +1,10 @@
 """Sampling from servers that speak OpenAI's API: one `vllm serve`, a fleet of them, SGLang, or whatever answers.
 
-The requests run on an event loop in a thread of their own, through the `openai` SDK, which retries and backs off. A server
-that still fails is set aside and asked again later; its requests go to the others. Where a server takes token ids and
-returns them (vLLM; SGLang since July 2026, https://github.com/sgl-project/sglang/pull/30917), prompts are rendered here and
-rows carry ids and log-probs, the same as from the engine in process. Elsewhere the server's own chat template renders, and
-rows carry the text alone.
+The requests run on an event loop in a thread of their own, through the `openai` SDK, which retries and backs off. A
+server that still fails is set aside and asked again later; its requests go to the others. Where a server takes token
+ids and returns them (vLLM; SGLang since July 2026, https://github.com/sgl-project/sglang/pull/30917), prompts are
+rendered here and rows carry ids and log-probs, the same as from the engine in process. Elsewhere the server's own chat
+template renders, and rows carry the text alone.
 """
 
 import asyncio
@@ -102,13 +102,16 @@ class OpenAISampler(Sampler):
     Args:
         model (`str`): The model that will be trained, Hub id or local directory; rows carry its name.
         base_url (`str` or `list[str]`): Where it is served, for example `"http://127.0.0.1:8000/v1"`.
-        processing_class (`PreTrainedTokenizerBase`, *optional*): Tokenizer with a chat template; by default the model's.
+        processing_class (`PreTrainedTokenizerBase`, *optional*): Tokenizer with a chat template; by default the
+            model's.
         served_model_name (`str`, *optional*): What the servers call the model; by default as `model`.
-        revision (`str`, *optional*): Revision that rows carry and the tokenizer is taken from; no server tells its own.
+        revision (`str`, *optional*): Revision that rows carry and the tokenizer is taken from; no server tells its
+            own.
         batch_size (`int`, *optional*, defaults to `128`): Requests in flight at each server.
-        request_timeout (`float`, *optional*, defaults to `600.0`): Seconds for one completion, the SDK's retries included.
-        give_up_after (`float`, *optional*, defaults to `300.0`): Seconds of failures without a single answer after which
-            `poll` raises, unless a server is still at work.
+        request_timeout (`float`, *optional*, defaults to `600.0`): Seconds for one completion, the SDK's retries
+            included.
+        give_up_after (`float`, *optional*, defaults to `300.0`): Seconds of failures without a single answer after
+            which `poll` raises, unless a server is still at work.
 
     Raises:
         ModuleNotFoundError: The `openai` SDK is not installed.
@@ -146,7 +149,8 @@ class OpenAISampler(Sampler):
         self.capacity = 2 * self.slots
         self._under_way: dict[str, _Job | None] = {}  # by request id; `None` for one that no server is asked for
         self._waiting: deque[_Job] = deque()
-        # Holds pairs of a job (`None` as in `_under_way`) and its completion, warnings, or the exception that ends everything.
+        # Holds pairs of a job (`None` as in `_under_way`) and its completion, warnings, or the exception that ends
+        # everything.
         self._finished: queue.SimpleQueue = queue.SimpleQueue()
         self._answered = 0
         self._answer_tokens, self._answer_seconds = 0, 0.0
@@ -189,7 +193,9 @@ class OpenAISampler(Sampler):
         return self._dialect == "token_ids"
 
     def with_adapter(self, adapter: str) -> "OpenAISampler":
-        """A sampler on the same servers that asks for `adapter` under that name (`vllm serve --lora-modules NAME=…`)."""
+        """
+        A sampler on the same servers that asks for `adapter` under that name (`vllm serve --lora-modules NAME=…`).
+        """
         urls, revision = [str(server.client.base_url) for server in self._servers], self.revision
         other = OpenAISampler(
             self.name,
@@ -251,8 +257,8 @@ class OpenAISampler(Sampler):
 
     def abort(self, request_id: str) -> int:
         """
-        Forgets a request. How much a server has drawn of an answer that is not finished it does not say; what is returned is the time
-        since it was sent times the tokens per second of the answers so far.
+        Forgets a request. How much a server has drawn of an answer that is not finished it does not say; what is
+        returned is the time since it was sent times the tokens per second of the answers so far.
         """
         job = self._under_way.pop(request_id, None)
         if job is None:
@@ -369,7 +375,9 @@ class OpenAISampler(Sampler):
             server.reviving = self._loop.create_task(self._revive(server, error))
 
     async def _revive(self, server: _Server, error: BaseException | None = None) -> None:
-        """Tries a failed server ever more seldom until it answers; opens the circuit if none has answered for too long."""
+        """
+        Tries a failed server ever more seldom until it answers; opens the circuit if none has answered for too long.
+        """
         await asyncio.sleep(0)  # lets the failed request's task end, so that it is no longer counted as outstanding
         while not server.ready:
             since = self._failing_since
@@ -405,7 +413,10 @@ class OpenAISampler(Sampler):
                 self._dispatch()
 
     def _pause(self, server: _Server, error: BaseException | None) -> tuple[float, str | None]:
-        """Seconds until a failed server is asked again, as it says or ever longer, and at times a sentence on one that is busy."""
+        """
+        Seconds until a failed server is asked again, as it says or ever longer, and at times a sentence on one that is
+        busy.
+        """
         asked = retry_after(error)
         wait = min(30.0, self.give_up_after / 4, 0.25 * 2 ** min(server.failures, 8))
         if asked is not None:
@@ -469,7 +480,10 @@ class OpenAISampler(Sampler):
         raise ValueError(f"{failed[0][0].url} cannot draw a completion: {self._explained(failed[0][1])}")
 
     async def _patiently(self, ask, server: _Server, *arguments):
-        """`await ask(server, *arguments)`; as long as the server says that it is busy again, for `give_up_after` seconds at most."""
+        """
+        `await ask(server, *arguments)`; as long as the server says that it is busy again, for `give_up_after` seconds
+        at most.
+        """
         deadline = self._loop.time() + self.give_up_after
         while True:
             try:
@@ -510,7 +524,8 @@ class OpenAISampler(Sampler):
             "model": self.served_model_name, "temperature": params.temperature, "top_p": params.top_p, "seed": request.seed,
             "max_tokens": params.max_completion_length,
         }  # fmt: skip
-        # Sent explicitly, because the server would use the model's generation config otherwise. SGLang refuses top_k=0.
+        # Sent explicitly, because the server would use the model's generation config otherwise. SGLang refuses
+        # top_k=0.
         extra: dict[str, Any] = {}
         if dialect != "chat":
             extra = {
@@ -562,8 +577,9 @@ class OpenAISampler(Sampler):
 
     def _compare(self, server: _Server, request_id: str, text: str, ids: list[int]) -> None:
         """
-        Holds the server's own `text` against what its `ids` say here, until it is known to have the tokenizer of here. One text that differs
-        may have been changed behind the model, so that answer alone is refused; several, and no row of the server's would be the model's.
+        Holds the server's own `text` against what its `ids` say here, until it is known to have the tokenizer of here.
+        One text that differs may have been changed behind the model, so that answer alone is refused; several, and no
+        row of the server's would be the model's.
         """
         if server.letters >= KNOWN_LETTERS:
             return
@@ -615,13 +631,18 @@ def _address(url: str):
 
 
 async def _no_retry_if_busy(response) -> None:
-    """The SDK would wait and ask again for each request by itself, and say nothing; we do, for all of a server's together."""
+    """
+    The SDK would wait and ask again for each request by itself, and say nothing; we do, for all of a server's
+    together.
+    """
     if response.status_code in BUSY:
         response.headers["x-should-retry"] = "false"
 
 
 def _vocabulary(model: str, revision: str | None, processing_class) -> int:
-    """How many token ids the model has, padding of its embedding included; the tokenizer's where no config can be had."""
+    """
+    How many token ids the model has, padding of its embedding included; the tokenizer's where no config can be had.
+    """
     from transformers import PretrainedConfig
 
     vocabulary = max(getattr(processing_class, "tokenizer", processing_class).get_vocab().values()) + 1

@@ -36,7 +36,9 @@ def local_directory(model: str) -> Path:
 
 
 def checkpoint_digest(directory: Path) -> str:
-    """`weights_digest` of the files that a model in memory would have been loaded from (mapped, not read as a whole)."""
+    """
+    `weights_digest` of the files that a model in memory would have been loaded from (mapped, not read as a whole).
+    """
     from safetensors.torch import load_file
 
     return weights_digest(pair for file in directory.glob("*.safetensors") for pair in load_file(file).items())
@@ -48,8 +50,9 @@ def adapted_revision(revision: str, adapter: str) -> str:
 
 
 def hub_commit(model: str, revision: str | None = None) -> str | None:
-    """The commit from which a Hub model was just loaded, as the cache has it (a config no longer says so in transformers 5); `None`
-    for a local directory."""
+    """
+    The commit from which a Hub model was just loaded, as the cache has it (a config no longer says so in transformers
+    5); `None` for a local directory."""
     from huggingface_hub import HfApi
 
     if os.path.isdir(model):

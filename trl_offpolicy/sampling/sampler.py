@@ -16,7 +16,9 @@ from ..data.turns import cut_turn, turn_text
 
 
 class SamplerError(RuntimeError):
-    """The engine cannot go on (it died, no server answers). What it finished before is not lost: run again to resume."""
+    """
+    The engine cannot go on (it died, no server answers). What it finished before is not lost: run again to resume.
+    """
 
 
 # With these a token is drawn from the model's own distribution.
@@ -44,12 +46,15 @@ class SamplingParams:
     @property
     def reshaping(self) -> dict[str, float]:
         """
-        The settings, by name, for which a token is not drawn from the model's own distribution. Where there are none its log-prob is log μ.
+        The settings, by name, for which a token is not drawn from the model's own distribution. Where there are none
+        its log-prob is log μ.
         """
         return {name: value for name, plain in PLAIN.items() if (value := getattr(self, name)) != plain}
 
     def settings(self) -> dict[str, Any]:
-        """By name, for a journal; without those of [`LATER`] that are at their default, which older journals do not name."""
+        """
+        By name, for a journal; without those of [`LATER`] that are at their default, which older journals do not name.
+        """
         return {name: value for name, value in asdict(self).items() if name not in LATER or value != LATER[name]}
 
 
@@ -66,8 +71,8 @@ def check_sampling(min_p: float, repetition_penalty: float, stop: Sequence[str] 
 @dataclass(frozen=True, slots=True)
 class Request:
     """
-    One completion to draw for the conversation `prompt`, rendered with `chat_template_kwargs`, or for a plain text, which is not rendered; the
-    same `seed` draws the same completion again.
+    One completion to draw for the conversation `prompt`, rendered with `chat_template_kwargs`, or for a plain text,
+    which is not rendered; the same `seed` draws the same completion again.
     """
 
     id: str
@@ -81,11 +86,12 @@ class Request:
 class Completion:
     """What came back for the request of that `id`.
 
-    `completion_ids` end with the end-of-turn token when `finish_reason` is `"stop"`, or with the one that completes a stop text, and `log_probs`
-    holds the model's own log-probability (temperature 1, whole vocabulary) of each of them; `text` is their decoding ([`~data.turns.turn_text`]),
-    up to a stop text (half a surrogate pair, which some servers write, is a `?`: nothing could store it).
-    `finish_reason` is `"length"` when the limit cut the completion. When there is none, `error` says why: `"refused"` if the prompt
-    cannot be asked (longer than the context, say), whatever the seed; `"error"` if the engine failed this once.
+    `completion_ids` end with the end-of-turn token when `finish_reason` is `"stop"`, or with the one that completes a
+    stop text, and `log_probs` holds the model's own log-probability (temperature 1, whole vocabulary) of each of them;
+    `text` is their decoding ([`~data.turns.turn_text`]), up to a stop text (half a surrogate pair, which some servers
+    write, is a `?`: nothing could store it). `finish_reason` is `"length"` when the limit cut the completion. When
+    there is none, `error` says why: `"refused"` if the prompt cannot be asked (longer than the context, say), whatever
+    the seed; `"error"` if the engine failed this once.
     """
 
     id: str
@@ -106,8 +112,8 @@ FAILED = ("refused", "error")
 class Sampler:
     """An engine that takes requests at any time and hands completions back in any order.
 
-    One of your own has a name, a revision, a capacity and the first four methods, and may have any of the rest; it need not inherit from
-    this class ([`as_sampler`]).
+    One of your own has a name, a revision, a capacity and the first four methods, and may have any of the rest; it
+    need not inherit from this class ([`as_sampler`]).
     """
 
     # Both are written beside each row.
@@ -126,8 +132,9 @@ class Sampler:
 
     @property
     def drawn_tokens(self) -> int | None:
-        """All tokens since it was made, those under way and of aborted requests included; `None` if it sees them only when they are finished.
-        Another thread reads this."""
+        """
+        All tokens since it was made, those under way and of aborted requests included; `None` if it sees them only
+        when they are finished. Another thread reads this."""
         return None
 
     def submit(self, request: Request) -> None:
@@ -139,7 +146,9 @@ class Sampler:
         raise NotImplementedError
 
     def abort(self, request_id: str) -> int | None:
-        """Forgets a request and returns how many tokens it has drawn for it; one that is finished or unknown is no error."""
+        """
+        Forgets a request and returns how many tokens it has drawn for it; one that is finished or unknown is no error.
+        """
         raise NotImplementedError
 
     def close(self) -> None:
@@ -198,7 +207,10 @@ def attempt_seed(seed: int, problem_id: str, stage: str, attempt: int) -> int:
 
 
 def prompt_ids(processing_class, request: Request, context: int) -> list[int] | Completion:
-    """The token ids of a request's prompt; or the answer to it if the chat template refuses it, or it leaves no room for a completion."""
+    """
+    The token ids of a request's prompt; or the answer to it if the chat template refuses it, or it leaves no room for
+    a completion.
+    """
     try:
         ids = encode_prompt(processing_class, request.prompt, chat_template_kwargs=request.chat_template_kwargs)
     except TemplateError as error:
@@ -220,8 +232,8 @@ def drawn_completion(
     stop: Sequence[str] = (),
 ) -> Completion:
     """
-    What an engine has drawn as a completion: over at the first of `stop_ids`, or with the token that completes the first of the texts `stop`,
-    wherever the engine ended it.
+    What an engine has drawn as a completion: over at the first of `stop_ids`, or with the token that completes the
+    first of the texts `stop`, wherever the engine ended it.
     """
     if length := cut_turn(processing_class, stop_ids, ids, finish_reason == "length"):
         ids, log_probs, finish_reason = ids[:length], log_probs[:length], "stop"

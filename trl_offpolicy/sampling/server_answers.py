@@ -1,4 +1,7 @@
-"""What a server sent, held against what was asked, and what is behind it when it sent nothing: pure functions of `OpenAISampler`."""
+"""
+What a server sent, held against what was asked, and what is behind it when it sent nothing: pure functions of
+`OpenAISampler`.
+"""
 
 import email.utils
 import socket
@@ -17,7 +20,8 @@ MOST_LOG_PROB = 0.01
 NO_LOG_PROB = -9999.0
 # Finish reasons with which a server ends a completion on its own account; `Completion.error` says so.
 ENDED_BY_SERVER = ("content_filter", "refusal", "tool_calls", "function_call")
-# Fields that a message may have beside `content`. A server's parsers may move parts of the model's text into any other field.
+# Fields that a message may have beside `content`. A server's parsers may move parts of the model's text into any other
+# field.
 HARMLESS = ("role", "content", "name", "id", "type", "object", "annotations", "refusal")
 
 
@@ -25,17 +29,20 @@ def read_answer(
     response, url: str, token_ids: bool, most: int, vocabulary: int
 ) -> tuple[str, list[int], list[float], str]:
     """
-    Text, token ids, log-probs and finish reason of the one completion in a response of the `openai` SDK, which checks nothing.
+    Text, token ids, log-probs and finish reason of the one completion in a response of the `openai` SDK, which checks
+    nothing.
 
     Args:
-        response: Of `completions.create` or `chat.completions.create`; unless `token_ids`, ids and log-probs are empty.
+        response: Of `completions.create` or `chat.completions.create`; unless `token_ids`, ids and log-probs are
+        empty.
         url (`str`): The server, for a message.
         token_ids (`bool`): Whether token ids and log-probs were asked for.
         most (`int`): How many tokens were asked for at most.
         vocabulary (`int`): How many token ids there are.
 
     Raises:
-        ValueError: It is no answer to what was asked (a proxy's error page, half a JSON, ids that are none): the server's fault.
+        ValueError: It is no answer to what was asked (a proxy's error page, half a JSON, ids that are none): the
+            server's fault.
         NotImplementedError: It is one, without the token ids and log-probs that were asked for.
         SamplerError: The server has cut something out of what the model wrote; no row could be made of the rest.
     """
@@ -94,7 +101,8 @@ def _check_tokens(ids: list[int], log_probs: list[float], most: int, vocabulary:
 
 def ended(reason: str, special: bool, length: int, most: int) -> tuple[str, str | None]:
     """
-    How a completion without one of our end-of-turn tokens has ended, and a sentence on a server that ends them in a way of its own.
+    How a completion without one of our end-of-turn tokens has ended, and a sentence on a server that ends them in a
+    way of its own.
 
     Args:
         reason (`str`): What the server says, `"stop"` or `"length"`.
@@ -118,7 +126,10 @@ def ended(reason: str, special: bool, length: int, most: int) -> tuple[str, str 
 
 
 def retry_after(error: BaseException) -> float | None:
-    """Seconds for which a server that answered with `error` asks us to wait: `Retry-After` as a number or a date (RFC 9110, 10.2.3)."""
+    """
+    Seconds for which a server that answered with `error` asks us to wait: `Retry-After` as a number or a date (RFC
+    9110, 10.2.3).
+    """
     said = error.response.headers.get("Retry-After") if hasattr(error, "response") else None
     if said is None:
         return None
@@ -132,7 +143,10 @@ def retry_after(error: BaseException) -> float | None:
 
 
 def cause(error: BaseException) -> str:
-    """What is behind an error, in one line. Of a connection the SDK only says that there was an error; why is in what it came from."""
+    """
+    What is behind an error, in one line. Of a connection the SDK only says that there was an error; why is in what it
+    came from.
+    """
     chain = [error]
     while below := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(below)

@@ -1,10 +1,10 @@
 """Sampling with plain `transformers`: batched `generate`, no server and no extra dependency.
 
 `generate` draws a batch from one random stream, so a completion would depend on its neighbours. Here each row's tokens
-are drawn from its own uniform numbers by inverting the cumulative distribution, so that a seed means the same completion
-in whatever batch it lands (exact up to the rounding of the model's forward). Continuous batching (`generate_batch`) has
-no per-request seeds and is slower than `generate` on CPU, by a factor of ten for a small model; the ratios are printed by
-`benchmarks/sampling_transformers.py`.
+are drawn from its own uniform numbers by inverting the cumulative distribution, so that a seed means the same
+completion in whatever batch it lands (exact up to the rounding of the model's forward). Continuous batching
+(`generate_batch`) has no per-request seeds and is slower than `generate` on CPU, by a factor of ten for a small model;
+the ratios are printed by `benchmarks/sampling_transformers.py`.
 """
 
 import contextlib
@@ -119,9 +119,11 @@ class TransformersSampler(Sampler):
 
     Args:
         model (`str` or `PreTrainedModel`): Hub id, local directory, or a loaded model (left as it was found).
-        processing_class (`PreTrainedTokenizerBase`, *optional*): Tokenizer with a chat template; by default the model's.
+        processing_class (`PreTrainedTokenizerBase`, *optional*): Tokenizer with a chat template; by default the
+            model's.
         batch_size (`int`, *optional*, defaults to `64`): Completions drawn at a time.
-        batch_tokens (`int`, *optional*, defaults to `16384`): Prompt tokens of one batch, padding included; long prompts make it smaller.
+        batch_tokens (`int`, *optional*, defaults to `16384`): Prompt tokens of one batch, padding included; long
+            prompts make it smaller.
         model_init_kwargs (`dict`, *optional*): Passed to `from_pretrained`, for example `{"dtype": "bfloat16"}`.
     """
 
@@ -150,10 +152,12 @@ class TransformersSampler(Sampler):
         self._drawn = 0  # tokens of finished batches
         self._draw: _SeededDraw | None = None  # the batch under way
         self.batch_size, self.batch_tokens = batch_size, batch_tokens
-        # A batch runs until its longest completion ends, so requests of similar length are batched together; many must wait to choose from.
+        # A batch runs until its longest completion ends, so requests of similar length are batched together; many must
+        # wait to choose from.
         self.slots, self.capacity = batch_size, 32 * batch_size
         self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-        # A finished row goes on being computed with its batch, and may run past the last position that the model has an embedding for.
+        # A finished row goes on being computed with its batch, and may run past the last position that the model has
+        # an embedding for.
         self._learned_positions = not any("rotary" in name for name, _ in self.model.named_modules())
         self.stop_token_ids = stop_token_ids(self.processing_class, self.model.generation_config.eos_token_id)
         self._pending: list[tuple[Request, list[int]]] = []
@@ -163,8 +167,8 @@ class TransformersSampler(Sampler):
 
     def with_adapter(self, adapter: str) -> "TransformersSampler":
         """
-        A sampler on the same model that draws with a LoRA `adapter` (Hub id or local directory), which is off while this one draws.
-        A model that you passed keeps the adapter's layers, switched on.
+        A sampler on the same model that draws with a LoRA `adapter` (Hub id or local directory), which is off while
+        this one draws. A model that you passed keeps the adapter's layers, switched on.
 
         Raises:
             ValueError: The adapter is no LoRA, or this sampler's model has one already.
@@ -198,7 +202,8 @@ class TransformersSampler(Sampler):
         failed, self._failed = self._failed, []
         if not self._pending:
             return failed
-        # The oldest request always goes, with the waiting requests nearest to it in length (and of the same parameters).
+        # The oldest request always goes, with the waiting requests nearest to it in length (and of the same
+        # parameters).
         oldest, oldest_ids = self._pending[0]
         alike = [p for p in self._pending if p[0].params == oldest.params]
         if self._learned_positions:
@@ -215,7 +220,9 @@ class TransformersSampler(Sampler):
         return failed + self._generate(batch, oldest.params)
 
     def _room(self, request: Request, ids: list[int]) -> int:
-        """How long a completion may get: that depends on its own prompt alone, so neighbours in a batch cannot change it."""
+        """
+        How long a completion may get: that depends on its own prompt alone, so neighbours in a batch cannot change it.
+        """
         return min(request.params.max_completion_length, self.context - len(ids))
 
     @property
@@ -245,7 +252,8 @@ class TransformersSampler(Sampler):
         self._draw = draw = _SeededDraw(seeds, params, prompts, device, self.stop_token_ids, room)
         stopping = StoppingCriteriaList([_StopTexts(self.processing_class, draw)] if params.stop else [])
         own_config, was_training = self.model.generation_config, self.model.training
-        # The model's generation config may set a repetition penalty or top_k, with which tokens would not be drawn from the policy itself.
+        # The model's generation config may set a repetition penalty or top_k, with which tokens would not be drawn
+        # from the policy itself.
         self.model.generation_config = GenerationConfig(eos_token_id=self.stop_token_ids or None, pad_token_id=pad)
         self.model.eval()
         try:

@@ -1,7 +1,7 @@
 """Sampling with vLLM in this process: requests go into the running engine, completions come out as they finish.
 
-Each request is one sequence with its own seed; prefix caching makes the attempts of one prompt share its prefill. Prompts
-are rendered and completions decoded here, as in every engine, so vLLM only ever sees token ids.
+Each request is one sequence with its own seed; prefix caching makes the attempts of one prompt share its prefill.
+Prompts are rendered and completions decoded here, as in every engine, so vLLM only ever sees token ids.
 """
 
 import copy
@@ -26,9 +26,11 @@ class VLLMSampler(Sampler):
 
     Args:
         model (`str`): Hub id or local directory.
-        processing_class (`PreTrainedTokenizerBase`, *optional*): Tokenizer with a chat template; by default the model's.
+        processing_class (`PreTrainedTokenizerBase`, *optional*): Tokenizer with a chat template; by default the
+            model's.
         adapter (`str`, *optional*): LoRA adapter (Hub id or local directory) to sample with; rows then carry its name.
-        **engine_kwargs: vLLM's engine arguments: `dtype` (vLLM casts float32 checkpoints to 16 bits unless told `"float32"`),
+        **engine_kwargs: vLLM's engine arguments: `dtype` (vLLM casts float32 checkpoints to 16 bits unless told
+        `"float32"`),
             `revision`, `tensor_parallel_size`, `gpu_memory_utilization`, `max_model_len`, `max_num_seqs`, …
 
     Raises:
@@ -58,7 +60,8 @@ class VLLMSampler(Sampler):
             # A seeded prompt that is prefilled in two steps ends the CPU engine ("CPU Generator does not use offset").
             engine_kwargs.setdefault("enable_chunked_prefill", False)
             if engine_kwargs.get("enable_lora"):
-                # In a batch with adapters, vLLM gives a request without one the adapter of the last slot, so there must be one slot more, left empty.
+                # In a batch with adapters, vLLM gives a request without one the adapter of the last slot, so there
+                # must be one slot more, left empty.
                 engine_kwargs.setdefault("max_loras", 2)
             engine_kwargs |= cpu_memory(engine_kwargs, psutil.virtual_memory())
         print(f"vLLM is starting with {model}, which takes a minute or more", file=sys.stderr, flush=True)  # noqa: T201
@@ -73,14 +76,17 @@ class VLLMSampler(Sampler):
         self.context = config.model_config.max_model_len
         declared = config.model_config.try_get_generation_config().get("eos_token_id")
         self.stop_token_ids = stop_token_ids(self.processing_class, declared)
-        # Twice as many requests as slots are accepted, so that no slot is idle while finished completions are verified ...
+        # Twice as many requests as slots are accepted, so that no slot is idle while finished completions are verified
+        # ...
         self.slots = config.scheduler_config.max_num_seqs
         self.capacity = 2 * self.slots
-        # ... and they enter the engine when its own queue is this short, many at a time: tokenizing a prompt between two engine steps
+        # ... and they enter the engine when its own queue is this short, many at a time: tokenizing a prompt between
+        # two engine steps
         # takes more than twice as long as tokenizing many in a row (caches).
         self._low = self.slots + self.slots // 4
         self._adapters: dict[str, int] = {}
-        # Several samplers may share an engine: which requests wait, which are in it, and which sampler each belongs to.
+        # Several samplers may share an engine: which requests wait, which are in it, and which sampler each belongs
+        # to.
         self._waiting: dict[str, tuple[VLLMSampler, Request]] = {}
         self._owners: dict[str, tuple[VLLMSampler, Request]] = {}
         self._encoded: tuple[list, list[int] | Completion] = [], []  # the last prompt and its token ids
@@ -182,7 +188,10 @@ class VLLMSampler(Sampler):
         return any(owner is self for owner, _ in chain(self._owners.values(), self._waiting.values()))
 
     def _under_way_tokens(self) -> dict[str, int]:
-        """How many tokens the engine has drawn of each request of this sampler, as far as they have come out of its process."""
+        """
+        How many tokens the engine has drawn of each request of this sampler, as far as they have come out of its
+        process.
+        """
         states = list(
             self.engine.output_processor.request_states.values()
         )  # copied in one step, because another thread may call this
@@ -225,8 +234,9 @@ class VLLMSampler(Sampler):
 
 def cpu_memory(engine_kwargs: dict[str, Any], memory) -> dict[str, float]:
     """
-    The share of this machine's memory that vLLM's CPU build may take, weights included, which is said; nothing where the user chose its
-    size. Its own default is a share of all memory, free or not, and where less is free the engine ends with a hundred lines.
+    The share of this machine's memory that vLLM's CPU build may take, weights included, which is said; nothing where
+    the user chose its size. Its own default is a share of all memory, free or not, and where less is free the engine
+    ends with a hundred lines.
 
     Args:
         memory: `total` and `available` bytes, as of `psutil.virtual_memory()`.

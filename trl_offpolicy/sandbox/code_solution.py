@@ -1,4 +1,6 @@
-"""The end of the line that has the solution: it is asked for functions, given arguments, and never sees a test or an expected value.
+"""
+The end of the line that has the solution: it is asked for functions, given arguments, and never sees a test or an
+expected value.
 
 Runs in a sandbox, from its text; it imports the standard library and `code_wire.py`, which comes with it.
 """
@@ -19,7 +21,10 @@ ERRORS = 1 << 16  # bytes at the end of what a script writes to standard error, 
 
 
 class Solution(Peer):
-    """Holds the solution's objects, and does with them what it is asked: `[name of a function of operator or builtins, arguments, keywords]`."""
+    """
+    Holds the solution's objects, and does with them what it is asked: `[name of a function of operator or builtins,
+    arguments, keywords]`.
+    """
 
     def __init__(self, *pipes):
         super().__init__(*pipes)
@@ -110,7 +115,9 @@ def run_script(task, peer):
 
 
 def main(task, source):
-    """Takes standard output for the line to the other end, and leaves neither it nor standard error to the solution."""
+    """
+    Takes standard output for the line to the other end, and leaves neither it nor standard error to the solution.
+    """
     target, nothing = os.dup(1), os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 1)
     os.dup2(nothing, 2)

@@ -1,7 +1,10 @@
-"""The end of the line that has the tests: it holds a [`Remote`] for every function and class of the solution, and compares what comes back.
+"""
+The end of the line that has the tests: it holds a [`Remote`] for every function and class of the solution, and
+compares what comes back.
 
-Nothing of the solution's making runs here, and its objects are not believed about themselves (see [`Remote`]): no `__eq__`, no patched builtin, no
-early exit of it can make a test pass. Runs in a sandbox, from its text; it imports the standard library and `code_wire.py`, which comes with it.
+Nothing of the solution's making runs here, and its objects are not believed about themselves (see [`Remote`]): no
+`__eq__`, no patched builtin, no early exit of it can make a test pass. Runs in a sandbox, from its text; it imports
+the standard library and `code_wire.py`, which comes with it.
 """
 
 import ast
@@ -21,7 +24,10 @@ from .code_wire import KINDS, Ended, Peer, decode, encode, raised, run_coroutine
 
 
 class CannotJudge(BaseException):
-    """The tests need what cannot be passed to the solution, or the word of an object that is not believed; `Tests.trouble` says what."""
+    """
+    The tests need what cannot be passed to the solution, or the word of an object that is not believed;
+    `Tests.trouble` says what.
+    """
 
 
 # What some plain data can be asked for: a test that asks an object for it may have expected data.
@@ -34,8 +40,8 @@ DATA = {
 
 class Refused(TypeError, AttributeError):
     """
-    What `list` and `dict` meet when they ask an iterator for its length and its keys, and go on without; elsewhere it ends the tests, which cannot be
-    judged.
+    What `list` and `dict` meet when they ask an iterator for its length and its keys, and go on without; elsewhere it
+    ends the tests, which cannot be judged.
     """
 
     def __init__(self, what):
@@ -48,13 +54,15 @@ class Remote:
     """
     An object of the solution, as the tests see it: what is done with it is done over there, and comes back as data.
 
-    It is not believed about itself where the tests may have expected data, for which `abs(f(2) - 4) < 1e-6` or `f(2).startswith("a")` would let any
-    object pass. What a function or a method *returned* can only be iterated over, called, entered, printed, passed on and asked for attributes
-    that no data has, but its methods get no data (`_part`: it is such a method); it equals no data. What the tests *made* by calling a name that
-    they treat as a class (`_maker`) is believed. That is decided by the tests alone, since a solution can write `class f` wherever a function is
-    meant: they call `isinstance` with the name, or the name begins with a capital and they ask it, or what it made, for an attribute that no data
-    has. What is computed from such an object, or an attribute of it (`_derived`), may have been expected as data again, and is believed only
-    where it is compared with objects.
+    It is not believed about itself where the tests may have expected data, for which `abs(f(2) - 4) < 1e-6` or
+    `f(2).startswith("a")` would let any object pass. What a function or a method *returned* can only be iterated over,
+    called, entered, printed, passed on and asked for attributes that no data has, but its methods get no data
+    (`_part`: it is such a method); it equals no data. What the tests *made* by calling a name that they treat as a
+    class (`_maker`) is believed. That is decided by the tests alone, since a solution can write `class f` wherever a
+        function is meant: they call `isinstance` with the name, or the name begins with a capital and they ask it, or
+        what it made, for an attribute that no data
+    has. What is computed from such an object, or an attribute of it (`_derived`), may have been expected as data
+    again, and is believed only where it is compared with objects.
     """
 
     def __init__(self, number, name="", maker="", derived=False, part=False):
@@ -231,7 +239,10 @@ class Tests(Peer):
         self.checks += self.calls > 0
 
     def trusts(self, name):
-        """Whether a name of the solution's may be a class for the tests; `doubts` has what is to be believed only if it turns out to be one."""
+        """
+        Whether a name of the solution's may be a class for the tests; `doubts` has what is to be believed only if it
+        turns out to be one.
+        """
         return name[:1].isupper() or name in self.classes
 
     def believe(self, maker, action):
@@ -278,7 +289,10 @@ class Tests(Peer):
         return awaited()
 
     def error(self, names, number=None, ends=False):
-        """A class of our own for an exception of the solution's, below the builtin one that it is derived from; `ends`: an iterator's end is one."""
+        """
+        A class of our own for an exception of the solution's, below the builtin one that it is derived from; `ends`:
+        an iterator's end is one.
+        """
         known = next(base for base in (getattr(builtins, name, None) for name in names) if isinstance(base, type))
         end = issubclass(known, (StopIteration, StopAsyncIteration))
         if (
@@ -336,8 +350,9 @@ class Tests(Peer):
 
 def counting(task):
     """
-    The tests as a tree in which every check counts itself once it has passed: `assert`, calls of `assert…`, `with …raises…`, an `if` that raises, and
-    an error that is caught where its absence is one. Only what may depend on the solution is a check.
+    The tests as a tree in which every check counts itself once it has passed: `assert`, calls of `assert…`, `with
+    …raises…`, an `if` that raises, and an error that is caught where its absence is one. Only what may depend on the
+    solution is a check.
     """
     tree = ast.parse(task["tests"])
     depends = dependent(tree, {*task["names"], *task["modules"], *(["check"] if task["candidate"] else [])})
@@ -387,7 +402,10 @@ def named(node):
 
 
 def dependent(tree, names):
-    """The names whose values may come from the solution's `names`: those that occur in one statement with one of them, and so on."""
+    """
+    The names whose values may come from the solution's `names`: those that occur in one statement with one of them,
+    and so on.
+    """
     groups = []
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -407,8 +425,9 @@ def dependent(tree, names):
 
 
 def run_tests(task, peer):
-    """[verdict, reason]: `passed`, `failed`, `unparsable`, or `unrunnable` where no solution could pass; `ended` and `memory` where it had no
-    chance to answer."""
+    """
+    [verdict, reason]: `passed`, `failed`, `unparsable`, or `unrunnable` where no solution could pass; `ended` and
+    `memory` where it had no chance to answer."""
     global tests
     tests = builtins.__tests__ = peer
     try:
@@ -452,7 +471,10 @@ def provide(task, given):
 
 
 def run_plainly(task):
-    """Module level, then `check(candidate)`, unittest's cases, functions and classes by pytest's names; the first problem as a text."""
+    """
+    Module level, then `check(candidate)`, unittest's cases, functions and classes by pytest's names; the first problem
+    as a text.
+    """
     if "unittest" in task["tests"]:
         import unittest
 
@@ -534,7 +556,9 @@ def explained(error, task):
 
 
 def main(task, source):
-    """Takes standard output and error for the line to the other end and the verdict, and leaves neither to the tests."""
+    """
+    Takes standard output and error for the line to the other end and the verdict, and leaves neither to the tests.
+    """
     target, report, nothing = os.dup(1), os.dup(2), os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 1)
     os.dup2(nothing, 2)

@@ -1,6 +1,7 @@
 """How solution and tests talk: lines of JSON in which plain data, and nothing else, comes across.
 
-Runs in the sandboxes (`code_solution.py` and `code_tests.py` have the two ends), so it imports the standard library only.
+Runs in the sandboxes (`code_solution.py` and `code_tests.py` have the two ends), so it imports the standard library
+only.
 """
 
 import importlib
@@ -11,7 +12,8 @@ from collections import deque
 
 MESSAGE = 32 << 20  # bytes of a line
 OUTPUT = 4 << 20  # characters of what a solution prints that are looked at
-# Plain data beside None, bool, int, float, str and list: (type, to a list of plain data, from it), the subclasses before their bases.
+# Plain data beside None, bool, int, float, str and list: (type, to a list of plain data, from it), the subclasses
+# before their bases.
 KINDS = {
     "tuple": (tuple, list, tuple),
     "frozenset": (frozenset, list, frozenset),

@@ -19,7 +19,8 @@ from typing import Any
 from .sandbox_entry import FILE_BYTES, PROCESSES
 
 
-# What a sandbox sees of the system, read-only, beside the interpreter's own folders. Of /etc what the loader of libraries needs.
+# What a sandbox sees of the system, read-only, beside the interpreter's own folders. Of /etc what the loader of
+# libraries needs.
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/nix/store", "/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime")  # fmt: skip
 FINAL_WAIT = 5.0  # seconds for a killed process to be gone
 _ENTRY = Path(__file__).with_name("sandbox_entry.py")
@@ -31,29 +32,31 @@ class Sandbox:
 
     With `"bubblewrap"` and `"unshare"` (user, mount, pid, network, IPC, UTS and cgroup namespaces) a program
 
-    * sees /usr, the libraries, this interpreter and its installed packages, read-only; no home, no other file, no environment variable, no
-      process but its own; it can write to an empty /tmp of 64 MiB, which goes with it;
+    * sees /usr, the libraries, this interpreter and its installed packages, read-only; no home, no other file, no
+      environment variable, no process but its own; it can write to an empty /tmp of 64 MiB, which goes with it;
     * has no network (unless `allow_network`), no capabilities, nobody's user id, and cannot become anyone;
     * has `cpu_seconds` for each process, `memory_mb` for all of its processes and files together, and 64 processes;
     * ends with everything it has started when it is killed, when it ends, or when this process does.
 
-    What is *not* guaranteed: a fault in the kernel is a way out; what one program learns by timing or leaves in a cache of the processor is
-    not hidden from another.
+    What is *not* guaranteed: a fault in the kernel is a way out; what one program learns by timing or leaves in a
+    cache of the processor is not hidden from another.
 
     Args:
-        sandbox (`str` or `Callable`, *optional*): `"bubblewrap"`, `"unshare"`; by default the first of the two that works here. `"docker"`:
-            `docker run` of `python:3.X-slim` without network, rights and writable files. A function, for every other kind of container: it
-            gets the command (a list of strings, `["python3", "-I", "-c", ...]`) and returns the command that runs it isolated, with standard input and
-            output connected. The command starts with this process's environment, which it must not hand on, and limits beyond CPU time and
+        sandbox (`str` or `Callable`, *optional*): `"bubblewrap"`, `"unshare"`; by default the first of the two that
+            works here. `"docker"`: `docker run` of `python:3.X-slim` without network, rights and writable files. A
+            function, for every other kind of container: it gets the command (a list of strings, `["python3", "-I",
+            "-c", ...]`) and returns the command that runs it isolated, with standard input and output connected. The
+            command starts with this process's environment, which it must not hand on, and limits beyond CPU time and
             memory of one process are its own affair.
         memory_mb (`int`): MiB.
         cpu_seconds (`int`): Whole seconds for each process.
         wall_seconds (`float`): When a container, which a killed client may leave behind, ends by itself.
         allow_network (`bool`): Whether there is a network.
-        allow_unsandboxed (`bool`): Where neither of the two works, run all the same, as *you*: a program can read your files and the environment
-            of your processes (tokens are in there), write where you can, kill what you run, reach the process that has its tests, and outlive
-            this one. Only limits on CPU time, memory of one process, size of a file, and the network remain. Meant for a machine that
-            holds nothing of worth, such as a container of its own.
+        allow_unsandboxed (`bool`): Where neither of the two works, run all the same, as *you*: a program can read your
+            files and the environment of your processes (tokens are in there), write where you can, kill what you run,
+            reach the process that has its tests, and outlive this one. Only limits on CPU time, memory of one process,
+            size of a file, and the network remain. Meant for a machine that holds nothing of worth, such as a
+            container of its own.
 
     Raises:
         ValueError: If what was asked for does not work here, with the reason.
@@ -85,7 +88,10 @@ class Sandbox:
 
     @contextmanager
     def running(self, stdin: int, stdout: int) -> Iterator[subprocess.Popen]:
-        """A process that waits for [`order`] on its standard input; it and all it started are killed at the end of the `with` block."""
+        """
+        A process that waits for [`order`] on its standard input; it and all it started are killed at the end of the
+        `with` block.
+        """
         outside = self.kind == "none"
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
             environment = {"PATH": os.defpath, "HOME": directory if outside else "/tmp", "OMP_NUM_THREADS": "1"}
@@ -103,7 +109,10 @@ class Sandbox:
                     process.wait(FINAL_WAIT)
 
     def order(self, program: dict[str, str], **task) -> bytes:
-        """The line that a process of [`running`] waits for: modules by name, the last of which has the `main(task, source)` that it runs."""
+        """
+        The line that a process of [`running`] waits for: modules by name, the last of which has the `main(task,
+        source)` that it runs.
+        """
         own = isinstance(self.kind, str) and self.kind != "docker"
         return _line(
             {
@@ -204,7 +213,8 @@ def _bubblewrap(allow_network: bool) -> list[str]:
             command += ["--symlink", os.readlink(path), path]
         else:
             command += ["--ro-bind", os.path.realpath(path), path]
-    # bubblewrap started by root is root outside: without capabilities, but /proc/sys asks for no more than the user's id
+    # bubblewrap started by root is root outside: without capabilities, but /proc/sys asks for no more than the user's
+    # id
     system = ["--proc", "/proc", "--remount-ro", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
     return [*command, *system, "--remount-ro", "/", "--chdir", "/tmp", "--"]
 
@@ -214,7 +224,9 @@ def _line(message) -> bytes:
 
 
 def write(pipe: int, data: bytes, deadline: float) -> None:
-    """Hands over `data`, or gives up when the other side is gone; `TimeoutError` at `deadline` (of `time.monotonic`)."""
+    """
+    Hands over `data`, or gives up when the other side is gone; `TimeoutError` at `deadline` (of `time.monotonic`).
+    """
     poll = select.poll()
     poll.register(pipe, select.POLLOUT)
     with suppress(BrokenPipeError):
@@ -224,7 +236,10 @@ def write(pipe: int, data: bytes, deadline: float) -> None:
 
 
 def read_line(pipe: int, limit: int, deadline: float) -> bytes:
-    """A line of at most `limit` bytes, or what there was of one at the end; `TimeoutError` at `deadline` (of `time.monotonic`)."""
+    """
+    A line of at most `limit` bytes, or what there was of one at the end; `TimeoutError` at `deadline` (of
+    `time.monotonic`).
+    """
     poll = select.poll()
     poll.register(pipe, select.POLLIN)
     data = bytearray()

@@ -1,8 +1,9 @@
 """What runs first in a sandbox: it shuts itself in, sets limits, and then runs the program that it was sent.
 
-`sandbox.py` hands this text to `python -c` (in a container there is no file of ours), so it needs nothing but the standard library. The
-first line of standard input is a JSON object: `kind`, the limits, `path` and `program` (modules of this package as name and text, of which
-the last has a `main(task, source)`); the rest of it, as `source`, belongs to the program.
+`sandbox.py` hands this text to `python -c` (in a container there is no file of ours), so it needs nothing but the
+standard library. The first line of standard input is a JSON object: `kind`, the limits, `path` and `program` (modules
+of this package as name and text, of which the last has a `main(task, source)`); the rest of it, as `source`, belongs
+to the program.
 """
 
 import contextlib
@@ -32,7 +33,8 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 2
 AT_RECURSIVE, UMOUNT_DETACH = 0x8000, 2
 # CLONE_NEWNS | NEWCGROUP | NEWUTS | NEWIPC | NEWUSER | NEWPID, and the network
 NAMESPACES, NETWORK = 0x20000 | 0x2000000 | 0x4000000 | 0x8000000 | 0x10000000 | 0x20000000, 0x40000000
-# System calls by architecture. Denied: memory that is in no process's size (memfd_create, memfd_secret, shmget), and keys of the kernel's
+# System calls by architecture. Denied: memory that is in no process's size (memfd_create, memfd_secret, shmget), and
+# keys of the kernel's
 # keyrings (add_key, request_key, keyctl); for the network socket and io_uring_setup.
 CALLS = {
     "x86_64": {"audit": 0xC000003E, "pivot_root": 155, "denied": (319, 447, 29, 248, 249, 250), "network": (41, 425)},
@@ -64,7 +66,10 @@ def exit_code(status):
 
 
 def enter_namespaces(task):
-    """Returns as process 1 of new namespaces, whose end is the end of every other process in them; nobody but nobody's user is in there."""
+    """
+    Returns as process 1 of new namespaces, whose end is the end of every other process in them; nobody but nobody's
+    user is in there.
+    """
     root, user, group, outer = os.geteuid() == 0, os.geteuid(), os.getegid(), os.getpid()
     unshared, tell = os.pipe()
     helper = os.fork()
@@ -96,7 +101,10 @@ def write(path, text):
 
 
 def new_root(visible, temporary_bytes):
-    """A root of its own: what is `visible`, read-only; the harmless devices; this namespace's processes; an empty, small /tmp."""
+    """
+    A root of its own: what is `visible`, read-only; the harmless devices; this namespace's processes; an empty, small
+    /tmp.
+    """
     sources = {
         path: os.path.realpath(path) for path in visible
     }  # resolved now, before the new root changes what links point to
@@ -142,7 +150,10 @@ def bind(source, target):
 
 
 def watch(child, memory):
-    """As process 1: waits for `child`, and ends it all when there are too many processes, or they and /tmp have more than `memory` bytes."""
+    """
+    As process 1: waits for `child`, and ends it all when there are too many processes, or they and /tmp have more than
+    `memory` bytes.
+    """
     while True:
         signal.sigtimedwait({signal.SIGCHLD}, 0.02)
         with contextlib.suppress(ChildProcessError):
@@ -174,7 +185,10 @@ def set_limits(task, enclosed):
 
 
 def drop_rights(task, enclosed):
-    """No capabilities, none to be had from a program either, and a filter for the system calls that the namespaces leave open."""
+    """
+    No capabilities, none to be had from a program either, and a filter for the system calls that the namespaces leave
+    open.
+    """
     if enclosed and os.geteuid() == 0:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
@@ -190,7 +204,8 @@ def drop_rights(task, enclosed):
         )
     denied = CALLS["denied"] + (() if task["allow_network"] else CALLS["network"])
     refuse, allow = (6, 0, 0, 0x50001), (6, 0, 0, 0x7FFF0000)  # fails with EPERM
-    # BPF: another architecture's calls are refused (also x86-64's second ABI), then the denied ones; a jump counts what it skips
+    # BPF: another architecture's calls are refused (also x86-64's second ABI), then the denied ones; a jump counts
+    # what it skips
     program = [
         (0x20, 0, 0, 4),
         (0x15, 1, 0, CALLS["audit"]),

@@ -1,4 +1,7 @@
-"""Drop-in replacements for `SFTTrainer`: configs, collator, token weights, log-probs. Reads columns and knows nothing of rewriting."""
+"""
+Drop-in replacements for `SFTTrainer`: configs, collator, token weights, log-probs. Reads columns and knows nothing of
+rewriting.
+"""
 
 import warnings
 from importlib.metadata import version

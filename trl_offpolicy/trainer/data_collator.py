@@ -1,4 +1,6 @@
-"""Per-token columns (log μ, source, weight): aligned with a row's `input_ids`, and kept so by `RewriteDataCollator`."""
+"""
+Per-token columns (log μ, source, weight): aligned with a row's `input_ids`, and kept so by `RewriteDataCollator`.
+"""
 
 import math
 import warnings
@@ -26,21 +28,23 @@ TOKEN_COLUMNS = {
     "weight": (1.0, torch.float32),
 }
 SOURCE_IDS = {str(source): i for i, source in enumerate(Source)}
-# A dataset with one of these columns was made by this package and must be aligned; other columns may belong to the user.
+# A dataset with one of these columns was made by this package and must be aligned; other columns may belong to the
+# user.
 ROW_COLUMNS = {"completion_ids", "behavior_log_probs"}
 
 
 @dataclass
 class RewriteDataCollator(DataCollatorForLanguageModeling):
     """
-    TRL's language-modelling batch plus, where the examples have them, `behavior_log_probs` (B, T) float32, NaN where μ is
-    unknown, `reference_log_probs` (B, T) float32 likewise, `source_ids` (B, T) int8, -1 on padding, and `weight` (B, T) float32,
-    the example's own weight; aligned with `input_ids` padded, padding-free and packed. All of them count beside `behavior_log_probs`
-    only: examples without it have columns of the user's own.
+    TRL's language-modelling batch plus, where the examples have them, `behavior_log_probs` (B, T) float32, NaN where μ
+    is unknown, `reference_log_probs` (B, T) float32 likewise, `source_ids` (B, T) int8, -1 on padding, and `weight`
+    (B, T) float32, the example's own weight; aligned with `input_ids` padded, padding-free and packed. All of them
+    count beside `behavior_log_probs` only: examples without it have columns of the user's own.
 
     Args:
         vocab_size (`int`, *optional*): Number of the model's token embeddings; the trainer sets it.
-        scored_columns (`list[str]`, *optional*): Columns that count in any example, for the trainer, which sets this, has computed them.
+        scored_columns (`list[str]`, *optional*): Columns that count in any example, for the trainer, which sets this,
+            has computed them.
 
     Raises `ValueError` when a column does not have one value per token, or a token id is none of the model's.
     """
@@ -81,7 +85,10 @@ class RewriteDataCollator(DataCollatorForLanguageModeling):
 
 
 def encode_prompt_of(row: dict, prompt: list | str, processing_class, chat_template: str | None = None) -> list[int]:
-    """Token ids of a `prompt` of this row, as TRL would have them of a text-only row: a processor's template, contents in parts."""
+    """
+    Token ids of a `prompt` of this row, as TRL would have them of a text-only row: a processor's template, contents in
+    parts.
+    """
     if isinstance(processing_class, ProcessorMixin):
         chat_template = chat_template or processing_class.chat_template
         prompt = prompt if isinstance(prompt, str) else prepare_multimodal_messages(prompt)
@@ -165,7 +172,10 @@ def warn_of_unknown_sources(sources) -> None:
 
 
 def _check_numbers(index: int, completion_ids: list, log_probs: list, text) -> None:
-    """Ids are token ids, and log-probs are finite: an infinite or missing one would make the weights, and then the model, NaN."""
+    """
+    Ids are token ids, and log-probs are finite: an infinite or missing one would make the weights, and then the model,
+    NaN.
+    """
     for token in completion_ids:
         if not isinstance(token, int) or not 0 <= token < 2**31:
             raise ValueError(

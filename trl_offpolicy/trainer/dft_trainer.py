@@ -20,7 +20,10 @@ class DFTConfig(ImportanceWeightedSFTConfig):
 
 
 class DFTTrainer(ImportanceWeightedSFTTrainer):
-    """[`ImportanceWeightedSFTTrainer`] with the DFT objective as its default; the same updates as TRL's `loss_type="dft"`."""
+    """
+    [`ImportanceWeightedSFTTrainer`] with the DFT objective as its default; the same updates as TRL's
+    `loss_type="dft"`.
+    """
 
     _tag_names = ["trl", "sft", "dft"]
     _name = "DFT"

@@ -17,33 +17,40 @@ class ImportanceWeightedSFTConfig(SFTConfig):
     [`~trl.SFTConfig`] with an objective: every other field is TRL's, and means what it means there.
 
     Args:
-        objective (`str`, `dict` or `Callable`, *optional*, defaults to `"iw"`): Weight of each token's negative log-likelihood, in the
-            place of TRL's `loss_type`, which it follows where only that is given (`"dft"`; label smoothing means `"nll"`). `"nll"`: 1 (SFT). `"dft"`: π (arXiv 2508.05629). `"p_alpha"`: π^α (arXiv 2510.00526). `"iw"`: π/μ,
-            clipped, with μ from the column `behavior_log_probs` (arXiv 2509.15157, eq. 5, per token). `"iw_sequence"`: the
-            length-normalised sequence ratio (arXiv 2507.12856). `"psft"`: π/π_old, 0 above 1 + `epsilon_high` (arXiv 2508.17784).
-            `"asft"`: `dft` plus `beta`·KL(π_0‖π) over the vocabulary (arXiv 2509.23753). `"eaft"`: normalised entropy of the 20
-            likeliest tokens, to the power `alpha` (arXiv 2601.02151). A dict chooses by source, `{"self": "iw", "expert": "dft"}`,
-            with `nll` for what it does not name. A function of your own gets the arguments that `losses.py` lists and returns weights.
+        objective (`str`, `dict` or `Callable`, *optional*, defaults to `"iw"`): Weight of each token's negative
+            log-likelihood, in the place of TRL's `loss_type`, which it follows where only that is given (`"dft"`;
+            label smoothing means `"nll"`). `"nll"`: 1 (SFT). `"dft"`: π (arXiv 2508.05629). `"p_alpha"`: π^α (arXiv
+            2510.00526). `"iw"`: π/μ, clipped, with μ from the column `behavior_log_probs` (arXiv 2509.15157, eq. 5,
+            per token). `"iw_sequence"`: the length-normalised sequence ratio (arXiv 2507.12856). `"psft"`: π/π_old, 0
+            above 1 + `epsilon_high` (arXiv 2508.17784). `"asft"`: `dft` plus `beta`·KL(π_0‖π) over the vocabulary
+            (arXiv 2509.23753). `"eaft"`: normalised entropy of the 20 likeliest tokens, to the power `alpha` (arXiv
+            2601.02151). A dict chooses by source, `{"self": "iw", "expert": "dft"}`, with `nll` for what it does not
+            name. A function of your own gets the arguments that `losses.py` lists and returns weights.
         clip_min (`float`, *optional*): Smallest importance weight; named as in `GRPOConfig`.
-        clip_max (`float`, *optional*, defaults to `3.0`): Largest importance weight; GRPO's name and value. `None` for no limit.
-        clip_mode (`str`, *optional*, defaults to `"truncate"`): Weights outside the limits become the limit, or 0 (`"mask"`).
-        expert_weighting (`str`, *optional*, defaults to `"one"`): Under `iw` and `iw_sequence`, the weight of tokens without a
-            behaviour log-prob (demonstrations): `"one"` (as SFT), `"dft"` (π), or `"base"` (π/π_0).
-        weight_column (`str`, *optional*): Column whose number multiplies the weights of an example's tokens (they still count as before in the
-            denominator). Unset, it is `weight`, but only beside `completion_ids` or `behavior_log_probs`: in any other dataset a column
-            of that name is the user's own.
-        precompute_behavior_log_probs (`bool`, *optional*, defaults to `False`): Before training, compute the `behavior_log_probs` of rows with
-            `completion_ids` with the model as it is then, under the prompt and temperature that they were sampled with (`behavior_prompt`,
-            `temperature`), in the place of what the column holds. For data whose engine gave no log-probs, or whose rounding is not to
-            be trusted; it is exact only if this model is the one that was sampled.
+        clip_max (`float`, *optional*, defaults to `3.0`): Largest importance weight; GRPO's name and value. `None` for
+            no limit.
+        clip_mode (`str`, *optional*, defaults to `"truncate"`): Weights outside the limits become the limit, or 0
+            (`"mask"`).
+        expert_weighting (`str`, *optional*, defaults to `"one"`): Under `iw` and `iw_sequence`, the weight of tokens
+            without a behaviour log-prob (demonstrations): `"one"` (as SFT), `"dft"` (π), or `"base"` (π/π_0).
+        weight_column (`str`, *optional*): Column whose number multiplies the weights of an example's tokens (they
+            still count as before in the denominator). Unset, it is `weight`, but only beside `completion_ids` or
+            `behavior_log_probs`: in any other dataset a column of that name is the user's own.
+        precompute_behavior_log_probs (`bool`, *optional*, defaults to `False`): Before training, compute the
+            `behavior_log_probs` of rows with `completion_ids` with the model as it is then, under the prompt and
+            temperature that they were sampled with (`behavior_prompt`, `temperature`), in the place of what the column
+            holds. For data whose engine gave no log-probs, or whose rounding is not to be trusted; it is exact only if
+            this model is the one that was sampled.
         alpha (`float`, *optional*, defaults to `1.0`): Exponent of `p_alpha` and `eaft`.
         beta (`float`, *optional*, defaults to `0.1`): KL coefficient of `asft` (the paper uses 0.05 to 0.1).
-        epsilon_high (`float`, *optional*, defaults to `0.28`): Under `psft`, a ratio above 1 + `epsilon_high` gives no gradient.
-        steps_per_outer_batch (`int`, *optional*, defaults to `8`): Under `psft`, the optimizer steps of an outer batch: π_old is the policy at its
-            start (the paper takes 64 rows in mini-batches of 8). 0: π_old is π_0.
+        epsilon_high (`float`, *optional*, defaults to `0.28`): Under `psft`, a ratio above 1 + `epsilon_high` gives no
+            gradient.
+        steps_per_outer_batch (`int`, *optional*, defaults to `8`): Under `psft`, the optimizer steps of an outer
+            batch: π_old is the policy at its start (the paper takes 64 rows in mini-batches of 8). 0: π_old is π_0.
 
-    π_0 is the policy before training. `asft` keeps a frozen copy of the model or, if there is an adapter, switches that off (it must change
-    nothing at the start, as LoRA's default does); the others compute log π_0 once, before training, and cache it.
+    π_0 is the policy before training. `asft` keeps a frozen copy of the model or, if there is an adapter, switches
+    that off (it must change nothing at the start, as LoRA's default does); the others compute log π_0 once, before
+    training, and cache it.
     """
 
     _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["objective"]
@@ -166,8 +173,8 @@ class ImportanceWeightedSFTConfig(SFTConfig):
     @classmethod
     def of(cls, args: TrainingArguments) -> "ImportanceWeightedSFTConfig":
         """
-        `args` (an `SFTConfig`, plain `TrainingArguments`, or a subclass of a user's own) with the fields of this class added. The
-        result is an instance of both classes, with every attribute that `args` has.
+        `args` (an `SFTConfig`, plain `TrainingArguments`, or a subclass of a user's own) with the fields of this class
+        added. The result is an instance of both classes, with every attribute that `args` has.
 
         Field by field: `TrainingArguments.to_dict` masks everything whose name ends in `_token`, `eos_token` included.
         """

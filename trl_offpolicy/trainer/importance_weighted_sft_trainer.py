@@ -5,8 +5,8 @@ travel from the dataset through tokenisation, truncation, packing and collation 
 `SFTTrainer.compute_loss` calls hands back log-probs already multiplied by a detached weight, so that TRL's own
 normalisation, gradient accumulation, MoE loss and metrics stay what they are (the canary tests hold it to that).
 
-Objectives that compare with another policy get its log-probs as one more column: `reference_log_probs`, computed before
-training, or `old_log_probs`, computed at the start of each outer batch of `psft`.
+Objectives that compare with another policy get its log-probs as one more column: `reference_log_probs`, computed
+before training, or `old_log_probs`, computed at the start of each outer batch of `psft`.
 """
 
 import copy
@@ -61,22 +61,24 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
     """
     Drop-in replacement for [`~trl.SFTTrainer`]: same arguments, and with `objective="nll"` the same updates.
 
-    Rows that carry `completion_ids` (what `DataRewriter` writes) are trained on exactly those ids, after their `prompt`
-    rendered with the training chat template, and `behavior_log_probs` are aligned with them. Other rows go through
-    TRL's own preparation. Beside TRL's metrics it logs what `losses.diagnostic_means` lists (`nll`, `weight`, `ess`, `kl`
-    to μ, …), over all tokens and for each source there is (`nll/self`), and under `asft` its `reference_kl`.
+    Rows that carry `completion_ids` (what `DataRewriter` writes) are trained on exactly those ids, after their
+    `prompt` rendered with the training chat template, and `behavior_log_probs` are aligned with them. Other rows go
+    through TRL's own preparation. Beside TRL's metrics it logs what `losses.diagnostic_means` lists (`nll`, `weight`,
+    `ess`, `kl` to μ, …), over all tokens and for each source there is (`nll/self`), and under `asft` its
+    `reference_kl`.
 
     A column `weight` beside those, or the one that `weight_column` names, multiplies an example's weights.
 
     Args:
         model (`str` or `PreTrainedModel`): What is trained: Hub id, directory or a loaded model.
-        args ([`ImportanceWeightedSFTConfig`], *optional*): Objective and settings; an `SFTConfig` or `TrainingArguments` is accepted too.
-        train_dataset, eval_dataset, processing_class, peft_config, ...: `SFTTrainer`'s, with its meaning and order.
-        data_collator ([`RewriteDataCollator`], *optional*): One of your own should subclass it: it hands on the per-token columns.
+        args ([`ImportanceWeightedSFTConfig`], *optional*): Objective and settings; an `SFTConfig` or
+        `TrainingArguments` is accepted too. train_dataset, eval_dataset, processing_class, peft_config, ...:
+        `SFTTrainer`'s, with its meaning and order. data_collator ([`RewriteDataCollator`], *optional*): One of your
+        own should subclass it: it hands on the per-token columns.
 
     Raises:
-        ValueError: The combination has no defined importance weight (`compute_loss_func`, context or sequence parallelism,
-            an image dataset with our columns, …), or a row's columns contradict each other (named).
+        ValueError: The combination has no defined importance weight (`compute_loss_func`, context or sequence
+            parallelism, an image dataset with our columns, …), or a row's columns contradict each other (named).
     """
 
     _tag_names = ["trl", "sft", "importance-weighted-sft"]
@@ -135,7 +137,8 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         # Columns that the initial policy computes before training.
         self._scored_columns = ["behavior_log_probs"] * args.precompute_behavior_log_probs
         self._scored_columns += ["reference_log_probs"] * reference
-        # Fingerprints of datasets that are tokenized and aligned but not cut or packed yet, and of those that are ready.
+        # Fingerprints of datasets that are tokenized and aligned but not cut or packed yet, and of those that are
+        # ready.
         self._whole: set[str] = set()
         self._finished: set[str] = set()
         self._outer: list = []  # what is left of psft's outer batch, and the epoch's iterator that it came from
@@ -252,7 +255,10 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
             )
 
     def _tell_tokens_without_ratio(self) -> None:
-        """Warns of the training tokens that an importance weight is asked of and that have none, as μ is not known; refuses if there are no others."""
+        """
+        Warns of the training tokens that an importance weight is asked of and that have none, as μ is not known;
+        refuses if there are no others.
+        """
         by_source = self.objective if isinstance(self.objective, dict) else dict.fromkeys(SOURCE_IDS, self.objective)
         weighted = [SOURCE_IDS[source] for source, name in by_source.items() if name in ("iw", "iw_sequence")]
         rows = self.train_dataset
@@ -262,7 +268,8 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
             or "labels" not in (getattr(rows, "column_names", None) or ())
         ):
             return
-        # A dataset without our log-probs was not made by this package, so a column with one of our names is the user's own.
+        # A dataset without our log-probs was not made by this package, so a column with one of our names is the user's
+        # own.
         ours = {"source_ids", "behavior_log_probs"} if "behavior_log_probs" in rows.column_names else set()
         total, unknown = 0, 0
         for batch in rows.with_format("arrow").iter(batch_size=1000):
@@ -369,7 +376,8 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         """
         Scores the rows if an objective asks for it, and cuts, packs and shuffles them unless that is done.
 
-        μ is scored on whole rows, under the prompt they were sampled with; π_0 on what is left of them, as π will see it.
+        μ is scored on whole rows, under the prompt they were sampled with; π_0 on what is left of them, as π will see
+        it.
         """
         fingerprint = getattr(dataset, "_fingerprint", None)
         whole = fingerprint in self._whole
@@ -472,7 +480,10 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         return {**super()._prepare_inputs(inputs), **columns}
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """Under `psft`, an outer batch at a time: its rows are scored by the policy as it is before the first of them trains it."""
+        """
+        Under `psft`, an outer batch at a time: its rows are scored by the policy as it is before the first of them
+        trains it.
+        """
         steps = self.args.steps_per_outer_batch
         if "psft" not in self.objectives or not steps:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -517,7 +528,8 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
 
         def weighted(**model_inputs):
             if not model_inputs.get("fused_lm_head"):
-                # TRL asks for logits to compute another loss from, or, the loss being computed, for `compute_metrics` and `predict`.
+                # TRL asks for logits to compute another loss from, or, the loss being computed, for `compute_metrics`
+                # and `predict`.
                 other_loss = self.compute_loss_func is not None or self.label_smoother is not None
                 if other_loss and "weight" in columns and (columns["weight"] != 1).any():
                     raise ValueError(
@@ -533,7 +545,10 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         return super().compute_loss(weighted, inputs, return_outputs, num_items_in_batch)
 
     def _refuse_infinite(self, weights, outputs, input_ids) -> None:
-        """A weight that is not finite would make the whole model NaN in one step. (A log-prob that is not does so with TRL, too.)"""
+        """
+        A weight that is not finite would make the whole model NaN in one step. (A log-prob that is not does so with
+        TRL, too.)
+        """
         wrong = outputs.label_mask.bool() & ~weights.isfinite() & outputs.log_probs.isfinite()
         if wrong.any():
             row, position = wrong.nonzero()[0].tolist()
@@ -548,7 +563,10 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
             )
 
     def _forward(self, model, model_inputs: dict):
-        """TRL's fused forward, and what `asft` and `eaft` need beside it: the KL to π_0, the entropy of the likeliest tokens."""
+        """
+        TRL's fused forward, and what `asft` and `eaft` need beside it: the KL to π_0, the entropy of the likeliest
+        tokens.
+        """
         extra: dict[str, torch.Tensor | None] = {"kl": None, "top_k_entropy": None}
         if not {"asft", "eaft"}.intersection(self.objectives):
             return model(**model_inputs), extra
@@ -656,7 +674,8 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
                 metrics |= {name + suffix: value for name, value in diagnostic_means(*group).items()}
         metrics |= {key: sum(values) / len(values) for key, values in self._metrics[mode].items()}
         if mode == "eval":
-            # Each eval set under its own prefix; TRL adds its own keys as `eval_entropy` for all of them, and the last one stays.
+            # Each eval set under its own prefix; TRL adds its own keys as `eval_entropy` for all of them, and the last
+            # one stays.
             timed = next((key for key in logs if key.endswith("_runtime")), "eval_runtime")
             metrics = {timed.removesuffix("runtime") + key: value for key, value in metrics.items()}
         logs.update(metrics)
@@ -680,7 +699,10 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         super()._save_checkpoint(model, trial)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
-        """Writes `output_dir/README.md`: base model, data by source, objective with its equation, hyper-parameters, results, versions."""
+        """
+        Writes `output_dir/README.md`: base model, data by source, objective with its equation, hyper-parameters,
+        results, versions.
+        """
         if self.is_world_process_zero():
             card = trained_model_card(self, model_name, dataset_name, tags)
             write_whole(f"{self.args.output_dir}/README.md", str(card))
@@ -729,7 +751,9 @@ def _named(eval_dataset) -> dict:
 
 
 def _unformatted(dataset):
-    """With rows of lists, whatever `with_format("torch")` made of them; a transform is left to TRL, which refuses it."""
+    """
+    With rows of lists, whatever `with_format("torch")` made of them; a transform is left to TRL, which refuses it.
+    """
     custom = hasattr(dataset, "num_rows") and dataset.format["type"] == "custom"
     return dataset if custom else dataset.with_format(None)
 

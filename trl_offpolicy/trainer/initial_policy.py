@@ -1,8 +1,11 @@
-"""The policy before training, π_0: what it says of a dataset's tokens, and its hidden states while another one is trained.
+"""
+The policy before training, π_0: what it says of a dataset's tokens, and its hidden states while another one is
+trained.
 
-Until training begins it is the model itself. With a peft adapter that changes nothing yet (LoRA's default, prompt tuning) it is
-the model with the adapter off too, and that at any time. `asft`, which asks it at every step, keeps a frozen copy of a model without
-adapter. Adapters that start as something else (PiSSA, OLoRA, LoftQ, one that was trained before) are scored before training only.
+Until training begins it is the model itself. With a peft adapter that changes nothing yet (LoRA's default, prompt
+tuning) it is the model with the adapter off too, and that at any time. `asft`, which asks it at every step, keeps a
+frozen copy of a model without adapter. Adapters that start as something else (PiSSA, OLoRA, LoftQ, one that was
+trained before) are scored before training only.
 """
 
 import contextlib
@@ -36,7 +39,10 @@ def without_training(model):
 
 
 def adapter_is_neutral(model) -> bool:
-    """Whether a peft model computes the same with its adapter and without: LoRA's B is zero, and its copies of modules are copies."""
+    """
+    Whether a peft model computes the same with its adapter and without: LoRA's B is zero, and its copies of modules
+    are copies.
+    """
     active = [model.active_adapter] if isinstance(model.active_adapter, str) else model.active_adapter
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, own in parameters.items():
@@ -57,7 +63,10 @@ RECORD = "initial_policy.json"  # in a checkpoint: which policy it was
 
 
 class InitialPolicy:
-    """π_0 of the `model` that `accelerator` trains; made before training begins, and `needed` if an objective asks it anything."""
+    """
+    π_0 of the `model` that `accelerator` trains; made before training begins, and `needed` if an objective asks it
+    anything.
+    """
 
     def __init__(self, model, accelerator, needed: bool = True):
         self.model, self.accelerator = model, accelerator
@@ -75,7 +84,8 @@ class InitialPolicy:
     def check(self, checkpoint: str) -> None:
         """
         Raises:
-            ValueError: The run that wrote the checkpoint began with another policy. (Checkpoints written before there was a record pass.)
+            ValueError: The run that wrote the checkpoint began with another policy. (Checkpoints written before there
+                was a record pass.)
         """
         file = Path(checkpoint) / RECORD
         recorded = json.loads(file.read_text()) if file.exists() else {"digest": self.digest}
@@ -118,8 +128,8 @@ class InitialPolicy:
     @contextlib.contextmanager
     def asked(self, model=None):
         """
-        The frozen copy, or the model with its adapter off (π_0 if that is neutral, the base in any case), without gradient or dropout;
-        `model` is `self.model` as accelerate wrapped it.
+        The frozen copy, or the model with its adapter off (π_0 if that is neutral, the base in any case), without
+        gradient or dropout; `model` is `self.model` as accelerate wrapped it.
         """
         if self.frozen is not None:
             with torch.no_grad():
@@ -145,8 +155,8 @@ class InitialPolicy:
 
         Args:
             column (`str`): Column to write: a value per token of `input_ids`, NaN where there is none.
-            pieces_of (`Callable`): row → list of `(end, prompt ids, target ids, temperature)`, where the targets stand in `input_ids` up
-                to the position `end`.
+            pieces_of (`Callable`): row → list of `(end, prompt ids, target ids, temperature)`, where the targets stand
+                in `input_ids` up to the position `end`.
             settings: What else the result depends on, for the cache.
         """
 

@@ -1,7 +1,7 @@
 """What a model says of given tokens: log-probs of targets, entropy of the likeliest tokens, KL to another model.
 
-Everything starts from the backbone's hidden states and goes through the LM head a few thousand tokens at a time, so that
-no (tokens, vocabulary) tensor of a whole batch ever exists.
+Everything starts from the backbone's hidden states and goes through the LM head a few thousand tokens at a time, so
+that no (tokens, vocabulary) tensor of a whole batch ever exists.
 """
 
 import math
@@ -71,7 +71,9 @@ def hidden_states(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
 
 @torch.no_grad()
 def top_k_entropy(head: LMHead, hidden: torch.Tensor, k: int = TOP_K) -> torch.Tensor:
-    """Entropy of each next-token distribution's `k` likeliest tokens, renormalised, over ln k: (N,) float32 in [0, 1]."""
+    """
+    Entropy of each next-token distribution's `k` likeliest tokens, renormalised, over ln k: (N,) float32 in [0, 1].
+    """
     result = []
     for chunk in hidden.split(CHUNK):
         logits = head_logits(head, chunk)
@@ -108,11 +110,13 @@ def target_log_probs(
     log π of each target token given its prompt.
 
     Args:
-        pairs (`list`): (prompt ids, target ids) of each row; a first token without a prompt has no log-prob, and gets NaN.
+        pairs (`list`): (prompt ids, target ids) of each row; a first token without a prompt has no log-prob, and gets
+            NaN.
         batch_tokens (`int`, *optional*, defaults to `8192`): Tokens of one forward, padding included.
         temperatures (`list[float]`, *optional*): By which each row's logits are divided; 1 by default.
         progress (`bool`, *optional*, defaults to `True`): Show a bar.
-        observe (`Callable`, *optional*): Called with each row's number and its last hidden states (prompt and target tokens, H).
+        observe (`Callable`, *optional*): Called with each row's number and its last hidden states (prompt and target
+            tokens, H).
 
     Returns:
         `list` of float32 `torch.Tensor`, each of the length of its target.

@@ -1,17 +1,19 @@
 """Token weights and their diagnostics, as pure functions over tensors.
 
-Every objective here is a weighted negative log-likelihood, `-Σ sg(w_t)·log π(y_t) / N`, so an objective is its weights: a
-function of what is known of each target token (`asft` adds a KL to them, which the trainer has from `scoring.py`). All
-arguments are (B, T) and passed by name; a function takes those it needs and `**_` for the rest, and so does one of a
-user's own:
+Every objective here is a weighted negative log-likelihood, `-Σ sg(w_t)·log π(y_t) / N`, so an objective is its
+weights: a function of what is known of each target token (`asft` adds a KL to them, which the trainer has from
+`log_probs.py`). All arguments are (B, T) and passed by name; a function takes those it needs and `**_` for the rest,
+and so does one of a user's own:
 
     log_probs             log π(y_t), detached; 0 where a token is not trained on
     behavior_log_probs    log μ(y_t), float32; NaN where μ is unknown
-    reference_log_probs   log π_0(y_t), float32, under the policy before training; NaN where no objective of the run asked for it
+    reference_log_probs   log π_0(y_t), float32, under the policy before training; NaN where no objective of the run
+                          asked for it
     old_log_probs         log π_old(y_t), float32, under the policy at the start of `psft`'s outer batch; NaN likewise
     mask                  bool, true where a token is trained on
     entropy               entropy of π(·|y_<t) in nats
-    top_k_entropy         entropy of π's 20 likeliest tokens, renormalised, over ln 20; None unless `eaft` is in the run
+    top_k_entropy         entropy of π's 20 likeliest tokens, renormalised, over ln 20; None unless `eaft` is in the
+                          run
     segment_ids           int, equal for the tokens of one example (packed examples are told apart)
 
 Weights are (B, T) float32 without gradient.
@@ -46,8 +48,8 @@ def psft_weights(
     log_probs: torch.Tensor, old_log_probs: torch.Tensor, epsilon_high: float = 0.28, **_
 ) -> torch.Tensor:
     """
-    r_t if r_t <= 1 + ε_high else 0, with r_t = π(y_t)/π_old(y_t): the gradient of Proximal SFT's min(r, clip(r, 1-ε, 1+ε_high))
-    (arXiv 2508.17784), whose lower bound never binds since every advantage is 1.
+    r_t if r_t <= 1 + ε_high else 0, with r_t = π(y_t)/π_old(y_t): the gradient of Proximal SFT's min(r, clip(r, 1-ε,
+    1+ε_high)) (arXiv 2508.17784), whose lower bound never binds since every advantage is 1.
 
     Without π_old (an evaluation has no outer batch) r_t is 1.
     """
@@ -74,8 +76,8 @@ def importance_weights(
     π(y_t)/μ(y_t) ("Mind the Gap", eq. 5, per token and with the real denominator).
 
     Outside [`clip_min`, `clip_max`] it is truncated to the bound, or masked to 0 (`clip_mode`). Where μ is unknown (a
-    demonstration's tokens) `expert_weighting` decides: `"one"` as SFT does, `"dft"` takes μ ≡ 1, `"base"` takes the policy
-    before training for μ (`reference_log_probs`), as iw-SFT does for all rows.
+    demonstration's tokens) `expert_weighting` decides: `"one"` as SFT does, `"dft"` takes μ ≡ 1, `"base"` takes the
+    policy before training for μ (`reference_log_probs`), as iw-SFT does for all rows.
     """
     behavior_log_probs = _with_base(behavior_log_probs, reference_log_probs, expert_weighting)
     log_ratio = log_probs.float() - behavior_log_probs.float()
@@ -95,7 +97,8 @@ def sequence_importance_weights(
     **_,
 ) -> torch.Tensor:
     """
-    exp(mean_t log π/μ) for all tokens of an example: the length-normalised sequence ratio of iw-SFT (arXiv 2507.12856).
+    exp(mean_t log π/μ) for all tokens of an example: the length-normalised sequence ratio of iw-SFT (arXiv
+    2507.12856).
 
     The mean is over the example's trained tokens with known μ; clipping and unknown μ as in `importance_weights`.
     """
@@ -170,12 +173,14 @@ def weight_diagnostics(
     What is logged of a batch, for each group of tokens, in a form that micro-batches and processes can add up.
 
     Args:
-        weights, unlimited, log_probs, behavior_log_probs, entropy, is_top1 (`torch.Tensor` of shape (B, T)): `unlimited` are the
-            weights that `NO_LIMITS` would give; where they differ from `weights`, a weight was clipped. Finite, or 0 outside all groups.
+        weights, unlimited, log_probs, behavior_log_probs, entropy, is_top1 (`torch.Tensor` of shape (B, T)):
+            `unlimited` are the weights that `NO_LIMITS` would give; where they differ from `weights`, a weight was
+            clipped. Finite, or 0 outside all groups.
         groups (`torch.Tensor` of shape (G, B, T), bool): The tokens of each group.
 
     Returns:
-        (sum, count) of each of `DIAGNOSTICS`, float64 of shape (G, 8, 2), and (max of -weight, max of weight), of shape (G, 2).
+        (sum, count) of each of `DIAGNOSTICS`, float64 of shape (G, 8, 2), and (max of -weight, max of weight), of
+        shape (G, 2).
     """
     dtype = torch.float32 if weights.device.type == "mps" else torch.float64  # MPS has no float64
     known = groups.any(0) & ~torch.isnan(behavior_log_probs)
@@ -202,9 +207,11 @@ def diagnostic_means(sums: torch.Tensor, extremes: torch.Tensor) -> dict[str, fl
     """
     One group's `weight_diagnostics`, added up, as what is logged.
 
-    `nll` is what SFT would report; `weight`, `weight_min`, `weight_max` the mean and extreme weight; `ess` the effective sample size
-    (Σw)²/(n·Σw²), a share of the tokens; `clip_fraction` the share whose weight a limit changed; `entropy` and
-    `mean_token_accuracy` as TRL's. Only where μ is known: `log_ratio`, the mean of log π/μ, and `kl`, the k3 estimate of KL(μ‖π).
+    `nll` is what SFT would report; `weight`, `weight_min`, `weight_max` the mean and extreme weight; `ess` the
+    effective sample size (Σw)²/(n·Σw²), a share of the tokens; `clip_fraction` the share whose weight a limit changed;
+    `entropy` and
+    `mean_token_accuracy` as TRL's. Only where μ is known: `log_ratio`, the mean of log π/μ, and `kl`, the k3 estimate
+        of KL(μ‖π).
     """
     means = {name: value / count for name, (value, count) in zip(DIAGNOSTICS, sums.tolist(), strict=True) if count}
     if "weight_sq" in means:

@@ -23,8 +23,8 @@ def trained_model_card(trainer, model_name: str | None = None, dataset_name: str
     The card of the model that an `ImportanceWeightedSFTTrainer` holds, from what it knows and nothing else.
 
     Args:
-        dataset_name (`str`, *optional*): Hub id or local path; only an id goes into the metadata. Likewise the base model's. By default
-            the Hub dataset that the training rows were loaded from.
+        dataset_name (`str`, *optional*): Hub id or local path; only an id goes into the metadata. Likewise the base
+            model's. By default the Hub dataset that the training rows were loaded from.
 
     Returns:
         `huggingface_hub.ModelCard`.

@@ -1,4 +1,7 @@
-"""Verdicts on completions: mathematics, choices, texts, numbers with units, JSON, code, a judge. They know no models and no stages."""
+"""
+Verdicts on completions: mathematics, choices, texts, numbers with units, JSON, code, a judge. They know no models and
+no stages.
+"""
 
 from .. import relocated
 

@@ -1,4 +1,7 @@
-"""Code against tests that it never sees: the solution runs in one sandbox, its tests in another or, as input and output, out here."""
+"""
+Code against tests that it never sees: the solution runs in one sandbox, its tests in another or, as input and output,
+out here.
+"""
 
 import ast
 import builtins
@@ -44,41 +47,49 @@ class CodeVerifier(Verifier):
 
     Tests are one of
 
-    * Python source, or a list of it: assertions, HumanEval's `check(candidate)` (called with the row's `entry_point`, or with the only function
-      that no other one uses), unittest cases, functions and classes by pytest's names (with pytest itself where they import it or
-      take fixtures, if it is installed). Names that they use and do not define are
-      the solution's, and so are the modules that they import and that are not installed (`from solution import f`).
-    * pairs of input and output, for a solution that is a script: `{"inputs": [...], "outputs": [...]}` or `[{"input": ..., "output": ...}, ...]`,
-      also as JSON. Outputs are compared line by line without the spaces at their ends.
+    * Python source, or a list of it: assertions, HumanEval's `check(candidate)` (called with the row's `entry_point`,
+      or with the only function that no other one uses), unittest cases, functions and classes by pytest's names (with
+      pytest itself where they import it or take fixtures, if it is installed). Names that they use and do not define
+      are the solution's, and so are the modules that they import and that are not installed (`from solution import
+      f`).
+    * pairs of input and output, for a solution that is a script: `{"inputs": [...], "outputs": [...]}` or `[{"input":
+      ..., "output": ...}, ...]`, also as JSON. Outputs are compared line by line without the spaces at their ends.
 
-    Judged is the last complete block that defines what the tests ask for (with pairs: the last one that reads input). Where no test ran, the
-    verdict is `unparsable`. A test has run when a check that may depend on the solution (an assertion, an expected error, an `if` that raises) has passed:
-    assertions whose failure is caught, those of constants, and test functions that only return a bool are none.
+    Judged is the last complete block that defines what the tests ask for (with pairs: the last one that reads input).
+    Where no test ran, the verdict is `unparsable`. A test has run when a check that may depend on the solution (an
+    assertion, an expected error, an `if` that raises) has passed: assertions whose failure is caught, those of
+    constants, and test functions that only return a bool are none.
 
-    *What cannot be faked*: solution and tests run in two sandboxes and exchange plain data (numbers, text, lists, dicts, …, values of exactly those
-    types), and nothing of the solution's making runs where data are compared: leaving early, patching builtins, unittest or pytest, reading the
-    tests, objects that equal everything, ending an iteration by an error, none of these is `correct`. An object of the solution's own is not
-    believed about itself (its truth, length, items, order, arithmetic, or methods that are given the tests' data) unless the tests made it by calling
-    a name that they treat as a class: `isinstance(x, Point)`, or a name in capitals of which they use an attribute that no plain data has
-    (`Stack().push(1)`). It is the tests that say so, because any solution could write `class f`. Tests that need more trust than that are `unparsable`.
-    *What can*: tests of such a class ask that class, also with expected values as arguments (`1 in stack`), and compare its objects by its `==`; a test
-    with few possible answers, or of an iterator that may be empty (`all(... zip(f(1), [1, 2]))`), can be guessed, also by an attribute of a
-    returned object; and names that the tests forget to define (`isclose`) are the solution's to define.
-    *What differs from running both in one process*: arguments are copies, and lists, sets and dicts among them are written back only after a call that
-    returned `None` (as one in place does); objects that the tests define cannot be passed in, functions can; a tuple with names comes back as a tuple.
+    *What cannot be faked*: solution and tests run in two sandboxes and exchange plain data (numbers, text, lists,
+    dicts, …, values of exactly those types), and nothing of the solution's making runs where data are compared:
+    leaving early, patching builtins, unittest or pytest, reading the tests, objects that equal everything, ending an
+    iteration by an error, none of these is `correct`. An object of the solution's own is not believed about itself
+    (its truth, length, items, order, arithmetic, or methods that are given the tests' data) unless the tests made it
+    by calling a name that they treat as a class: `isinstance(x, Point)`, or a name in capitals of which they use an
+    attribute that no plain data has (`Stack().push(1)`). It is the tests that say so, because any solution could write
+        `class f`. Tests that need more trust than that are `unparsable`. *What can*: tests of such a class ask that
+        class, also with expected values as arguments (`1 in stack`), and compare its objects by its `==`; a test
+    with few possible answers, or of an iterator that may be empty (`all(... zip(f(1), [1, 2]))`), can be guessed, also
+    by an attribute of a returned object; and names that the tests forget to define (`isclose`) are the solution's to
+    define. *What differs from running both in one process*: arguments are copies, and lists, sets and dicts among them
+    are written back only after a call that returned `None` (as one in place does); objects that the tests define
+    cannot be passed in, functions can; a tuple with names comes back as a tuple.
 
     Args:
-        timeout (`float`, *optional*, defaults to `5.0`): CPU seconds; three times as many on the wall clock, for all tests together.
+        timeout (`float`, *optional*, defaults to `5.0`): CPU seconds; three times as many on the wall clock, for all
+            tests together.
         memory_mb (`int`, *optional*, defaults to `512`): MiB, for all processes of the solution together.
         num_workers (`int`, *optional*): How many completions are judged at a time; by default one for each core.
         allow_network (`bool`, *optional*, defaults to `False`): Whether solution and tests may use the network.
-        sandbox (`str` or `Callable`, *optional*): See [`Sandbox`], also for what it guarantees: `"bubblewrap"`, `"unshare"` (by default whichever
-            works), `"docker"`, or a function from a command to the command that runs it in a container of yours.
-        allow_unsandboxed (`bool`, *optional*, defaults to `False`): Where no sandbox can be made, run code **as you**, with your files and the
-            tokens in your environment in its reach.
+        sandbox (`str` or `Callable`, *optional*): See [`Sandbox`], also for what it guarantees: `"bubblewrap"`,
+            `"unshare"` (by default whichever works), `"docker"`, or a function from a command to the command that runs
+            it in a container of yours.
+        allow_unsandboxed (`bool`, *optional*, defaults to `False`): Where no sandbox can be made, run code **as you**,
+            with your files and the tokens in your environment in its reach.
 
     Raises:
-        ValueError: Where neither bubblewrap nor namespaces work, unless `sandbox` or `allow_unsandboxed` says what to do then.
+        ValueError: Where neither bubblewrap nor namespaces work, unless `sandbox` or `allow_unsandboxed` says what to
+            do then.
     """
 
     stated = False
@@ -205,7 +216,9 @@ class CodeVerifier(Verifier):
         )
 
     def _ended(self, process, said: bytes, otherwise: Judgement) -> Judgement:
-        """What it means that a process ended without a word: by its limits, for want of a sandbox, or else `otherwise`."""
+        """
+        What it means that a process ended without a word: by its limits, for want of a sandbox, or else `otherwise`.
+        """
         words = said.decode(errors="replace").strip() or complaint(process)
         code = process.poll()
         code = 128 - code if code is not None and code < 0 else code
@@ -225,7 +238,10 @@ def _program(end: str) -> dict[str, str]:
 
 
 def code_blocks(completion: str) -> list[str]:
-    """The complete fenced blocks of Python that compile, in order, behind any thinking; `Unparsable` where that never ends."""
+    """
+    The complete fenced blocks of Python that compile, in order, behind any thinking; `Unparsable` where that never
+    ends.
+    """
     text = without_thinking(completion).replace("\r\n", "\n")
     codes = [textwrap.dedent(m["code"]) for m in _FENCE.finditer(text) if _PYTHON.fullmatch(m["language"])]
     return [code for code in codes if code.strip() and _compiles(code)]

@@ -1,4 +1,7 @@
-"""The loop that a rewrite, an evaluation and a judge share: requests go to engines, completions to a verifier, and come back judged."""
+"""
+The loop that a rewrite, an evaluation and a judge share: requests go to engines, completions to a verifier, and come
+back judged.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -28,7 +31,8 @@ class Drawing:
             while drawing.submit(requests):
                 for judged, entry in drawing.judged(write_down): ...
 
-    An exception that leaves the `with` block aborts what is under way: the next run on the same engine must not be given it.
+    An exception that leaves the `with` block aborts what is under way: the next run on the same engine must not be
+    given it.
 
     Args:
         verifier ([`~verification.verifier.Verifier`]): `None` if the completions are wanted without verdicts.
@@ -70,7 +74,8 @@ class Drawing:
 
     def submit(self, requests: Iterator[Asked]) -> bool:
         """Submits as many of the `requests` as there is room for; whether anything is under way then."""
-        # One that waits for its verdict leaves its place to another one. How many there are may depend on those that were submitted.
+        # One that waits for its verdict leaves its place to another one. How many there are may depend on those that
+        # were submitted.
         for asked in islice(requests, self.capacity - self.sampling):
             self._sampling[asked.request.id] = asked
             asked.sampler.submit(asked.request)
@@ -78,8 +83,8 @@ class Drawing:
 
     def judged(self, record: Callable[[Judged], Any] = lambda judged: None) -> Iterator[tuple[Judged, Any]]:
         """
-        Waits until something is finished; what has its verdict then, and what `record` makes of it. When an engine fails, all that was drawn
-        before still gets its verdict and is recorded.
+        Waits until something is finished; what has its verdict then, and what `record` makes of it. When an engine
+        fails, all that was drawn before still gets its verdict and is recorded.
 
         Raises:
             SamplerError: An engine cannot go on.
@@ -104,8 +109,8 @@ class Drawing:
 
     def drawn_tokens(self) -> int:
         """
-        Tokens that the engines have drawn since this was made. Where one does not see them as they are drawn, those of finished requests, and
-        what it says of aborted ones.
+        Tokens that the engines have drawn since this was made. Where one does not see them as they are drawn, those of
+        finished requests, and what it says of aborted ones.
         """
         return self._total_tokens() - self._drawn_before
 
@@ -114,7 +119,10 @@ class Drawing:
         return self.counts["finished_tokens"] + self.counts["aborted_tokens"] if None in seen else sum(seen)
 
     def _finished(self) -> Iterator[tuple[Asked, Completion]]:
-        """What each engine with requests under way has finished; an aborted one that it returns all the same is only counted."""
+        """
+        What each engine with requests under way has finished; an aborted one that it returns all the same is only
+        counted.
+        """
         for sampler in self.samplers:
             # With one engine the first request settles it: this runs at each of its steps.
             if not any(asked.sampler is sampler for asked in self._sampling.values()):

@@ -1,11 +1,13 @@
 r"""One completion against one gold answer: what it states, what that means, whether the two are the same.
 
-math-verify (on latex2sympy2_extended) reads and compares expressions and sets. Around it, because each was measured to go wrong
-there: our own extraction (`extraction.py`), answers read whole as one of a few types before anything in them is
-parsed (lists, tuples, matrices, units, percent, bases), LaTeX parsed whole or not at all (its fall back to the first number it
-finds reads the gold `2007+\frac\pi 2` as 2), and numbers compared by relative size (an absolute 1e-15 makes 10^-20 = 10^-21).
+math-verify (on latex2sympy2_extended) reads and compares expressions and sets. Around it, because each was measured to
+go wrong there: our own extraction (`extraction.py`), answers read whole as one of a few types before anything in them
+is parsed (lists, tuples, matrices, units, percent, bases), LaTeX parsed whole or not at all (its fall back to the
+first number it finds reads the gold `2007+\frac\pi 2` as 2), and numbers compared by relative size (an absolute 1e-15
+makes 10^-20 = 10^-21).
 
-These functions may run for ever or exhaust memory on hostile input: `verification.py` runs them in processes it can kill.
+These functions may run for ever or exhaust memory on hostile input: `worker.py` runs them in processes it can
+kill.
 """
 
 import contextlib
@@ -95,9 +97,10 @@ def _agree(compare: "_Comparison", other: str, prediction: str) -> bool:
 class Answer(NamedTuple):
     """An answer read whole: its type, its parts in that type, and its text.
 
-    `parts` by `kind`: tuple, list, set, ratio: `Answer`s (a tuple's `name` holds its brackets, or says that it is a row, a column or a matrix,
-    whose parts are its rows); cases: their rows; named: the value's `Answer`, and those of further sides (`name` is what it is called);
-    equation: its sides as text; modular: residue and modulus; words, value, relation: none.
+    `parts` by `kind`: tuple, list, set, ratio: `Answer`s (a tuple's `name` holds its brackets, or says that it is a
+        row, a column or a matrix,
+    whose parts are its rows); cases: their rows; named: the value's `Answer`, and those of further sides (`name` is
+    what it is called); equation: its sides as text; modular: residue and modulus; words, value, relation: none.
     """
 
     kind: str
@@ -143,7 +146,10 @@ def _split(text: str, separator: str) -> list[str]:
 
 
 def _brackets(text: str) -> tuple[str, str]:
-    r"""The brackets around all of a text, and what is in them: `("[)", "0,1")`, `("{}", "1,2")`; empty where there are none."""
+    r"""
+    The brackets around all of a text, and what is in them: `("[)", "0,1")`, `("{}", "1,2")`; empty where there are
+    none.
+    """
     match = re.fullmatch(r"(\\\{|[(\[{])(.*?)(\\\}|[)\]}])", text, re.S)
     if not match:
         return "", text
@@ -156,7 +162,10 @@ def _brackets(text: str) -> tuple[str, str]:
 
 
 def _pieces(text: str, bracketed: bool) -> list[str]:
-    """What a list, tuple or set consists of. A comma with three digits behind it belongs to the number, unless brackets say otherwise."""
+    """
+    What a list, tuple or set consists of. A comma with three digits behind it belongs to the number, unless brackets
+    say otherwise.
+    """
     groups = _split(text, ";" if ";" in text else _AND)
     if len(groups) > 1 and (";" in text and "," in text or all(_split(g, ",")[1:] and "=" in g for g in groups)):
         return groups  # `x=1, y=2; x=3, y=4`
@@ -181,7 +190,10 @@ def _signed(text: str) -> list[str]:
 
 @functools.lru_cache(8192)
 def read(text: str) -> Answer:
-    """All of a normalised text as one of the types; what is none of them is a `value`, which `parse_latex` reads whole or not at all."""
+    """
+    All of a normalised text as one of the types; what is none of them is a `value`, which `parse_latex` reads whole or
+    not at all.
+    """
     text = _MEMBER.sub("", text)
     around, inside = _brackets(text)
     if inside and (
@@ -234,7 +246,10 @@ def _read_all(pieces: list[str]) -> list[Answer]:
 
 
 def _equation(text: str, sides: list[str]) -> Answer:
-    """A name and its value, else an equation; `x=y=3` names 3 twice, `2=x` is `x=2`, and of `3\\cdot 5=15` all sides are the value."""
+    """
+    A name and its value, else an equation; `x=y=3` names 3 twice, `2=x` is `x=2`, and of `3\\cdot 5=15` all sides are
+    the value.
+    """
     if len(sides) == 2 and _NAME.fullmatch(sides[1]) and not _NAME.fullmatch(sides[0]) and not _closed(sides[1]):
         sides = sides[::-1]
     names = [s for s in sides[:-1] if _NAME.fullmatch(s) and not _closed(s)]
@@ -277,7 +292,10 @@ class _Comparison:
         self.options, self.strict = options, options["strict"]
 
     def readable(self, gold: Answer) -> None:
-        """Raises `UnparsableGold` unless every part of the gold answer is a number, words or LaTeX that parses as a whole."""
+        """
+        Raises `UnparsableGold` unless every part of the gold answer is a number, words or LaTeX that parses as a
+        whole.
+        """
         if gold.kind in ("relation", "equation") or (gold.kind == "value" and not _choice(gold.text)):
             value = split_unit(gold.text)[0].removesuffix("%").replace("^\\circ", "")
             if not (number(value) or _time(gold.text) or _base(value)):
@@ -297,7 +315,10 @@ class _Comparison:
         return self.equal(read(prediction), read(gold))
 
     def _close(self, told: tuple[Fraction, bool], wanted: tuple[Fraction, bool]) -> bool:
-        """Equal; a decimal may also be another number rounded to `float_rounding` places, if that leaves five digits of it."""
+        """
+        Equal; a decimal may also be another number rounded to `float_rounding` places, if that leaves five digits of
+        it.
+        """
         if told[0] == wanted[0] or not (told[1] or wanted[1]):
             return told[0] == wanted[0]
         difference, places = abs(told[0] - wanted[0]), self.options["float_rounding"]
@@ -414,7 +435,10 @@ class _Comparison:
         return not all(_closed(v.text) for v in values) and self._same_equation(told, wanted)
 
     def _same_equation(self, told: Answer, wanted: Answer) -> bool:
-        """Two equations by what they are; where one is a value, the other states it only if it is no condition on `x`, `y` or one unknown."""
+        """
+        Two equations by what they are; where one is a value, the other states it only if it is no condition on `x`,
+        `y` or one unknown.
+        """
         if told.kind in ("equation", "named") and wanted.kind in ("equation", "named"):
             return self._same_value(told.text, wanted.text)
         equation, value = (told, wanted) if told.kind == "equation" else (wanted, told)
@@ -425,7 +449,10 @@ class _Comparison:
         return self.same(*(sides if equation is told else sides[::-1]))
 
     def _same_list(self, told: Answer, wanted: Answer) -> bool:
-        """In any order, but positions where names or brackets give one; relations that all hold, or of which one does, are one."""
+        """
+        In any order, but positions where names or brackets give one; relations that all hold, or of which one does,
+        are one.
+        """
         for one, other in ((told, wanted), (wanted, told)):
             again = self.equal if one is told else lambda a, b: self.equal(b, a)
             items, others = (a.parts if a.kind == "list" else (a,) for a in (one, other))
@@ -444,7 +471,7 @@ class _Comparison:
             if len(names) == len(items) > 1 and not all(a.kind == "named" for a in others):
                 # `x=1,y=2` gives the positions of `1,2` and of `(1,2)` their names, `y=2,x=1` too
                 if "".join(sorted(names)) in string.ascii_lowercase:
-                    items = sorted(items, key=lambda a: a.name)
+                    items = tuple(sorted(items, key=lambda a: a.name))
                 pair = tuple(a.parts[0] for a in items), other.parts if other.kind == "tuple" else others
                 return self._all(*(pair if one is told else pair[::-1]))
             bracketed = one.kind in ("list", "set") and (other.kind, other.name) == ("tuple", "()")
@@ -453,8 +480,8 @@ class _Comparison:
                     return self._all(one.parts, other.parts)
                 return self._same_list(told._replace(kind="list"), wanted)
         predictions, golds = (a.parts if a.kind in ("list", "set") else (a,) for a in (told, wanted))
-        names = [[a.name if a.kind == "named" else "" for a in items] for items in (predictions, golds)]
-        if len({name.partition("_")[0] for n in names for name in n if all(n)}) == 1 and names[0] != names[1]:
+        labels = [[a.name if a.kind == "named" else "" for a in items] for items in (predictions, golds)]
+        if len({name.partition("_")[0] for n in labels for name in n if all(n)}) == 1 and labels[0] != labels[1]:
             # `x_1=2,x_2=3` enumerates roots, in any order
             predictions, golds = (
                 tuple(a.parts[0] if a.kind == "named" else a for a in items) for items in (predictions, golds)
@@ -465,8 +492,10 @@ class _Comparison:
             return len({p.text for p in predictions}) == len(predictions)  # one answer in several forms
         unique = [tuple({a.text.replace(" ", ""): a for a in items}.values()) for items in (predictions, golds)]
         if len(predictions) == len(golds) and "set" not in (told.kind, wanted.kind):
-            unique = predictions, golds
-        if self._matched(*unique, lambda a, b: (a.kind == "set") == (b.kind == "set") and self.equal(a, b)):
+            unique = [predictions, golds]
+        if self._matched(
+            unique[0], unique[1], lambda a, b: (a.kind == "set") == (b.kind == "set") and self.equal(a, b)
+        ):
             return True
         return "\\cup" in told.text + wanted.text and self._same_value(told.text, wanted.text)
 
@@ -621,7 +650,8 @@ def _same_expression(told, wanted, options: dict) -> bool:
         if same is not None:
             return same
     truths = [isinstance(e, Boolean) for e in (told, wanted)]  # relations, and what "and" makes of them
-    # The two libraries raise for things without a common measure (a set minus a number, ≠ beside <, a periodic solution): these
+    # The two libraries raise for things without a common measure (a set minus a number, ≠ beside <, a periodic
+    # solution): these
     # could not be shown to be the same.
     with contextlib.suppress(TypeError, KeyError, NotImplementedError):
         if all(truths) and _proportional(told, wanted):

@@ -4,12 +4,13 @@ r"""(completion, gold answer) → `Verdict`, by math-verify in worker processes 
         verifier.verify(["... so \\boxed{0.5}", "\\boxed{\\frac{1}{3}}"], ["\\frac{1}{2}", "\\frac{1}{2}"])
         # [Verdict.CORRECT, Verdict.WRONG]
 
-math-verify's own time-out is a wall-clock alarm that only works in a main thread and answers "wrong" when it fires. Here
-each worker is a process of its own (forked from a fresh interpreter that has imported sympy, once for all verifiers of a process:
-nothing is forked from a trainer that holds CUDA, and a user's script needs no `__main__` guard) with a CPU-time budget inside, so that a busy machine changes no verdict, and SIGKILL from
-outside for code in C that no signal interrupts; a verification that is overdue only because other processes have the
-processor is given more time. Workers belong to the process that started them: a forked or unpickled copy of a verifier starts
-workers of its own, and they end with the process that started them, however it ends.
+math-verify's own time-out is a wall-clock alarm that only works in a main thread and answers "wrong" when it fires.
+Here each worker is a process of its own (forked from a fresh interpreter that has imported sympy, once for all
+verifiers of a process: nothing is forked from a trainer that holds CUDA, and a user's script needs no `__main__`
+guard) with a CPU-time budget inside, so that a busy machine changes no verdict, and SIGKILL from outside for code in C
+that no signal interrupts; a verification that is overdue only because other processes have the processor is given more
+time. Workers belong to the process that started them: a forked or unpickled copy of a verifier starts workers of its
+own, and they end with the process that started them, however it ends.
 """
 
 import os
@@ -37,14 +38,17 @@ class MathVerifier(Verifier):
 
     Args:
         timeout (`float`, *optional*, defaults to `4.0`): CPU seconds one verification may take. Code that cannot be
-            interrupted is killed 1.6 times as many seconds later at the earliest; either is `Verdict.TIMEOUT`, never `WRONG`.
-        num_workers (`int`, *optional*): Worker processes; by default one for each core that this process may use, shared among the
-            ranks of a node (`LOCAL_WORLD_SIZE`), and a single one in a child of `multiprocessing` (`num_proc`, a `DataLoader`).
-        float_rounding (`int`, *optional*, defaults to `6`): Decimal places to which a decimal may stand for another number
-            (`0.333333` for 1/3); it must keep five significant digits of it, too.
+            interrupted is killed 1.6 times as many seconds later at the earliest; either is `Verdict.TIMEOUT`, never
+            `WRONG`.
+        num_workers (`int`, *optional*): Worker processes; by default one for each core that this process may use,
+            shared among the ranks of a node (`LOCAL_WORLD_SIZE`), and a single one in a child of `multiprocessing`
+            (`num_proc`, a `DataLoader`).
+        float_rounding (`int`, *optional*, defaults to `6`): Decimal places to which a decimal may stand for another
+            number (`0.333333` for 1/3); it must keep five significant digits of it, too.
         numeric_precision (`int`, *optional*, defaults to `50`): Digits of math-verify's numeric comparisons.
         strict (`bool`, *optional*, defaults to `True`): Names of variables count (math-verify's `strict`).
-        allow_set_relation_comp (`bool`, *optional*, defaults to `True`): `1 < x < 2` answers `(1, 2)`, as the other way round.
+        allow_set_relation_comp (`bool`, *optional*, defaults to `True`): `1 < x < 2` answers `(1, 2)`, as the other
+            way round.
     """
 
     asked_form = "\\boxed"
@@ -106,7 +110,10 @@ class MathVerifier(Verifier):
         )
 
     def check_answers(self, answers: list[str]) -> list[Verdict]:
-        """`CORRECT` for each gold answer that can be compared with at all, else `UNPARSABLE` (or why it could not be told)."""
+        """
+        `CORRECT` for each gold answer that can be compared with at all, else `UNPARSABLE` (or why it could not be
+        told).
+        """
         # A plain number needs no worker, so a rewrite does not wait for one to start before it samples.
         odd = [answer or "" for answer in answers if not _PLAIN_NUMBER.fullmatch(answer or "")]
         told = iter(self._run([[None, answer] for answer in odd]))

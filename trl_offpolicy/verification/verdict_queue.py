@@ -1,4 +1,6 @@
-"""What an engine has drawn and its verdicts, beside the sampling: rewriting and evaluation both wait for no verifier."""
+"""
+What an engine has drawn and its verdicts, beside the sampling: rewriting and evaluation both wait for no verifier.
+"""
 
 import threading
 from collections.abc import Iterator, Sequence
@@ -31,7 +33,8 @@ class VerdictQueue:
     Verdicts are asked for many at a time: an engine in this process has to hand over the interpreter at each call.
 
     Args:
-        verifier ([`~verification.verifier.Verifier`]): It is closed if the `with` block is left by an exception, which would else have to
+        verifier ([`~verification.verifier.Verifier`]): It is closed if the `with` block is left by an exception, which
+        would else have to
             wait for what is being verified. `None`: completions come out as they are, without a verdict.
         limit (`int`): How many completions may be without a verdict.
     """
@@ -66,11 +69,17 @@ class VerdictQueue:
 
     @property
     def full(self) -> bool:
-        """Whether a slow verifier should hold the engine back: what has no verdict is in no journal, and lost with a killed process."""
+        """
+        Whether a slow verifier should hold the engine back: what has no verdict is in no journal, and lost with a
+        killed process.
+        """
         return self._untaken >= self.limit
 
     def put(self, item, completion: Completion, answer, row: dict | None = None) -> None:
-        """Takes a completion with the gold answer and the other columns of its `row`. Raises `SamplerError` when the engine has failed at everything so far, or a log-prob is not a number."""
+        """
+        Takes a completion with the gold answer and the other columns of its `row`. Raises `SamplerError` when the
+        engine has failed at everything so far, or a log-prob is not a number.
+        """
         self._drawn |= completion.finish_reason != "error"
         self._failed += completion.finish_reason == "error"
         if self._failed == HOPELESS and not self._drawn:
@@ -94,9 +103,10 @@ class VerdictQueue:
         Whatever has its verdict by now.
 
         Args:
-            hurry (`bool`, *optional*, defaults to `False`): Whether the verifier is called at once from now on, and not when there is a
-                batch: an engine without enough to do waits for what the verdicts let be drawn.
-            wait (`bool`, *optional*, defaults to `False`): Whether to wait for a verdict if there is none and one is to come.
+            hurry (`bool`, *optional*, defaults to `False`): Whether the verifier is called at once from now on, and
+                not when there is a batch: an engine without enough to do waits for what the verdicts let be drawn.
+            wait (`bool`, *optional*, defaults to `False`): Whether to wait for a verdict if there is none and one is
+                to come.
 
         Raises:
             Exception: What the verifier raised.
@@ -114,7 +124,10 @@ class VerdictQueue:
         return judged
 
     def drain(self) -> Iterator[Judged]:
-        """All that has no verdict yet, as the verdicts come: for an engine that has failed, whose completions are paid for."""
+        """
+        All that has no verdict yet, as the verdicts come: for an engine that has failed, whose completions are paid
+        for.
+        """
         while self._untaken:
             yield from self.take(wait=True)
 
@@ -127,7 +140,8 @@ class VerdictQueue:
                 self._changed.wait_for(self._due, HOLD)
                 if self._closed or not self._waiting:
                     continue
-                # Of a slow verifier's backlog no more than is worth a call: a verdict is in no journal before the call is over.
+                # Of a slow verifier's backlog no more than is worth a call: a verdict is in no journal before the call
+                # is over.
                 batch, self._waiting = self._waiting[: self.batch], self._waiting[self.batch :]
             try:
                 _, completions, answers, rows = zip(*batch, strict=True)

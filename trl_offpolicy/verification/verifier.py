@@ -13,14 +13,19 @@ from ..data.rows import Verdict
 
 
 class Judgement(NamedTuple):
-    """A verdict on one completion and the reason for it, which is empty for `correct`; equal to the plain pair of the two."""
+    """
+    A verdict on one completion and the reason for it, which is empty for `correct`; equal to the plain pair of the
+    two.
+    """
 
     verdict: Verdict
     reason: str = ""
 
     @property
     def gold_at_fault(self) -> bool:
-        """Whether the gold answer is what cannot be read or run, whatever the completion is. Not an item of the pair."""
+        """
+        Whether the gold answer is what cannot be read or run, whatever the completion is. Not an item of the pair.
+        """
         return False
 
 
@@ -38,8 +43,8 @@ def explain_with(
     verifier, completions: Sequence[str], answers: Sequence, rows: Sequence[dict] | None = None
 ) -> list[Judgement]:
     """
-    The judgement of each completion by anything that verifies ([`as_verifier`]). Of the `rows` that the completions answer, a verifier is
-    given the columns that it names in `columns`.
+    The judgement of each completion by anything that verifies ([`as_verifier`]). Of the `rows` that the completions
+    answer, a verifier is given the columns that it names in `columns`.
 
     Raises:
         TypeError: A completion is not a text.
@@ -75,7 +80,10 @@ def _verdict(told) -> Verdict:
 
 
 def describe(verifier) -> str:
-    """Name and arguments of whatever verifies, for the record; no limits of time and processes, which a resumed run may change."""
+    """
+    Name and arguments of whatever verifies, for the record; no limits of time and processes, which a resumed run may
+    change.
+    """
     if isinstance(verifier, OwnVerifier):
         verifier = verifier.verifier
     name = getattr(verifier, "__name__", type(verifier).__name__)
@@ -93,15 +101,18 @@ def describe(verifier) -> str:
 
 def rewards(judgements: list[Judgement]) -> list[float | None]:
     """
-    1.0 for `correct`, 0.0 for `wrong` and `unparsable`, as an evaluation counts them; `None` where nothing is known of the completion: the
-    gold answer cannot be compared with, a time-out, an error.
+    1.0 for `correct`, 0.0 for `wrong` and `unparsable`, as an evaluation counts them; `None` where nothing is known of
+    the completion: the gold answer cannot be compared with, a time-out, an error.
     """
     values = {Verdict.CORRECT: 1.0, Verdict.WRONG: 0.0, Verdict.UNPARSABLE: 0.0}
     return [None if told.gold_at_fault else values.get(told.verdict) for told in judgements]
 
 
 class Verifier:
-    """What all verifiers share; a new one needs `_explain`. Usable as a context manager, and as a reward for `GRPOTrainer`."""
+    """
+    What all verifiers share; a new one needs `_explain`. Usable as a context manager, and as a reward for
+    `GRPOTrainer`.
+    """
 
     # Whether the answer that a completion states is judged, not all of its text: what maj@k counts votes for.
     stated = True
@@ -109,7 +120,8 @@ class Verifier:
     asked_form = ""
     # How many completions are judged at a time.
     num_workers: Any = 1
-    # Columns of the dataset, beside the answers, that `explain` and `verify` take as keyword arguments: a list with a value for each completion.
+    # Columns of the dataset, beside the answers, that `explain` and `verify` take as keyword arguments: a list with a
+    # value for each completion.
     columns: tuple[str, ...] = ()
 
     # mypy takes `type(self).__name__` for this property.
@@ -126,8 +138,8 @@ class Verifier:
 
     def explain(self, completions: list[str], answers: list, **columns: list) -> list[Judgement]:
         """
-        Verdicts with the reason beside each: what could not be parsed, which test failed; empty for `correct`. `gold_at_fault` says of each whether
-        it is the gold answer that cannot be compared with.
+        Verdicts with the reason beside each: what could not be parsed, which test failed; empty for `correct`.
+        `gold_at_fault` says of each whether it is the gold answer that cannot be compared with.
 
         Raises:
             TypeError: A completion is not a text.
@@ -150,7 +162,9 @@ class Verifier:
         return [verdict for verdict, _ in self.explain(completions, answers, **columns)]
 
     def check_answers(self, answers: list) -> list[Verdict]:
-        """`CORRECT` for each gold answer that can be compared with, as far as that can be told without a completion."""
+        """
+        `CORRECT` for each gold answer that can be compared with, as far as that can be told without a completion.
+        """
         return [Verdict.CORRECT if answer else Verdict.UNPARSABLE for answer in answers]
 
     def __call__(self, completions, answer=None, solution=None, **kwargs) -> list[float | None]:
@@ -175,7 +189,10 @@ class Verifier:
 
 
 class OwnVerifier(Verifier):
-    """A user's function, or object with `verify` or `explain`, as a [`Verifier`]; what else the object has is taken from it."""
+    """
+    A user's function, or object with `verify` or `explain`, as a [`Verifier`]; what else the object has is taken from
+    it.
+    """
 
     def __init__(self, verifier):
         self.verifier = verifier
@@ -199,7 +216,10 @@ class OwnVerifier(Verifier):
 
 
 def as_verifier(verifier) -> Verifier:
-    """Anything that verifies as a [`Verifier`]: one is returned as it is; an object with `verify` or `explain`, or a function, is wrapped."""
+    """
+    Anything that verifies as a [`Verifier`]: one is returned as it is; an object with `verify` or `explain`, or a
+    function, is wrapped.
+    """
     return verifier if isinstance(verifier, Verifier) else OwnVerifier(verifier)
 
 

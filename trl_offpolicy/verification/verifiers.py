@@ -1,10 +1,12 @@
-r"""Verifiers for what is not mathematics; each has the four ways of `MathVerifier`: `verify`, `explain`, a reward, `with`.
+r"""
+Verifiers for what is not mathematics; each has the four ways of `MathVerifier`: `verify`, `explain`, a reward, `with`.
 
     NumericVerifier(rel_tol=0.01).verify(["It takes \\boxed{5.1 km}"], ["5.1e3 m"])             # [Verdict.CORRECT]
     all_of(JsonSchemaVerifier(schema), JudgeVerifier(sampler)).verify(completions, answers)
 
 Underneath: pint reads units, jsonschema validates, a [`Sampler`] judges. What a completion states is found as for
-mathematics (last box, "answer is", a single line). A user's function of (completions, answers) fits wherever one of these does.
+mathematics (last box, "answer is", a single line). A user's function of (completions, answers) fits wherever one of
+these does.
 """
 
 import functools
@@ -48,15 +50,17 @@ _DENIED = r"[\s.:,;\u2013\u2014-]*(?:\b(?:is|are|was|would be)\b\s*)?(?:\b(?:not
 
 class MultipleChoiceVerifier(_StatedVerifier):
     """
-    One letter: `B`, `(B)`, `B. 12`, `\\text{(B)}`, `option B`, `B, because A fails`. Several letters are wrong, whichever they are.
+    One letter: `B`, `(B)`, `B. 12`, `\\text{(B)}`, `option B`, `B, because A fails`. Several letters are wrong,
+    whichever they are.
 
-    A letter counts where the statement names it as its choice: at its beginning, behind "option", in brackets. Letters of other words
-    (`Vitamin A`, the pronoun I, a formula) are no choice. Where the row has a column `choices`, its labels are the letters there are, and
-    a statement that is the text of one choice names that choice.
+    A letter counts where the statement names it as its choice: at its beginning, behind "option", in brackets. Letters
+    of other words (`Vitamin A`, the pronoun I, a formula) are no choice. Where the row has a column `choices`, its
+    labels are the letters there are, and a statement that is the text of one choice names that choice.
 
     Args:
-        letters (`str`, *optional*, defaults to `"ABCDEFGHIJ"`): The choices of rows without a column `choices`, which is a list of texts,
-            `{"label": [...], "text": [...]}` or `{label: text}`. A gold answer is a letter, or there the text or index (an `int`) of one.
+        letters (`str`, *optional*, defaults to `"ABCDEFGHIJ"`): The choices of rows without a column `choices`, which
+            is a list of texts, `{"label": [...], "text": [...]}` or `{label: text}`. A gold answer is a letter, or
+            there the text or index (an `int`) of one.
     """
 
     columns = ("choices",)
@@ -125,7 +129,10 @@ class MultipleChoiceVerifier(_StatedVerifier):
 
 
 def _composed(text: str) -> str:
-    """A text in Unicode's compatibility form (NFKC), but for what is another value there (`x²` is not `x2`); spaces are collapsed."""
+    """
+    A text in Unicode's compatibility form (NFKC), but for what is another value there (`x²` is not `x2`); spaces are
+    collapsed.
+    """
     text = unicodedata.normalize("NFC", _unwrapped(text))
     kept = ("<super>", "<sub>", "<fraction>", "<circle>")
     text = "".join(
@@ -141,13 +148,15 @@ def folded(text: str) -> str:
 
 class ExactMatchVerifier(_StatedVerifier):
     """
-    The same text as the answer, or as one of a list of answers; case, spaces and Unicode's ways to write a character do not count.
+    The same text as the answer, or as one of a list of answers; case, spaces and Unicode's ways to write a character
+    do not count.
 
     An answer that is a number, not a text, is compared as it is written: 1.0 and 1 are both `1` and `1.0`.
 
     Args:
         ignore_case (`bool`, *optional*, defaults to `True`): `Paris` is `paris`.
-        ignore_punctuation (`bool`, *optional*, defaults to `False`): `C++` is `C`, and -5 is 5: for words only, as in SQuAD.
+        ignore_punctuation (`bool`, *optional*, defaults to `False`): `C++` is `C`, and -5 is 5: for words only, as in
+            SQuAD.
         ignore_articles (`bool`, *optional*, defaults to `False`): `the Eiffel Tower` is `Eiffel Tower`.
     """
 
@@ -197,12 +206,14 @@ def _units():
 
 class NumericVerifier(_StatedVerifier):
     """
-    Numbers within a tolerance, in any unit that pint can convert; `%`, thousands separators, "million" and money are read.
+    Numbers within a tolerance, in any unit that pint can convert; `%`, thousands separators, "million" and money are
+    read.
 
     Args:
         rel_tol (`float`, *optional*, defaults to `1e-2`): Allowed difference as a share of the gold value.
         abs_tol (`float`, *optional*, defaults to `0.0`): Allowed difference in the gold answer's unit.
-        require_unit (`bool`, *optional*, defaults to `False`): A number without a unit is wrong where the gold answer has one.
+        require_unit (`bool`, *optional*, defaults to `False`): A number without a unit is wrong where the gold answer
+            has one.
     """
 
     _SCALES = {**MAGNITUDES, "k": 1e3, "%": 0.01, "percent": 0.01}
@@ -236,7 +247,9 @@ class NumericVerifier(_StatedVerifier):
         needs("pint", "units", "NumericVerifier")  # said now, not at the first answer
 
     def quantity(self, text: str):
-        """A pint quantity, or `None` where there is no number. The unit alone is given to pint: it evaluates arithmetic."""
+        """
+        A pint quantity, or `None` where there is no number. The unit alone is given to pint: it evaluates arithmetic.
+        """
         text = text.replace("\\%", "%")
         # One `$` is money, two are the delimiters of a formula.
         money = re.search(r"[$€£]", text.strip().removeprefix("$").removesuffix("$") if text.count("$") == 2 else text)
@@ -287,10 +300,12 @@ def _each_key_once(pairs: list[tuple[str, object]]) -> dict:
 
 class JsonSchemaVerifier(Verifier):
     """
-    The JSON of a completion without its thinking (the last fenced block, else all of it): valid under a schema, and equal to the answer.
+    The JSON of a completion without its thinking (the last fenced block, else all of it): valid under a schema, and
+    equal to the answer.
 
     Args:
-        schema (`dict`, *optional*): JSON Schema. Without one, only equality counts; an answer of `None` asks for validity only.
+        schema (`dict`, *optional*): JSON Schema. Without one, only equality counts; an answer of `None` asks for
+            validity only.
 
     Raises:
         ValueError: `schema` is no JSON Schema.
@@ -354,15 +369,18 @@ Reply with one word, YES or NO."""
 
 class JudgeVerifier(Verifier):
     """
-    A language model's YES or NO, through any [`~trl_offpolicy.sampling.Sampler`]; the judge needs a sampler of its own.
+    A language model's YES or NO, through any [`~trl_offpolicy.sampling.Sampler`]; the judge needs a sampler of its
+    own.
 
-    A sampler gives the log-prob of the token it drew, not of both words. So one token is drawn at a time, and the mass seen on words that
-    mean YES, that mean NO, and on others bounds P(YES) / (P(YES) + P(NO)) from both sides; it is drawn again (at most `num_draws`
-    times) until the bounds agree on `threshold`. Most often one draw settles it, and the draw itself never decides.
+    A sampler gives the log-prob of the token it drew, not of both words. So one token is drawn at a time, and the mass
+    seen on words that mean YES, that mean NO, and on others bounds P(YES) / (P(YES) + P(NO)) from both sides; it is
+    drawn again (at most `num_draws` times) until the bounds agree on `threshold`. Most often one draw settles it, and
+    the draw itself never decides.
 
     Args:
         sampler ([`~trl_offpolicy.sampling.Sampler`]): The judge.
-        yes, no (`str`, *optional*, default to `"YES"`, `"NO"`): The two words, each one token of the judge; case does not matter.
+        yes, no (`str`, *optional*, default to `"YES"`, `"NO"`): The two words, each one token of the judge; case does
+            not matter.
         threshold (`float`, *optional*, defaults to `0.5`): Smallest share of YES that is `correct`.
         num_draws (`int`, *optional*, defaults to `8`): What is still open after as many is `unparsable`.
         prompt (`str`, *optional*): With `{completion}` and `{answer}`.

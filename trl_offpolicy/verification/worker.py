@@ -29,8 +29,10 @@ START_SECONDS = 120.0  # a worker imports sympy before its first task, whose own
 PARENT_SECONDS = 1.0  # how often a worker looks whether the process that started it is still there
 
 
-# What the interpreter from which workers are forked is started with (`-I`: or the `random.py` or `sympy.py` in the folder of a user's script would run in the worker):
-# this very package and, behind all that is installed, the other folders that the parent imports from, but for the script's own and the
+# What the interpreter from which workers are forked is started with (`-I`: or the `random.py` or `sympy.py` in the
+# folder of a user's script would run in the worker):
+# this very package and, behind all that is installed, the other folders that the parent imports from, but for the
+# script's own and the
 # working directory: not even a module that sympy would like to have and does not find (gmpy2) is taken from there.
 _START = """\
 import importlib.util, sys
@@ -52,13 +54,19 @@ def _start_command() -> list[str]:
 
 
 class WorkerSource:
-    """The process that workers are forked from: it imports sympy once for all verifiers of this process, and ends with this process."""
+    """
+    The process that workers are forked from: it imports sympy once for all verifiers of this process, and ends with
+    this process.
+    """
 
     def __init__(self):
         self.lock, self.process, self.requests = threading.Lock(), None, None
 
     def fork(self, stdin: int, stdout: int) -> None:
-        """Has a worker forked that reads and writes these descriptors, as soon as all is imported; this does not wait for it."""
+        """
+        Has a worker forked that reads and writes these descriptors, as soon as all is imported; this does not wait for
+        it.
+        """
         with self.lock:
             for _ in range(2):
                 if self.process is None or self.process.poll() is not None:
@@ -76,7 +84,8 @@ class WorkerSource:
             self.requests.close()
         self.requests, theirs = socket.socketpair()
         with theirs:
-            # Its own group: a ctrl-C meant for the parent does not kill it. Not its own session, to which Linux would give as much of
+            # Its own group: a ctrl-C meant for the parent does not kill it. Not its own session, to which Linux would
+            # give as much of
             # a busy processor as to the engine's.
             self.process = subprocess.Popen(
                 _start_command(), stdin=theirs.fileno(), process_group=0, env={**os.environ, "OMP_NUM_THREADS": "1"}
@@ -96,8 +105,8 @@ class Worker:
     """
     One process and the tasks it was handed.
 
-    What is forked from `SOURCE` only forks in its turn: the fork does the work, and another takes its place within milliseconds when
-    it had to be killed, died, or has served long enough.
+    What is forked from `SOURCE` only forks in its turn: the fork does the work, and another takes its place within
+    milliseconds when it had to be killed, died, or has served long enough.
     """
 
     def __init__(self):
@@ -176,7 +185,9 @@ class Worker:
         return used < OVER_BUDGET * self.timeout
 
     def results(self, readable: bool) -> list[tuple[int, Judgement]]:
-        """What it has answered; where its fork died or is overdue (`lost`), that is the verdict on the task it was at."""
+        """
+        What it has answered; where its fork died or is overdue (`lost`), that is the verdict on the task it was at.
+        """
         chunk = self.stdout.read() if readable else None
         *lines, self.buffer = (self.buffer + (chunk or b"")).split(b"\n")
         told, died = [], None
@@ -244,7 +255,10 @@ class _OverBudget(BaseException):
 
 
 def serve(parent: int) -> None:
-    """Imports what is slow, then forks a worker for each pair of descriptors that comes in by the socket on stdin, until `parent` ends."""
+    """
+    Imports what is slow, then forks a worker for each pair of descriptors that comes in by the socket on stdin, until
+    `parent` ends.
+    """
     import logging
     import resource
 
@@ -298,7 +312,9 @@ def _keep(stdin: int, stdout: int) -> None:
 
 
 def _work(answers) -> None:
-    """Reads one JSON batch of tasks a line from stdin and answers one JSON verdict a line and task, until stdin closes."""
+    """
+    Reads one JSON batch of tasks a line from stdin and answers one JSON verdict a line and task, until stdin closes.
+    """
     from .math_grading import grade
 
     def over_budget(*_):
