@@ -197,6 +197,9 @@ def test_copying_and_hints():
     assert copy_ratio("9", reference) is None
     for leak in (
         "As the teacher's solution shows, 9.",
+        "The teachers' solution provided a mixed count.",
+        "Here's my own solution:",
+        "Here is how you can write your own step-by-step solution:",
         "According to the reference, it is 9",
         "The reference says 9.",
     ):

@@ -17,13 +17,13 @@ _TOKEN = re.compile(r"\w+|[^\w\s]")
 # hint of a pattern" is none.
 LEAKS = (
     # English
-    r"\b(?:the|this|that|your|provided|given|a)\s+(?:reference|provided|given|original|sample|model|(?:teacher|tutor)(?:['’]s)?)\s+(?:solution|answer|text|explanation|reasoning|guidance)s?\b",
-    r"\b(?:teacher|tutor)['’]s\s+(?:solution|answer|explanation|reasoning|guidance|approach|method|work)s?\b",
+    r"\b(?:the|this|that|your|provided|given|a)\s+(?:reference|provided|given|original|sample|model|(?:teacher|tutor)s?(?:['’]s?)?)\s+(?:solution|answer|text|explanation|reasoning|guidance)s?\b",
+    r"\b(?:teacher|tutor)s?['’]s?\s+(?:solution|answer|explanation|reasoning|guidance|approach|method|work)s?\b",
     r"\b(?:according to|as (?:in|stated in|shown in|mentioned in|per)|following|based on|using)\s+the\s+(?:reference|solution|hint)\b",
     r"\bthe\s+(?:reference|hint)\s+(?:says|states|shows|suggests|gives|uses|tells|mentions)\b",
     r"\bthe\s+solution\s+(?:says|states|suggests|tells|mentions|explains|provided|given above)\b",
-    r"\b(?:in|using)\s+(?:my|your)\s+own\s+(?:words|way)\b",
-    r"\b(?:teacher|tutor)(?:['’]s)?\b",
+    r"\b(?:(?:in|using)\s+(?:my|your)\s+own\s+(?:words|way)|(?:my|your)\s+own\s+(?:[\w-]+\s+)?solution)\b",
+    r"\b(?:teacher|tutor)s?\b",
     # German, French, Spanish, Portuguese, Italian
     r"\b(?:Musterlösung|Referenzlösung|(?:gegebene|vorgegebene|angegebene)n?\s+Lösung|Lösung\s+de[sr]\s+Lehr\w+|laut\s+(?:der\s+)?Lösung)\b",
     r"\b(?:solution\s+(?:du\s+professeur|de\s+l['’]enseignante?|de\s+référence|fournie|proposée)|d['’]après\s+(?:la\s+solution|le\s+corrigé))\b",
