@@ -50,6 +50,10 @@ def args(**kwargs):
         (f"Согласно решению учителя, 24. {FINE}", Rejection.MENTION),
         (FINE.replace("= 72", "= <<48+24=72>>72"), Rejection.CALCULATOR),
         ("It was \\boxed{72}.", Rejection.STUB),
+        (
+            "The problem asks how many clips there were altogether. We have worked that out: the answer is \\boxed{72}.",
+            Rejection.STUB,
+        ),
         (FINE.replace("\\boxed{72}", "72"), Rejection.FORM),
         (clean_reference(GSM8K["answer"]) + "\n\\boxed{72}", Rejection.COPY),
         (FINE.replace("48 + 24", "48 + 25"), None),  # an arithmetic check is asked for

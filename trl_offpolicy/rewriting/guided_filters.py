@@ -31,6 +31,8 @@ def reject_guided(text: str, problem: Problem, args: RewriteConfig) -> tuple[Rej
     own, shown = (num_words(without_boxes(t)) for t in (text, reference))
     if own < args.min_guided_length * shown:
         return Rejection.STUB, f"has {own} words and signs beside its box, the reference {shown}"
+    if args.min_guided_length and not _intermediate(text, problem) and _intermediate(reference, problem):
+        return Rejection.STUB, "has no number but its answer, and the reference has some"
     if args.reject_other_form and asks_for_box(problem.prompt) and not has_box(text):
         return Rejection.FORM, "its prompt asks for \\boxed{}, and it has none"
     copied = copy_ratio(text, reference)
@@ -39,6 +41,11 @@ def reject_guided(text: str, problem: Problem, args: RewriteConfig) -> tuple[Rej
     if args.check_arithmetic and (step := false_step(text)):
         return Rejection.ARITHMETIC, f"says {step!r:.100}"
     return None
+
+
+def _intermediate(text: str, problem: Problem) -> set[str]:
+    """The numbers of a text beside those of the gold answer: what a solution computes with."""
+    return set(re.findall(r"\d+", text)) - set(re.findall(r"\d+", problem.answer or ""))
 
 
 # ---- arithmetic ----

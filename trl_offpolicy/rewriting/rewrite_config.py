@@ -83,7 +83,7 @@ class RewriteConfig(HubOptions, RunConfig):
             problem at a time, and more than one only where other problems leave the engine free slots. Rows do not
             depend on it; 1 never draws a token on speculation.
         keep_rejected (`bool`, *optional*, defaults to `True`): Whether the journal keeps text, token ids and log-probs
-            of attempts that are not correct. Without them a line is some 200 bytes, and what the model got wrong
+            of attempts that are not correct. Without them a line is some 250 bytes, and what the model got wrong
             cannot be looked at.
         solve_prompt (`str`, *optional*): What a row without a prompt of its own (`problem`, `question`) is asked.
         system_prompt (`str`, *optional*): A system turn before it. Rows with prompts of their own hold theirs.
@@ -97,9 +97,10 @@ class RewriteConfig(HubOptions, RunConfig):
             reference or a teacher, in the languages of `text_statistics.LEAKS`, unless the problem itself does.
         mention_phrases (`list[str]`, *optional*): Further such phrases: regular expressions, in any case.
         reject_calculator_marks (`bool`, *optional*, defaults to `True`): Nor one with calculator marks.
-        min_guided_length (`float`, *optional*, defaults to `0.2`): Nor one with fewer words and signs (beside its box)
-            than this share of its reference's: a stub without reasoning. The reference is the measure, not the model's
-            own solutions, so that it does not depend on what was drawn before. 0 for no limit.
+        min_guided_length (`float`, *optional*, defaults to `0.2`): Nor a stub without reasoning: one with fewer words and
+            signs (beside its box) than this share of its reference's, or with no number but its answer where the
+            reference has others. The reference is the measure, not the model's own solutions, so that it does not
+            depend on what was drawn before. 0 for no limit.
         reject_other_form (`bool`, *optional*, defaults to `True`): Nor one without `\boxed{}` where the row's prompt
             asks for it.
         max_guided_copy (`float`, *optional*, defaults to `0.8`): Nor one of whose 4-grams more than this share are the
