@@ -13,7 +13,7 @@ from test_rewriter import rewrite
 
 from trl_offpolicy import DataRewriter, RewriteConfig
 from trl_offpolicy.data.whole_file import write_whole
-from trl_offpolicy.runs.shards import Shard, published
+from trl_offpolicy.runs.shards import Shard, publish_lock
 
 
 def union(run: Path) -> list[dict]:
@@ -72,10 +72,10 @@ def test_the_last_shard_may_finish_while_another_reads_its_rows_back(tmp_path):
 def test_shards_take_turns_whatever_file_is_replaced_meanwhile(tmp_path, monkeypatch):
     monkeypatch.setattr("trl_offpolicy.runs.shards.lock", lambda handle, how: fcntl.flock(handle, how | fcntl.LOCK_NB))
     rewrite(tmp_path, rows(3))
-    with published(tmp_path / "run"):
+    with publish_lock(tmp_path / "run"):
         rewrite_config = tmp_path / "run" / "run_config.yaml"
         write_whole(rewrite_config, rewrite_config.read_text())  # as a shard does that starts
-        with pytest.raises(BlockingIOError), published(tmp_path / "run"):
+        with pytest.raises(BlockingIOError), publish_lock(tmp_path / "run"):
             pass
 
 

@@ -321,8 +321,8 @@ class _Run:
         correct = [[s["verdict"] == Verdict.CORRECT for s in samples] for samples in judged]
         result = accuracies([[_vote(s) for s in samples] for samples in judged], correct, self.args.num_generations)
         if greedy:
-            told = [float(s["verdict"] == Verdict.CORRECT) for s in greedy if s["verdict"] not in NOT_JUDGED]
-            result |= {"greedy": fmean(told) if told else None, "greedy_ci95": share_interval(told)}
+            right = [float(s["verdict"] == Verdict.CORRECT) for s in greedy if s["verdict"] not in NOT_JUDGED]
+            result |= {"greedy": fmean(right) if right else None, "greedy_ci95": share_interval(right)}
         tokens = sum(s["num_tokens"] for s in every)
         known = (
             not self.args.sampling_params().reshaping

@@ -338,14 +338,14 @@ def _rows(page: Page, label: str, path: Path, seed: int) -> None:
     page.heading(f"Rows of {label}")
     opened: set[str] = set()
     for row in shown:
-        told = ", ".join(f"{n} {stage} {verdict}" for (stage, verdict), n in verdicts.get(row["id"], {}).items())
+        attempts = ", ".join(f"{n} {stage} {verdict}" for (stage, verdict), n in verdicts.get(row["id"], {}).items())
         kept = Verdict.CORRECT if row["source"] != Source.EXPERT else "demonstration kept"
         rewrite = contents(row["completion"])[-1] if row["source"] != Source.EXPERT else "(the demonstration)"
         prompt = row["prompt"]
         if not isinstance(prompt, str):
             prompt = "\n\n".join(f"[{turn['role']}] {turn['content']}" for turn in prompt)
         parts = {"prompt": prompt, "demonstration": demonstration(row) or "(not carried)", "rewrite": rewrite}
-        title = f"{row['source']} · {kept} · gold {row['answer']} · attempts: {told or 'none'}"
+        title = f"{row['source']} · {kept} · gold {row['answer']} · attempts: {attempts or 'none'}"
         page.texts(title, parts, row["source"] not in opened)
         opened.add(row["source"])
 

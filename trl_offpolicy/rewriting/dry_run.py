@@ -19,17 +19,17 @@ def shown_prompt(
     the verifier reads.
     """
     turns = [{"role": "plain text", "content": prompt}] if isinstance(prompt, str) else prompt
-    told = [f"---- {title} ----", *(f"[{turn['role']}]\n{turn['content']}" for turn in turns)]
+    parts = [f"---- {title} ----", *(f"[{turn['role']}]\n{turn['content']}" for turn in turns)]
     if processing_class is not None:
         ids = encode_prompt(processing_class, prompt, chat_template_kwargs=chat_template_kwargs)
-        told += [f"---- the same as the model reads it, {len(ids)} tokens ----", processing_class.decode(ids)]
+        parts += [f"---- the same as the model reads it, {len(ids)} tokens ----", processing_class.decode(ids)]
     wanted = verifier.asked_form if verifier else ""
     if wanted not in "".join(contents(prompt)):
-        told.append(
+        parts.append(
             f"---- careful ----\nThere is no {wanted} in this prompt, which is the form that {type(verifier).__name__} reads most surely: answers may be "
             "unparsable. Ask for it in the prompt (solve_prompt, guided_prompt), or pass another verifier."
         )
-    return "\n".join(told)
+    return "\n".join(parts)
 
 
 def probe_report(
@@ -58,19 +58,19 @@ def probe_report(
     for stage, of in counts.stages.items():
         lengths = sorted(attempt.num_tokens for attempt in drawn if attempt.stage == stage)
         if of.sampled:
-            told = f"{stage}: {of.sampled:,} attempts, {of.correct / of.sampled:.1%} accepted, {of.truncated / of.sampled:.1%} cut"
+            sentence = f"{stage}: {of.sampled:,} attempts, {of.correct / of.sampled:.1%} accepted, {of.truncated / of.sampled:.1%} cut"
             middle, most = lengths[len(lengths) // 2], lengths[math.ceil(0.95 * len(lengths)) - 1]
-            lines.append(f"{told}; half of them have {middle:,} tokens or fewer, 95% {most:,} or fewer")
+            lines.append(f"{sentence}; half of them have {middle:,} tokens or fewer, 95% {most:,} or fewer")
     tokens, sampled = counts.total("tokens"), counts.total("sampled")
     if sampled and tokens:
         expected = attempts * tokens / sampled
-        told = f"estimate for {total:,} rows, each stage accepting (accepted + 1) of (attempts + 2): about {attempts:,.0f} attempts, {expected:,.0f} tokens"
+        sentence = f"estimate for {total:,} rows, each stage accepting (accepted + 1) of (attempts + 2): about {attempts:,.0f} attempts, {expected:,.0f} tokens"
         if (new := tokens - earlier) > 0:
             rate = new / max(seconds, 1e-9)
-            told += f", {tqdm.format_interval(expected / rate)} at the {rate:,.0f} tok/s of this probe, which an engine with more in flight exceeds"
+            sentence += f", {tqdm.format_interval(expected / rate)} at the {rate:,.0f} tok/s of this probe, which an engine with more in flight exceeds"
         else:
-            told += "; an earlier probe had drawn all of these attempts, so their speed is not known"
-        lines.append(told)
+            sentence += "; an earlier probe had drawn all of these attempts, so their speed is not known"
+        lines.append(sentence)
     if advice := cut_advice(counts.sampling, counts.limit, begun=False):
         lines.append(advice)
     lines.append("These attempts are journaled: a run with the same settings begins with them.")

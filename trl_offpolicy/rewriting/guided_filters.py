@@ -22,7 +22,7 @@ def reject_guided(text: str, problem: Problem, args: RewriteConfig) -> tuple[Rej
     """
     reference = clean_reference(problem.demonstration)
     if args.reject_mentions:
-        # What the problem or the reference says itself, such as a teacher with 30 pencils, belongs to the tale.
+        # Words that the problem or the reference itself uses, such as a teacher with 30 pencils, are no mention.
         known = f"{problem.problem}\n{problem.demonstration}"
         if leak := find_leak(text, known, args.mention_phrases):
             return Rejection.MENTION, f"mentions what it was shown: {leak!r:.100}"

@@ -141,12 +141,12 @@ def _put(row: dict, expert_format: str) -> list[str]:
     (given,) = contents(row["completion"])
     put = in_asked_form(given, row["answer"]) if expert_format == "boxed" else given
     row["completion"] = as_completion(row["prompt"], put)
-    told = {
+    changes = {
         "boxed": has_box(put) and not has_box(given),
         "marks_removed": CALCULATOR_MARK.search(given) and not CALCULATOR_MARK.search(put),
         "not_as_asked": not has_box(put),
     }
-    return [how for how, so in told.items() if so]
+    return [how for how, so in changes.items() if so]
 
 
 def load_rows(file: Path):

@@ -36,7 +36,7 @@ class Problems:
     The rows of a run as problems.
 
     A row is read three times, since a million of them cannot be kept: all at first, because an id counts the rows
-    before it that are alike, and a bad row is to be told before anything is drawn (a resume finds what that has told
+    before it that are alike, and a bad row is to be reported before anything is drawn (a resume finds what that found
     in `rows_file`); then those without attempts, when their turn comes; and all in order when they are written, for
     which the last attempt at the first of them may have been waited for.
 

@@ -73,8 +73,8 @@ def _append_judged(
     for attempt in cut:
         journal.append(attempt.entry())
     completions = [Completion(a.id, a.text, a.completion_ids, a.behavior_log_probs, "stop") for _, a in whole]
-    told = judge(verifier, completions, [p.answer for p, _ in whole], [p.extra for p, _ in whole])
-    for (problem, old), completion, verdict in zip(whole, completions, told, strict=True):
+    judgements = judge(verifier, completions, [p.answer for p, _ in whole], [p.extra for p, _ in whole])
+    for (problem, old), completion, verdict in zip(whole, completions, judgements, strict=True):
         new = as_attempt(problem, old.stage, old.attempt, completion, *verdict)
         # Its log-probs are rounded, and their mean was taken before that.
         journal.append(replace(new, log_prob=old.log_prob).entry())

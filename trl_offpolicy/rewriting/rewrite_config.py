@@ -97,8 +97,8 @@ class RewriteConfig(HubOptions, RunConfig):
             reference or a teacher, in the languages of `text_statistics.LEAKS`, unless the problem itself does.
         mention_phrases (`list[str]`, *optional*): Further such phrases: regular expressions, in any case.
         reject_calculator_marks (`bool`, *optional*, defaults to `True`): Nor one with calculator marks.
-        min_guided_length (`float`, *optional*, defaults to `0.2`): Nor a stub without reasoning: one with fewer words and
-            signs (beside its box) than this share of its reference's, or with no number but its answer where the
+        min_guided_length (`float`, *optional*, defaults to `0.2`): Nor a stub without reasoning: one with fewer words
+            and signs (beside its box) than this share of its reference's, or with no number but its answer where the
             reference has others. The reference is the measure, not the model's own solutions, so that it does not
             depend on what was drawn before. 0 for no limit.
         reject_other_form (`bool`, *optional*, defaults to `True`): Nor one without `\boxed{}` where the row's prompt

@@ -30,7 +30,7 @@ from ..data.whole_file import partial_file, write_whole
 from ..runs.journal import Attempt, Journal, JournalReader, Result, differences, read_attempts, read_header
 from ..runs.run_counts import RunCounts, summed
 from ..runs.run_log import PeriodicPush, RunLog, check_wandb, log_artifact, wandb_run
-from ..runs.shards import Shard, check_siblings, publish, published, withdraw
+from ..runs.shards import Shard, check_siblings, publish, publish_lock, withdraw
 from ..sampling.loading import load_processing_class
 from ..sampling.provenance import template_digest
 from ..sampling.sampler import (
@@ -155,7 +155,7 @@ class DataRewriter:
                 wandb_run(self.args.report_to, self.output_dir, "rewrite", config, part) as logged,
                 problems.memory.frozen_heap(),
             ):
-                if self.args.push_to_hub:  # what would fail at the end is better known now
+                if self.args.push_to_hub:  # so that a push that cannot work is refused before anything is sampled
                     args = self.args
                     open_repo(args.hub_dataset_id, args.hub_private_repo or None, args.hub_token, args.hub_revision)
                 log = self.shard.file(self.output_dir, "metrics.jsonl")
@@ -342,7 +342,7 @@ class DataRewriter:
 
     def _load(self):
         """This shard's rows, wherever its file is by now."""
-        with published(self.output_dir):
+        with publish_lock(self.output_dir):
             partial = self.output_dir / "dataset.partial"
             if self.missing_shards and not (partial / self.shard.parquet).exists():
                 self.missing_shards = []  # the last of them has just moved it
@@ -386,7 +386,7 @@ class DataRewriter:
             config |= {"rewriter_adapter": self.guided_sampler.name, "rewriter_revision": self.guided_sampler.revision}
         config["chat_template"] = template_digest(self.sampler.processing_class)
         config["verifier"] = describe(self.verifier)
-        if problems.plain:  # which journals from before December 2026 asked as messages
+        if problems.plain:  # older journals asked these as messages
             config["plain_prompts"] = "asked as they are"
         return config
 

@@ -156,7 +156,7 @@ class Journal(JournalReader):
             self._cut_torn_line()
             self._check(config, overwrite)
         except BaseException:
-            os.close(self._file)  # or its lock would outlive the error
+            os.close(self._file)  # otherwise the lock would be held after the error
             raise
         if not self.path.stat().st_size:
             self.append({"config": config})
@@ -344,7 +344,7 @@ def _parse(path: Path, lines: list[bytes], number: int, unchecked: int, config: 
         if whole and all(_ATTEMPT.keys() <= e.keys() and not _wrong_fields(e, stages) for e in entries[:unchecked]):
             return entries
     except ValueError:
-        pass  # below it is said of which line
+        pass  # the loop below finds which line is damaged
     entries = []
     for n, line in enumerate(lines, number - len(lines) + 1):
         try:

@@ -50,9 +50,8 @@ class RunCounts:
         self.undrawn_rows = 0  # of these, those for which this process drew nothing
         self.golds: Counter = Counter()  # gold answers that cannot be compared with, by verdict
         self.drawn = self.failed = 0  # attempts that this process has journaled
-        # `finished`, `unused` and `aborted` ones and their tokens, as [`~verification.drawing.Drawing`] counts them;
-        # of the tokens of
-        # aborted ones, `earlier_aborted_tokens` are those of processes before this one.
+        # Attempts that are `finished`, `unused` and `aborted`, and their tokens, as [`~verification.drawing.Drawing`]
+        # counts them; `earlier_aborted_tokens` are those of processes before this one.
         self.engine: Counter = Counter()
 
     # ---- counting ----
@@ -88,10 +87,10 @@ class RunCounts:
         """
         for line in path.read_text().splitlines()[-2:] if path.exists() else ():
             try:
-                told = json.loads(line)
+                entry = json.loads(line)
                 self.engine["aborted"], self.engine["aborted_tokens"] = (
-                    int(told["aborted"]),
-                    int(told["aborted_tokens"]),
+                    int(entry["aborted"]),
+                    int(entry["aborted_tokens"]),
                 )
             except (ValueError, KeyError):  # torn by a kill, or written before these were counted
                 continue
@@ -210,7 +209,7 @@ class RunCounts:
         late.
         """
         finished = self.engine["finished_tokens"]
-        if not finished:  # nothing is finished, or the server says no tokens: then by rows
+        if not finished:  # nothing is finished, or the server reports no tokens: estimated by rows
             fresh = rows - self.undrawn_rows
             return round((total - rows) * seconds / fresh, 1) if fresh else None
         if left is None or not rate:
@@ -277,16 +276,18 @@ def cut_advice(sampling: Mapping[str, int], limit: int, begun: bool = True) -> s
     sampled, cut = sampling["sampled"], sampling["truncated"]
     if cut <= MOST_CUT * sampled:
         return None
-    told = f"{cut:,} of {sampled:,} attempts ({cut / sampled:.0%}) were cut at max_completion_length = {limit:,}, and what is cut is never kept"
+    sentence = f"{cut:,} of {sampled:,} attempts ({cut / sampled:.0%}) were cut at max_completion_length = {limit:,}, and what is cut is never kept"
     if sampling["late_ends"]:
         enough = limit + math.log(cut / sampled / 0.05) * sampling["late_tokens"] / sampling["late_ends"]
         enough = 64 * math.ceil(enough / 64)
-        told += f". Judging by the lengths of the others, about 5% would be cut at {enough:,}"
+        sentence += f". Judging by the lengths of the others, about 5% would be cut at {enough:,}"
     else:
         enough = 4 * limit
-        told += ". None of the others came near it, so how long these would have become cannot be told"
+        sentence += ". None of the others came near it, so how long these would have become cannot be told"
     elsewhere = " and another --output_dir (or --overwrite True, which deletes these attempts)" if begun else ""
-    return f"{told}: run again with --max_completion_length {enough}{elsewhere}, if the model's context is that long."
+    return (
+        f"{sentence}: run again with --max_completion_length {enough}{elsewhere}, if the model's context is that long."
+    )
 
 
 def summary(metrics: dict, limit: int) -> Iterator[str]:
@@ -304,10 +305,10 @@ def summary(metrics: dict, limit: int) -> Iterator[str]:
         f"{sampling['sampled']:,} attempts, {sampling['tokens']:,} tokens; fixed K would have drawn {sampling['fixed_k_equivalent']:,} attempts"
         + (f"; in vain {in_vain:,} more, {tokens_in_vain:,} tokens" if in_vain or tokens_in_vain else "")
     )
-    for stage, told in metrics["stages"].items():
-        drawn = max(1, told["sampled"])
-        shares = f"{told['correct'] / drawn:.1%} accepted, {told['truncated'] / drawn:.1%} cut"
-        yield f"  {stage}: {told['sampled']:,} attempts, {shares}"
+    for stage, of_stage in metrics["stages"].items():
+        drawn = max(1, of_stage["sampled"])
+        shares = f"{of_stage['correct'] / drawn:.1%} accepted, {of_stage['truncated'] / drawn:.1%} cut"
+        yield f"  {stage}: {of_stage['sampled']:,} attempts, {shares}"
     if advice := cut_advice(sampling, limit):
         yield advice
     if rejected := {REJECTIONS[why]: n for why, n in metrics["rejected"].items() if n}:

@@ -202,7 +202,7 @@ def _own_name(directory: Path) -> str:
             os.link(new, file)
         except FileExistsError:
             pass
-        except OSError:  # a file system without links
+        except OSError:  # the file system has no hard links
             new.replace(file)
         new.unlink(missing_ok=True)
     return file.read_text()
@@ -249,8 +249,8 @@ class PeriodicPush:
 
     def _report(self, push: Future) -> None:
         if error := push.exception():
-            told = redacted(f"{type(error).__name__}: {error}", self.token)
+            reason = redacted(f"{type(error).__name__}: {error}", self.token)
             warnings.warn(
-                f"A push of the attempts so far failed ({told}); sampling goes on.",
+                f"A push of the attempts so far failed ({reason}); sampling goes on.",
                 stacklevel=3,
             )

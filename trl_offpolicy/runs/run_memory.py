@@ -140,8 +140,8 @@ class RunMemory:
         found: dict[str, dict[int, Result]] = {}
         for _, of, stage, attempt, verdict, reason, num_tokens, log_prob, offset, reference, rejected in rows:
             if of == copy and reference in references:
-                told = self._VERDICTS[verdict], self._FINISH_REASONS[reason]
-                result = Result(offset, *told, num_tokens, log_prob, self._REJECTIONS[rejected])
+                names = self._VERDICTS[verdict], self._FINISH_REASONS[reason]
+                result = Result(offset, *names, num_tokens, log_prob, self._REJECTIONS[rejected])
                 found.setdefault(self._stages[stage], {})[attempt] = result
         return found
 
@@ -151,7 +151,7 @@ class RunMemory:
         """
         Else the collector walks over all that torch and the engine hold again and again: a sixth of a resume's time.
         """
-        ours = gc.get_freeze_count() == 0  # vLLM does the same
+        ours = gc.get_freeze_count() == 0  # vLLM freezes the heap too; then it is not ours to unfreeze
         if ours:
             gc.freeze()
         try:

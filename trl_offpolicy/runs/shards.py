@@ -21,7 +21,7 @@ from .journal import differences, lock, read_header
 
 
 RUN_KEY = (
-    b"trl_offpolicy.run"  # in a Parquet file's metadata: what it must have in common with the other shards' files
+    b"trl_offpolicy.run"  # key in a Parquet file's metadata; its value must be the same in the files of all shards
 )
 
 
@@ -79,7 +79,7 @@ def withdraw(output_dir: Path, shard: Shard) -> None:
     Removes the rows that were made from a journal that has been overwritten: they must not be taken for those of the
     next one.
     """
-    with published(output_dir):
+    with publish_lock(output_dir):
         (output_dir / "dataset.partial" / shard.parquet).unlink(missing_ok=True)
         shutil.rmtree(output_dir / "dataset", ignore_errors=True)
         (output_dir / "metrics.json").unlink(missing_ok=True)
@@ -125,7 +125,7 @@ def publish(file: Path, output_dir: Path, shard: Shard, run: str) -> list[Shard]
         `list[Shard]`: The shards that are still missing.
     """
     final, partial = output_dir / "dataset", output_dir / "dataset.partial"
-    with published(output_dir):
+    with publish_lock(output_dir):
         if shard.count > 1 and not _missing(final, shard, run):  # a shard that was run once more
             file.replace(final / shard.parquet)
             return []
@@ -150,7 +150,7 @@ def _missing(directory: Path, shard: Shard, run: str) -> list[Shard]:
 
 
 @contextmanager
-def published(output_dir: Path):
+def publish_lock(output_dir: Path):
     """
     Nobody else moves a shard's file meanwhile: those that finish at the same moment take turns, and a killed one lets
     go.

@@ -167,7 +167,9 @@ class CodeVerifier(Verifier):
                 return self._ended(
                     tests, said, GoldAtFault(Verdict.UNPARSABLE, "the tests ended before all of them had run")
                 )
-            kind, reason = json.loads(said)  # from a process in which nothing of the solution's runs
+            kind, reason = json.loads(
+                said
+            )  # written by the process of the tests, in which no code of the solution runs
             if kind == "ended":
                 return self._ended(solution, b"", Judgement(Verdict.WRONG, "the solution ended before its tests did"))
         if kind == "memory":
@@ -188,21 +190,21 @@ class CodeVerifier(Verifier):
                     reply = read_line(printed, MESSAGE, deadline)
                     if not reply.endswith(b"\n"):
                         return self._ended(process, b"", Judgement(Verdict.WRONG, "the solution ended its sandbox"))
-                    if (told := self._judge_output(reply, number, expected)).verdict is not Verdict.CORRECT:
-                        return told
+                    if (judgement := self._judge_output(reply, number, expected)).verdict is not Verdict.CORRECT:
+                        return judgement
             except TimeoutError:
                 return self._timeout()
         return Judgement(Verdict.CORRECT)
 
     def _judge_output(self, reply: bytes, number: int, expected: str) -> Judgement:
-        try:  # a solution may reach the process that starts it, and speak for it
-            told = json.loads(reply)
-            output, code, error = str(told["output"]), told["code"], str(told["error"])
+        try:  # the solution may have written this reply itself, so it may be anything
+            report = json.loads(reply)
+            output, code, error = str(report["output"]), report["code"], str(report["error"])
         except (ValueError, TypeError, LookupError, RecursionError):
             return Judgement(Verdict.WRONG, "the solution broke into the line that its output comes by")
         if code in (-signal.SIGXCPU, -signal.SIGKILL):
             return self._timeout()
-        if code and told.get("memory"):
+        if code and report.get("memory"):
             return Judgement(Verdict.ERROR, f"out of memory ({self._memory_mb} MiB)")
         if code:
             return Judgement(Verdict.WRONG, f"exit code {code} on input {number}: {error}")

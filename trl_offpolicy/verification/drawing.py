@@ -46,7 +46,7 @@ class Drawing:
         self.counts = Counter() if counts is None else counts
         self._verdicts = VerdictQueue(verifier, min(sampler.capacity, 2 * sampler.slots))
         self._sampling: dict[str, Asked] = {}
-        self._aborted: dict[str, int] = {}  # how many tokens each is said to have had
+        self._aborted: dict[str, int] = {}  # request id → tokens that the engine counted when it was aborted
         self._drawn_before = self._total_tokens()
 
     def __enter__(self):
@@ -57,7 +57,7 @@ class Drawing:
         try:
             for asked in self._sampling.values() if error is not None else ():
                 asked.sampler.abort(asked.request.id)
-        except Exception as another:  # such as that the engine is dead
+        except Exception as another:  # for example because the engine is dead
             raise error from another
         finally:
             self._verdicts.__exit__(kind, error, traceback)
@@ -136,8 +136,10 @@ class Drawing:
                 if completion.id in self._sampling:
                     yield self._sampling.pop(completion.id), completion
                 elif completion.id in self._aborted:
-                    told = self._aborted.pop(completion.id)
-                    self.counts.update({"aborted": -1, "aborted_tokens": -told, "unused": 1, "unused_tokens": tokens})
+                    counted = self._aborted.pop(completion.id)
+                    self.counts.update(
+                        {"aborted": -1, "aborted_tokens": -counted, "unused": 1, "unused_tokens": tokens}
+                    )
                 else:
                     raise RuntimeError(
                         f"{sampler.name}: the sampler returned {completion.id!r}, which it was not asked for, or twice."

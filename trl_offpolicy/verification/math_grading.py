@@ -73,8 +73,8 @@ def grade(
         word = words(prediction) and not _choice(prediction) and stated.kind not in ("box", "tag")
         if word and (stated.kind == "sentence" or not words(gold)):  # which need not be an answer at all
             return Judgement(Verdict.UNPARSABLE, NO_ANSWER)
-        told = f"states {stated.text!r:.120}, the gold answer is {final_answer(answer) or answer!r:.120}"
-        return Judgement(Verdict.WRONG, told)
+        reason = f"states {stated.text!r:.120}, the gold answer is {final_answer(answer) or answer!r:.120}"
+        return Judgement(Verdict.WRONG, reason)
     except Unparsable as error:
         if gold is None or isinstance(error, UnparsableGold):
             return GoldAtFault(Verdict.UNPARSABLE, "the gold answer cannot be parsed")
@@ -268,12 +268,12 @@ def _closed(text: str) -> bool:
     return not re.search(r"[A-Za-z]", _CONSTANT.sub("", _TEXT.sub("", text) or text))
 
 
-def _same_name(told: str, wanted: str) -> bool:
+def _same_name(stated: str, wanted: str) -> bool:
     r"""`a_n` and `a_{n}`, `|AB|` and `AB`; `f(x)` and `y`, which is what the axis is called."""
-    told, wanted = (re.sub(r"\\text|[{}| ]", "", name) for name in (told, wanted))
-    return told == wanted or any(
+    stated, wanted = (re.sub(r"\\text|[{}| ]", "", name) for name in (stated, wanted))
+    return stated == wanted or any(
         re.fullmatch(r"[A-Za-z]\([A-Za-z]\)", function) and axis in "yY"
-        for function, axis in ((told, wanted), (wanted, told))
+        for function, axis in ((stated, wanted), (wanted, stated))
     )
 
 
@@ -309,75 +309,77 @@ class _Comparison:
             return True
         if re.fullmatch(r"\d+(?:-\d+)+", gold) and not words(gold):
             return False  # a score, a range or a telephone number: no difference that is to be worked out
-        told, wanted = number(_decimal(prediction, gold)), number(_decimal(gold, prediction, r"\d\d|\d{4,}"))
-        if told and wanted:
-            return self._close(told, wanted)
+        stated, wanted = number(_decimal(prediction, gold)), number(_decimal(gold, prediction, r"\d\d|\d{4,}"))
+        if stated and wanted:
+            return self._close(stated, wanted)
         return self.equal(read(prediction), read(gold))
 
-    def _close(self, told: tuple[Fraction, bool], wanted: tuple[Fraction, bool]) -> bool:
+    def _close(self, stated: tuple[Fraction, bool], wanted: tuple[Fraction, bool]) -> bool:
         """
         Equal; a decimal may also be another number rounded to `float_rounding` places, if that leaves five digits of
         it.
         """
-        if told[0] == wanted[0] or not (told[1] or wanted[1]):
-            return told[0] == wanted[0]
-        difference, places = abs(told[0] - wanted[0]), self.options["float_rounding"]
-        size = max(abs(told[0]), abs(wanted[0]))
+        if stated[0] == wanted[0] or not (stated[1] or wanted[1]):
+            return stated[0] == wanted[0]
+        difference, places = abs(stated[0] - wanted[0]), self.options["float_rounding"]
+        size = max(abs(stated[0]), abs(wanted[0]))
         return difference * 2 * 10**places <= 1 and difference * 10 ** (places - 1) <= size
 
-    def equal(self, told: Answer, wanted: Answer) -> bool:
+    def equal(self, stated: Answer, wanted: Answer) -> bool:
         """Whether a prediction and a gold answer, both read, say the same."""
-        kinds = {told.kind, wanted.kind}
+        kinds = {stated.kind, wanted.kind}
         # `1 2` is not 12
-        bare = [re.sub(r"(?<!\d) | (?![\d.])", "", _TEXT.sub(r"\1", answer.text)) for answer in (told, wanted)]
+        bare = [re.sub(r"(?<!\d) | (?![\d.])", "", _TEXT.sub(r"\1", answer.text)) for answer in (stated, wanted)]
         if bare[0] == bare[1]:
             return True
-        choices = _choice(told.text), _choice(wanted.text)
-        if any(choices) and (verdict := self._same_choice(told, wanted, *choices)) is not None:
+        choices = _choice(stated.text), _choice(wanted.text)
+        if any(choices) and (verdict := self._same_choice(stated, wanted, *choices)) is not None:
             return verdict
-        times = _time(told.text), _time(wanted.text)
+        times = _time(stated.text), _time(wanted.text)
         if all(times) and any(re.search("[ap]", text, re.I) for text in bare):  # else they are ratios
             return all(a == b or a is None or b is None for a, b in zip(*times, strict=True))
-        if wanted.kind == "words" and told.kind not in ("list", "set", "named"):
-            return wanted.name == (told.name if told.kind == "words" else words(f"\\text{{{told.text}}}"))
+        if wanted.kind == "words" and stated.kind not in ("list", "set", "named"):
+            return wanted.name == (stated.name if stated.kind == "words" else words(f"\\text{{{stated.text}}}"))
         if kinds & {"list", "set"}:
-            return self._same_list(told, wanted)
+            return self._same_list(stated, wanted)
         if "named" in kinds:
-            return self._same_named(told, wanted)
-        if "\\approx" in told.text and "\\approx" not in wanted.text:
-            return any(self.same(side, wanted.text) for side in told.text.split("\\approx") if side)
+            return self._same_named(stated, wanted)
+        if "\\approx" in stated.text and "\\approx" not in wanted.text:
+            return any(self.same(side, wanted.text) for side in stated.text.split("\\approx") if side)
         if "modular" in kinds:
-            return self._same_modular(told, wanted)
-        if "\\hat" in told.text + wanted.text:
-            return self._same_value(_unit_vectors(told), _unit_vectors(wanted))
+            return self._same_modular(stated, wanted)
+        if "\\hat" in stated.text + wanted.text:
+            return self._same_value(_unit_vectors(stated), _unit_vectors(wanted))
         if kinds == {"tuple"}:
             # a vector may be a column, a row or a tuple, but a row is no column
             vector = (
-                len({told.name, wanted.name} & {"column", "row"}) == len({told.name, wanted.name} & {"()", "[]"}) == 1
+                len({stated.name, wanted.name} & {"column", "row"})
+                == len({stated.name, wanted.name} & {"()", "[]"})
+                == 1
             )
-            return (told.name == wanted.name or vector or not self.strict) and self._all(told.parts, wanted.parts)
+            return (stated.name == wanted.name or vector or not self.strict) and self._all(stated.parts, wanted.parts)
         if kinds == {"cases"}:
-            return self._matched(told.parts, wanted.parts, self.equal)
-        if "cases" in kinds or {told.name, wanted.name} & {
+            return self._matched(stated.parts, wanted.parts, self.equal)
+        if "cases" in kinds or {stated.name, wanted.name} & {
             "row",
             "column",
             "matrix",
         }:  # a number times a matrix is a value
-            return "pmatrix" in told.text and "pmatrix" in wanted.text and self._same_value(told.text, wanted.text)
+            return "pmatrix" in stated.text and "pmatrix" in wanted.text and self._same_value(stated.text, wanted.text)
         if "ratio" in kinds:
-            return self._same_ratio(told, wanted)
+            return self._same_ratio(stated, wanted)
         if "equation" in kinds:
-            return self._same_equation(told, wanted)
+            return self._same_equation(stated, wanted)
         if "words" in kinds:
             return False
-        return self._same_quantity(told.text, wanted.text)
+        return self._same_quantity(stated.text, wanted.text)
 
-    def _all(self, told: tuple, wanted: tuple) -> bool:
-        return len(told) == len(wanted) and all(map(self.equal, told, wanted))
+    def _all(self, stated: tuple, wanted: tuple) -> bool:
+        return len(stated) == len(wanted) and all(map(self.equal, stated, wanted))
 
-    def _matched(self, told: tuple, wanted: tuple, same) -> bool:
-        """Whether each of `wanted` has its own of `told`, in any order, and none is left."""
-        left = list(told)
+    def _matched(self, stated: tuple, wanted: tuple, same) -> bool:
+        """Whether each of `wanted` has its own of `stated`, in any order, and none is left."""
+        left = list(stated)
         for one in wanted:
             match = next((at for at, candidate in enumerate(left) if same(candidate, one)), None)
             if match is None:
@@ -385,76 +387,76 @@ class _Comparison:
             del left[match]
         return not left
 
-    def _same_ratio(self, told: Answer, wanted: Answer) -> bool:
+    def _same_ratio(self, stated: Answer, wanted: Answer) -> bool:
         """`3:4` and `6:8`; a number is its ratio to 1."""
-        parts = [a.parts if a.kind == "ratio" else (a, Answer("value", "1")) for a in (told, wanted)]
+        parts = [a.parts if a.kind == "ratio" else (a, Answer("value", "1")) for a in (stated, wanted)]
         scaled = [[f"({other[0].text})\\cdot({part.text})" for part in one] for one, other in (parts, parts[::-1])]
         return len(parts[0]) == len(parts[1]) and all(map(self.same, *scaled))
 
-    def _same_choice(self, told: Answer, wanted: Answer, chosen, right) -> bool | None:
+    def _same_choice(self, stated: Answer, wanted: Answer, chosen, right) -> bool | None:
         """A letter, with or without what it stands for. `None`: neither is a choice beside the other."""
-        if told.text.upper() == wanted.text.upper() and wanted.text.upper() in [*"ABCDEFGH"] and wanted.text != "e":
+        if stated.text.upper() == wanted.text.upper() and wanted.text.upper() in [*"ABCDEFGH"] and wanted.text != "e":
             return True
         if right:
             if chosen:
                 return chosen[0] == right[0]
             if right[1]:
-                return self.same(told.text, right[1])
-            return None if told.kind == "value" and wanted.text == right[0] else False
+                return self.same(stated.text, right[1])
+            return None if stated.kind == "value" and wanted.text == right[0] else False
         if chosen[1]:
             return True if self.same(chosen[1], wanted.text) else None
         return None
 
-    def _same_modular(self, told: Answer, wanted: Answer) -> bool:
+    def _same_modular(self, stated: Answer, wanted: Answer) -> bool:
         """Residues modulo the same; 3 where the gold answer says modulo what, but "3 (mod 7)" is not the value 3."""
-        if told.kind != wanted.kind:
-            return wanted.kind == "modular" and self.equal(told, wanted.parts[0])
-        if not self.equal(told.parts[1], wanted.parts[1]):
+        if stated.kind != wanted.kind:
+            return wanted.kind == "modular" and self.equal(stated, wanted.parts[0])
+        if not self.equal(stated.parts[1], wanted.parts[1]):
             return False
-        values = [number(part.text) for part in (told.parts[0], *wanted.parts)]
+        values = [number(part.text) for part in (stated.parts[0], *wanted.parts)]
         if all(values) and values[2][0]:
             return (values[0][0] - values[1][0]) % values[2][0] == 0
-        return self.equal(told.parts[0], wanted.parts[0])
+        return self.equal(stated.parts[0], wanted.parts[0])
 
-    def _same_named(self, told: Answer, wanted: Answer) -> bool:
+    def _same_named(self, stated: Answer, wanted: Answer) -> bool:
         """`x=5` states 5; another name is another statement. All sides of `3\\cdot 5=15` must be the same."""
-        if "equation" in (told.kind, wanted.kind):
-            return self._same_equation(told, wanted)
-        if not all(self.equal(side, told.parts[0]) for side in told.parts[1:] if told.kind == "named"):
+        if "equation" in (stated.kind, wanted.kind):
+            return self._same_equation(stated, wanted)
+        if not all(self.equal(side, stated.parts[0]) for side in stated.parts[1:] if stated.kind == "named"):
             raise Unparsable  # it contradicts itself
-        values = [a.parts[0] if a.kind == "named" else a for a in (told, wanted)]
-        if told.kind != wanted.kind or not self.strict:
+        values = [a.parts[0] if a.kind == "named" else a for a in (stated, wanted)]
+        if stated.kind != wanted.kind or not self.strict:
             return self.equal(*values)
-        functions = [re.fullmatch(r"([A-Za-z])\(([A-Za-z])\)", a.name) for a in (told, wanted)]
+        functions = [re.fullmatch(r"([A-Za-z])\(([A-Za-z])\)", a.name) for a in (stated, wanted)]
         if all(functions) and functions[0][1] == functions[1][1]:  # `f(t)=t^2` is `f(x)=x^2`
             (_, told_as), (_, wanted_as) = (function.groups() for function in functions)
             renamed = re.sub(r"\\[A-Za-z]+|[A-Za-z]", lambda m: wanted_as if m[0] == told_as else m[0], values[0].text)
             return self.same(renamed, values[1].text)
-        if _same_name(told.name, wanted.name):
+        if _same_name(stated.name, wanted.name):
             return self.equal(*values)
-        return not all(_closed(v.text) for v in values) and self._same_equation(told, wanted)
+        return not all(_closed(v.text) for v in values) and self._same_equation(stated, wanted)
 
-    def _same_equation(self, told: Answer, wanted: Answer) -> bool:
+    def _same_equation(self, stated: Answer, wanted: Answer) -> bool:
         """
         Two equations by what they are; where one is a value, the other states it only if it is no condition on `x`,
         `y` or one unknown.
         """
-        if told.kind in ("equation", "named") and wanted.kind in ("equation", "named"):
-            return self._same_value(told.text, wanted.text)
-        equation, value = (told, wanted) if told.kind == "equation" else (wanted, told)
+        if stated.kind in ("equation", "named") and wanted.kind in ("equation", "named"):
+            return self._same_value(stated.text, wanted.text)
+        equation, value = (stated, wanted) if stated.kind == "equation" else (wanted, stated)
         letters = set(re.findall(r"(?<![A-Za-z])[A-Za-z](?![A-Za-z])", re.sub(r"\\[A-Za-z]+", " ", equation.parts[0])))
         if len(letters) == 1 or letters & set("xyz") or not _closed(equation.parts[-1]) or equation.parts[-1] == "0":
             return False
         sides = [equation.parts[-1], value.text]
-        return self.same(*(sides if equation is told else sides[::-1]))
+        return self.same(*(sides if equation is stated else sides[::-1]))
 
-    def _same_list(self, told: Answer, wanted: Answer) -> bool:
+    def _same_list(self, stated: Answer, wanted: Answer) -> bool:
         """
         In any order, but positions where names or brackets give one; relations that all hold, or of which one does,
         are one.
         """
-        for one, other in ((told, wanted), (wanted, told)):
-            again = self.equal if one is told else lambda a, b: self.equal(b, a)
+        for one, other in ((stated, wanted), (wanted, stated)):
+            again = self.equal if one is stated else lambda a, b: self.equal(b, a)
             items, others = (a.parts if a.kind == "list" else (a,) for a in (one, other))
             if len(items) > 1 and other.kind != "list" and {a.kind for a in items} == {"relation"}:
                 joined = sympy.Or if re.search(r"\bor\b", one.text) else And
@@ -473,38 +475,38 @@ class _Comparison:
                 if "".join(sorted(names)) in string.ascii_lowercase:
                     items = tuple(sorted(items, key=lambda a: a.name))
                 pair = tuple(a.parts[0] for a in items), other.parts if other.kind == "tuple" else others
-                return self._all(*(pair if one is told else pair[::-1]))
+                return self._all(*(pair if one is stated else pair[::-1]))
             bracketed = one.kind in ("list", "set") and (other.kind, other.name) == ("tuple", "()")
             if bracketed and len(one.parts) == len(other.parts):
                 if other is wanted:
                     return self._all(one.parts, other.parts)
-                return self._same_list(told._replace(kind="list"), wanted)
-        predictions, golds = (a.parts if a.kind in ("list", "set") else (a,) for a in (told, wanted))
+                return self._same_list(stated._replace(kind="list"), wanted)
+        predictions, golds = (a.parts if a.kind in ("list", "set") else (a,) for a in (stated, wanted))
         labels = [[a.name if a.kind == "named" else "" for a in items] for items in (predictions, golds)]
         if len({name.partition("_")[0] for n in labels for name in n if all(n)}) == 1 and labels[0] != labels[1]:
             # `x_1=2,x_2=3` enumerates roots, in any order
             predictions, golds = (
                 tuple(a.parts[0] if a.kind == "named" else a for a in items) for items in (predictions, golds)
             )
-        if told.kind == "set" and wanted.text == "\\emptyset":
+        if stated.kind == "set" and wanted.text == "\\emptyset":
             return False  # that has an element
         if len(golds) == 1 and wanted.kind != "set" and all(self.equal(p, golds[0]) for p in predictions):
             return len({p.text for p in predictions}) == len(predictions)  # one answer in several forms
         unique = [tuple({a.text.replace(" ", ""): a for a in items}.values()) for items in (predictions, golds)]
-        if len(predictions) == len(golds) and "set" not in (told.kind, wanted.kind):
+        if len(predictions) == len(golds) and "set" not in (stated.kind, wanted.kind):
             unique = [predictions, golds]
         if self._matched(
             unique[0], unique[1], lambda a, b: (a.kind == "set") == (b.kind == "set") and self.equal(a, b)
         ):
             return True
-        return "\\cup" in told.text + wanted.text and self._same_value(told.text, wanted.text)
+        return "\\cup" in stated.text + wanted.text and self._same_value(stated.text, wanted.text)
 
     def _same_quantity(self, prediction: str, gold: str) -> bool:
         """Bases, units, per cent and degrees around a value."""
         bases = _base(prediction), _base(gold)
         if all(bases) and (bases[0][1] or bases[1][1]):
             return bases[0][0] == bases[1][0] and (bases[0][1] == bases[1][1] or None in (bases[0][1], bases[1][1]))
-        (told, told_unit), (wanted, wanted_unit) = split_unit(prediction), split_unit(gold)
+        (stated, told_unit), (wanted, wanted_unit) = split_unit(prediction), split_unit(gold)
         if isinstance(wanted_unit, str) and told_unit is not None:
             counted = [
                 set(re.findall(r"\w+?(?=s?\b)", u.casefold())) for u in (told_unit, wanted_unit) if isinstance(u, str)
@@ -512,25 +514,25 @@ class _Comparison:
             if len(counted) < 2 or not (counted[0] <= counted[1] or counted[1] <= counted[0]):
                 raise Unparsable(f"whether {prediction:.60} is {gold:.60} depends on what was counted")
         if isinstance(wanted_unit, tuple) and told_unit is None and (letter := _LETTER_UNIT.fullmatch(prediction)):
-            told, told_unit = letter[1], unit(letter[2])
+            stated, told_unit = letter[1], unit(letter[2])
         degrees = "^\\circ" in prediction, "^\\circ" in gold
         if isinstance(told_unit, tuple) and degrees[1] and told_unit[1] == {"radian": 1}:
-            return self.same(told, gold) if "\\pi" in told else False
+            return self.same(stated, gold) if "\\pi" in stated else False
         if isinstance(wanted_unit, tuple) and told_unit is not None and not degrees[0]:
             if isinstance(told_unit, str) or told_unit[1] != wanted_unit[1]:
                 return False
             if (factor := told_unit[0] / wanted_unit[0]) != 1:
-                told = f"\\frac{{{factor.numerator}}}{{{factor.denominator}}}\\cdot({told})"
-        if (told, wanted) != (prediction, gold):
-            return self.same(told, wanted)
+                stated = f"\\frac{{{factor.numerator}}}{{{factor.denominator}}}\\cdot({stated})"
+        if (stated, wanted) != (prediction, gold):
+            return self.same(stated, wanted)
         # `12 m` is twelve metres where a plain number was asked for; as a gold answer it may be a product
         if number(gold) and (metres := _LETTER_UNIT.fullmatch(prediction)) and number(metres[1]):
             return self.same(metres[1], gold)
         if "%" in prediction + gold:
-            told, wanted = prediction.removesuffix("%"), gold.removesuffix("%")
+            stated, wanted = prediction.removesuffix("%"), gold.removesuffix("%")
             if ("%" in prediction) == ("%" in gold):
-                return self.same(told, wanted)
-            if self.same(told, wanted):  # 25 for 25%, but not 0.25 for 0.25%
+                return self.same(stated, wanted)
+            if self.same(stated, wanted):  # 25 for 25%, but not 0.25 for 0.25%
                 return not (value := number(wanted)) or abs(value[0]) >= 1
             hundredths = [
                 f"\\frac{{{text.removesuffix('%')}}}{{100}}" if "%" in text else text for text in (prediction, gold)
@@ -543,14 +545,14 @@ class _Comparison:
         return self._same_value(prediction, gold)
 
     def _same_value(self, prediction: str, gold: str) -> bool:
-        told, wanted = number(prediction), number(gold)
-        if told and wanted:
-            return self._close(told, wanted)
-        told, wanted = parse_latex(prediction), parse_latex(gold, gold=True)
+        stated, wanted = number(prediction), number(gold)
+        if stated and wanted:
+            return self._close(stated, wanted)
+        stated, wanted = parse_latex(prediction), parse_latex(gold, gold=True)
         if not self.strict:
-            symbols = [sorted(e.free_symbols, key=str) for e in (told, wanted)]
-            told = told.xreplace(dict(zip(*symbols, strict=False)))
-        return _same_expression(told, wanted, self.options)
+            symbols = [sorted(e.free_symbols, key=str) for e in (stated, wanted)]
+            stated = stated.xreplace(dict(zip(*symbols, strict=False)))
+        return _same_expression(stated, wanted, self.options)
 
 
 _LETTER_UNIT = re.compile(r"(.*\S) ([mshgL](?:\^\{?[23]\}?)?)")
@@ -642,25 +644,25 @@ def _with_real_roots(parsed):
     return parsed.xreplace({p: (-1) ** p.exp.p * (-p.base) ** p.exp for p in odd})
 
 
-def _same_expression(told, wanted, options: dict) -> bool:
-    if told == wanted:
+def _same_expression(stated, wanted, options: dict) -> bool:
+    if stated == wanted:
         return True
-    if isinstance(told, sympy.Expr) and isinstance(wanted, sympy.Expr):
-        same = _same_at_points(told, wanted, options["float_rounding"])
+    if isinstance(stated, sympy.Expr) and isinstance(wanted, sympy.Expr):
+        same = _same_at_points(stated, wanted, options["float_rounding"])
         if same is not None:
             return same
-    truths = [isinstance(e, Boolean) for e in (told, wanted)]  # relations, and what "and" makes of them
+    truths = [isinstance(e, Boolean) for e in (stated, wanted)]  # relations, and what "and" makes of them
     # The two libraries raise for things without a common measure (a set minus a number, ≠ beside <, a periodic
     # solution): these
     # could not be shown to be the same.
     with contextlib.suppress(TypeError, KeyError, NotImplementedError):
-        if all(truths) and _proportional(told, wanted):
+        if all(truths) and _proportional(stated, wanted):
             return True
-        if verify(wanted, told, timeout_seconds=None, raise_on_error=True, **options):
+        if verify(wanted, stated, timeout_seconds=None, raise_on_error=True, **options):
             # ... and takes any two equations without solutions for the same
-            return not (isinstance(told, sympy.Eq) and isinstance(wanted, sympy.Eq)) or bool(sympy.solve(wanted))
-        if all(truths) and not told.has(sympy.Eq) and told.free_symbols == wanted.free_symbols:
-            return len(told.free_symbols) == 1 and told.as_set() == wanted.as_set()
+            return not (isinstance(stated, sympy.Eq) and isinstance(wanted, sympy.Eq)) or bool(sympy.solve(wanted))
+        if all(truths) and not stated.has(sympy.Eq) and stated.free_symbols == wanted.free_symbols:
+            return len(stated.free_symbols) == 1 and stated.as_set() == wanted.as_set()
     return False
 
 
@@ -686,9 +688,9 @@ def _value(expression, values: dict, digits: int = 40):
     return value if value.is_number and value.is_finite else None
 
 
-def _values(told, wanted) -> list[tuple]:
+def _values(stated, wanted) -> list[tuple]:
     """Pairs of values at the points where both have one, and (unless `i` occurs) a real one."""
-    both = sympy.Tuple(unwrap_fcs(told), unwrap_fcs(wanted))
+    both = sympy.Tuple(unwrap_fcs(stated), unwrap_fcs(wanted))
     whole = both.has(*_OF_WHOLE_NUMBERS) or any(power.base.is_negative for power in both.atoms(sympy.Pow))
     points = _points(both.free_symbols, whole) if both.free_symbols else [{}]
     pairs = [pair for values in points if None not in (pair := tuple(_value(side, values) for side in both))]
@@ -697,11 +699,11 @@ def _values(told, wanted) -> list[tuple]:
     return [(a, b) for a, b in pairs if a.is_real and b.is_real]
 
 
-def _same_at_points(told, wanted, places: int) -> bool | None:
+def _same_at_points(stated, wanted, places: int) -> bool | None:
     """Whether two expressions agree in value, at every point if they have symbols; `None`: it cannot be told."""
-    pairs = _values(told, wanted)
-    symbols = told.free_symbols | wanted.free_symbols
-    rounded = told.has(sympy.Float) or wanted.has(sympy.Float)
+    pairs = _values(stated, wanted)
+    symbols = stated.free_symbols | wanted.free_symbols
+    rounded = stated.has(sympy.Float) or wanted.has(sympy.Float)
     for a, b in pairs:
         difference, size = abs(sympy.N(a - b, 40)), sympy.N(abs(a) + abs(b), 40)
         if rounded:
@@ -709,25 +711,25 @@ def _same_at_points(told, wanted, places: int) -> bool | None:
         else:
             near = difference <= size * sympy.Float("1e-25")
             if near and difference and not symbols:  # e^{\pi\sqrt{163}} is a whole number in its first 30 digits
-                a, b = (_value(unwrap_fcs(e), {}, 400) for e in (told, wanted))
+                a, b = (_value(unwrap_fcs(e), {}, 400) for e in (stated, wanted))
                 near = None not in (a, b) and abs(a - b) <= size * sympy.Float("1e-350", 400)
         if not near:  # numeric integration and summation may also have failed
-            return None if told.has(*_EVALUATED_LATE) or wanted.has(*_EVALUATED_LATE) else False
+            return None if stated.has(*_EVALUATED_LATE) or wanted.has(*_EVALUATED_LATE) else False
     if len(pairs) < (3 if symbols else 1):
         return None
     if not symbols and not rounded:
-        told, wanted = told.doit(), wanted.doit()
-        if told.is_Rational and wanted.is_Rational:
-            return told == wanted  # 100! and 100!+1 agree in 40 digits
+        stated, wanted = stated.doit(), wanted.doit()
+        if stated.is_Rational and wanted.is_Rational:
+            return stated == wanted  # 100! and 100!+1 agree in 40 digits
     return True
 
 
-def _proportional(told, wanted) -> bool:
+def _proportional(stated, wanted) -> bool:
     """Whether one relation is a constant multiple of the other: then both say the same."""
-    told, wanted = (r.reversed if isinstance(r, (sympy.Gt, sympy.Ge)) else r for r in (told, wanted))  # a>b is b<a
-    if not isinstance(told, sympy.core.relational.Relational) or type(told) is not type(wanted):
+    stated, wanted = (r.reversed if isinstance(r, (sympy.Gt, sympy.Ge)) else r for r in (stated, wanted))  # a>b is b<a
+    if not isinstance(stated, sympy.core.relational.Relational) or type(stated) is not type(wanted):
         return False
-    ratios = [a / b for a, b in _values(told.lhs - told.rhs, wanted.lhs - wanted.rhs) if abs(b) > 1e-30]
+    ratios = [a / b for a, b in _values(stated.lhs - stated.rhs, wanted.lhs - wanted.rhs) if abs(b) > 1e-30]
     if len(ratios) < 3 or any(abs(r - ratios[0]) > abs(ratios[0]) * sympy.Float("1e-20") for r in ratios):
         return False
-    return ratios[0] > 0 or (isinstance(told, (sympy.Eq, sympy.Ne)) and ratios[0] != 0)
+    return ratios[0] > 0 or (isinstance(stated, (sympy.Eq, sympy.Ne)) and ratios[0] != 0)

@@ -116,8 +116,8 @@ class MathVerifier(Verifier):
         """
         # A plain number needs no worker, so a rewrite does not wait for one to start before it samples.
         odd = [answer or "" for answer in answers if not _PLAIN_NUMBER.fullmatch(answer or "")]
-        told = iter(self._run([[None, answer] for answer in odd]))
-        return [Verdict.CORRECT if _PLAIN_NUMBER.fullmatch(a or "") else next(told)[0] for a in answers]
+        judgements = iter(self._run([[None, answer] for answer in odd]))
+        return [Verdict.CORRECT if _PLAIN_NUMBER.fullmatch(a or "") else next(judgements)[0] for a in answers]
 
     def close(self) -> None:
         """Ends the worker processes, whatever they are at; a later call starts new ones."""
@@ -136,14 +136,14 @@ class MathVerifier(Verifier):
 
     def _run(self, tasks: list[list]) -> list[Judgement]:
         if not tasks:
-            return []  # without waiting for another thread's
+            return []  # without waiting for a batch of another thread
         with self._gate:
             pass
         with self._lock:
             try:
                 return self._dispatch(tasks)
             except BaseException:
-                self._drop_workers()  # what they are at would be taken for the answers to the next batch
+                self._drop_workers()  # otherwise their late answers would be taken for answers to the next batch
                 raise
 
     def _drop_workers(self) -> None:
@@ -179,7 +179,7 @@ class MathVerifier(Verifier):
                     if worker.lost or not worker.tasks:
                         selector.unregister(worker.registered)
                         busy.discard(worker)
-                        waiting.extendleft(reversed(worker.tasks))  # what the lost one was not at yet
+                        waiting.extendleft(reversed(worker.tasks))  # tasks that the lost worker had not begun
                         worker.tasks.clear()
         return results
 

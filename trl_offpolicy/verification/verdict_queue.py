@@ -145,14 +145,16 @@ class VerdictQueue:
                 batch, self._waiting = self._waiting[: self.batch], self._waiting[self.batch :]
             try:
                 _, completions, answers, rows = zip(*batch, strict=True)
-                told = judge(self.verifier, completions, answers, rows)
+                judgements = judge(self.verifier, completions, answers, rows)
             except BaseException as error:
                 with self._changed:
                     self._error = error
                     self._changed.notify_all()
                 return
             with self._changed:
-                self._judged += [Judged(item, c, *verdict) for (item, c, *_), verdict in zip(batch, told, strict=True)]
+                self._judged += [
+                    Judged(item, c, *verdict) for (item, c, *_), verdict in zip(batch, judgements, strict=True)
+                ]
                 self._changed.notify_all()
 
 
@@ -162,10 +164,10 @@ def judge(
     """A verdict and its reason for each completion; one that was cut or never drawn is not shown to the verifier."""
     whole = [i for i, c in enumerate(completions) if c.finish_reason == "stop"]
     texts = [completions[i].text for i in whole]
-    told = iter(explain_with(verifier, texts, [answers[i] for i in whole], rows and [rows[i] for i in whole]))
+    judgements = iter(explain_with(verifier, texts, [answers[i] for i in whole], rows and [rows[i] for i in whole]))
     cut = Judgement(Verdict.UNPARSABLE, "cut at max_completion_length")
     return [
-        next(told)
+        next(judgements)
         if c.finish_reason == "stop"
         else cut
         if c.finish_reason == "length"

@@ -61,21 +61,21 @@ def _check_texts(completions: list) -> None:
             raise TypeError(f"Completion {index} must be a text, but is {completion!r:.100}.")
 
 
-def _judgement(told: tuple[Verdict, str]) -> Judgement:
+def _judgement(pair: tuple[Verdict, str]) -> Judgement:
     """A verifier's own pair as a judgement, its reason fit to be written down."""
-    judgement = told if isinstance(told, Judgement) else Judgement(*told)
+    judgement = pair if isinstance(pair, Judgement) else Judgement(*pair)
     return judgement._replace(reason=brief(judgement.reason))
 
 
-def _verdict(told) -> Verdict:
+def _verdict(value) -> Verdict:
     """A verdict by name, or by a bool (numpy's, too): `True` is correct."""
-    if type(told).__name__ in ("bool", "bool_"):
-        return Verdict.CORRECT if told else Verdict.WRONG
+    if type(value).__name__ in ("bool", "bool_"):
+        return Verdict.CORRECT if value else Verdict.WRONG
     try:
-        return Verdict(told)
+        return Verdict(value)
     except ValueError as error:
         raise ValueError(
-            f"The verifier returned {told!r:.100}; it must return True, False or one of {', '.join(Verdict)} for each completion."
+            f"The verifier returned {value!r:.100}; it must return True, False or one of {', '.join(Verdict)} for each completion."
         ) from error
 
 
@@ -105,7 +105,7 @@ def rewards(judgements: list[Judgement]) -> list[float | None]:
     the completion: the gold answer cannot be compared with, a time-out, an error.
     """
     values = {Verdict.CORRECT: 1.0, Verdict.WRONG: 0.0, Verdict.UNPARSABLE: 0.0}
-    return [None if told.gold_at_fault else values.get(told.verdict) for told in judgements]
+    return [None if judgement.gold_at_fault else values.get(judgement.verdict) for judgement in judgements]
 
 
 class Verifier:
@@ -150,12 +150,12 @@ class Verifier:
                 f"You passed {len(completions)} completions and {len(answers)} answers; each completion needs its own answer."
             )
         _check_texts(completions)
-        told = list(map(_judgement, self._explain(completions, answers, **columns)))
-        if len(told) != len(completions):
+        judgements = list(map(_judgement, self._explain(completions, answers, **columns)))
+        if len(judgements) != len(completions):
             raise ValueError(
-                f"The verifier returned {len(told)} verdicts for {len(completions)} completions; it must return one for each."
+                f"The verifier returned {len(judgements)} verdicts for {len(completions)} completions; it must return one for each."
             )
-        return told
+        return judgements
 
     def verify(self, completions: list[str], answers: list, **columns: list) -> list[Verdict]:
         """One verdict for each completion against the gold answer of the same position."""

@@ -244,7 +244,7 @@ class NumericVerifier(_StatedVerifier):
         if rel_tol < 0 or abs_tol < 0:
             raise ValueError(f"You passed rel_tol={rel_tol}, abs_tol={abs_tol}; a tolerance cannot be negative.")
         self.rel_tol, self.abs_tol, self.require_unit = rel_tol, abs_tol, require_unit
-        needs("pint", "units", "NumericVerifier")  # said now, not at the first answer
+        needs("pint", "units", "NumericVerifier")  # raised here rather than at the first answer
 
     def quantity(self, text: str):
         """
@@ -253,7 +253,7 @@ class NumericVerifier(_StatedVerifier):
         text = text.replace("\\%", "%")
         # One `$` is money, two are the delimiters of a formula.
         money = re.search(r"[$€£]", text.strip().removeprefix("$").removesuffix("$") if text.count("$") == 2 else text)
-        if money or re.search(r"\b(?:USD|EUR|GBP|dollars?|euros?)\b", text):  # elsewhere 300K are kelvins
+        if money or re.search(r"\b(?:USD|EUR|GBP|dollars?|euros?)\b", text):  # without a currency, 300K is kelvin
             text = re.sub(r"(?<=\d)\s?([KMB]|mn|bn)\b", lambda m: f" {self._MONEY_SCALES[m[1]]}", text)
         for pattern, replacement in self._LATEX:
             text = pattern.sub(replacement, text)
@@ -275,20 +275,20 @@ class NumericVerifier(_StatedVerifier):
             return None
 
     def judge(self, stated: str, answer) -> Judgement:
-        gold, told = self.quantity(str(answer)), self.quantity(stated)
+        gold, found = self.quantity(str(answer)), self.quantity(stated)
         if gold is None:
             return GoldAtFault(Verdict.UNPARSABLE, f"the gold answer {answer!r:.100} is no number with a known unit")
-        if told is None:
+        if found is None:
             return Judgement(Verdict.UNPARSABLE, NO_ANSWER)
-        if told.unitless and not gold.unitless and not self.require_unit or gold.unitless:
-            told, gold = told.magnitude, gold.magnitude  # only one of them says its unit
-        elif told.dimensionality != gold.dimensionality:
-            return Judgement(Verdict.WRONG, f"{told.units} cannot be compared with {gold.units}")
+        if found.unitless and not gold.unitless and not self.require_unit or gold.unitless:
+            found, gold = found.magnitude, gold.magnitude  # only one of them says its unit
+        elif found.dimensionality != gold.dimensionality:
+            return Judgement(Verdict.WRONG, f"{found.units} cannot be compared with {gold.units}")
         else:
-            told, gold = told.to(gold.units).magnitude, gold.magnitude
-        near = abs(told - gold) <= max(self.rel_tol * abs(gold), self.abs_tol) * (1 + 1e-12)
+            found, gold = found.to(gold.units).magnitude, gold.magnitude
+        near = abs(found - gold) <= max(self.rel_tol * abs(gold), self.abs_tol) * (1 + 1e-12)
         return (
-            Judgement(Verdict.CORRECT) if near else Judgement(Verdict.WRONG, f"{told:g} where {gold:g} was asked for")
+            Judgement(Verdict.CORRECT) if near else Judgement(Verdict.WRONG, f"{found:g} where {gold:g} was asked for")
         )
 
 
@@ -473,11 +473,11 @@ class _Combined(Verifier):
         results: list[Judgement | None] = [None] * len(completions)
         for verifier in self.verifiers:  # each is asked only what the verifiers before it left open
             still = [i for i, r in enumerate(results) if r is None or r[0] is not self.settles]
-            told = explain_with(
+            judgements = explain_with(
                 verifier, [completions[i] for i in still], [answers[i] for i in still], [rows[i] for i in still]
             )
-            for i, result in zip(still, told, strict=True):
-                # otherwise what could not be told outweighs what could
+            for i, result in zip(still, judgements, strict=True):
+                # a verdict that decides nothing is kept over one that was decided
                 if (
                     results[i] is None
                     or result[0] is self.settles

@@ -19,21 +19,24 @@ from .verifier import GoldAtFault, Judgement
 
 
 MEMORY_LIMIT = 2 << 30  # bytes of address space of one worker
-WALL = 1.6  # x `timeout`: when a verification is looked at from outside, so that its verdict is there within 2 x
-OVER_BUDGET = 1.3  # x `timeout`: CPU seconds with which it is ended then; with less it was only kept from running
-ASLEEP = 20  # x `timeout`: when one that does not even wait for a processor is ended, whatever it used
-NICE = 10  # a worker gives way to the engine, which it would only keep waiting; a starved engine leaves it time enough
+WALL = 1.6  # x `timeout`: seconds after which a verification is looked at from outside, so that its verdict comes within 2 x
+OVER_BUDGET = (
+    1.3  # x `timeout`: it is ended then if it has used as many CPU seconds; with fewer, others kept it from running
+)
+ASLEEP = (
+    20  # x `timeout`: seconds after which it is ended even so, if it is asleep rather than waiting for a processor
+)
+NICE = 10  # a worker gives way to the engine: it has time enough while the engine waits for it
 TASKS_PER_WORKER = 2000  # then a fresh fork: sympy's caches grow without bound
-READ_SECONDS = 10.0  # a worker that has not read its batch by then was killed with half of it read
-START_SECONDS = 120.0  # a worker imports sympy before its first task, whose own time begins after that
+READ_SECONDS = 10.0  # seconds for reading a batch; a worker that takes longer was killed while it read
+START_SECONDS = 120.0  # seconds for importing sympy before the first task; the task's own time begins after that
 PARENT_SECONDS = 1.0  # how often a worker looks whether the process that started it is still there
 
 
-# What the interpreter from which workers are forked is started with (`-I`: or the `random.py` or `sympy.py` in the
-# folder of a user's script would run in the worker):
-# this very package and, behind all that is installed, the other folders that the parent imports from, but for the
-# script's own and the
-# working directory: not even a module that sympy would like to have and does not find (gmpy2) is taken from there.
+# The program of the interpreter from which workers are forked. It is started with `-I`, since otherwise a `random.py`
+# or `sympy.py` in the folder of a user's script would run in the worker. It imports this package and, after all that
+# is installed, from the folders that the parent imports from, except the script's own folder and the working
+# directory: even optional modules of sympy (gmpy2) are not taken from there.
 _START = """\
 import importlib.util, sys
 sys.path += {path!r}
@@ -76,7 +79,7 @@ class WorkerSource:
                     return
                 except (
                     ConnectionError
-                ):  # it has just ended; should the next one do so, too, the worker's closed stdout says it
+                ):  # it has just ended; if the next one ends too, `results` notices that the worker's stdout is closed
                     self.process.wait()
 
     def _start(self) -> None:
@@ -84,9 +87,8 @@ class WorkerSource:
             self.requests.close()
         self.requests, theirs = socket.socketpair()
         with theirs:
-            # Its own group: a ctrl-C meant for the parent does not kill it. Not its own session, to which Linux would
-            # give as much of
-            # a busy processor as to the engine's.
+            # A process group of its own, so that a ctrl-C meant for the parent does not kill it. Not a session of its
+            # own, to which Linux would give as much of a busy processor as to the engine's session.
             self.process = subprocess.Popen(
                 _start_command(), stdin=theirs.fileno(), process_group=0, env={**os.environ, "OMP_NUM_THREADS": "1"}
             )
@@ -110,7 +112,7 @@ class Worker:
     """
 
     def __init__(self):
-        self.tasks: deque[int] = deque()  # that it has not answered; it is at the first
+        self.tasks: deque[int] = deque()  # those that it has not answered yet; it works on the first
         self.spawn()
 
     def spawn(self):
@@ -123,12 +125,12 @@ class Worker:
         finally:
             os.close(stdin)
             os.close(stdout)
-        self.keeper = None  # the process that forks, as soon as it says which it is
-        self.pid = None  # its fork, as soon as that is ready
+        self.keeper = None  # process id of the process that forks; known as soon as that reports it
+        self.pid = None  # process id of the fork that works; known as soon as that is ready
         self.started, self.buffer, self.tasks_left = False, b"", 0
 
     def signal_all(self):
-        if self.keeper is not None:  # else it ends by itself when it finds its stdin closed
+        if self.keeper is not None:  # otherwise it ends by itself when it finds its stdin closed
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.keeper, signal.SIGKILL)
 
@@ -190,26 +192,26 @@ class Worker:
         """
         chunk = self.stdout.read() if readable else None
         *lines, self.buffer = (self.buffer + (chunk or b"")).split(b"\n")
-        told, died = [], None
+        judged, died = [], None
         for line in lines:
             what, *rest = json.loads(line)
             if what == "keeper":
                 (self.keeper,) = rest
             elif what == "ready":
-                # the first fork, or one in the place of the last; an unread batch is still in the pipe for it
+                # the first fork, or one that replaces another; a batch that was not read is still in the pipe for it
                 if self.reading and self.pid is not None:
                     died = f"died with exit code {rest[1]}"
                 self.pid, self.tasks_left, self.started = rest[0], TASKS_PER_WORKER, True
                 if self.batch is not None:
                     self._send()
-            elif self.pid is not None:  # else from a fork that was killed in the moment of its answer
+            elif self.pid is not None:  # otherwise the line is from a fork that was killed while it answered
                 *rest, self.cpu_then = rest
                 self.task_began = time.monotonic()
                 self.deadline = self.task_began + WALL * self.timeout
                 if what != "reading":
                     reason, gold_at_fault = rest
                     judgement = (GoldAtFault if gold_at_fault else Judgement)(Verdict(what), reason)
-                    told.append((self.tasks.popleft(), judgement))
+                    judged.append((self.tasks.popleft(), judgement))
                 self.reading = bool(self.tasks)
         overdue = self.tasks and time.monotonic() > self.deadline and not self._given_more_time()
         if overdue and self.pid is None:
@@ -227,20 +229,20 @@ class Worker:
             end = Judgement(Verdict.TIMEOUT, f"killed after {time.monotonic() - self.task_began:.1f} s")
             if died is not None:
                 end = Judgement(Verdict.ERROR, f"the verifier's worker process {died}")
-            told.append((self.tasks.popleft(), end))
+            judged.append((self.tasks.popleft(), end))
         self.lost = died is not None or bool(overdue)
         if chunk == b"" or (overdue and not self.reading):  # what it has not read may still be in the pipe
             self.kill()
             self.spawn()
         elif overdue:
             self.kill_fork()
-        return told
+        return judged
 
 
 # ---- what runs inside a worker ----
 
 
-# What the parser has met before it reads ten times as fast; every fork inherits what was learnt here.
+# The parser reads constructs that it has parsed before ten times as fast, and every fork inherits its caches.
 WARM_UP = [
     ("\\frac{\\sqrt{3}}{2}\\pi-x^{2}", "2x_{1}+3y"),
     ("(2a+1)(b-3)^{n}", "e^{-2t}\\sin(\\theta)+\\ln 5"),
@@ -268,7 +270,9 @@ def serve(parent: int) -> None:
         if not started_by.is_running() or started_by.status() == psutil.STATUS_ZOMBIE:
             os.killpg(0, signal.SIGKILL)
 
-    signal.signal(signal.SIGALRM, end_with_parent)  # a killed parent may leave the pipes open in children of its own
+    signal.signal(
+        signal.SIGALRM, end_with_parent
+    )  # needed because children of a killed parent may keep the pipes open
     signal.setitimer(signal.ITIMER_REAL, PARENT_SECONDS, PARENT_SECONDS)  # which no fork inherits
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a worker
     requests = socket.socket(fileno=os.dup(0))
@@ -299,7 +303,7 @@ def _keep(stdin: int, stdout: int) -> None:
     os.dup2(stdin, 0)
     os.close(stdin)
     answers, status = os.fdopen(stdout, "w"), None
-    with contextlib.suppress(BrokenPipeError):  # nobody is there to be answered; nor below
+    with contextlib.suppress(BrokenPipeError):  # the parent is gone; likewise below
         print(json.dumps(["keeper", os.getpid()]), file=answers, flush=True)
     while status != 0:
         pid = os.fork()
@@ -334,7 +338,9 @@ def _work(answers) -> None:
                 judgement = Judgement(Verdict.TIMEOUT, f"stopped after {budget:g} CPU seconds")
             except MemoryError:
                 judgement = Judgement(Verdict.ERROR, f"out of memory ({MEMORY_LIMIT >> 20} MiB)")
-            except Exception as error:  # not ours to hide: it travels to the caller as a verdict with its reason
+            except (
+                Exception
+            ) as error:  # any error of the grader is reported to the caller as the verdict `error` with its reason
                 judgement = Judgement(Verdict.ERROR, f"{type(error).__name__}: {error}"[:500])
             signal.setitimer(signal.ITIMER_PROF, 0)
             answer = [*judgement, judgement.gold_at_fault, time.process_time()]
