@@ -110,7 +110,7 @@ def test_an_evaluation_sums_up_whatever_was_said(tmp_path):
     for _ in range(2):  # a run, and its resume
         with bounded():
             result = evaluate(
-                None, {"b": problems}, 4, sampler=Hostile(), output_dir=str(tmp_path),
+                None, {"b": problems}, num_generations=4, sampler=Hostile(), output_dir=str(tmp_path),
                 verifier=lambda completions, answers: [Verdict.WRONG] * len(answers),
             )  # fmt: skip
         assert result["b"]["maj@4"] == 0
