@@ -77,10 +77,9 @@ def _run(rounds, wanted: int) -> int:
     """All rounds that are wanted, or until one gives a reason to stop."""
     summaries: list[dict] = []
     for number in range(wanted):
-        for name in [step.name for step in rounds.steps(number)]:
-            step = next(step for step in rounds.steps(number) if step.name == name)
+        for step in rounds.steps(number):
             if not step.done:
-                print(f"round {number}, {name}: {shlex.join(step.command)}", flush=True)
+                print(f"round {number}, {step.name}: {shlex.join(step.command)}", flush=True)
                 rounds.run(step)
         summaries.append(rounds.summary(number))
         write_whole(rounds.output_dir / "rounds.json", json.dumps({"rounds": summaries}, indent=1) + "\n")

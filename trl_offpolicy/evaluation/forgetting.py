@@ -45,8 +45,7 @@ def measure_forgetting(
 
     Returns:
         `dict`: `problems`, `tokens` (their mean), `kl` (nats per completion) and `kl_per_token` (nats), each with
-            `…_ci95`, a bootstrap interval over
-        problems. A completion that was cut counts as far as it was drawn.
+            `…_ci95`, a bootstrap interval over problems. A completion that was cut counts as far as it was drawn.
 
     Raises:
         ValueError: The run has no such attempts: it is not finished, has no stage `self`, was not sampled from the

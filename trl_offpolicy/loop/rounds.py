@@ -37,7 +37,7 @@ class Step(NamedTuple):
     """One command of a round; `done` is said by a line of `loop.jsonl`."""
 
     round: int
-    name: str  # rewrite, rows, train, gap or eval
+    name: str  # rewrite, train, gap or eval
     command: list[str]
     done: bool
 

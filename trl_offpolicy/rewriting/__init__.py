@@ -1,4 +1,1 @@
-"""
-`DataRewriter`: self-alignment, guided alignment, fallback; what is kept, in which order it is drawn, and what is
-    pushed.
-"""
+"""`DataRewriter`: self-alignment, guided alignment, fallback; what is kept, drawn in which order, and pushed."""
