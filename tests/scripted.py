@@ -1,12 +1,16 @@
-"""A sampler that stands in for a model: what it says depends on the request's seed alone, never on order or time."""
+"""
+Rewrites by a sampler that stands in for a model: what it says depends on the request's seed alone, never on order or time.
+"""
 
 import os
 import random
 import signal
 
 from trl_offpolicy import DataRewriter, RewriteConfig
+from trl_offpolicy.data import prompts
+from trl_offpolicy.data.formats import read_rows
 from trl_offpolicy.runs.journal import Journal
-from trl_offpolicy.sampling.sampler import Completion
+from trl_offpolicy.sampling.sampler import Completion, Request, SamplingParams, attempt_seed
 
 
 class ScriptedSampler:
@@ -78,3 +82,40 @@ def rows(num_rows):
 def verify(completions, answers):
     """The simplest verifier a user could pass: a plain function."""
     return ["correct" if c.endswith(f"\\boxed{{{a}}}") else "wrong" for c, a in zip(completions, answers, strict=True)]
+
+
+def config(tmp_path, **kwargs):
+    return RewriteConfig(str(tmp_path / "run"), **{"num_generations": 4, "max_completion_length": 50, **kwargs})
+
+
+def rewrite(tmp_path, data, sampler=None, verifier=verify, **kwargs):
+    rewriter = DataRewriter(
+        "scripted", config(tmp_path, **kwargs), sampler=sampler or ScriptedSampler(), verifier=verifier
+    )
+    return rewriter.rewrite(data), rewriter.metrics
+
+
+def naive(data, args, sampler):
+    """One problem after another, one attempt after another: the definition."""
+    results = []
+    for problem in read_rows(data, solve_prompt=args.solve_prompt):
+        outcome = ("expert", problem.demonstration, 0, 0)
+        for stage in args.stages:
+            prompt = problem.prompt
+            if stage == "guided":
+                text = prompts.fill(args.guided_prompt, problem=problem.problem, solution=problem.demonstration)
+                prompt = [{"role": "user", "content": text}]
+            correct = []
+            for k in range(args.num_generations):
+                seed = attempt_seed(args.seed, problem.id, stage, k)
+                completion = sampler.completion(Request("", prompt, seed, SamplingParams()))
+                if completion.finish_reason == "stop" and completion.text.endswith(f"\\boxed{{{problem.answer}}}"):
+                    correct.append((k, completion.text))
+                    if args.selection == "first":
+                        break
+            if correct:
+                sampled = correct[0][0] + 1 if args.selection == "first" else args.num_generations
+                outcome = (stage, [text for _, text in correct], sampled, len(correct))
+                break
+        results.append((problem.id, *outcome))
+    return results

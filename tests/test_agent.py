@@ -17,9 +17,9 @@ import torch
 from accelerate.utils import gather_object
 from conftest import POLICY, ROOT, in_two_processes, needs_vllm
 from datasets import Dataset, load_dataset
+from draws import drain, drawn_ids, forward_log_probs, requests
 from peft import LoraConfig, PeftModel, get_peft_model
 from quickstart_task import GUIDED_PROMPT, demonstrations, problems
-from test_sampling import drain, drawn_ids, forward_log_probs, requests
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig
 

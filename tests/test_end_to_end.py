@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -142,6 +143,11 @@ def test_no_function_is_long_and_packages_import_only_what_is_below_them():
             elif node.level == 1:
                 within.setdefault(f"{room}.{path.stem}", set()).update(f"{room}.{name}" for name in names)
     TopologicalSorter(within).prepare()  # raises CycleError
+
+
+def test_no_test_file_imports_from_another():
+    for path in Path(__file__).parent.glob("*.py"):
+        assert not re.findall(r"^ *(?:from|import) +test_\w+", path.read_text(), re.MULTILINE), path
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import POLICY
 from scripted import ScriptedSampler, rows, verify
-from test_trainers import wandb_records
+from wandb_file import wandb_records
 
 from trl_offpolicy import Verdict, evaluate
 from trl_offpolicy.answers.normalization import canonical

@@ -6,8 +6,7 @@ import re
 from fractions import Fraction
 
 import pytest
-from scripted import ScriptedSampler, verify
-from test_rewriter import config, rewrite
+from scripted import ScriptedSampler, config, rewrite, verify
 
 from trl_offpolicy import RewriteConfig
 from trl_offpolicy.data import prompts

@@ -23,7 +23,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from loopback_hub import TOKEN
 from peft import LoraConfig
 from scripted import ScriptedSampler, rows, verify
-from test_trainers import config, demonstrations, rewritten, wandb_records
+from training import config, demonstrations, rewritten
+from wandb_file import wandb_records
 
 from trl_offpolicy import (
     DataRewriter,

@@ -9,7 +9,7 @@ import torch
 import transformers
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from test_trainers import QUESTIONS, config, demonstrations, rewritten, train
+from training import QUESTIONS, config, demonstrations, rewritten, train
 from trl import SFTConfig, SFTTrainer
 
 from trl_offpolicy import ImportanceWeightedSFTConfig, ImportanceWeightedSFTTrainer

@@ -17,7 +17,7 @@ import openai
 import pytest
 from conftest import POLICY, needs_vllm
 from datasets import load_dataset
-from test_sampling import drain
+from draws import drain
 
 from trl_offpolicy import DataRewriter, OpenAISampler, RewriteConfig
 from trl_offpolicy.cli import main

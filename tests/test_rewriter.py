@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import POLICY
 from datasets import Dataset, load_dataset
-from scripted import ScriptedSampler, rewrite_rows, rows, verify
+from scripted import ScriptedSampler, config, naive, rewrite, rewrite_rows, rows, verify
 
 from trl_offpolicy import DataRewriter, RewriteConfig, TransformersSampler
 from trl_offpolicy.data import prompts
@@ -26,47 +26,8 @@ from trl_offpolicy.data.rows import Verdict, stored
 from trl_offpolicy.data.whole_file import partial_file, write_whole
 from trl_offpolicy.rewriting.push import _attempt_files
 from trl_offpolicy.runs.run_directory import RunDirectory
-from trl_offpolicy.sampling.sampler import Completion, Request, SamplingParams, attempt_seed
+from trl_offpolicy.sampling.sampler import Completion, SamplingParams
 from trl_offpolicy.verification.verifiers import NumericVerifier
-
-
-def config(tmp_path, **kwargs):
-    return RewriteConfig(str(tmp_path / "run"), **{"num_generations": 4, "max_completion_length": 50, **kwargs})
-
-
-def rewrite(tmp_path, data, sampler=None, verifier=verify, **kwargs):
-    rewriter = DataRewriter(
-        "scripted", config(tmp_path, **kwargs), sampler=sampler or ScriptedSampler(), verifier=verifier
-    )
-    return rewriter.rewrite(data), rewriter.metrics
-
-
-def naive(data, args, sampler):
-    """One problem after another, one attempt after another: the definition."""
-    results = []
-    from trl_offpolicy.data.formats import read_rows
-
-    for problem in read_rows(data, solve_prompt=args.solve_prompt):
-        outcome = ("expert", problem.demonstration, 0, 0)
-        for stage in args.stages:
-            prompt = problem.prompt
-            if stage == "guided":
-                text = prompts.fill(args.guided_prompt, problem=problem.problem, solution=problem.demonstration)
-                prompt = [{"role": "user", "content": text}]
-            correct = []
-            for k in range(args.num_generations):
-                seed = attempt_seed(args.seed, problem.id, stage, k)
-                completion = sampler.completion(Request("", prompt, seed, SamplingParams()))
-                if completion.finish_reason == "stop" and completion.text.endswith(f"\\boxed{{{problem.answer}}}"):
-                    correct.append((k, completion.text))
-                    if args.selection == "first":
-                        break
-            if correct:
-                sampled = correct[0][0] + 1 if args.selection == "first" else args.num_generations
-                outcome = (stage, [text for _, text in correct], sampled, len(correct))
-                break
-        results.append((problem.id, *outcome))
-    return results
 
 
 @pytest.mark.parametrize("stages", [["self", "guided"], ["self"], ["guided"], []])

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import needs_vllm
+from draws import drain, drawn_ids, forward_log_probs, requests
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from trl_offpolicy import OpenAISampler, TransformersSampler, VLLMSampler
@@ -15,36 +16,6 @@ from trl_offpolicy.data.tokenization import encode_prompt
 from trl_offpolicy.sampling.loading import load_model
 from trl_offpolicy.sampling.sampler import Request, SamplerError, SamplingParams, attempt_seed
 from trl_offpolicy.sampling.vllm_sampler import cpu_memory, lora_engine_kwargs
-
-
-QUESTIONS = [
-    "A jar holds 5 coins. A adds 4. How many coins?",
-    "2+2?",
-    "A bag holds 9 nuts. A takes 2. B adds 8. C takes 3. How many nuts?",
-]
-
-
-def requests(num, params=None, seed=1):
-    params = params or SamplingParams(max_completion_length=24)
-    return [
-        Request(
-            f"r{i}", [{"role": "user", "content": QUESTIONS[i % 3]}], attempt_seed(seed, f"p{i}", "self", 0), params
-        )
-        for i in range(num)
-    ]
-
-
-def drain(sampler, wanted):
-    for request in wanted:
-        sampler.submit(request)
-    completions = []
-    while finished := sampler.poll():
-        completions += finished
-    return {c.id: c for c in completions}
-
-
-def drawn_ids(completions):
-    return {c.id: c.completion_ids for c in completions.values()}
 
 
 @pytest.fixture(
@@ -58,13 +29,6 @@ def sampler(request, engine):
 @pytest.fixture(scope="module")
 def model(policy):
     return AutoModelForCausalLM.from_pretrained(policy, dtype="float32")
-
-
-def forward_log_probs(model, prompt_ids, completion_ids):
-    ids = torch.tensor([prompt_ids + completion_ids])
-    with torch.no_grad():
-        log_pi = model(ids).logits[0, :-1].float().log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
-    return log_pi[len(prompt_ids) - 1 :]
 
 
 @pytest.mark.parametrize("params", [{}, {"temperature": 1.7, "top_k": 20, "top_p": 0.9}])

@@ -11,8 +11,8 @@ from collections import Counter
 import numpy as np
 import pytest
 from datasets import Dataset
-from scripted import ScriptedSampler, rewrite_rows, rows, verify
-from test_rewriter import config, naive, rewrite
+from scripted import ScriptedSampler, config, naive, rewrite, rewrite_rows, rows, verify
+from wandb_file import wandb_records
 
 from trl_offpolicy import DataRewriter
 from trl_offpolicy.data.formats import read_rows
@@ -637,7 +637,6 @@ def test_a_run_that_cuts_much_says_what_to_raise_and_to_what(tmp_path, capsys):
 def test_wandb_offline_run_holds_the_lines(tmp_path, monkeypatch):
     """A real W&B file, written offline and read back: the values of metrics.jsonl."""
     import wandb
-    from test_trainers import wandb_records
 
     wandb.teardown()  # it reads its environment once
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import POLICY
 from datasets import Dataset, load_dataset
-from scripted import ScriptedSampler, rewrite_rows, rows, verify
-from test_rewriter import rewrite
+from scripted import ScriptedSampler, rewrite, rewrite_rows, rows, verify
 
 from trl_offpolicy import DataRewriter, RewriteConfig
 from trl_offpolicy.data.whole_file import write_whole

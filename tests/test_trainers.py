@@ -13,71 +13,14 @@ import torch
 from conftest import in_two_processes
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig
+from training import QUESTIONS, config, demonstrations, rewritten, train
 from transformers import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from wandb_file import wandb_records
 
 from trl_offpolicy import DFTConfig, DFTTrainer, ImportanceWeightedSFTConfig, ImportanceWeightedSFTTrainer
 from trl_offpolicy.trainer.data_collator import RewriteDataCollator
-
-
-QUESTIONS = ["2+2?", "What is 3 times 4?", "Name the sum of 11 and 12, please.", "7-5?", "How many are 9 and 9 and 9?"]
-
-
-def demonstrations(num_rows=10):
-    return Dataset.from_list(
-        [
-            {
-                "prompt": [{"role": "user", "content": QUESTIONS[i % 5]}],
-                "completion": [{"role": "assistant", "content": f"step {'so ' * (i % 4)}it is \\boxed{{{i}}}"}],
-            }
-            for i in range(num_rows)
-        ]
-    )
-
-
-def rewritten(tokenizer, num_rows=8, seed=0):
-    """Rows as DataRewriter writes them: every third one is the expert's; log μ encodes the token id, so alignment can be read off."""
-    rows = []
-    for i, row in enumerate(demonstrations(num_rows)):
-        source = ("self", "guided", "expert")[i % 3]
-        ids = (
-            []
-            if source == "expert"
-            else tokenizer(row["completion"][0]["content"])["input_ids"] + [tokenizer.eos_token_id]
-        )
-        rows.append(
-            {
-                **row,
-                "source": source,
-                "completion_ids": ids,
-                "behavior_log_probs": [-t / 1000 for t in ids],
-                "temperature": 1.0,
-            }
-        )
-    return Dataset.from_list(rows)
-
-
-def config(cls, tmp_path, **kwargs):
-    defaults = {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1}
-    return cls(
-        str(tmp_path),
-        **{
-            **defaults,
-            "use_cpu": True,
-            "bf16": False,
-            "save_strategy": "no",
-            "seed": 3,
-            "disable_tqdm": True,
-            **kwargs,
-        },
-    )
-
-
-def train(trainer, **kwargs):
-    trainer.train(**kwargs)
-    history = [e for e in trainer.state.log_history if "loss" in e]
-    return [(e["loss"], e["grad_norm"], e["entropy"], e["mean_token_accuracy"]) for e in history], history
 
 
 def first_loss(trainer):
@@ -1253,24 +1196,6 @@ def test_rows_are_counted_of_the_training_data_only(tmp_path, tiny_model, tokeni
     )  # fmt: skip
     trainer.evaluate({"train": data.select([2])})
     assert (trainer.num_train_rows, trainer.train_sources) == (8, {"self": 3, "guided": 3, "expert": 2})
-
-
-def wandb_records(file):
-    """The records of a `.wandb` file: LevelDB's log format (crc 4, length 2, type 1, data) in 32 KiB blocks after a 7-byte header."""
-    from wandb.proto import wandb_internal_pb2
-
-    raw, position, parts = file.read_bytes(), 7, b""
-    while position + 7 <= len(raw):
-        left = 32768 - position % 32768
-        if left < 7:
-            position += left
-            continue
-        length, kind = int.from_bytes(raw[position + 4 : position + 6], "little"), raw[position + 6]
-        parts += raw[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            yield wandb_internal_pb2.Record.FromString(parts)
-            parts = b""
 
 
 @pytest.mark.slow
