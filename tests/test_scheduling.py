@@ -393,7 +393,7 @@ def test_known_attempts_equal_the_journal(tmp_path):
     first = (int(next(iter(expected))[:16], 16), 99, 7)
     keys = [(int(row_id[:16], 16), int(row_id[17:] or 1), 7) for row_id in expected]
     memory = RunMemory(np.array([*keys, (255, 1, 7), first], RunMemory._KEY), "", [], [])
-    memory.recall(journal, ["self", "guided"])
+    memory.recall(journal.entries(texts=False), ["self", "guided"])
     assert memory.ids(0, len(keys)) == list(expected) and memory.ids(len(keys), 1) == [f"{255:016x}"]
     assert memory.num_known == num_known and memory.known(0, 100) == [*expected.values(), {}, {}]
     assert memory.known(2, 3) == memory.known(0, 100)[2:5] and len(memory.select(slice(2, 5))) == 3

@@ -38,7 +38,7 @@ def rejudge(
         `int`: How many attempts were left out because they have no text.
     """
     old, lost = Journal(path, read_header(path)), 0  # nobody else writes to it meanwhile
-    problems.memory.recall(old, problems.args.stages)
+    problems.memory.recall(old.entries(texts=False), problems.args.stages)
     try:
         with partial_file(path) as partial:
             new = Journal(partial, config)

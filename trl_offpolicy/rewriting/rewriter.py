@@ -24,36 +24,30 @@ import numpy as np
 from ..cards import versions
 from ..data.formats import PLAIN_PROMPTS
 from ..data.loading import hub_origin
-from ..data.rows import Problem, Source, Verdict, reference_digest
+from ..data.rows import Source
 from ..data.tokenization import template_kwargs
 from ..data.whole_file import partial_file, write_whole
-from ..runs.journal import Attempt, Journal, JournalReader, Result, differences, read_attempts, read_header
+from ..runs.journal import Attempt, Journal, JournalReader, differences, read_attempts, read_header
 from ..runs.run_counts import RunCounts, summed
 from ..runs.run_log import PeriodicPush, RunLog, check_wandb, log_artifact, wandb_run
 from ..runs.shards import Shard, check_siblings, publish, publish_lock, withdraw
 from ..sampling.loading import load_processing_class
 from ..sampling.provenance import template_digest
 from ..sampling.sampler import (
-    FAILED,
     PLAIN,
-    Completion,
-    Request,
     Sampler,
-    SamplerError,
     as_sampler,
-    attempt_seed,
 )
-from ..verification.drawing import Asked, Drawing
-from ..verification.verdict_queue import Judged
+from ..verification.drawing import Drawing
 from ..verification.verifier import as_verifier, describe
+from .attempts import Attempts
 from .dry_run import probe_report, shown_prompt
-from .guided_filters import reject_guided
 from .output_rows import load_rows, write_rows
 from .problems import Problems
 from .push import open_repo, push_run
 from .rejudge import rejudge
 from .rewrite_config import RewriteConfig
-from .scheduler import Draw, Outcome, Scheduler, Speculation
+from .scheduler import Outcome, Scheduler
 
 
 class DataRewriter:
@@ -186,7 +180,7 @@ class DataRewriter:
         """
         problems = self._problems(dataset)
         journal = JournalReader(self.shard.file(self.output_dir, "journal.jsonl"))
-        problems.memory.recall(journal, self.args.stages)
+        problems.memory.recall(journal.entries(texts=False), self.args.stages)
         counts, still_open = self._counts(), set()
         scheduler = Scheduler(problems.known(), len(problems), self.args, counts)
         while draw := scheduler.next(speculate=False):
@@ -239,7 +233,7 @@ class DataRewriter:
         `metrics.jsonl`, if it is wanted.
         """
         memory, counts = problems.memory, self._counts()
-        memory.recall(journal, args.stages)
+        memory.recall(journal.entries(texts=False), args.stages)
         if path is not None and memory.num_known:
             counts.recall_aborted(path)
         scheduler = Scheduler(problems.checked(self.verifier, counts), len(problems), args, counts)
@@ -247,32 +241,13 @@ class DataRewriter:
         drawing = Drawing(self.verifier, self.sampler, *others, counts=counts.engine)
         log = RunLog(path, len(problems), memory.num_known, counts, drawing.drawn_tokens, logged)
         push = PeriodicPush(lambda: self._push(finished=False), args.push_every, args.hub_token)
-        # A server tells of tokens when an attempt is finished: it takes several of each slot to know its rate.
-        speculation = Speculation(self.sampler.slots, 1024 if self.sampler.drawn_tokens is None else 32)
 
-        def ask() -> Asked | None:
-            most = speculation.most(min(drawing.sampling, scheduler.open_rows))
-            draw = scheduler.next(speculate=drawing.sampling < most)
-            if draw is not None and draw.state.problem is None:  # begun before a resume
-                (draw.state.problem,) = problems.read(draw.state.row, 1)
-            return None if draw is None else self._asked(draw, problems)
+        def update(under_way: int) -> None:
+            log.update(under_way, drawing.verifying, scheduler.attempts_left)
+            push.update(counts.rows.total())
 
         try:
-            with drawing:
-                while drawing.submit(iter(ask, None)):
-                    under_way = drawing.sampling
-                    log.update(under_way, drawing.verifying, scheduler.attempts_left)
-                    for judged, result in drawing.judged(lambda judged: self._record(judged, journal, log)):
-                        counts.failed += result.finish_reason in FAILED
-                        counts.drawn += result.finish_reason not in FAILED
-                        for request_id in scheduler.record(judged.item, result):
-                            drawing.abort(request_id)
-                    speculation.note(under_way, drawing.drawn_tokens(), time.monotonic())
-                    push.update(counts.rows.total())
-            if counts.failed and not counts.drawn and not memory.num_known:  # no reason to keep all demonstrations
-                raise SamplerError(
-                    f"not one of {counts.failed:,} attempts could be drawn; the last one: {judged.reason}"
-                )
+            Attempts(args, self._sampler_of).draw(problems, scheduler, drawing, journal, log.attempt, update)
         finally:
             # What an exception has stopped on the way is drawn again at a resume, and was paid for all the same.
             drawn, engine = drawing.drawn_tokens(), counts.engine
@@ -281,40 +256,6 @@ class DataRewriter:
             push.close()
         self.metrics = counts.metrics()
         return scheduler
-
-    def _asked(self, draw: Draw, problems: Problems) -> Asked:
-        args, problem = self.args, draw.state.problem
-        seed = attempt_seed(args.seed, problem.id, draw.stage, draw.attempt)
-        prompt = problems.prompt(problem, draw.stage)
-        request = Request(draw.id, prompt, seed, args.sampling_params(), args.chat_template_kwargs)  # type: ignore[arg-type]
-        return Asked(draw, request, self._sampler_of(draw.stage), problem.answer, problem.extra)
-
-    def _record(self, judged: Judged, journal: Journal, log: RunLog) -> Result:
-        draw, completion, verdict, reason = judged
-        attempt = self._attempt(draw.state.problem, draw.stage, draw.attempt, completion, verdict, reason)
-        entry = attempt.entry()
-        log.attempt(entry)
-        return attempt.result(journal.append(entry))
-
-    def _attempt(
-        self, problem: Problem, stage: str, attempt: int, completion: Completion, verdict: Verdict, reason: str
-    ) -> Attempt:
-        """An attempt with its verdict, and why a guided one is not kept though it is correct."""
-        judged_on = verdict == Verdict.CORRECT and stage == Source.GUIDED
-        found = reject_guided(completion.text, problem, self.args) if judged_on else None
-        rejected, reason = found or ("", reason)
-        log_probs, ids = completion.log_probs, completion.completion_ids
-        if not log_probs and verdict == Verdict.CORRECT and self.args.selection == "max_log_prob":
-            raise ValueError(
-                f"You passed selection='max_log_prob', but {self._sampler_of(stage).name} returned no log-probs for {completion.id}. Use another engine, "
-                "or selection='random'."
-            )
-        log_prob = round(sum(log_probs) / len(log_probs), 6) if log_probs else None
-        reference = reference_digest(problem.demonstration) if stage == Source.GUIDED else 0
-        ended = verdict, completion.finish_reason, len(ids), log_prob, reference, rejected, reason
-        if (verdict == Verdict.CORRECT and not rejected) or self.args.keep_rejected:
-            return Attempt(problem.id, stage, attempt, *ended, completion.text, ids, [round(x, 6) for x in log_probs])
-        return Attempt(problem.id, stage, attempt, *ended)
 
     def _list_unsolved(self, problems: Problems, unsolved: list[dict]) -> None:
         path = self.shard.file(self.output_dir, "unsolved.jsonl")
@@ -411,7 +352,7 @@ class DataRewriter:
         if found is None or differences(found, config, free=("num_generations", "verifier")):
             return
         if self.args.rejudge:
-            lost = rejudge(path, config, problems, self.verifier, self._attempt)
+            lost = rejudge(path, config, problems, self.verifier, Attempts(self.args, self._sampler_of).attempt)
             withdraw(self.output_dir, self.shard)
             if lost:
                 warnings.warn(

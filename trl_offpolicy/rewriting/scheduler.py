@@ -126,6 +126,17 @@ class Scheduler:
         """Problems that are begun and not settled: with `first`, how many attempts are needed now."""
         return len(self._open)
 
+    def give_up(self) -> list[int]:
+        """Settles the problems that have no outcome yet with their demonstrations; their rows."""
+        late = list(self._open)
+        for state in list(self._open.values()):
+            self._settle(state, Outcome(Source.EXPERT))
+        for row, (row_id, problem, _, known) in self._fresh:
+            late.append(row)
+            self._open[row] = state = ProblemState(row, row_id, problem, known)
+            self._settle(state, Outcome(Source.EXPERT))
+        return late
+
     def attempts_left(self) -> float:
         """
         The attempts that are still to be drawn, those under way included, if each stage goes on accepting as many as

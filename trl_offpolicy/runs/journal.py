@@ -71,6 +71,7 @@ class Attempt:
     log_prob: float | None  # mean over its tokens
     reference: int = 0  # digest of the reference that its prompt showed, above 0 in the stage `guided`
     rejected: str = ""  # the `Rejection` for which it is not kept though it is correct
+    version: int = 0  # optimizer steps that the policy had been trained for when it drew this, in online training
     reason: str | None = None  # of the verdict, or of `rejected`, in words
     text: str | None = None  # this and what follows: not there if it was not to be kept
     completion_ids: list[int] | None = None

@@ -13,7 +13,7 @@ import numpy as np
 from ..data.rows import Problem, Rejection, Verdict, copy_id, number_copies, reference_digest, split_id
 from ..data.whole_file import partial_file
 from ..sampling.sampler import FAILED
-from .journal import JournalReader, Result
+from .journal import Result
 
 
 class RunMemory:
@@ -100,9 +100,9 @@ class RunMemory:
 
     # ---- attempts ----
 
-    def recall(self, journal: JournalReader, stages: list[str]) -> None:
+    def recall(self, entries: Iterable[tuple[int, dict]], stages: list[str]) -> None:
         """
-        Reads the journal of a run with these stages. Not known are attempts that failed, and guided ones whose
+        Takes the `entries` of the journal of a run with these stages, each with its offset. Not known are attempts that failed, and guided ones whose
         reference was another than the row's demonstration is now: where they matter they are drawn again. Of two lines
         for the same attempt, the later one wins.
         """
@@ -111,7 +111,7 @@ class RunMemory:
             {name: i for i, name in enumerate(names)}
             for names in (stages, self._VERDICTS, self._FINISH_REASONS, self._REJECTIONS)
         )
-        for offset, e in journal.entries(texts=False):  # as they are: a million `Attempt`s take some seconds to make
+        for offset, e in entries:  # as they are: a million `Attempt`s take some seconds to make
             if e["finish_reason"] in FAILED:
                 continue
             log_prob = nan if e["log_prob"] is None else e["log_prob"]

@@ -53,6 +53,7 @@ MAX_TRIES = 3  # of one request while other requests are answered; after that th
 BUSY = (429, 503)  # statuses of a server that is overloaded or starting; the request is not at fault
 TELL_EVERY = 60.0  # seconds from one sentence on a busy server to the next
 CONNECT = 10.0  # seconds for a connection
+LOOK = 0.5  # seconds after which `poll` looks whether it is over, while it waits
 KNOWN_LETTERS = (
     8  # when this many letters of a server's texts match what its token ids decode to here, it has the same tokenizer
 )
@@ -237,8 +238,11 @@ class OpenAISampler(Sampler):
 
     def poll(self) -> list[Completion]:
         finished: list[Completion] = []
-        while self._under_way and not (finished and self._finished.empty()):
-            item = self._finished.get()
+        while self._under_way and not (self._finished.empty() and (finished or self.over())):
+            try:
+                item = self._finished.get(timeout=LOOK)
+            except queue.Empty:
+                continue
             if isinstance(item, UserWarning):
                 warnings.warn(item, stacklevel=2)
                 continue

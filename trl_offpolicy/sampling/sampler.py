@@ -2,7 +2,7 @@
 
 import hashlib
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib import import_module
@@ -124,6 +124,9 @@ class Sampler:
     # The tokenizer that renders its prompts, if it is known, and the ids that end a turn.
     processing_class: Any = None
     stop_token_ids: list[int] = []
+    # Asked while it draws: once this is true, `poll` returns though nothing may be finished. An engine that cannot stop
+    # on the way need not ask.
+    over: Callable[[], bool] = staticmethod(lambda: False)
 
     @cached_property
     def slots(self) -> int:
@@ -142,7 +145,10 @@ class Sampler:
         raise NotImplementedError
 
     def poll(self) -> list[Completion]:
-        """Waits until at least one request is finished and returns what is; an empty list if none is under way."""
+        """
+        Waits until at least one request is finished and returns what is; an empty list if none is under way, or it is
+        `over`.
+        """
         raise NotImplementedError
 
     def abort(self, request_id: str) -> int | None:
@@ -197,12 +203,14 @@ def check_positive(**numbers: float | None) -> None:
             raise ValueError(f"You passed {name}={number}; it must be above 0.")
 
 
-def attempt_seed(seed: int, problem_id: str, stage: str, attempt: int) -> int:
-    """The 63-bit seed of one attempt: unrelated between attempts, and the same on every machine and in every order.
+def attempt_seed(seed: int, problem_id: str, stage: str, attempt: int, version: int = 0) -> int:
+    """
+    The 63-bit seed of one attempt: unrelated between attempts and between `version`s of the policy, and the same on
+    every machine and in every order.
 
     Hashed, because neighbouring seeds share samples in some engines (vLLM expands `n=4, seed=s` to seeds s … s+3).
     """
-    key = f"{seed}|{problem_id}|{stage}|{attempt}".encode()
+    key = f"{seed}|{problem_id}|{stage}|{attempt}{f'|{version}' if version else ''}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
 
 

@@ -9,6 +9,7 @@ the ratios are printed by `benchmarks/sampling_transformers.py`.
 
 import contextlib
 import copy
+from collections.abc import Callable
 
 import torch
 from transformers import (
@@ -113,6 +114,16 @@ class _StopTexts(StoppingCriteria):
         return ended
 
 
+class _Over(StoppingCriteria):
+    """Ends a batch on the way when the sampler is `over`."""
+
+    def __init__(self, over: Callable[[], bool]):
+        self.over = over
+
+    def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
+        return torch.full((len(input_ids),), self.over(), device=input_ids.device)
+
+
 class TransformersSampler(Sampler):
     """
     A [`Sampler`] on a `transformers` causal language model.
@@ -200,7 +211,7 @@ class TransformersSampler(Sampler):
 
     def poll(self) -> list[Completion]:
         failed, self._failed = self._failed, []
-        if not self._pending:
+        if not self._pending or self.over():
             return failed
         # The oldest request always goes, with the waiting requests nearest to it in length (and of the same
         # parameters).
@@ -251,6 +262,7 @@ class TransformersSampler(Sampler):
         seeds, prompts = [request.seed for request, _ in batch], [ids for _, ids in batch]
         self._draw = draw = _SeededDraw(seeds, params, prompts, device, self.stop_token_ids, room)
         stopping = StoppingCriteriaList([_StopTexts(self.processing_class, draw)] if params.stop else [])
+        stopping.append(_Over(self.over))
         own_config, was_training = self.model.generation_config, self.model.training
         # The model's generation config may set a repetition penalty or top_k, with which tokens would not be drawn
         # from the policy itself.
@@ -266,9 +278,11 @@ class TransformersSampler(Sampler):
             self._draw, self._drawn = None, self._drawn + draw.drawn
             self.model.generation_config = own_config
             self.model.train(was_training)
-        drawn = output[:, width:].tolist()
+        drawn, live = output[:, width:].tolist(), draw.live.tolist()
         log_probs = torch.stack(draw.log_probs, dim=1).tolist()
+        self._pending += [pair for pair, unfinished in zip(batch, live, strict=True) if unfinished]  # it was over
         return [
             drawn_completion(r.id, ids[:n], lp[:n], "length", self.processing_class, self.stop_token_ids, params.stop)
-            for (r, _), ids, lp, n in zip(batch, drawn, log_probs, room, strict=True)
+            for (r, _), ids, lp, n, unfinished in zip(batch, drawn, log_probs, room, live, strict=True)
+            if not unfinished
         ]

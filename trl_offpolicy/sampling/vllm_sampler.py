@@ -171,7 +171,7 @@ class VLLMSampler(Sampler):
     def poll(self) -> list[Completion]:
         while True:
             self._add_requests()
-            if self._done or not self._under_way():
+            if self._done or not self._under_way() or self.over():
                 finished, self._done = self._done, []
                 return finished
             try:

@@ -39,10 +39,20 @@ class Drawing:
         sampler ([`~sampling.sampler.Sampler`]): The engine that is kept busy, to its capacity.
         *others ([`~sampling.sampler.Sampler`]): Further ones that draw some of the requests.
         counts (`Counter`, *optional*): Takes `finished`, `aborted` and `unused` completions and their tokens.
+        over (`Callable[[], bool]`, *optional*): Becomes true when no more is to be drawn; the engines ask it too.
     """
 
-    def __init__(self, verifier: Verifier | None, sampler: Sampler, *others: Sampler, counts: Counter | None = None):
-        self.samplers, self.capacity = (sampler, *others), sampler.capacity
+    def __init__(
+        self,
+        verifier: Verifier | None,
+        sampler: Sampler,
+        *others: Sampler,
+        counts: Counter | None = None,
+        over: Callable[[], bool] = lambda: False,
+    ):
+        self.samplers, self.capacity, self.over = (sampler, *others), sampler.capacity, over
+        for engine in self.samplers:
+            engine.over = over
         self.counts = Counter() if counts is None else counts
         self._verdicts = VerdictQueue(verifier, min(sampler.capacity, 2 * sampler.slots))
         self._sampling: dict[str, Asked] = {}
@@ -107,6 +117,12 @@ class Drawing:
             self._aborted[request_id] = tokens = asked.sampler.abort(request_id) or 0
             self.counts.update({"aborted": 1, "aborted_tokens": tokens})
 
+    def give_up(self) -> Iterator[Judged]:
+        """Forgets the requests that are at the engines, and waits for the verdicts on what these have finished."""
+        for request_id in list(self._sampling):
+            self.abort(request_id)
+        return self._verdicts.drain()
+
     def drawn_tokens(self) -> int:
         """
         Tokens that the engines have drawn since this was made. Where one does not see them as they are drawn, those of
@@ -128,7 +144,7 @@ class Drawing:
             if not any(asked.sampler is sampler for asked in self._sampling.values()):
                 continue
             completions = sampler.poll()
-            if not completions:
+            if not completions and not self.over():
                 raise RuntimeError(f"{sampler.name}: the sampler has requests under way but returned none of them.")
             for completion in completions:
                 tokens = len(completion.completion_ids)

@@ -1,0 +1,117 @@
+"""
+How attempts at problems are asked for, judged and written down until each problem has its outcome: what a rewrite does
+with all rows of its run, and online training with those of its next steps.
+"""
+
+import time
+from collections.abc import Callable
+
+from ..data.rows import Problem, Source, Verdict, reference_digest
+from ..runs.journal import Attempt, Journal, Result
+from ..sampling.sampler import FAILED, Completion, Request, Sampler, SamplerError, attempt_seed
+from ..verification.drawing import Asked, Drawing
+from ..verification.verdict_queue import Judged
+from .guided_filters import reject_guided
+from .problems import Problems
+from .rewrite_config import RewriteConfig
+from .scheduler import Draw, Scheduler, Speculation
+
+
+class Attempts:
+    """
+    The attempts at problems, with the settings that they have in common.
+
+    Args:
+        args ([`RewriteConfig`]): How they are drawn, and which are kept.
+        sampler_of (`Callable[[str], Sampler]`): From a stage to the engine that draws its attempts.
+        version (`int`, *optional*, defaults to `0`): Optimizer steps that the policy has been trained for; part of
+            each attempt's seed.
+    """
+
+    def __init__(self, args: RewriteConfig, sampler_of: Callable[[str], Sampler], version: int = 0):
+        self.args, self.sampler_of, self.version = args, sampler_of, version
+
+    def draw(
+        self,
+        problems: Problems,
+        scheduler: Scheduler,
+        drawing: Drawing,
+        journal: Journal,
+        note: Callable[[dict], None] = lambda entry: None,
+        update: Callable[[int], None] = lambda under_way: None,
+    ) -> None:
+        """
+        Draws what the scheduler asks for until every problem has its outcome, or until the drawing is over: then what
+        the engine has finished still gets its verdict, and the rest is aborted.
+
+        Args:
+            note (`Callable`, *optional*): Called with each line of the journal.
+            update (`Callable`, *optional*): Called between two looks at the engine, with the number of attempts there.
+
+        Raises:
+            SamplerError: The engine cannot go on, or not one attempt of a new journal could be drawn.
+        """
+        counts, sampler = scheduler.counts, drawing.samplers[0]
+        # A server tells of tokens when an attempt is finished: it takes several of each slot to know its rate.
+        speculation = Speculation(sampler.slots, 1024 if sampler.drawn_tokens is None else 32)
+
+        def ask() -> Asked | None:
+            most = speculation.most(min(drawing.sampling, scheduler.open_rows))
+            draw = scheduler.next(speculate=drawing.sampling < most)
+            if draw is not None and draw.state.problem is None:  # begun before a resume
+                (draw.state.problem,) = problems.read(draw.state.row, 1)
+            return None if draw is None else self._asked(draw, problems)
+
+        def record(judged: Judged) -> Result:
+            draw, completion, verdict, reason = judged
+            attempt = self.attempt(draw.state.problem, draw.stage, draw.attempt, completion, verdict, reason)
+            entry = attempt.entry()
+            note(entry)
+            return attempt.result(journal.append(entry))
+
+        def take(judged: Judged, result: Result) -> None:
+            counts.failed += result.finish_reason in FAILED
+            counts.drawn += result.finish_reason not in FAILED
+            for request_id in scheduler.record(judged.item, result):
+                drawing.abort(request_id)
+
+        with drawing:
+            while not drawing.over() and drawing.submit(iter(ask, None)):
+                under_way = drawing.sampling
+                update(under_way)
+                for judged, result in drawing.judged(record):
+                    take(judged, result)
+                speculation.note(under_way, drawing.drawn_tokens(), time.monotonic())
+            for judged in drawing.give_up():
+                take(judged, record(judged))
+        if (
+            counts.failed and not counts.drawn and not problems.memory.num_known
+        ):  # no reason to keep all demonstrations
+            raise SamplerError(f"not one of {counts.failed:,} attempts could be drawn; the last one: {judged.reason}")
+
+    def _asked(self, draw: Draw, problems: Problems) -> Asked:
+        args, problem = self.args, draw.state.problem
+        seed = attempt_seed(args.seed, problem.id, draw.stage, draw.attempt, self.version)
+        prompt = problems.prompt(problem, draw.stage)
+        request = Request(draw.id, prompt, seed, args.sampling_params(), args.chat_template_kwargs)  # type: ignore[arg-type]
+        return Asked(draw, request, self.sampler_of(draw.stage), problem.answer, problem.extra)
+
+    def attempt(
+        self, problem: Problem, stage: str, attempt: int, completion: Completion, verdict: Verdict, reason: str
+    ) -> Attempt:
+        """An attempt with its verdict, and why a guided one is not kept though it is correct."""
+        judged_on = verdict == Verdict.CORRECT and stage == Source.GUIDED
+        found = reject_guided(completion.text, problem, self.args) if judged_on else None
+        rejected, reason = found or ("", reason)
+        log_probs, ids = completion.log_probs, completion.completion_ids
+        if not log_probs and verdict == Verdict.CORRECT and self.args.selection == "max_log_prob":
+            raise ValueError(
+                f"You passed selection='max_log_prob', but {self.sampler_of(stage).name} returned no log-probs for {completion.id}. Use another engine, "
+                "or selection='random'."
+            )
+        log_prob = round(sum(log_probs) / len(log_probs), 6) if log_probs else None
+        reference = reference_digest(problem.demonstration) if stage == Source.GUIDED else 0
+        ended = verdict, completion.finish_reason, len(ids), log_prob, reference, rejected, self.version, reason
+        if (verdict == Verdict.CORRECT and not rejected) or self.args.keep_rejected:
+            return Attempt(problem.id, stage, attempt, *ended, completion.text, ids, [round(x, 6) for x in log_probs])
+        return Attempt(problem.id, stage, attempt, *ended)
