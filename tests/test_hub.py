@@ -41,6 +41,7 @@ from trl_offpolicy.cli.rewrite import RewriteArguments
 from trl_offpolicy.data.formats import output_features
 from trl_offpolicy.rewriting.dataset_card import END
 from trl_offpolicy.rewriting.push import open_repo, push_run, read_card
+from trl_offpolicy.rewriting.rewrite_config import HubOptions
 from trl_offpolicy.runs.run_directory import RunDirectory
 from trl_offpolicy.runs.run_log import PeriodicPush, wandb_run
 from trl_offpolicy.sampling.sampler import SamplerError
@@ -98,7 +99,7 @@ def test_rows_and_journals_of_different_runs_are_never_read_as_one(tmp_path):
     with pytest.raises(SamplerError):
         DataRewriter("m", args, sampler=Dies(), verifier=verify).rewrite(data)
     with pytest.raises(ValueError, match="no `dataset`: its rewrite is not finished"):
-        push_run(run, "me/out")
+        push_run(run, HubOptions(hub_dataset_id="me/out"))
     for i in (0, 1):
         rewriter(tmp_path, f"machine{i}", shard=f"{i}/2").rewrite(data)
     for file in (tmp_path / "machine0" / "dataset.partial").iterdir():
@@ -181,7 +182,7 @@ def test_attempts_of_rows_that_have_gone_are_not_counted(tmp_path, hub):
         assert all(0 < len(of.problems) <= 14 for of in run.counts.stages.values())
         ids = [set().union(*of.ids.values()) for of in (run, small)]
         assert ids[0] == ids[1] and len(ids[0]) == 14 and run.num_untried == 0
-    push_run(tmp_path / "run", "me/out")
+    push_run(tmp_path / "run", HubOptions(hub_dataset_id="me/out"))
     assert set(fresh("me/out", "attempts")["id"]) <= ids[0] == set(fresh("me/out")["id"])
 
 
@@ -444,7 +445,7 @@ def test_a_long_wait_is_said_and_cut(tmp_path, hub, monkeypatch, asked, waited):
     monkeypatch.setattr(time, "sleep", waits.append)
     hub.fail("POST /api/repos/create", (429, {"Retry-After": asked}))
     with pytest.warns(UserWarning, match="429.* Trying again in [0-9]+ s") as said:
-        open_repo("me/out")
+        open_repo(HubOptions(hub_dataset_id="me/out"))
     assert len(waits) == len(said) == 1 and (waits[0] == waited if waited else 1 <= waits[0] <= 2)
     assert ("asks to wait for 86,400 s" in str(said[0].message)) == (asked == "86400")
 
@@ -484,9 +485,9 @@ def test_refused_before_anything_is_sampled(tmp_path, hub, monkeypatch):
         run.rewrite(Dataset.from_list(rows(5)))
     assert not run.sampler.sampled
     with pytest.raises(ValueError, match="not finished"):
-        push_run(tmp_path / "run", "me/out")
+        push_run(tmp_path / "run", HubOptions(hub_dataset_id="me/out"))
     with pytest.raises(FileNotFoundError, match="no journal"):
-        push_run(tmp_path, "me/out")
+        push_run(tmp_path, HubOptions(hub_dataset_id="me/out"))
     for kwargs in (
         {"push_to_hub": True},
         {"push_every": 5},

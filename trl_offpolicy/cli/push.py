@@ -6,9 +6,7 @@ from dataclasses import dataclass, field
 
 from ..data.redaction import redacted
 from ..rewriting.rewrite_config import HubOptions
-from .arguments import (
-    parser_for,
-)
+from .arguments import parser_for
 
 
 PUSH_EXAMPLES = """\
@@ -40,15 +38,7 @@ def push(argv: list[str]) -> int:
     print(f"run_dir: {given.run_dir}", flush=True)
 
     def commit():
-        return push_run(
-            given.run_dir,
-            given.hub_dataset_id,
-            given.hub_private_repo or None,
-            given.hub_token,
-            given.hub_revision,
-            given.push_attempts,
-            accept_failed=given.accept_failed,
-        )
+        return push_run(given.run_dir, given)
 
     repo_id = pushed(commit, given.run_dir, given.hub_dataset_id, given.hub_token)
     if repo_id is None:

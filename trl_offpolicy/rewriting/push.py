@@ -20,6 +20,7 @@ from ..data.redaction import redacted
 from ..data.rows import attempt_features, stored
 from ..runs.run_directory import RunDirectory
 from .dataset_card import FOLDERS, edited_card
+from .rewrite_config import HubOptions
 
 
 # Somebody else's commit came first (409, 412), too many requests, or a server that is down for the moment.
@@ -27,38 +28,24 @@ RETRIED = (409, 412, 429, 500, 502, 503, 504)
 LONGEST_WAIT = 300  # seconds, whatever the Hub asks for
 
 
-def push_run(
-    output_dir: str | Path,
-    repo_id: str,
-    private: bool | None = None,
-    token: str | None = None,
-    revision: str | None = None,
-    push_attempts: bool = True,
-    commit_message: str | None = None,
-    finished: bool = True,
-    accept_failed: bool = False,
-):
+def push_run(output_dir: str | Path, options: HubOptions, commit_message: str | None = None, finished: bool = True):
     """
     Pushes what `DataRewriter` wrote, in one commit: config `default` (the rows), config `attempts` and the card.
 
     Args:
         output_dir (`str` or `Path`): The run directory.
-        repo_id (`str`): Dataset repository, `owner/name`; made if there is none.
-        private (`bool`, *optional*): Whether a new repository is private.
-        token (`str`, *optional*): By default the one of the environment (`HF_TOKEN`) or of `hf auth login`.
-        revision (`str`, *optional*): Branch, made if there is none; by default `main`.
-        push_attempts (`bool`, *optional*, defaults to `True`): Whether every attempt goes along, rejected ones too.
+        options (`HubOptions`): Where to, and what of the run; a [`RewriteConfig`] is one. Without `hub_token` the token
+            is the one of the environment (`HF_TOKEN`) or of `hf auth login`.
+        commit_message (`str`, *optional*): Of the one commit.
         finished (`bool`, *optional*, defaults to `True`): `False` pushes the attempts of a run under way, and leaves
             the rows alone.
-        accept_failed (`bool`, *optional*, defaults to `False`): Whether rows go along though the engine failed at some
-            attempts, for which some of them may have fallen back.
 
     Returns:
         `huggingface_hub.CommitInfo`.
 
     Raises:
-        ValueError: The run has no rows yet, or some that may have fallen back because the engine failed, or `private`
-            was asked of a repository that is public.
+        ValueError: No repository is named, the run has no rows yet, or some that may have fallen back because the
+            engine failed (and not `accept_failed`), or a private repository was asked for and it is public.
         HfHubHTTPError, httpx.TransportError, ConnectionError: The Hub refused, cannot be reached, or sent something
             unreadable, also after some tries. A note on the exception says whether anything has changed there.
     """
@@ -71,15 +58,16 @@ def push_run(
             f"You passed output_dir={str(output_dir)!r}, which has no `dataset`: its rewrite is not finished, or a shard is missing. Run "
             "the rewrite again to finish it, then push."
         )
-    if finished and not accept_failed and (undrawn := run.metrics.get("undrawn", 0)):
+    if finished and not options.accept_failed and (undrawn := run.metrics.get("undrawn", 0)):
         raise ValueError(
             f"The engine failed at {undrawn:,} attempts of {str(output_dir)!r}, so rows may have fallen back to their demonstration that need "
             "not have. Run the rewrite again, which tries them again, or push the rows as they are with --accept_failed True."
         )
-    api, repo_id = open_repo(repo_id, private, token, revision)
+    api, repo_id = open_repo(options)
+    revision = options.hub_revision
     source = _source_card(api, run.settings["dataset_name"] if run.source_on_hub else None)
     with tempfile.TemporaryDirectory() as folder:
-        content = {"default": run.row_files, "attempts": _attempt_files(run, folder) if push_attempts else []}
+        content = {"default": run.row_files, "attempts": _attempt_files(run, folder) if options.push_attempts else []}
         parts = {
             name: _named(FOLDERS[name], paths) for name, paths in content.items() if finished or name == "attempts"
         }
@@ -113,7 +101,7 @@ def push_run(
             )
 
         try:
-            return _tried_again(commit, token)
+            return _tried_again(commit, options.hub_token)
         except BaseException as error:  # ctrl-C too
             error.add_note(_what_has_changed(api, repo_id, revision, before))
             raise
@@ -136,13 +124,16 @@ def _what_has_changed(api, repo_id: str, revision: str | None, before: str | Non
     return f"The Hub has a new commit, {now}, ours or somebody else's. Push again: what is there already is not pushed twice."
 
 
-def open_repo(repo_id: str, private: bool | None = None, token: str | None = None, revision: str | None = None):
+def open_repo(options: HubOptions):
     """
     Makes the repository and the branch if there are none; raises what a push would raise. Returns the `HfApi` to go on
-    with, and the repository's full name: a `repo_id` without an owner is one of the token's user.
+    with, and the repository's full name: one that is named without an owner is one of the token's user.
     """
     from huggingface_hub import HfApi, get_token
 
+    repo_id, token, private = options.hub_dataset_id, options.hub_token, options.hub_private_repo
+    if repo_id is None:
+        raise ValueError("A push needs a repository: pass repo_id='me/name', or set `hub_dataset_id`.")
     if not (token or get_token()):
         raise ValueError(f"There is no Hub token to push to {repo_id} with: set HF_TOKEN, or run `hf auth login`.")
     api = HfApi(token=token, library_name="trl-offpolicy")
@@ -152,8 +143,8 @@ def open_repo(repo_id: str, private: bool | None = None, token: str | None = Non
         raise ValueError(
             f"You asked for a private repository, but {repo_id} exists and is public. Make it private in its settings, or push to another."
         )
-    if revision is not None:
-        _tried_again(lambda: api.create_branch(repo_id, branch=revision, repo_type="dataset", exist_ok=True), token)
+    if (branch := options.hub_revision) is not None:
+        _tried_again(lambda: api.create_branch(repo_id, branch=branch, repo_type="dataset", exist_ok=True), token)
     return api, repo_id
 
 

@@ -27,15 +27,24 @@ GUIDED_FILTERS = {
 
 @dataclass(kw_only=True)
 class HubOptions:
-    """Where a run is pushed to, and what of it; [`RewriteConfig`] documents them."""
+    """
+    Where a run is pushed to, and what of it: the only list of these options. [`RewriteConfig`] has them and documents
+    them.
+    """
 
     accept_failed: bool = field(
         default=False,
         metadata={"help": "Be done, and push, though the engine failed at some attempts, which are tried again else."},
     )
     hub_dataset_id: str | None = field(default=None, metadata={"help": "Dataset repository to push to: owner/name."})
-    hub_private_repo: bool = field(
-        default=False, metadata={"help": "Whether a new repository is private.", "aliases": ["--private"]}
+    hub_private_repo: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether a new repository is private; by default the owner's setting decides.",
+            "aliases": ["--private"],
+            "nargs": "?",
+            "const": True,
+        },
     )
     hub_token: str | None = field(
         default=None, repr=False, metadata={"help": "Hub token; better in HF_TOKEN, where no process list shows it."}
@@ -130,8 +139,8 @@ class RewriteConfig(HubOptions, RunConfig):
         push_to_hub (`bool`, *optional*, defaults to `False`): The command pushes rows, attempts and card when the run
             is done (in Python, call `push_to_hub`). Whether it may is found out before anything is sampled.
         hub_dataset_id (`str`, *optional*): Dataset repository, `owner/name`.
-        hub_private_repo (`bool`, *optional*, defaults to `False`): Make a new repository private (`--private`);
-            otherwise it is what the owner's new repositories are.
+        hub_private_repo (`bool`, *optional*): Make a new repository private (`--private`) or public; by default it is
+            what the owner's new repositories are.
         hub_token (`str`, *optional*): By default `HF_TOKEN`, or that of `hf auth login`; a command line can be read by
             others.
         hub_revision (`str`, *optional*): Branch; by default `main`.

@@ -11,6 +11,7 @@ which attempt is drawn when, here they are drawn, verified and journaled, and `o
 run holds the attempts in flight and some 30 bytes a row, not the texts.
 """
 
+import copy
 import hashlib
 import json
 import re
@@ -150,8 +151,7 @@ class DataRewriter:
                 problems.memory.frozen_heap(),
             ):
                 if self.args.push_to_hub:  # so that a push that cannot work is refused before anything is sampled
-                    args = self.args
-                    open_repo(args.hub_dataset_id, args.hub_private_repo or None, args.hub_token, args.hub_revision)
+                    open_repo(self.args)
                 log = self.shard.file(self.output_dir, "metrics.jsonl")
                 scheduler = self._run(problems, journal, logged, self.args, log)
                 with partial_file(self.output_dir / self.shard.parquet) as file:
@@ -214,10 +214,20 @@ class DataRewriter:
             ValueError: No repository is named, the run is not finished, the engine failed at some of its attempts and
                 `accept_failed` is not set, or a private one was asked for and it is public.
             HfHubHTTPError, httpx.TransportError, ConnectionError: The Hub refused or cannot be reached; a note on the
-            exception says whether
-                anything has changed there. Call it again.
+                exception says whether anything has changed there. Call it again.
         """
-        return self._push(repo_id, private, token, revision, push_attempts, commit_message)
+        given = {
+            "hub_dataset_id": repo_id,
+            "hub_private_repo": private,
+            "hub_token": token,
+            "hub_revision": revision,
+            "push_attempts": push_attempts,
+        }
+        options = copy.copy(self.args)
+        for name, value in given.items():
+            if value is not None:
+                setattr(options, name, value)
+        return push_run(self.output_dir, options, commit_message)
 
     # ---- the run ----
 
@@ -240,7 +250,7 @@ class DataRewriter:
         others = () if self.guided_sampler is None else (self.guided_sampler,)
         drawing = Drawing(self.verifier, self.sampler, *others, counts=counts.engine)
         log = RunLog(path, len(problems), memory.num_known, counts, drawing.drawn_tokens, logged)
-        push = PeriodicPush(lambda: self._push(finished=False), args.push_every, args.hub_token)
+        push = PeriodicPush(lambda: push_run(self.output_dir, args, finished=False), args.push_every, args.hub_token)
 
         def update(under_way: int) -> None:
             log.update(under_way, drawing.verifying, scheduler.attempts_left)
@@ -379,25 +389,6 @@ class DataRewriter:
             self.output_dir / "run_config.yaml",
             f"# Made with {versions('trl-offpolicy', 'trl', 'transformers', 'torch', 'vllm', 'math-verify', 'datasets')}.\n"
             + yaml.safe_dump(run_config, sort_keys=False, allow_unicode=True),
-        )
-
-    def _push(
-        self, repo_id=None, private=None, token=None, revision=None, push_attempts=None, message=None, finished=True
-    ):
-        args = self.args
-        repo_id = repo_id or args.hub_dataset_id
-        if repo_id is None:
-            raise ValueError("`push_to_hub` needs a repository: pass repo_id='me/name', or set `hub_dataset_id`.")
-        return push_run(
-            self.output_dir,
-            repo_id,
-            private=args.hub_private_repo or None if private is None else private,
-            token=token or args.hub_token,
-            revision=revision or args.hub_revision,
-            push_attempts=args.push_attempts if push_attempts is None else push_attempts,
-            commit_message=message,
-            finished=finished,
-            accept_failed=args.accept_failed,
         )
 
     # ---- without a run ----
