@@ -2,10 +2,8 @@
 
 import base64
 import json
-import os
 import sys
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from tqdm.auto import tqdm
 from ..data.formats import carried_columns, find_format, moved, read_row, tell_missing_answers
 from ..data.loading import batched, media_columns, plain_rows
 from ..data.rows import Source, Verdict
+from ..data.whole_file import partial_file
 from ..verification.verifier import explain_with
 from .arguments import DemonstrationArguments, VerifierArguments, load_demonstrations, make_verifier, parser_for
 
@@ -72,9 +71,11 @@ def verify(argv: list[str]) -> int:
     stored = dataset.select_columns(media).with_format("arrow")  # images and the like as they are stored
     names = moved(dataset.column_names, ODD)
     counts: Counter = Counter()
-    with make_verifier(arguments) as verifier, tqdm(total=len(dataset), unit="row") as bar:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    stopped = False
+    with make_verifier(arguments) as verifier, partial_file(output) as partial:
         try:
-            with _written(output) as file:
+            with partial.open("w") as file, tqdm(total=len(dataset), unit="row") as bar:
                 for chunk in batched(rows, 1024):
                     _, of_chunk, completions, answers = zip(*chunk, strict=True)
                     judgements = explain_with(verifier, completions, answers, of_chunk)
@@ -88,8 +89,11 @@ def verify(argv: list[str]) -> int:
                             file.write(json.dumps({**row, **odd}, default=_as_text) + "\n")
                     bar.update(len(chunk))
         except KeyboardInterrupt:
-            print(f"\nstopped; {output} has what was found so far.", file=sys.stderr)
-            return 3
+            stopped = True
+        partial.replace(output)
+    if stopped:
+        print(f"\nstopped; {output} has what was found so far.", file=sys.stderr)
+        return 3
     _print_verdicts(counts)
     bad = sum(n for (_, verdict), n in counts.items() if verdict is not Verdict.CORRECT)
     print(f"{bad:,} rows that are not correct: {output}" if bad else "every row is correct")
@@ -118,25 +122,6 @@ def _is_ours(output: Path) -> bool:
 def _as_text(value) -> str:
     """What JSON cannot hold: bytes in base64, dates and the like as they are printed."""
     return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
-
-
-@contextmanager
-def _written(output: Path):
-    """
-    A file that takes the place of `output` when it is closed, stopped by ctrl-C too; after an error nothing is left of
-    it.
-    """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f"{output.name}.{os.getpid()}")
-    keep = True
-    try:
-        with partial.open("w") as file:
-            yield file
-    except Exception:
-        keep = False
-        raise
-    finally:
-        partial.replace(output) if keep else partial.unlink(missing_ok=True)
 
 
 def _to_verify(dataset, arguments: VerifyArguments):

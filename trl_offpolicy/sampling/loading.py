@@ -77,12 +77,14 @@ def load_model(model: str, **kwargs):
     """
     The model at `model` (Hub id or directory), for text: a causal language model, or a vision-language checkpoint
     (Qwen2.5-VL, Mistral 3, LLaVA, ...) that is given no images, as TRL's trainers take it; or a LoRA adapter, on the
-    model it was trained on. `kwargs` are those of `from_pretrained`.
+    model it was trained on. `kwargs` are those of `from_pretrained`; without a word of it the weights keep their dtype,
+    and are on the GPUs if there are any.
 
     Raises:
         ModelNotFound: There is no such model.
         ValueError: It is of another kind.
     """
+    import torch
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -91,6 +93,7 @@ def load_model(model: str, **kwargs):
     )
 
     shared = {k: v for k, v in kwargs.items() if k in ("revision", "trust_remote_code", "token")}
+    kwargs = {"dtype": "auto", **({"device_map": "auto"} if torch.cuda.is_available() else {}), **kwargs}
     with loading(model):
         config = type(load_config(model, **shared))
         sees = config not in MODEL_FOR_CAUSAL_LM_MAPPING and config in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -98,18 +101,12 @@ def load_model(model: str, **kwargs):
 
 
 def model_and_tokenizer(model, processing_class=None, model_init_kwargs: dict | None = None) -> tuple:
-    """
-    A model that is loaded if it is given by its name (on the GPUs, if there are any), and its tokenizer if none is
-    given.
-    """
-    import torch
+    """A model that is loaded if it is given by its name, and its tokenizer if none is given."""
     from transformers import AutoTokenizer
 
     name = model if isinstance(model, str) else model.config._name_or_path
-    kwargs = {"dtype": "auto", **(model_init_kwargs or {})}
+    kwargs = model_init_kwargs or {}
     if isinstance(model, str):
-        if torch.cuda.is_available():
-            kwargs.setdefault("device_map", "auto")
         model = load_model(model, **kwargs)
     if processing_class is None:
         shared = {k: v for k, v in kwargs.items() if k in ("revision", "trust_remote_code")}

@@ -151,14 +151,8 @@ class TransformersSampler(Sampler):
         self.name = model if isinstance(model, str) else model.config._name_or_path or type(model).__name__
         shared = {k: v for k, v in init.items() if k in ("revision", "trust_remote_code")}
         self.processing_class = load_processing_class(self.name, processing_class, **shared)
-        if isinstance(model, PreTrainedModel):
-            self.model = model
-        else:
-            kwargs = {"dtype": "auto", **init}
-            if torch.cuda.is_available():
-                kwargs.setdefault("device_map", "auto")
-            self.model = load_model(model, **kwargs)
-        commit = hub_commit(model, (model_init_kwargs or {}).get("revision")) if isinstance(model, str) else None
+        self.model = model if isinstance(model, PreTrainedModel) else load_model(model, **init)
+        commit = hub_commit(model, init.get("revision")) if isinstance(model, str) else None
         self.revision = commit or weights_digest(self.model.named_parameters())
         self._drawn = 0  # tokens of finished batches
         self._draw: _SeededDraw | None = None  # the batch under way
