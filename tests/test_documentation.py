@@ -1,5 +1,6 @@
 """What the documents say against what is there: files, messages, links, examples."""
 
+import ast
 import json
 import re
 import sys
@@ -46,6 +47,23 @@ def test_lines_are_as_wide_as_the_formatter_allows(page):
         if len(line) > 119 and not line.startswith(("|", "![", "<")) and " " in line[:119].strip()
     ]
     assert wide == []
+
+
+def test_docstrings_have_the_layout_that_the_reference_is_made_from():
+    """An entry of Args or Raises begins with its name and a colon, and its further lines, like any sentence's, are where they belong."""
+    entry = {"Args:": r"\*{0,2}\w+.*?:( |$)", "Raises:": r"[A-Z][\w.]*(, [\w.]+)*: "}
+    for path in (ROOT / "trl_offpolicy").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            documented = isinstance(node, ast.ClassDef | ast.FunctionDef | ast.Module)
+            section, before = "", ""
+            for line in (documented and ast.get_docstring(node) or "").splitlines():
+                if line and not line.startswith(" "):
+                    section = line
+                elif section in entry and re.match(r" {4}\S", line):
+                    assert re.match(entry[section], line.strip()), f"{path}: {line}"
+                elif re.match(r"[\w`].*[\w.`]$", before):
+                    assert not line.strip(), f"{path}: {line}"
+                before = line
 
 
 def test_every_file_is_in_the_architecture_and_every_page_in_the_menu():

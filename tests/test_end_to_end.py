@@ -1,5 +1,6 @@
 """The whole way on real parts: real rows through the command line, the training script on what came out, a lazy import."""
 
+import ast
 import json
 import os
 import re
@@ -124,8 +125,6 @@ ROOMS = [
 
 def test_no_function_is_long_and_packages_import_only_what_is_below_them():
     """The house plan: functions of at most 90 lines; a package imports those before it in `ROOMS`, and itself without a circle."""
-    import ast
-
     package = ROOT / "trl_offpolicy"
     assert {path.parent.name for path in package.glob("*/__init__.py")} == set(ROOMS)
     within = {}
@@ -143,6 +142,13 @@ def test_no_function_is_long_and_packages_import_only_what_is_below_them():
             elif node.level == 1:
                 within.setdefault(f"{room}.{path.stem}", set()).update(f"{room}.{name}" for name in names)
     TopologicalSorter(within).prepare()  # raises CycleError
+
+
+def test_type_checkers_find_the_public_names_where_they_are():
+    import trl_offpolicy
+
+    (block,) = (node for node in ast.parse(Path(trl_offpolicy.__file__).read_text()).body if isinstance(node, ast.If))
+    assert {alias.name: node.module for node in block.body for alias in node.names} == trl_offpolicy._HOME
 
 
 def test_no_test_file_imports_from_another():

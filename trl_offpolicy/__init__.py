@@ -31,19 +31,20 @@ _HOME = {
 __all__ = list(_HOME)
 
 if TYPE_CHECKING:
-    from .data_collator import RewriteDataCollator
-    from .dft_trainer import DFTConfig, DFTTrainer
-    from .evaluation import evaluate
-    from .importance_weighted_sft_config import ImportanceWeightedSFTConfig
-    from .importance_weighted_sft_trainer import ImportanceWeightedSFTTrainer
-    from .policy_gap import measure_policy_gap
-    from .rewrite_config import RewriteConfig
-    from .rewriter import DataRewriter
-    from .rows import Source, Verdict
+    from .data.rows import Source, Verdict
+    from .evaluation.evaluate import evaluate
+    from .evaluation.evaluation_config import EvaluationConfig
+    from .evaluation.policy_gap import measure_policy_gap
+    from .rewriting.rewrite_config import RewriteConfig
+    from .rewriting.rewriter import DataRewriter
     from .sampling.openai_sampler import OpenAISampler
     from .sampling.transformers_sampler import TransformersSampler
     from .sampling.vllm_sampler import VLLMSampler
-    from .verification import MathVerifier
+    from .trainer.data_collator import RewriteDataCollator
+    from .trainer.dft_trainer import DFTConfig, DFTTrainer
+    from .trainer.importance_weighted_sft_config import ImportanceWeightedSFTConfig
+    from .trainer.importance_weighted_sft_trainer import ImportanceWeightedSFTTrainer
+    from .verification.math_verifier import MathVerifier
 
 
 def __getattr__(name):

@@ -282,8 +282,8 @@ def agent_dataset(
         processing_class, max_prompt_length (*optional*): Rows whose prompt has more tokens are left out, and counted
             likewise.
         control_tokens (`str`, *optional*, defaults to `"warn"`): What is done with problems and references that hold
-            control tokens of the
-            `processing_class` as text: `warn`, `refuse`, `escape` or `allow` ([`~data.control_tokens.ControlTokens`]).
+            control tokens of the `processing_class` as text: `warn`, `refuse`, `escape` or `allow`
+            ([`~data.control_tokens.ControlTokens`]).
         system_prompt, chat_template_kwargs (*optional*): As in [`RewriteConfig`]; the latter for `max_prompt_length`.
 
     Raises:

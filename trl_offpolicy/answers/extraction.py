@@ -649,7 +649,7 @@ def stated_answer(completion: str) -> Statement:
 
     Raises:
         Unparsable: It states none, its last box is not closed, or it ends while it thinks; the text of the error says
-        which.
+            which.
     """
     text = visible(completion)
     if tagged := _tagged(text):

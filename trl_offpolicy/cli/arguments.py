@@ -221,7 +221,7 @@ def _from_yaml(action: argparse.Action, hint, node, value, where: str):
 
     Args:
         hint: How the option's field is annotated. A list, a mapping or a truth value stays one where that is among its
-        types.
+            types.
         node (`yaml.Node`): The value as it is written: `007`, `no` and `1e-4` are a text, a text and a number where
             the option is one, whatever YAML takes them for.
         value: The value as YAML reads it.

@@ -166,8 +166,7 @@ def read_row(
 
     Raises:
         IncompleteRow: It has no problem, no demonstration though its dataset has a column of them (such a row has no
-        fallback), or neither
-            demonstration nor gold answer.
+            fallback), or neither demonstration nor gold answer.
         ValueError: What it has is of another kind; with its position, from 0.
     """
     prompt_column, demonstration_column, carried = _layout(tuple(row), answer_column)

@@ -70,10 +70,8 @@ def load_rows(
 ):
     """
     A `datasets.Dataset` from a JSONL, JSON, CSV or Parquet file, a directory (Parquet or `save_to_disk`) or a Hub id;
-    an
-    `IterableDataset` with `streaming`. Texts are what the files hold: no string of a JSON file is taken for a date,
-        and every column of a CSV
-    is text, in which an empty cell is a missing value.
+    an `IterableDataset` with `streaming`. Texts are what the files hold: no string of a JSON file is taken for a date,
+    and every column of a CSV is text, in which an empty cell is a missing value.
 
     Args:
         data_files (`str` or `list[str]`, *optional*): Files of a directory or repository, or URLs with

@@ -1,9 +1,9 @@
 """Files read as their authors wrote them: a string is a string, and a cell of a CSV is its text.
 
 `datasets` guesses at more: in JSON, strings that look like dates become timestamps (`2015-03-01` comes out as
-    `2015-03-01 00:00:00`); in
-a CSV, one empty cell makes `7` and `007` into `7.0`, and `NA`, `None` or `null` into nothing. Its builders are used
-for all but the parsing (finding files, caching as Arrow, splits, streaming), a few megabytes of a file at a time.
+`2015-03-01 00:00:00`); in a CSV, one empty cell makes `7` and `007` into `7.0`, and `NA`, `None` or `null` into
+nothing. Its builders are used for all but the parsing (finding files, caching as Arrow, splits, streaming), a few
+megabytes of a file at a time.
 """
 
 import json

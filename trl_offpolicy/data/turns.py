@@ -11,8 +11,7 @@ from jinja2 import TemplateError
 
 
 # Special tokens by their names: those around reasoning (Magistral's [THINK], Command A's <|END_THINKING|>), and those
-# that end a turn in
-# one template or another.
+# that end a turn in one template or another.
 _THINK = re.compile(r"think|thought|reason", re.IGNORECASE)
 _END = re.compile(r"end|eo[tms]|return|turn\|>|^</s>$", re.IGNORECASE)
 _ANSWER = "Zanzibar"  # a word that no chat template says itself

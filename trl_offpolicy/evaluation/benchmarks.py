@@ -47,10 +47,8 @@ _PAPER = {
 }
 PRESETS = {
     # "Mind the Gap" (arXiv 2509.15157), as its code evaluates Qwen2.5-Math. It differs from these settings in what we
-    # do not copy: its
-    # grader takes numbers within 1e-4 and 100 times too large or small; its accuracy is the mean of 16 per-run
-    # accuracies, each
-    # rounded to 0.1 points; the answer's instruction stood in the system turn in training.
+    # do not copy: its grader takes numbers within 1e-4 and 100 times too large or small; its accuracy is the mean of
+    # 16 per-run accuracies, each rounded to 0.1 points; the answer's instruction stood in the system turn in training.
     "paper": {
         **_PAPER, "system_prompt": "You are a helpful assistant.", "solve_prompt": prompts.SOLVE_PROMPT,
     },

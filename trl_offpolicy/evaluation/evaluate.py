@@ -99,8 +99,8 @@ def evaluate(
               tokens;
             - `truncated`, `unparsable`, `not_told`: shares of the samples that were cut, stated no answer, could not
               be judged or drawn (time-outs, errors). The first two count as wrong, the last are left out, and a
-              problem with fewer than j left is left out of
-              `pass@j`. `gold_unparsable`: problems whose gold answer the verifier cannot compare with;
+              problem with fewer than j left is left out of `pass@j`. `gold_unparsable`: problems whose gold answer
+              the verifier cannot compare with;
             - `entropy`: nats per token, the mean of -log π over the sampled tokens; `None` without log-probs or plain
               sampling.
 

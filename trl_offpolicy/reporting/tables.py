@@ -11,7 +11,7 @@ Table = tuple[list[str], list[list[str]]]
 def plain(text: str) -> str:
     """
     `text` on one line as Markdown that shows just that: no HTML, link, emphasis, formula or table comes of what is in
-        it.
+    it.
     """
     # An underscore within a word, as in eval_loss, means nothing; at the beginning `#`, `-` or `1.` would.
     text = re.sub(

@@ -1,6 +1,6 @@
 """
 `DataRewriter`: for each problem the model's own correct solution, else its retelling of the reference, else the
-    demonstration.
+demonstration.
 
     rewriter = DataRewriter("Qwen/Qwen2.5-Math-1.5B", RewriteConfig(output_dir="runs/rewrite", num_generations=8))
     dataset = rewriter.rewrite(load_dataset("openai/gsm8k", "main", split="train"))
@@ -59,13 +59,12 @@ class DataRewriter:
         model (`str` or `PreTrainedModel`): The model that will be trained; it is also the one that is sampled.
         args ([`RewriteConfig`]): How.
         sampler ([`~trl_offpolicy.sampling.Sampler`], *optional*): Engine; by default a [`TransformersSampler`] of
-        `model`.
+            `model`.
         verifier (*optional*): Something with `verify(completions, answers) -> list[Verdict]`, or a function of that
             form; by default a [`MathVerifier`].
         processing_class (`PreTrainedTokenizerBase`, *optional*): Tokenizer of the default sampler.
         guided_sampler ([`~trl_offpolicy.sampling.Sampler`], *optional*): Who draws in the guided stage, such as a
-        trained rewriting agent,
-            `sampler.with_adapter("me/agent")`; by default `sampler`.
+            trained rewriting agent, `sampler.with_adapter("me/agent")`; by default `sampler`.
     """
 
     def __init__(

@@ -34,7 +34,7 @@ def read_answer(
 
     Args:
         response: Of `completions.create` or `chat.completions.create`; unless `token_ids`, ids and log-probs are
-        empty.
+            empty.
         url (`str`): The server, for a message.
         token_ids (`bool`): Whether token ids and log-probs were asked for.
         most (`int`): How many tokens were asked for at most.

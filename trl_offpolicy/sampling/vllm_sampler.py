@@ -30,8 +30,8 @@ class VLLMSampler(Sampler):
             model's.
         adapter (`str`, *optional*): LoRA adapter (Hub id or local directory) to sample with; rows then carry its name.
         **engine_kwargs: vLLM's engine arguments: `dtype` (vLLM casts float32 checkpoints to 16 bits unless told
-        `"float32"`),
-            `revision`, `tensor_parallel_size`, `gpu_memory_utilization`, `max_model_len`, `max_num_seqs`, …
+            `"float32"`), `revision`, `tensor_parallel_size`, `gpu_memory_utilization`, `max_model_len`,
+            `max_num_seqs`, …
 
     Raises:
         ModuleNotFoundError: vLLM is not installed.
@@ -81,8 +81,7 @@ class VLLMSampler(Sampler):
         self.slots = config.scheduler_config.max_num_seqs
         self.capacity = 2 * self.slots
         # ... and they enter the engine when its own queue is this short, many at a time: tokenizing a prompt between
-        # two engine steps
-        # takes more than twice as long as tokenizing many in a row (caches).
+        # two engine steps takes more than twice as long as tokenizing many in a row (caches).
         self._low = self.slots + self.slots // 4
         self._adapters: dict[str, int] = {}
         # Several samplers may share an engine: which requests wait, which are in it, and which sampler each belongs

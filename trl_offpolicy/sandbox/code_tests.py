@@ -59,10 +59,9 @@ class Remote:
     called, entered, printed, passed on and asked for attributes that no data has, but its methods get no data
     (`_part`: it is such a method); it equals no data. What the tests *made* by calling a name that they treat as a
     class (`_maker`) is believed. That is decided by the tests alone, since a solution can write `class f` wherever a
-        function is meant: they call `isinstance` with the name, or the name begins with a capital and they ask it, or
-        what it made, for an attribute that no data
-    has. What is computed from such an object, or an attribute of it (`_derived`), may have been expected as data
-    again, and is believed only where it is compared with objects.
+    function is meant: they call `isinstance` with the name, or the name begins with a capital and they ask it, or what
+    it made, for an attribute that no data has. What is computed from such an object, or an attribute of it
+    (`_derived`), may have been expected as data again, and is believed only where it is compared with objects.
     """
 
     def __init__(self, number, name="", maker="", derived=False, part=False):

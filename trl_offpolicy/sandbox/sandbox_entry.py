@@ -34,8 +34,7 @@ AT_RECURSIVE, UMOUNT_DETACH = 0x8000, 2
 # CLONE_NEWNS | NEWCGROUP | NEWUTS | NEWIPC | NEWUSER | NEWPID, and the network
 NAMESPACES, NETWORK = 0x20000 | 0x2000000 | 0x4000000 | 0x8000000 | 0x10000000 | 0x20000000, 0x40000000
 # System calls by architecture. Denied: memory that is in no process's size (memfd_create, memfd_secret, shmget), and
-# keys of the kernel's
-# keyrings (add_key, request_key, keyctl); for the network socket and io_uring_setup.
+# keys of the kernel's keyrings (add_key, request_key, keyctl); for the network socket and io_uring_setup.
 CALLS = {
     "x86_64": {"audit": 0xC000003E, "pivot_root": 155, "denied": (319, 447, 29, 248, 249, 250), "network": (41, 425)},
     "aarch64": {

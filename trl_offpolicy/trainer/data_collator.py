@@ -46,7 +46,8 @@ class RewriteDataCollator(DataCollatorForLanguageModeling):
         scored_columns (`list[str]`, *optional*): Columns that count in any example, for the trainer, which sets this,
             has computed them.
 
-    Raises `ValueError` when a column does not have one value per token, or a token id is none of the model's.
+    Raises:
+        ValueError: A column does not have one value per token, or a token id is none of the model's.
     """
 
     vocab_size: int | None = None

@@ -72,9 +72,10 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
     Args:
         model (`str` or `PreTrainedModel`): What is trained: Hub id, directory or a loaded model.
         args ([`ImportanceWeightedSFTConfig`], *optional*): Objective and settings; an `SFTConfig` or
-        `TrainingArguments` is accepted too. train_dataset, eval_dataset, processing_class, peft_config, ...:
-        `SFTTrainer`'s, with its meaning and order. data_collator ([`RewriteDataCollator`], *optional*): One of your
-        own should subclass it: it hands on the per-token columns.
+            `TrainingArguments` is accepted too.
+        train_dataset, eval_dataset, processing_class, peft_config, ...: `SFTTrainer`'s, with its meaning and order.
+        data_collator ([`RewriteDataCollator`], *optional*): One of your own should subclass it: it hands on the
+            per-token columns.
 
     Raises:
         ValueError: The combination has no defined importance weight (`compute_loss_func`, context or sequence

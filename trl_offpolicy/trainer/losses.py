@@ -209,9 +209,8 @@ def diagnostic_means(sums: torch.Tensor, extremes: torch.Tensor) -> dict[str, fl
 
     `nll` is what SFT would report; `weight`, `weight_min`, `weight_max` the mean and extreme weight; `ess` the
     effective sample size (Σw)²/(n·Σw²), a share of the tokens; `clip_fraction` the share whose weight a limit changed;
-    `entropy` and
-    `mean_token_accuracy` as TRL's. Only where μ is known: `log_ratio`, the mean of log π/μ, and `kl`, the k3 estimate
-        of KL(μ‖π).
+    `entropy` and `mean_token_accuracy` as TRL's. Only where μ is known: `log_ratio`, the mean of log π/μ, and `kl`,
+    the k3 estimate of KL(μ‖π).
     """
     means = {name: value / count for name, (value, count) in zip(DIAGNOSTICS, sums.tolist(), strict=True) if count}
     if "weight_sq" in means:

@@ -67,13 +67,13 @@ class CodeVerifier(Verifier):
     (its truth, length, items, order, arithmetic, or methods that are given the tests' data) unless the tests made it
     by calling a name that they treat as a class: `isinstance(x, Point)`, or a name in capitals of which they use an
     attribute that no plain data has (`Stack().push(1)`). It is the tests that say so, because any solution could write
-        `class f`. Tests that need more trust than that are `unparsable`. *What can*: tests of such a class ask that
-        class, also with expected values as arguments (`1 in stack`), and compare its objects by its `==`; a test
-    with few possible answers, or of an iterator that may be empty (`all(... zip(f(1), [1, 2]))`), can be guessed, also
-    by an attribute of a returned object; and names that the tests forget to define (`isclose`) are the solution's to
-    define. *What differs from running both in one process*: arguments are copies, and lists, sets and dicts among them
-    are written back only after a call that returned `None` (as one in place does); objects that the tests define
-    cannot be passed in, functions can; a tuple with names comes back as a tuple.
+    `class f`. Tests that need more trust than that are `unparsable`. *What can*: tests of such a class ask that class,
+    also with expected values as arguments (`1 in stack`), and compare its objects by its `==`; a test with few
+    possible answers, or of an iterator that may be empty (`all(... zip(f(1), [1, 2]))`), can be guessed, also by an
+    attribute of a returned object; and names that the tests forget to define (`isclose`) are the solution's to define.
+    *What differs from running both in one process*: arguments are copies, and lists, sets and dicts among them are
+    written back only after a call that returned `None` (as one in place does); objects that the tests define cannot be
+    passed in, functions can; a tuple with names comes back as a tuple.
 
     Args:
         timeout (`float`, *optional*, defaults to `5.0`): CPU seconds; three times as many on the wall clock, for all

@@ -98,9 +98,9 @@ class Answer(NamedTuple):
     """An answer read whole: its type, its parts in that type, and its text.
 
     `parts` by `kind`: tuple, list, set, ratio: `Answer`s (a tuple's `name` holds its brackets, or says that it is a
-        row, a column or a matrix,
-    whose parts are its rows); cases: their rows; named: the value's `Answer`, and those of further sides (`name` is
-    what it is called); equation: its sides as text; modular: residue and modulus; words, value, relation: none.
+    row, a column or a matrix, whose parts are its rows); cases: their rows; named: the value's `Answer`, and those of
+    further sides (`name` is what it is called); equation: its sides as text; modular: residue and modulus; words,
+    value, relation: none.
     """
 
     kind: str
@@ -653,8 +653,7 @@ def _same_expression(stated, wanted, options: dict) -> bool:
             return same
     truths = [isinstance(e, Boolean) for e in (stated, wanted)]  # relations, and what "and" makes of them
     # The two libraries raise for things without a common measure (a set minus a number, ≠ beside <, a periodic
-    # solution): these
-    # could not be shown to be the same.
+    # solution): these could not be shown to be the same.
     with contextlib.suppress(TypeError, KeyError, NotImplementedError):
         if all(truths) and _proportional(stated, wanted):
             return True

@@ -34,8 +34,8 @@ class VerdictQueue:
 
     Args:
         verifier ([`~verification.verifier.Verifier`]): It is closed if the `with` block is left by an exception, which
-        would else have to
-            wait for what is being verified. `None`: completions come out as they are, without a verdict.
+            would else have to wait for what is being verified. `None`: completions come out as they are, without a
+            verdict.
         limit (`int`): How many completions may be without a verdict.
     """
 
