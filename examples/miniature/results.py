@@ -28,6 +28,20 @@ def estimate(bases: list[np.ndarray]) -> dict:
     return {"mean": means.mean(), "half": half, "half_these_bases": here, "by_base": means.tolist()}
 
 
+def shares(file: Path, metrics: dict[str, tuple[str, str, str]]) -> dict:
+    """
+    Metric → the value of each problem, by its id, from an evaluation's `samples.parquet`; `metrics`: name → (benchmark, stage of
+    its samples, "mean" or "max" over them). What could not be judged is left out, not called wrong.
+    """
+    import pandas as pd
+
+    samples = pd.read_parquet(file, columns=["benchmark", "stage", "id", "verdict"])
+    samples = samples[~samples.verdict.isin(["timeout", "error"])]
+    of_problem = (samples.verdict == "correct").groupby([samples.benchmark, samples.stage, samples.id])
+    table = of_problem.agg(["mean", "max"]).astype(float)
+    return {name: table.loc[benchmark, stage][column] for name, (benchmark, stage, column) in metrics.items()}
+
+
 def conditions_table(conditions: dict) -> str:
     """Base → condition → value, bounds and meaning, as Markdown."""
     from trl_offpolicy.reporting.tables import markdown, number

@@ -37,7 +37,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from quickstart import GUIDED_PROMPT, POLICY, data, quiet, train  # noqa: E402
-from results import STUDENT_T, accuracy_table, conditions_table, draw, estimate  # noqa: E402
+from results import STUDENT_T, accuracy_table, conditions_table, draw, estimate, shares  # noqa: E402
 from tqdm.auto import tqdm  # noqa: E402
 
 
@@ -334,24 +334,17 @@ def study(args) -> dict:
     return summarize(args, rates)
 
 
-def shares(args, base: int, method: str, rate: float | None, seed: int) -> dict:
-    """Metric → the value of each test problem, by its id."""
-    import pandas as pd
-
-    file = run_dir(args, base, method, rate, seed) / "samples.parquet"
-    samples = pd.read_parquet(file, columns=["benchmark", "stage", "id", "verdict"])
-    samples = samples[~samples.verdict.isin(["timeout", "error"])]  # left out, not called wrong
-    of_problem = (samples.verdict == "correct").groupby([samples.benchmark, samples.stage, samples.id])
-    table = of_problem.agg(["mean", "max"]).astype(float)
-    return {name: table.loc[benchmark, stage][column] for name, (benchmark, stage, column) in METRICS.items()}
-
-
 def summarize(args, rates: dict) -> dict:
     """Every metric of every method, and its paired differences to SFT on the demonstrations and to the base policy."""
     import pandas as pd
 
     rates = {"base": dict.fromkeys(args.bases), **rates}
-    known = {(m, b, s): shares(args, b, m, rates[m][b], s) for m in rates for b in args.bases for s in args.seeds}
+    known = {
+        (m, b, s): shares(run_dir(args, b, m, rates[m][b], s) / "samples.parquet", METRICS)
+        for m in rates
+        for b in args.bases
+        for s in args.seeds
+    }
 
     def of(method: str, metric: str, minus: str | None = None) -> dict:
         """A problem that is missing for one seed, since it could not be judged, is left out for all."""

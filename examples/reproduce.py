@@ -1,0 +1,658 @@
+r"""
+*Mind the Gap* (arXiv 2509.15157) as one command: rewrite the demonstrations, train every method, evaluate each, and write
+the page with the paper's tables.
+
+    python examples/reproduce.py --preset paper --model_name_or_path Qwen/Qwen2.5-Math-7B --output_dir runs/paper \
+        --launcher 'accelerate launch'                                    # 48k rows, 8 GPUs; also paper_llama
+    python examples/reproduce.py --preset gsm8k --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --output_dir runs/gsm8k
+    python examples/reproduce.py --preset cpu --model_name_or_path DIR --output_dir runs/cpu       # two cores, hours
+    python examples/reproduce.py --preset paper --model_name_or_path M --output_dir runs/paper --dry_run    # plan and cost
+
+Every step is a command of `trl-offpolicy` in a process of its own, with its options in RUN/steps/, and leaves an ordinary
+directory (`rewrite`, `seed-0/dr_iw-0.0002/train`, …). Run the same command again after an interruption: what is finished
+is not done again, and the step that was stopped goes on. Where there are several learning rates, each method takes the one
+that is best on development problems, which are neither trained nor tested on.
+
+--rewriting, --training and --evaluation are YAML files whose options of `trl-offpolicy rewrite`, `sft` and `eval` win over
+the preset's.
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+
+class Method(NamedTuple):
+    label: str
+    rows: str  # what it is trained on: a key of `ROWS`
+    objective: str
+
+
+METHODS = {
+    "sft": Method("SFT", "demonstrations", "nll"),
+    "dft": Method("DFT", "demonstrations", "dft"),
+    "dr_sft": Method("DR+SFT", "rewrite", "nll"),
+    "dr_dft": Method("DR+DFT", "rewrite", "dft"),
+    "dr_iw": Method("DR+IW", "rewrite", "iw"),
+    "self_dft": Method("self only + DFT", "self", "dft"),
+    "guided_dft": Method("guided only + DFT", "guided", "dft"),
+    "no_fallback": Method("no fallback + SFT", "no_fallback", "nll"),
+    "rft": Method("RFT", "rft", "nll"),
+}
+ROWS = {
+    "demonstrations": "the demonstrations, asked with the prompts of the rewrite",
+    "rewrite": "the rewritten rows",
+    "self": "the same, with the demonstration in the place of guided rows",
+    "guided": "a rewrite of its own without self-alignment",
+    "no_fallback": "the rewritten rows without the demonstrations that were kept",
+    "rft": "every distinct correct one of K draws a problem, no demonstrations",
+}
+# Runs of `rewrite` beside the main one, and what differs in them.
+OWN_RUNS = {"guided": {"stages": ["guided"]}, "rft": {"stages": ["self"], "selection": "random"}}
+MAIN = ["sft", "dft", "dr_sft", "dr_dft", "dr_iw"]
+
+_PAPER = {
+    "data": {"dataset_name": "AI-MO/NuminaMath-CoT", "dataset_split": "train"},
+    "num_train": 50_000, "num_dev": 0, "num_test": None, "max_length": 2048,
+    "benchmarks": ["math500", "minerva_math", "olympiadbench", "aime24", "amc23"],
+    "methods": [*MAIN[:4], "self_dft", "guided_dft"], "learning_rates": [5e-5], "seeds": 1,
+    "rewriting": {"sampler": "vllm", "num_generations": 10, "max_completion_length": 2048},
+    "training": {
+        "num_train_epochs": 1, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 8, "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1, "adam_beta2": 0.95, "weight_decay": 0.01, "max_length": 2048, "gradient_checkpointing": True,
+        "save_steps": 50, "save_total_limit": 1, "logging_steps": 1,
+    },
+    "evaluation": {"sampler": "vllm", "preset": "paper", "greedy": True},
+    "expected_length": 600, "device_tflops": 312.0,
+}  # fmt: skip
+PRESETS = {
+    "paper": _PAPER,
+    "paper_llama": {
+        **_PAPER, "learning_rates": [7e-6], "evaluation": {**_PAPER["evaluation"], "preset": "paper_llama"},
+    },
+    "gsm8k": {
+        "data": {"dataset_name": "openai/gsm8k", "dataset_config": "main", "dataset_split": "train"},
+        "num_train": 7000, "num_dev": 300, "num_test": None, "max_length": 1024, "benchmarks": ["gsm8k"],
+        "methods": MAIN, "learning_rates": [5e-6, 2e-5], "seeds": 2,
+        "rewriting": {"sampler": "vllm", "num_generations": 8, "max_completion_length": 512},
+        "training": {
+            "num_train_epochs": 2, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 4, "lr_scheduler_type": "cosine",
+            "warmup_steps": 0.1, "max_length": 1024, "save_steps": 50, "save_total_limit": 1, "logging_steps": 5,
+        },
+        "evaluation": {"sampler": "vllm", "num_generations": 4, "max_completion_length": 512, "greedy": True},
+        "expected_length": 250, "device_tflops": 312.0,
+    },
+    "cpu": {
+        "data": {"dataset_name": "openai/gsm8k", "dataset_config": "main", "dataset_split": "train"},
+        "num_train": 300, "num_dev": 50, "num_test": 150, "max_length": 768, "benchmarks": ["gsm8k"],
+        "methods": MAIN, "learning_rates": [5e-5, 2e-4], "seeds": 2,
+        "rewriting": {
+            "sampler": "vllm", "dtype": "float32", "num_generations": 4, "max_completion_length": 384, "max_model_len": 1024,
+            "gpu_memory_utilization": 0.2,
+            "engine_kwargs": '{"max_num_seqs": 64, "max_num_batched_tokens": 2048, "enforce_eager": true}',
+        },
+        "training": {
+            "num_train_epochs": 1, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "lr_scheduler_type": "cosine",
+            "warmup_steps": 0.1, "max_length": 768, "use_peft": True, "lora_r": 16, "lora_alpha": 32, "lora_target_modules": ["all-linear"],
+            "use_cpu": True, "bf16": False, "dtype": "float32", "save_steps": 5, "save_total_limit": 1, "logging_steps": 1,
+        },
+        "evaluation": {"num_generations": 4, "max_completion_length": 384, "greedy": True},
+        "expected_length": 250, "device_tflops": 0.15,
+    },
+}  # fmt: skip
+ENGINE = ("sampler", "dtype", "max_model_len", "gpu_memory_utilization", "engine_kwargs", "trust_remote_code")
+SIZES = {"math500": 500, "minerva_math": 272, "olympiadbench": 674, "aime24": 30, "amc23": 40, "gsm8k": 1319}
+GENERAL = Path(__file__).with_name("reproduce_general.jsonl")  # questions that have nothing to do with the task
+# Settings that may change when a run goes on.
+FREE = ("methods", "seeds", "learning_rates", "expected_length", "device_tflops")
+
+
+class Step(NamedTuple):
+    """One command; it is done when the file is there that it writes last."""
+
+    name: str  # the directory under RUN
+    kind: str  # the command of trl-offpolicy; `data` is done here
+    options: dict
+    result: str
+
+
+class OutOfBudget(RuntimeError):
+    """`--time_budget` or `--sampling_budget` is used up."""
+
+
+class Experiment:
+    """The steps of one run, from the settings of a preset and of the command line."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.run = args, Path(args.output_dir)
+        self.settings = settings_of(args)
+        self.model, self.seeds = args.model_name_or_path, range(self.settings["seeds"])
+        self.deadline = time.monotonic() + 3600 * args.time_budget if args.time_budget else None
+        self.sampled = SampledTokens(self.run)
+
+    # ---- the plan ----
+
+    def steps(self) -> Iterator[Step]:
+        """
+        All steps in order. Those of the tests need the learning rates; until they are chosen, the first one stands for
+        them.
+        """
+        settings, wanted = self.settings, {METHODS[m].rows for m in self.settings["methods"]}
+        yield Step("data", "data", settings["data"], "data.json")
+        yield self._rewriting("rewrite", {})
+        for name in OWN_RUNS.keys() & wanted:
+            yield self._rewriting(name, OWN_RUNS[name])
+        general = {"dataset_name": str(GENERAL), "stages": ["self"], "num_generations": 1, "verifier": "exact", "solve_prompt": "{problem}"}  # fmt: skip
+        yield self._rewriting("general", general)
+        yield self._measuring("gap", self.model, "policy_gap.json", dataset_name=self._path("rewrite/dataset"))
+        yield self._evaluation("base/eval", self.model, "test", 0)
+        if self.tuned:
+            for method in settings["methods"]:
+                for rate in settings["learning_rates"]:
+                    yield self._training(method, rate, 0)
+                    yield self._evaluation(f"{self.place(method, rate, 0)}/dev", self.place(method, rate, 0), "dev", 0)
+        rates = {method: rate or settings["learning_rates"][0] for method, rate in self.rates().items()}
+        for seed in self.seeds:
+            for method in settings["methods"]:
+                place = self.place(method, rates[method], seed)
+                yield self._training(method, rates[method], seed)
+                yield self._evaluation(f"{place}/eval", place, "test", seed)
+                for run in ("rewrite", "general"):
+                    name = f"{place}/kl-{run}"
+                    yield self._measuring(
+                        name, place, "forgetting.json", dataset_name=self._path(run), forgetting=True
+                    )
+
+    @property
+    def tuned(self) -> bool:
+        return len(self.settings["learning_rates"]) > 1
+
+    def rates(self) -> dict[str, float | None]:
+        """
+        The learning rate of each method: the best on the development problems, the smaller one of equals; `None` where
+        they are not all measured yet.
+        """
+        if not self.tuned:
+            return dict.fromkeys(self.settings["methods"], self.settings["learning_rates"][0])
+        chosen, rates = {}, sorted(self.settings["learning_rates"])
+        for method in self.settings["methods"]:
+            files = [self.run / self.place(method, rate, 0) / "dev" / "results.json" for rate in rates]
+            accuracy = [dev_accuracy(file) for file in files if file.exists()]
+            chosen[method] = rates[accuracy.index(max(accuracy))] if len(accuracy) == len(rates) else None
+        return chosen
+
+    def place(self, method: str, rate: float, seed: int) -> str:
+        return f"seed-{seed}/{method}-{rate:g}"
+
+    def done(self, step: Step) -> bool:
+        return (self.run / step.name / step.result).exists()
+
+    def needed(self) -> list[Step]:
+        """
+        The steps that are not done. A model is trained again if its weights were deleted and something is still to be
+        measured of it.
+        """
+        steps = list({step.name: step for step in self.steps()}.values())
+        due = [step for step in steps if not self.done(step)]
+        places = {self._model_of(step) for step in due}
+        return [
+            s for s in steps if s in due or (s.kind == "sft" and self._model_of(s) in places and not self._weights(s))
+        ]
+
+    def _model_of(self, step: Step) -> str:
+        return step.name.rpartition("/")[0]
+
+    def _weights(self, step: Step) -> list[Path]:
+        return list((self.run / step.name).glob("*.safetensors"))
+
+    def _path(self, name: str) -> str:
+        return str(self.run / name)
+
+    def _rewriting(self, name: str, differing: dict) -> Step:
+        data = {"dataset_name": self._path("data/train.jsonl")}
+        options = {"model_name_or_path": self.model, **data, **self.settings["rewriting"], **differing}
+        return Step(name, "rewrite", options, "metrics.json")
+
+    def _training(self, method: str, rate: float, seed: int) -> Step:
+        _, rows, objective = METHODS[method]
+        options = {
+            "model_name_or_path": self.model, "dataset_name": str(self.rows(rows)), "objective": objective, "learning_rate": rate, "seed": seed,
+            "report_to": "none", **self.settings["training"],
+        }  # fmt: skip
+        if objective == "iw":
+            options.setdefault("expert_weighting", "base")
+        return Step(f"{self.place(method, rate, seed)}/train", "sft", options, "trainer_state.json")
+
+    def _named(self, place: str, engine: dict) -> dict:
+        """The options that name the model in a directory of ours, or the base."""
+        if place == self.model:
+            return {"model_name_or_path": place}
+        directory = self._path(f"{place}/train")
+        if self.settings["training"].get("use_peft") and engine.get("sampler") == "vllm":
+            return {"model_name_or_path": self.model, "adapter": directory}
+        return {"model_name_or_path": directory}
+
+    def _evaluation(self, name: str, place: str, split: str, seed: int) -> Step:
+        engine = {key: value for key, value in self.settings["rewriting"].items() if key in ENGINE}
+        options = {**engine, **self.settings["evaluation"]}
+        options = {**self._named(place, options), **options, "seed": seed}
+        options["benchmarks"] = [self._path(f"data/{split}.jsonl")] if split == "dev" else self.benchmarks()
+        if split == "dev":
+            options["greedy"] = False
+        elif name != "base/eval":
+            options["baseline"] = self._path("base/eval")
+        return Step(name, "eval", options, "results.json")
+
+    def benchmarks(self) -> list[str]:
+        """As `eval` takes them: by name, or the problems that `data` has chosen of them."""
+        names = self.settings["benchmarks"]
+        return (
+            names if self.settings["num_test"] is None else [self._path(f"data/{short_name(n)}.jsonl") for n in names]
+        )
+
+    def _measuring(self, name: str, place: str, result: str, **options) -> Step:
+        engine = {key: self.settings["rewriting"][key] for key in ("dtype",) if key in self.settings["rewriting"]}
+        return Step(name, "gap", {**self._named(place, {}), **engine, **options}, result)
+
+    # ---- the steps ----
+
+    def open(self) -> None:
+        """Notes the settings, or raises `ValueError` if the directory was begun with others."""
+        from trl_offpolicy.data.whole_file import write_whole
+        from trl_offpolicy.runs.journal import differences
+
+        file = self.run / "reproduce.json"
+        settings = {"model_name_or_path": self.model, **self.settings}
+        if file.exists() and (differing := differences(json.loads(file.read_text()), settings, free=FREE)):
+            raise ValueError(f"{file} was begun with other settings: {differing}. Pass another --output_dir.")
+        self.run.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps(settings, indent=1) + "\n")
+
+    def do(self, step: Step) -> None:
+        """
+        Raises:
+            subprocess.CalledProcessError: It ended with an exit code other than 0.
+            OutOfBudget: It was stopped; it goes on when the command is run again.
+        """
+        if step.kind == "data":
+            prepare_data(self)
+            return
+        if step.kind == "sft":
+            self._make_rows(
+                next(m.rows for m in METHODS.values() if str(self.rows(m.rows)) == step.options["dataset_name"])
+            )
+        run_command(self.command(step), self._check_budget)
+
+    def command(self, step: Step) -> list[str]:
+        """Writes the step's options to their file."""
+        from trl_offpolicy.data.whole_file import write_whole
+
+        options = {**step.options, "output_dir": self._path(step.name)}
+        if step.kind == "sft" and list((self.run / step.name).glob("checkpoint-*/trainer_state.json")):
+            options["resume_from_checkpoint"] = "last"
+        file = self.run / "steps" / f"{step.name.replace('/', '-')}.yaml"
+        write_whole(file, yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
+        launcher = shlex.split(self.args.launcher) if step.kind == "sft" and self.args.launcher else [sys.executable]
+        return [*launcher, "-m", "trl_offpolicy.cli", step.kind, "--config", str(file)]
+
+    def _check_budget(self) -> None:
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            raise OutOfBudget(f"--time_budget {self.args.time_budget:g} (hours) is used up")
+        if self.args.sampling_budget and (tokens := self.sampled.count()) >= self.args.sampling_budget:
+            raise OutOfBudget(
+                f"{tokens:,} tokens were sampled; --sampling_budget allows {self.args.sampling_budget:,}"
+            )
+
+    def clean(self, step: Step) -> None:
+        """Deletes checkpoints, and weights that nothing is measured of any more and nobody asked to keep."""
+        for checkpoint in (self.run / step.name).glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        rates = self.rates()
+        chosen = {f"{self.place(m, rate, seed)}/train" for m, rate in rates.items() if rate for seed in self.seeds}
+        if self.args.delete_models or (None not in rates.values() and step.name not in chosen):
+            for file in self._weights(step):
+                file.unlink()
+
+    def rows(self, which: str) -> Path:
+        """What a method is trained on, as `sft` takes it."""
+        if which in ("rewrite", "guided"):
+            return self.run / which / "dataset"
+        return self.run / ("data/train.jsonl" if which == "demonstrations" else f"rows/{which}.parquet")
+
+    def _make_rows(self, which: str) -> None:
+        """The rows that are made of the main rewrite, or of the journal of RFT's draws."""
+        from datasets import load_dataset
+
+        path = self.rows(which)
+        if which not in ("self", "no_fallback", "rft") or path.exists():
+            return
+        rows = load_dataset("parquet", data_files=str(self.run / ("rft" if which == "rft" else "rewrite") / "dataset" / "*.parquet"), split="train")  # fmt: skip
+        made = {"self": self_only, "no_fallback": no_fallback, "rft": every_correct}[which]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        made(rows, self.run).to_parquet(str(partial))
+        partial.replace(path)
+
+
+def dev_accuracy(results: Path) -> float:
+    (result,) = json.loads(results.read_text())["benchmarks"].values()
+    return next(value for name, value in result.items() if name.startswith("avg@") and "_" not in name)
+
+
+# ---- rows ----
+
+
+def self_only(rows, run: Path):
+    """Rows of source `guided` become what a rewrite without the guided stage would have kept: the demonstration."""
+    from trl_offpolicy.data.formats import as_completion, demonstration, expert_row
+
+    def kept(row: dict, index: int) -> dict:
+        if row["source"] != "guided":
+            return row
+        written = {**row, "completion": as_completion(row["prompt"], demonstration(row))}
+        expert = expert_row({name: written[name] for name in ("prompt", "completion", "answer")}, index)
+        undrawn = {"completion_ids": [], "behavior_log_probs": [], "behavior_prompt": row["prompt"][:0]}
+        return {**row, **expert, **undrawn, "source": "expert"}
+
+    return rows.map(kept, with_indices=True, features=rows.features)
+
+
+def no_fallback(rows, run: Path):
+    return rows.filter(lambda source: source != "expert", input_columns="source")
+
+
+def every_correct(rows, run: Path):
+    """Every distinct correct text; equal texts can be different tokens: the earliest attempt's are taken."""
+    from datasets import Dataset
+
+    from trl_offpolicy.runs.run_directory import RunDirectory
+
+    directory, prompts, correct = RunDirectory(run / "rft"), dict(zip(rows["id"], rows["prompt"], strict=True)), {}
+    for journal in directory.ids:
+        for attempt in directory.attempts(journal):
+            if attempt.verdict == "correct":
+                kept = correct.setdefault((attempt.id, attempt.text), attempt)
+                correct[attempt.id, attempt.text] = min(kept, attempt, key=lambda each: each.attempt)
+    return Dataset.from_list([
+        {
+            "id": row_id, "prompt": prompts[row_id], "completion": [{"role": "assistant", "content": text}], "source": "self",
+            "completion_ids": attempt.completion_ids, "behavior_log_probs": attempt.behavior_log_probs,
+        }
+        for (row_id, text), attempt in sorted(correct.items(), key=lambda item: item[0])
+    ])  # fmt: skip
+
+
+def prepare_data(experiment: Experiment) -> None:
+    """
+    `data/train.jsonl` and `data/dev.jsonl`: drawn from the dataset, without rows that are longer than `max_length`, have no
+    gold answer, are there twice, or ask a problem that is tested; and with `num_test` the test problems.
+    """
+    from transformers import AutoTokenizer
+
+    from trl_offpolicy.data.formats import complete_rows, read_rows
+    from trl_offpolicy.data.loading import load_rows
+    from trl_offpolicy.data.whole_file import write_whole
+    from trl_offpolicy.evaluation.benchmarks import load_benchmark
+
+    settings, directory = experiment.settings, experiment.run / "data"
+    directory.mkdir(parents=True, exist_ok=True)
+    tested: set[str] = set()
+    for name in settings["benchmarks"]:
+        short, test = load_benchmark(name)
+        tested |= {squeezed(problem.problem) for problem in read_rows(test)}
+        if settings["num_test"] is not None:
+            test = test.shuffle(seed=0).select(range(min(settings["num_test"], len(test))))
+            test.to_json(str(directory / f"{short}.jsonl"))
+    tokenizer = AutoTokenizer.from_pretrained(experiment.model)
+    dataset = complete_rows(load_rows(**settings["data"])).shuffle(seed=0)
+    wanted, seen = settings["num_train"] + settings["num_dev"], set()
+    kept, left_out = [], dict.fromkeys(("without_answer", "too_long", "twice", "tested"), 0)
+    for index, problem in enumerate(read_rows(dataset)):
+        text = squeezed(problem.problem)
+        length = len(tokenizer(f"{problem.problem} {problem.demonstration}")["input_ids"])
+        reasons = (not problem.answer, length > settings["max_length"], text in seen, text in tested)
+        seen.add(text)
+        if any(reasons):
+            left_out[list(left_out)[reasons.index(True)]] += 1
+        else:
+            kept.append(index)
+        if len(kept) == wanted:
+            break
+    if len(kept) <= settings["num_dev"]:
+        raise ValueError(
+            f"Of {len(dataset):,} rows {len(kept):,} can be used ({left_out}), no more than the {settings['num_dev']:,} development problems; "
+            "pass a smaller --num_dev, or another dataset."
+        )
+    dev = settings["num_dev"]
+    dataset.select(kept[dev:]).to_json(str(directory / "train.jsonl"))
+    if dev:
+        dataset.select(kept[:dev]).to_json(str(directory / "dev.jsonl"))
+    found = {"train": len(kept) - dev, "dev": dev, "left_out": left_out}
+    write_whole(directory / "data.json", json.dumps(found, indent=1) + "\n")
+    print(f"data: {found}")
+
+
+def squeezed(problem: str) -> str:
+    """A problem without what does not make it another one: spaces, case, signs."""
+    return re.sub(r"\W+", "", problem.casefold())
+
+
+def short_name(benchmark: str) -> str:
+    return Path(benchmark).stem if Path(benchmark).suffix else benchmark.split(":")[0].split("/")[-1]
+
+
+# ---- processes and budgets ----
+
+
+def run_command(command: list[str], check) -> None:
+    """Runs a command; `check` is called every few seconds and may raise, which interrupts it as ctrl-C does."""
+    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
+    process = subprocess.Popen(command, start_new_session=True, env=environment)
+    try:
+        while True:
+            try:
+                code = process.wait(timeout=2)
+                break
+            except subprocess.TimeoutExpired:
+                check()
+    except BaseException:
+        os.killpg(process.pid, signal.SIGINT)
+        try:
+            process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+        raise
+    if code:
+        raise subprocess.CalledProcessError(code, command)
+
+
+# What `accelerate launch` tells each of its processes; a step starts its own.
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+class SampledTokens:
+    """Counts the tokens in the journals of a run, each line once."""
+
+    def __init__(self, run: Path):
+        self.run, self.read, self.tokens = run, {}, 0
+
+    def count(self) -> int:
+        for path in self.run.rglob("journal*.jsonl"):
+            with path.open("rb") as file:
+                file.seek(self.read.get(path, 0))
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break
+                    self.read[path] = self.read.get(path, 0) + len(line)
+                    found = re.search(rb'"num_tokens":\s*(\d+)', line)
+                    self.tokens += int(found[1]) if found else 0
+        return self.tokens
+
+
+# ---- the command ----
+
+
+def estimate(experiment: Experiment, steps: list[Step]) -> str:
+    """Tokens, hours of a device and disk of `steps`, in words."""
+    settings, args = experiment.settings, experiment.args
+    size, length = num_parameters(experiment.model), settings["expected_length"]
+    known = [SIZES.get(short_name(name), 500) for name in settings["benchmarks"]]
+    num_test = sum(min(n, settings["num_test"] or n) for n in known)
+    epochs, lora = settings["training"].get("num_train_epochs", 3), settings["training"].get("use_peft")
+    samples = 16 if "preset" in settings["evaluation"] else settings["evaluation"].get("num_generations", 16)
+    sampled = trained = scored = 0
+    for step in steps:
+        if step.kind == "rewrite":
+            rows = settings["num_train"] if step.name != "general" else 40
+            stages = len(step.options.get("stages", ["self", "guided"]))
+            drawn = 1 if step.options.get("selection") == "random" else 0.4
+            sampled += rows * stages * step.options["num_generations"] * drawn * length
+        if step.kind == "eval":
+            sampled += (settings["num_dev"] if step.name.endswith("/dev") else num_test) * (samples + 1) * length
+        if step.kind == "sft":
+            trained += settings["num_train"] * epochs * (length + 150)
+        if step.kind == "gap":
+            scored += settings["num_train"] * (length + 150)
+    said = f"some {sampled:,.0f} tokens sampled, {trained:,.0f} trained on, {scored:,.0f} scored"
+    if size is None:
+        return f"{said}; the model's size is not known here, so neither are hours"
+    flops = 2 * size * sampled / 0.15 + (4 if lora else 6) * size * trained / 0.4 + 2 * size * scored / 0.4
+    tflops = args.device_tflops or settings["device_tflops"]
+    hours = flops / (tflops * 1e12) / 3600
+    trainings = {step.name for step in steps if step.kind == "sft"}
+    final = len(settings["methods"]) * settings["seeds"]
+    kept = 0 if args.delete_models else min(final, len(trainings))
+    disk = (kept + 1) * size * 2 * (0.02 if lora else 1) + (0 if lora else 6 * size) + sampled * 25
+    return (
+        f"{said}; {hours:,.1f} device-hours at {tflops:g} TFLOP/s (15 % of it used in sampling, 40 % in training: assumptions), "
+        f"{disk / 1e9:,.0f} GB of disk. Attempts: 40 % of K x stages, as with the paper's yields; {length} tokens each."
+    )
+
+
+def num_parameters(model: str) -> float | None:
+    """From the configuration if it is at hand, else from a name such as Qwen2.5-Math-7B."""
+    if Path(model).is_dir():
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)).num_parameters()
+    found = re.search(r"(\d+(?:\.\d+)?)\s*([bm])(?![a-z])", model.casefold())
+    return found and float(found[1]) * {"b": 1e9, "m": 1e6}[found[2]]
+
+
+def settings_of(args: argparse.Namespace) -> dict:
+    """The preset with what was passed beside it."""
+    settings = {**PRESETS[args.preset]}
+    for name in ("num_train", "num_dev", "num_test", "benchmarks", "methods", "learning_rates", "seeds"):
+        if getattr(args, name) is not None:
+            settings[name] = getattr(args, name)
+    if args.dataset_name:
+        split, config = args.dataset_split or "train", args.dataset_config
+        settings["data"] = {"dataset_name": args.dataset_name, "dataset_split": split}
+        settings["data"] |= {"dataset_config": config} if config else {}
+    for name in ("rewriting", "training", "evaluation"):
+        if file := getattr(args, name):
+            settings[name] = settings[name] | (yaml.safe_load(Path(file).read_text()) or {})
+    if len(settings["learning_rates"]) > 1 and not settings["num_dev"]:
+        raise ValueError(
+            f"You passed {len(settings['learning_rates'])} learning rates and no development problems to choose one by; pass --num_dev."
+        )
+    if len({short_name(name) for name in settings["benchmarks"]}) < len(settings["benchmarks"]):
+        raise ValueError(
+            f"You passed --benchmarks {settings['benchmarks']}, two of which have the same name; rename a file."
+        )
+    for name, least in (("num_train", 1), ("num_dev", 0), ("seeds", 1)):
+        if settings[name] < least:
+            raise ValueError(f"You passed --{name} {settings[name]}; it must be at least {least}.")
+    return settings
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    methods = "; ".join(f"{name}: {m.label} on {ROWS[m.rows]}" for name, m in METHODS.items())
+    parser.add_argument("--preset", choices=PRESETS, required=True, help="sizes and settings")
+    parser.add_argument("--model_name_or_path", required=True, help="Hub id or local directory")
+    parser.add_argument("--output_dir", required=True, help="RUN; a run that is there goes on")
+    parser.add_argument("--dataset_name", help="instead of the preset's: Hub id or file, as `rewrite` reads it")
+    parser.add_argument("--dataset_config")
+    parser.add_argument("--dataset_split")
+    parser.add_argument("--benchmarks", nargs="+", help="instead of the preset's, as `eval` takes them")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD", help=methods)
+    parser.add_argument(
+        "--learning_rates", nargs="+", type=float, help="chosen on the development problems if several"
+    )
+    parser.add_argument("--seeds", type=int, help="fine-tuning seeds")
+    parser.add_argument("--num_train", type=int, help="training problems")
+    parser.add_argument("--num_dev", type=int, help="development problems")
+    parser.add_argument("--num_test", type=int, help="problems of each benchmark, drawn at random; else all")
+    for name, command in (("rewriting", "rewrite"), ("training", "sft"), ("evaluation", "eval")):
+        parser.add_argument(f"--{name}", metavar="FILE", help=f"YAML with options of `trl-offpolicy {command}`")
+    parser.add_argument("--launcher", help="what starts a training, such as 'accelerate launch'; else one process")
+    parser.add_argument("--time_budget", type=float, metavar="HOURS", help="stop then; the same command goes on")
+    parser.add_argument("--sampling_budget", type=int, metavar="TOKENS", help="stop when so many were sampled")
+    parser.add_argument("--delete_models", action="store_true", help="keep no weights of what was measured")
+    parser.add_argument("--device_tflops", type=float, help="of one device, for the estimate; 312: an A100")
+    parser.add_argument("--dry_run", action="store_true", help="the steps, what is done, and what they cost")
+    return parser.parse_args(argv)
+
+
+def show_plan(experiment: Experiment) -> None:
+    due = experiment.needed()
+    if experiment.tuned:
+        print(
+            "The learning rate of each test is chosen on the development problems; until then the first one stands here."
+        )
+    for step in dict.fromkeys(step.name for step in experiment.steps()):
+        print(f"{'to do' if step in {each.name for each in due} else 'done '}  {step}")
+    print(f"\n{len(due)} steps to do: {estimate(experiment, due)}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    if os.environ.get("RANK", "0") != "0":  # under `accelerate launch` one process leads; its steps start their own
+        return 0
+    try:
+        experiment = Experiment(args)
+        print(f"output_dir: {experiment.run}", flush=True)
+        if args.dry_run:
+            show_plan(experiment)
+            return 0
+        experiment.open()
+        while due := experiment.needed():  # when the learning rates are chosen, others are due
+            step = due[0]
+            print(f"{len(due)} steps to do; {step.name}", flush=True)
+            experiment._check_budget()
+            experiment.do(step)
+            for other in [s for s in experiment.steps() if s.kind == "sft" and experiment.done(s)]:
+                if not any(experiment._model_of(s) == experiment._model_of(other) for s in experiment.needed()):
+                    experiment.clean(other)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"reproduce.py: {error}", file=sys.stderr)
+        return 2
+    except subprocess.CalledProcessError as error:
+        print(f"reproduce.py: a step ended with exit code {error.returncode}: {shlex.join(error.cmd)}\nMend that, then run the same command again.", file=sys.stderr)  # fmt: skip
+        return 3 if error.returncode == 3 else 2
+    except (KeyboardInterrupt, OutOfBudget) as reason:
+        print(f"\nstopped: {reason or 'ctrl-C'}. Run the same command again to go on.", file=sys.stderr)
+        return 3
+    from reproduce_page import write_page
+
+    print(write_page(experiment))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

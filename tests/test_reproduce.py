@@ -1,0 +1,207 @@
+"""`examples/reproduce.py`: the whole way in this process with the embedded policy, and its plan at the paper's size."""
+
+import json
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import reproduce
+import yaml
+from conftest import POLICY
+from datasets import load_dataset
+from quickstart_task import GUIDED_PROMPT, demonstrations, problems
+
+from trl_offpolicy.cli import main as cli
+
+
+REWRITING = {
+    "guided_prompt": GUIDED_PROMPT,
+    "solve_prompt": "{problem}",
+    "num_generations": 2,
+    "max_completion_length": 60,
+}
+TRAINING = {"max_steps": 1, "per_device_train_batch_size": 4, "disable_tqdm": True, "use_peft": False}
+EVALUATING = {"num_generations": 2, "max_completion_length": 60, "solve_prompt": "{problem}"}
+ENGINE = {
+    "sampler": "transformers",
+    "dtype": "float32",
+    "max_model_len": None,
+    "gpu_memory_utilization": None,
+    "engine_kwargs": None,
+}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder with problems, one of which is trained and tested on, and the files of options."""
+    monkeypatch.chdir(tmp_path)
+    rows = demonstrations(problems(12, 9, (2, 6)))
+    for name, chosen in (("train", rows[:10]), ("test", rows[9:])):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    for name, options in (("rewriting", REWRITING | ENGINE), ("training", TRAINING), ("evaluation", EVALUATING)):
+        Path(f"{name}.yaml").write_text(yaml.safe_dump(options))
+    return tmp_path
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """Runs the steps in this process, and lists their commands; one named in `failing` is interrupted instead."""
+    run, failing = [], []
+
+    def in_this_process(command, check):
+        check()
+        step = Path(command[-1]).stem
+        if step in failing:
+            failing.remove(step)
+            raise KeyboardInterrupt
+        run.append(step)
+        assert cli(command[3:]) == 0
+
+    monkeypatch.setattr(reproduce, "run_command", in_this_process)
+    return run, failing
+
+
+def run(*options):
+    files = [part for name in ("rewriting", "training", "evaluation") for part in (f"--{name}", f"{name}.yaml")]
+    sizes = [
+        "--num_train",
+        "6",
+        "--num_dev",
+        "2",
+        "--num_test",
+        "3",
+        "--seeds",
+        "1",
+        "--learning_rates",
+        "1e-4",
+        "1e-2",
+    ]
+    data = ["--dataset_name", "train.jsonl", "--benchmarks", "test.jsonl", "--methods", "sft", "dr_iw"]
+    named = ["--preset", "cpu", "--model_name_or_path", POLICY, "--output_dir", "run"]
+    return reproduce.main([*named, *data, *files, *sizes, *options])
+
+
+def texts(file):
+    return {json.loads(line)["prompt"][0]["content"] for line in Path(file).read_text().splitlines()}
+
+
+@pytest.mark.slow
+def test_one_command_goes_from_the_demonstrations_to_the_page(here, commands, capsys, monkeypatch):
+    monkeypatch.setattr(reproduce, "GENERAL", here / "general.jsonl")
+    lines = Path(reproduce.__file__).with_name("reproduce_general.jsonl").read_text().splitlines()
+    (here / "general.jsonl").write_text("\n".join(lines[:3]))
+    done, failing = commands
+    failing.append("seed-0-sft-0.01-dev")
+    assert run() == 3 and "Run the same command again" in capsys.readouterr().err
+    before = len(done)
+    assert run() == 0
+    assert len(done) == len(set(done)) and before < len(done)  # nothing is done twice
+    # What is tested is neither trained on nor used to choose a learning rate.
+    train, dev, test = (texts(f"run/data/{name}.jsonl") for name in ("train", "dev", "test"))
+    assert (len(train), len(dev), len(test)) == (6, 2, 3) and not train & dev and not (train | dev) & test
+    # The learning rate is the best of the development problems.
+    results = json.loads(Path("run/results.json").read_text())
+    for method in ("sft", "dr_iw"):
+        accuracy = {
+            rate: json.loads(Path(f"run/seed-0/{method}-{rate:g}/dev/results.json").read_text())["benchmarks"]["dev"][
+                "avg@2"
+            ]
+            for rate in (1e-4, 1e-2)
+        }
+        assert accuracy[results["learning_rate"][method]] == max(accuracy.values())
+        rate = results["learning_rate"][method]
+        samples = pd.read_parquet(f"run/seed-0/{method}-{rate:g}/eval/samples.parquet")
+        right = (samples[samples.stage == "eval"].verdict == "correct").mean()
+        assert results["accuracy"][method]["test/avg@2"]["value"]["mean"] == pytest.approx(right)
+    # Only the models that were tested keep their weights.
+    assert len(list(Path("run").glob("seed-0/*/train/model.safetensors"))) == 2
+    assert "| DR+IW |" in Path("run/results.md").read_text() and Path("run/results.png").stat().st_size > 10_000
+    capsys.readouterr()
+    assert run("--num_train", "5") == 2
+    assert "num_train" in capsys.readouterr().err
+    assert run("--dry_run") == 0 and "0 steps to do" in capsys.readouterr().out
+
+
+def test_the_papers_plan_can_be_seen_without_a_model(tmp_path, capsys):
+    options = [
+        "--preset",
+        "paper",
+        "--model_name_or_path",
+        "Qwen/Qwen2.5-Math-7B",
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
+    assert reproduce.main([*options, "--dry_run"]) == 0
+    said = capsys.readouterr().out
+    assert "to do  seed-0/dr_dft-5e-05/eval" in said and "30 steps to do" in said and "device-hours" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_self_only_rows_are_those_of_a_rewrite_without_the_guided_stage(here):
+    options = [part for name, value in REWRITING.items() for part in (f"--{name}", str(value))]
+    options += ["--model_name_or_path", POLICY, "--dataset_name", "train.jsonl"]
+    assert cli(["rewrite", *options, "--output_dir", "run/rewrite"]) == 0
+    assert cli(["rewrite", *options, "--output_dir", "alone", "--stages", "self"]) == 0
+    rows, alone = (
+        load_dataset("parquet", data_files=f"{run}/dataset/*.parquet", split="train")
+        for run in ("run/rewrite", "alone")
+    )
+    assert "guided" in rows["source"]
+    made = reproduce.self_only(rows, here / "run")
+    counted = {"num_sampled", "num_correct"}  # of the stage that a row came from
+    for name in set(alone.column_names) - counted:
+        assert made[name] == alone[name], name
+
+
+def test_a_step_over_the_budget_is_interrupted_as_by_ctrl_c(tmp_path):
+    script = (
+        "import sys, time\n"
+        "try:\n    open('began', 'w').close(); time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    open('stopped', 'w').close(); sys.exit(3)\n"
+    )
+
+    def check():
+        if (tmp_path / "began").exists():
+            raise reproduce.OutOfBudget("enough")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(reproduce.OutOfBudget):
+        patch.chdir(tmp_path)
+        reproduce.run_command([sys.executable, "-c", script], check)
+    assert (tmp_path / "stopped").exists()
+
+
+def test_tokens_are_counted_from_the_journals_of_all_steps(here):
+    options = [part for name, value in REWRITING.items() for part in (f"--{name}", str(value))]
+    assert (
+        cli(
+            [
+                "rewrite",
+                *options,
+                "--model_name_or_path",
+                POLICY,
+                "--dataset_name",
+                "train.jsonl",
+                "--output_dir",
+                "run/rewrite",
+            ]
+        )
+        == 0
+    )
+    counted = reproduce.SampledTokens(Path("run"))
+    tokens = json.loads(Path("run/rewrite/metrics.json").read_text())["sampling"]["tokens"]
+    assert counted.count() == counted.count() == tokens
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--num_dev", "0"], "--num_dev"),
+        (["--num_train", "0"], "at least 1"),
+        (["--benchmarks", "a/test.jsonl", "b/test.jsonl"], "same name"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_loaded(here, options, said, capsys):
+    assert run(*options) == 2
+    assert said in capsys.readouterr().err
+    assert not Path("run").exists()
