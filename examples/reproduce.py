@@ -96,19 +96,19 @@ PRESETS = {
     },
     "cpu": {
         "data": {"dataset_name": "openai/gsm8k", "dataset_config": "main", "dataset_split": "train"},
-        "num_train": 300, "num_dev": 50, "num_test": 150, "max_length": 768, "benchmarks": ["gsm8k"],
-        "methods": MAIN, "learning_rates": [5e-5, 2e-4], "seeds": 2,
+        "num_train": 100, "num_dev": 0, "num_test": 60, "max_length": 768, "benchmarks": ["gsm8k"],
+        "methods": MAIN, "learning_rates": [2e-4], "seeds": 1,
         "rewriting": {
             "sampler": "vllm", "dtype": "float32", "num_generations": 4, "max_completion_length": 384, "max_model_len": 1024,
             "gpu_memory_utilization": 0.2,
             "engine_kwargs": '{"max_num_seqs": 64, "max_num_batched_tokens": 2048, "enforce_eager": true}',
         },
         "training": {
-            "num_train_epochs": 1, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "lr_scheduler_type": "cosine",
+            "num_train_epochs": 1, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "lr_scheduler_type": "cosine",
             "warmup_steps": 0.1, "max_length": 768, "use_peft": True, "lora_r": 16, "lora_alpha": 32, "lora_target_modules": ["all-linear"],
             "use_cpu": True, "bf16": False, "dtype": "float32", "save_steps": 5, "save_total_limit": 1, "logging_steps": 1,
         },
-        "evaluation": {"num_generations": 4, "max_completion_length": 384, "greedy": True},
+        "evaluation": {"num_generations": 2, "max_completion_length": 384, "greedy": True},
         "expected_length": 250, "device_tflops": 0.15,
     },
 }  # fmt: skip
