@@ -13,7 +13,7 @@ from training import QUESTIONS, config, demonstrations, rewritten, train
 from trl import SFTConfig, SFTTrainer
 
 from trl_offpolicy import ImportanceWeightedSFTConfig, ImportanceWeightedSFTTrainer
-from trl_offpolicy.trainer.log_probs import head_logits, lm_head, target_log_probs
+from trl_offpolicy.sampling.log_probs import head_logits, lm_head, target_log_probs
 
 
 FAMILIES = {

@@ -24,7 +24,7 @@ from trl_offpolicy.evaluation.forgetting import measure_forgetting
 from trl_offpolicy.loop.loop_config import LoopConfig
 from trl_offpolicy.loop.rounds import Loop
 from trl_offpolicy.sampling.loading import load_model
-from trl_offpolicy.trainer.log_probs import target_log_probs
+from trl_offpolicy.sampling.log_probs import target_log_probs
 
 
 TRAINING = "objective: iw\nlearning_rate: 1.0e-3\nmax_steps: 2\nper_device_train_batch_size: 4\nuse_cpu: true\nbf16: false\ndtype: float32\nreport_to: none\ndisable_tqdm: true\n"

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -832,3 +833,23 @@ def test_rows_are_the_same_from_a_server_and_from_the_engine_in_process(policy, 
     for a, b in zip(one["behavior_log_probs"], other["behavior_log_probs"], strict=True):
         assert a == pytest.approx(b, abs=1e-4)
     assert {"self", "expert"} <= set(one["source"])
+
+
+def test_a_server_tells_log_probs_of_texts_or_is_refused(serve, sample):
+    """As vLLM writes them; a server without them, or without token ids, is refused with the way out."""
+    asked = [([5, 6], [7]), ([5], [8, 9]), ([5], [])]
+
+    def told(body):
+        of = [None, *({str(i): {"logprob": -i / 10}} for i in body["prompt"][1:])]
+        return {"prompt_logprobs": of} if "prompt_logprobs" in body else None
+
+    assert sample(serve(fault=told)).token_log_probs(asked) == [[-0.7], [-0.8, -0.9], []]
+    for server, why in ((serve(), "returns no `prompt_logprobs`"), (serve(token_ids=False), "takes no token ids")):
+        with (
+            pytest.warns() if not server.token_ids else nullcontext(),
+            pytest.raises(NotImplementedError, match=f"{why}.*vllm serve"),
+        ):
+            sample(server).token_log_probs([])
+    others = serve(fault=lambda body: {"prompt_logprobs": [None, {"1": {"logprob": -0.5}}]})
+    with pytest.raises(SamplerError, match="none of this prompt"):
+        sample(others).token_log_probs(asked)

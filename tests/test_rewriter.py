@@ -740,7 +740,8 @@ class OtherVerifier:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"selection": "random"}, {"selection": "max_log_prob"}, {"keep_rejected": False}]
+    "options",
+    [{}, {"selection": "random"}, {"keep_rejected": False}],
 )
 @pytest.mark.filterwarnings("ignore:.* attempts have no text")
 def test_rows_judged_anew_are_those_of_a_fresh_run_with_the_other_verifier(tmp_path, options):

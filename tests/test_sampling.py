@@ -395,3 +395,17 @@ def test_a_vision_language_checkpoint_is_loaded_for_text(tokenizer, tmp_path):
     assert torch.allclose(torch.tensor(drawn.log_probs), expected, atol=1e-5)
     with pytest.raises(ValueError, match="none', which cannot be loaded"):
         load_model(str(tmp_path / "none"))
+
+
+def test_log_probs_of_given_texts_equal_the_models_own_forward(sampler, model):
+    """With a request under way, which is not lost."""
+    texts = [("A jar holds 4 nuts.", "So the answer is 5."), ("How many nuts?", "7"), ("B adds 22.", "26 nuts")]
+    pairs = [tuple(sampler.processing_class(text)["input_ids"] for text in pair) for pair in texts]
+    (under_way,) = requests(1)
+    sampler.submit(under_way)
+    context = sampler.context if hasattr(sampler, "context") else min(s.context for s in sampler._servers)
+    *told, too_long = sampler.token_log_probs([*pairs, (pairs[0][0], [5] * (context + 1))])
+    for found, pair in zip(told, pairs, strict=True):
+        assert found == pytest.approx(forward_log_probs(model, *pair).tolist(), abs=1e-4)
+    assert too_long is None and sampler.token_log_probs([]) == []
+    assert [completion.id for completion in sampler.poll()] == ["r0"]

@@ -328,7 +328,7 @@ def test_max_log_prob_without_log_probs_is_an_error(tmp_path):
             return Completion(c.id, c.text, c.completion_ids, [], c.finish_reason)
 
     with pytest.raises(ValueError, match="selection='max_log_prob', but scripted returned no log-probs"):
-        rewrite(tmp_path, rows(20), Silent(), selection="max_log_prob")
+        rewrite(tmp_path, rows(20), Silent(), selection="max_log_prob", stages=["self"])
     rewritten, _ = rewrite(tmp_path / "other", rows(20), Silent())
     assert "self" in rewritten["source"] and not any(rewritten["behavior_log_probs"])
 
@@ -378,11 +378,13 @@ def test_known_attempts_equal_the_journal(tmp_path):
         }  # fmt: skip
         if stage == "guided":
             entry["reference"] = rng.choice([7, 7, 8])
+            entry |= rng.choice([{}, {"initial_log_prob": -3.0, "initial_tokens": 4}])
             if rejected := rng.choice(["", *Rejection]):
                 entry["rejected"] = rejected
         entry |= {"reason": 'a "reason": {', "text": "x"}
-        values = [entry[k] for k in ("verdict", "finish_reason", "num_tokens", "log_prob")]
-        result = (journal.append(entry), *values, entry.get("rejected", ""))
+        values = [entry[k] for k in ("verdict", "finish_reason", "num_tokens")]
+        mean = entry["log_prob"] if stage == "self" else -0.75 if "initial_tokens" in entry else None
+        result = (journal.append(entry), *values, mean, entry.get("rejected", ""))
         if entry["finish_reason"] in ("stop", "length"):  # what failed is not known
             num_known += 1
             if entry.get("reference") != 8:  # nor is what had another reference
@@ -395,8 +397,15 @@ def test_known_attempts_equal_the_journal(tmp_path):
     memory = RunMemory(np.array([*keys, (255, 1, 7), first], RunMemory._KEY), "", [], [])
     memory.recall(journal.entries(texts=False), ["self", "guided"])
     assert memory.ids(0, len(keys)) == list(expected) and memory.ids(len(keys), 1) == [f"{255:016x}"]
-    assert memory.num_known == num_known and memory.known(0, 100) == [*expected.values(), {}, {}]
-    assert memory.known(2, 3) == memory.known(0, 100)[2:5] and len(memory.select(slice(2, 5))) == 3
+    told = [
+        {
+            s: {k: r._replace(initial_mean=None) if r.initial_mean != r.initial_mean else r for k, r in of.items()}
+            for s, of in found.items()
+        }
+        for found in memory.known(0, 100)
+    ]
+    assert memory.num_known == num_known and told == [*expected.values(), {}, {}]
+    assert str(memory.known(2, 3)) == str(memory.known(0, 100)[2:5]) and len(memory.select(slice(2, 5))) == 3
 
 
 def test_lines_taken_out_of_the_journal_are_drawn_again(tmp_path):

@@ -39,8 +39,8 @@ from ..data.rows import Verdict
 from ..data.tokenization import encode_prompt
 from ..data.turns import cut_turn, stop_token_ids, turn_text
 from ..data.whole_file import write_whole
+from ..sampling.log_probs import causal_lm, head_logits, lm_head, target_log_probs
 from ..trainer.initial_policy import InitialPolicy
-from ..trainer.log_probs import causal_lm, head_logits, lm_head, target_log_probs
 from ..trainer.model_card import agent_card
 from ..verification.verifier import as_verifier, explain_with, rewards
 from .group_rewards import alignment_reward, diversity_reward, task_gate, total_reward

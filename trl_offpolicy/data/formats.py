@@ -44,7 +44,7 @@ PROBLEM_COLUMNS = ("prompt", "problem", "question")
 _TAKEN = {
     "prompt", "completion", "id", "source", "answer", "num_sampled", "num_correct", "self_sampled", "self_correct", "completion_ids", "behavior_log_probs",
     "model", "model_revision", "temperature", "top_p", "top_k", "behavior_prompt", "messages", "conversations", "text", "input_ids", "labels", "attention_mask", "seq_lengths",
-    "completion_mask", "assistant_masks", "weight",
+    "completion_mask", "assistant_masks", "weight", "initial_log_prob",
 }  # fmt: skip
 
 
@@ -346,8 +346,12 @@ def output_features(
     columns: Iterable[str] = (),
     answer_column: str = "answer",
     chat_template_kwargs: dict[str, Any] | None = None,
+    ranked: bool = False,
 ):
-    """`datasets.Features` of the output: ours, then the carried columns with the type they came in."""
+    """
+    `datasets.Features` of the output: ours (with `initial_log_prob` where candidates are `ranked` by it), then the
+    carried columns with the type they came in.
+    """
     from datasets import Dataset, Features, List, Value
 
     turns = List({"role": Value("string"), "content": Value("string")})
@@ -372,6 +376,7 @@ def output_features(
         "top_p": Value("float32"),
         "top_k": Value("int32"),
         "behavior_prompt": turns,
+        **({"initial_log_prob": Value("float32")} if ranked else {}),
     }
     carried = (
         {new: input_features[old] for old, new in carried_columns(columns, answer_column).items()}

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from .formats import as_completion
 from .prompts import contents
 
 
@@ -27,6 +28,34 @@ def encode_prompt(
     return processing_class.apply_chat_template(
         prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **options
     )["input_ids"]
+
+
+def encode_target(
+    processing_class,
+    prompt: list[dict[str, str]] | str,
+    text: str,
+    chat_template: str | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> tuple[list[int], list[int]]:
+    """
+    Token ids of a prompt, and of the answer `text` to it as it is trained on: with the end of the turn, and beginning
+    where TRL says that the completion begins.
+    """
+    from trl.data_utils import common_prefix_length
+
+    kwargs = chat_template_kwargs or {}
+    ids = encode_prompt(processing_class, prompt, chat_template, chat_template_kwargs=kwargs)
+    if isinstance(prompt, str):  # TRL adds the end token to a plain text
+        whole = processing_class(prompt + text + processing_class.eos_token)["input_ids"]
+    else:
+        whole = processing_class.apply_chat_template(
+            [*prompt, *as_completion(prompt, text)],
+            chat_template=chat_template,
+            tokenize=True,
+            return_dict=True,
+            **kwargs,
+        )["input_ids"]
+    return ids, whole[common_prefix_length(ids, whole) :]
 
 
 def says_otherwise(processing_class, row: dict) -> str | None:

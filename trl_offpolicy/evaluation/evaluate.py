@@ -287,10 +287,12 @@ class _Run:
         due = [item for name in self.questions for item in self.keys(name, self.shard) if item[0] not in self.samples]
         requests = (Asked(key, self._request(key, q), sampler, q.answer, q.row) for key, q in due)
 
-        def record(judged: Judged) -> None:
-            self.samples[judged.item] = entry = _entry(*judged, verifier.stated)
-            if journal is not None:
-                offsets[judged.item] = journal.append(entry)
+        def record(batch: list[Judged]) -> list[Judged]:
+            for judged in batch:
+                self.samples[judged.item] = entry = _entry(*judged, verifier.stated)
+                if journal is not None:
+                    offsets[judged.item] = journal.append(entry)
+            return batch
 
         with (
             Drawing(verifier, sampler) as drawing,

@@ -16,8 +16,8 @@ from ..data.tokenization import encode_prompt
 from ..data.whole_file import write_whole
 from ..runs.run_directory import RunDirectory
 from ..sampling.loading import model_and_tokenizer
+from ..sampling.log_probs import target_log_probs
 from ..sampling.sampler import PLAIN
-from ..trainer.log_probs import target_log_probs
 from .estimators import bootstrap
 
 

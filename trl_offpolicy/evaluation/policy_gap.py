@@ -23,10 +23,10 @@ from ..data.formats import as_completion, demonstration, known_format, read_rows
 from ..data.loading import plain_rows
 from ..data.rows import Source
 from ..data.text_statistics import copy_ratio, distinct_n, leaks_hint, self_bleu
-from ..data.tokenization import encode_prompt, says_otherwise, template_kwargs
+from ..data.tokenization import encode_target, says_otherwise, template_kwargs
 from ..data.whole_file import write_whole
 from ..sampling.loading import model_and_tokenizer
-from ..trainer.log_probs import target_log_probs
+from ..sampling.log_probs import target_log_probs
 from .estimators import bootstrap
 
 
@@ -203,23 +203,12 @@ def targets(
 
 def _templated(processing_class, row: dict, expert: str, chat_template: str | None):
     """(prompt ids, target ids) of the demonstration and of the row's completion, as both are trained on."""
-    kwargs = row.get("chat_template_kwargs") or {}
-    prompt = encode_prompt(processing_class, row["prompt"], chat_template, chat_template_kwargs=kwargs)
 
-    def target(text: str) -> list[int]:
-        whole = row["prompt"] + as_completion(row["prompt"], text)
-        if isinstance(whole, str):
-            ids = processing_class(whole + processing_class.eos_token)[
-                "input_ids"
-            ]  # TRL adds the end token to a plain text
-        else:
-            ids = processing_class.apply_chat_template(
-                whole, chat_template=chat_template, tokenize=True, return_dict=True, **kwargs
-            )["input_ids"]
-        return ids[common_prefix_length(prompt, ids) :]  # where TRL says that the completion starts
+    def encode(text: str) -> tuple[list[int], list[int]]:
+        return encode_target(processing_class, row["prompt"], text, chat_template, row.get("chat_template_kwargs"))
 
-    demonstrated, completion = target(expert), prompts.contents(row["completion"])[-1]
-    own = row["completion_ids"] or (demonstrated if completion == expert else target(completion))
+    (prompt, demonstrated), completion = encode(expert), prompts.contents(row["completion"])[-1]
+    own = row["completion_ids"] or (demonstrated if completion == expert else encode(completion)[1])
     return (prompt, demonstrated), (prompt, own)
 
 

@@ -5,12 +5,14 @@ with all rows of its run, and online training with those of its next steps.
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from ..data.rows import Problem, Source, Verdict, reference_digest
 from ..runs.journal import Attempt, Journal, Result
 from ..sampling.sampler import FAILED, Completion, Request, Sampler, SamplerError, attempt_seed
 from ..verification.drawing import Asked, Drawing
 from ..verification.verdict_queue import Judged
+from .candidate_scores import scored
 from .guided_filters import reject_guided
 from .problems import Problems
 from .rewrite_config import RewriteConfig
@@ -62,12 +64,22 @@ class Attempts:
                 (draw.state.problem,) = problems.read(draw.state.row, 1)
             return None if draw is None else self._asked(draw, problems)
 
-        def record(judged: Judged) -> Result:
-            draw, completion, verdict, reason = judged
-            attempt = self.attempt(draw.state.problem, draw.stage, draw.attempt, completion, verdict, reason)
-            entry = attempt.entry()
-            note(entry)
-            return attempt.result(journal.append(entry))
+        def record(batch: list[Judged]) -> list[Result]:
+            of = [judged.item.state.problem for judged in batch]
+            attempts = [
+                self.attempt(problem, draw.stage, draw.attempt, completion, verdict, reason)
+                for problem, (draw, completion, verdict, reason) in zip(of, batch, strict=True)
+            ]
+            results = []
+            try:
+                if self.args.ranks:
+                    attempts = scored(of, attempts, problems, self.sampler_of(Source.SELF))
+            finally:  # they are drawn, whatever became of their scores
+                for attempt in attempts:
+                    entry = attempt.entry()
+                    note(entry)
+                    results.append(attempt.result(journal.append(entry)))
+            return results
 
         def take(judged: Judged, result: Result) -> None:
             counts.failed += result.finish_reason in FAILED
@@ -82,8 +94,9 @@ class Attempts:
                 for judged, result in drawing.judged(record):
                     take(judged, result)
                 speculation.note(under_way, drawing.drawn_tokens(), time.monotonic())
-            for judged in drawing.give_up():
-                take(judged, record(judged))
+            batch = list(drawing.give_up())
+            for judged, result in zip(batch, record(batch), strict=True):
+                take(judged, result)
         if (
             counts.failed and not counts.drawn and not problems.memory.num_known
         ):  # no reason to keep all demonstrations
@@ -104,14 +117,18 @@ class Attempts:
         found = reject_guided(completion.text, problem, self.args) if judged_on else None
         rejected, reason = found or ("", reason)
         log_probs, ids = completion.log_probs, completion.completion_ids
-        if not log_probs and verdict == Verdict.CORRECT and self.args.selection == "max_log_prob":
+        if not log_probs and verdict == Verdict.CORRECT and stage == Source.SELF and self.args.ranks:
             raise ValueError(
                 f"You passed selection='max_log_prob', but {self.sampler_of(stage).name} returned no log-probs for {completion.id}. Use another engine, "
                 "or selection='random'."
             )
         log_prob = round(sum(log_probs) / len(log_probs), 6) if log_probs else None
         reference = reference_digest(problem.demonstration) if stage == Source.GUIDED else 0
-        ended = verdict, completion.finish_reason, len(ids), log_prob, reference, rejected, self.version, reason
+        attempted = Attempt(
+            problem.id, stage, attempt, verdict, completion.finish_reason, len(ids), log_prob, reference, rejected,
+            version=self.version, reason=reason,
+        )  # fmt: skip
         if (verdict == Verdict.CORRECT and not rejected) or self.args.keep_rejected:
-            return Attempt(problem.id, stage, attempt, *ended, completion.text, ids, [round(x, 6) for x in log_probs])
-        return Attempt(problem.id, stage, attempt, *ended)
+            log_probs = [round(x, 6) for x in log_probs]
+            return replace(attempted, text=completion.text, completion_ids=ids, behavior_log_probs=log_probs)
+        return attempted

@@ -53,7 +53,7 @@ def write_rows(
     args, whole = problems.args, problems.stored
     carried = carried_columns(whole.column_names, args.answer_column)
     given: Any = args.chat_template_kwargs  # a mapping, whatever it was written as
-    features = output_features(whole.features, whole.column_names, args.answer_column, given)
+    features = output_features(whole.features, whole.column_names, args.answer_column, given, args.ranks)
     ours = Features({name: features[name] for name in features if name not in carried.values()})
     schema = features.arrow_schema
     schema = schema.with_metadata({**schema.metadata, RUN_KEY: run.encode()})
@@ -78,6 +78,7 @@ def write_rows(
                     # a wrong one.
                     log_probs = {"behavior_log_probs": []} if reshaped else {}
                     row = _row(problem, outcome, problems, kept) | drawn_by[outcome.source] | log_probs
+                    row["initial_log_prob"] = kept["initial_log_prob"]
                     rows.append({name: row[name] for name in ours})
             if not rows:
                 continue
@@ -102,14 +103,16 @@ def _drawn_by(sampler: Sampler, args: RewriteConfig) -> dict:
 
 def _kept(problem: Problem, outcome: Outcome, journal: JournalReader, ends: list[int] | None) -> dict:
     """
-    Text, token ids and log-probs of the completion that a row holds: an attempt's, or the demonstration, which has
-    none. `ends` are the ids that end a turn, where a run has stop texts.
+    Text, token ids and log-probs of the completion that a row holds, and its `initial_log_prob`: an attempt's, or the
+    demonstration, which has none. `ends` are the ids that end a turn, where a run has stop texts.
     """
-    kept = {"text": problem.demonstration, "completion_ids": [], "behavior_log_probs": []}
+    kept: dict[str, Any] = {"text": problem.demonstration, "completion_ids": [], "behavior_log_probs": []}
     if outcome.offset < 0:
-        return kept
+        return {**kept, "initial_log_prob": None}
     attempt = {"id": problem.id, "stage": outcome.source, "attempt": outcome.attempt, "verdict": Verdict.CORRECT}
     kept = journal.read(outcome.offset, attempt, kept)
+    own = sum(kept["behavior_log_probs"]) if outcome.source == Source.SELF and kept["behavior_log_probs"] else None
+    kept = {"initial_log_prob": own, **kept}
     if ends is not None and kept["completion_ids"] and kept["completion_ids"][-1] not in ends:
         # It ended with a stop text, which is no end of turn: trained on as text, to which the chat template adds one.
         kept = {**kept, "completion_ids": [], "behavior_log_probs": []}

@@ -77,5 +77,6 @@ def _append_judged(
     for (problem, old), completion, verdict in zip(whole, completions, judgements, strict=True):
         new = as_attempt(problem, old.stage, old.attempt, completion, *verdict)
         # Its log-probs are rounded, and their mean was taken before that.
-        journal.append(replace(new, log_prob=old.log_prob).entry())
+        scores = {name: getattr(old, name) for name in ("log_prob", "initial_log_prob", "initial_tokens")}
+        journal.append(replace(new, **scores).entry())
     return len(attempts) - len(cut) - len(whole)

@@ -84,10 +84,11 @@ class RewriteConfig(HubOptions, RunConfig):
         selection (`str`, *optional*, defaults to `"first"`): `first` stops at the first correct attempt; `random`
             draws all K and keeps a random correct one: the same distribution of rows at a higher price, with the pass
             rate `num_correct / num_sampled`. `max_log_prob` draws all K and keeps the correct one with the highest
-            length-normalised log-probability, `sum_t log μ(y_t | prompt, y_<t) / len(y)` over the sampled tokens
-            including the end of turn, at temperature 1 and under the prompt that was really used (in the guided stage,
-            with the reference). The criterion is GRAPE's (arXiv 2502.04194), the candidates are the model's own; kept
-            rows are then likelier than a sample of the model.
+            length-normalised log-probability, `sum_t log π_0(y_t | x, y_<t) / len(y)` over its tokens including the
+            end of turn, at temperature 1 and under the prompt x that is trained on: that of the stage `self`, in every
+            stage, so that a retelling is not preferred for copying the reference that it was shown. The criterion is
+            GRAPE's (arXiv 2502.04194); kept rows are then likelier than a sample of the model. The sum is the column
+            `initial_log_prob` of the rows. In stages other than `self` it takes one forward of each correct attempt.
         max_concurrent_attempts (`int`, *optional*, defaults to `4`): With `first`, at most this many attempts of one
             problem at a time, and more than one only where other problems leave the engine free slots. Rows do not
             depend on it; 1 never draws a token on speculation.
@@ -171,7 +172,8 @@ class RewriteConfig(HubOptions, RunConfig):
         default="first",
         metadata={
             "help": "first: stop at the first correct attempt. random: draw all, keep a random correct one. max_log_prob: draw all, keep "
-            "the correct one with the highest mean token log-prob.",
+            ""
+            "the correct one with the highest mean token log-prob under the prompt that is trained on.",
             "choices": SELECTIONS,
         },
     )
@@ -292,6 +294,11 @@ class RewriteConfig(HubOptions, RunConfig):
                 "You passed rejudge=True, which keeps the attempts, and overwrite=True, which deletes them; pass one of them."
             )
         prompts.check(self.guided_prompt, "guided_prompt", "problem", "solution")
+
+    @property
+    def ranks(self) -> bool:
+        """Whether candidates are ranked by log π_0 under the prompt that is trained on."""
+        return self.selection == "max_log_prob"
 
     def identity(self) -> dict:
         """

@@ -42,6 +42,7 @@ from ..sampling.sampler import (
 from ..verification.drawing import Drawing
 from ..verification.verifier import as_verifier, describe
 from .attempts import Attempts
+from .candidate_scores import check_can_score, score_known
 from .dry_run import probe_report, shown_prompt
 from .output_rows import load_rows, write_rows
 from .problems import Problems
@@ -243,6 +244,9 @@ class DataRewriter:
         """
         memory, counts = problems.memory, self._counts()
         memory.recall(journal.entries(texts=False), args.stages)
+        if args.ranks and memory.unscored:
+            score_known(journal, problems, self.sampler)
+            memory.recall(journal.entries(texts=False), args.stages)
         if path is not None and memory.num_known:
             counts.recall_aborted(path)
         scheduler = Scheduler(problems.checked(self.verifier, counts), len(problems), args, counts)
@@ -321,6 +325,8 @@ class DataRewriter:
             from ..verification.math_verifier import MathVerifier
 
             self.verifier = MathVerifier()
+        if self.args.ranks and set(self.args.stages) - {Source.SELF}:
+            check_can_score(self.sampler)
 
     def _sampler_of(self, stage: str) -> Sampler:
         return self.guided_sampler if stage == Source.GUIDED and self.guided_sampler is not None else self.sampler

@@ -314,7 +314,8 @@ def select(correct: list[Result], selection: str, key: tuple) -> Result:
     The attempt that is kept of the `correct` ones, which are in index order; `key` is what [`attempt_seed`] takes.
     """
     if selection == "max_log_prob":
-        return max(correct, key=lambda result: result.log_prob)  # the lowest index among equals
+        known = [result for result in correct if result.initial_mean == result.initial_mean]
+        return max(known or correct[:1], key=lambda result: result.initial_mean)  # the lowest index among equals
     if selection == "random":
         return correct[random.Random(attempt_seed(*key)).randrange(len(correct))]
     return correct[0]

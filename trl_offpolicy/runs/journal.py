@@ -27,7 +27,7 @@ from typing import BinaryIO, NamedTuple
 
 from tqdm.auto import tqdm
 
-from ..data.rows import Verdict
+from ..data.rows import Source, Verdict
 from ..sampling.sampler import FAILED
 
 
@@ -38,7 +38,7 @@ _TEXTS = b',"reason":'  # where a line's texts and token ids begin, nine tenths 
 
 class Result(NamedTuple):
     """
-    How an attempt ended; `offset` is its place in the journal, `log_prob` the mean over its tokens (NaN: not known),
+    How an attempt ended; `offset` is its place in the journal, `initial_mean` as of its [`Attempt`] (NaN: not known),
     `rejected` the [`~data.rows.Rejection`] for which it is not kept though it is correct.
     """
 
@@ -46,7 +46,7 @@ class Result(NamedTuple):
     verdict: str
     finish_reason: str
     num_tokens: int
-    log_prob: float
+    initial_mean: float
     rejected: str = ""
 
     @property
@@ -68,9 +68,13 @@ class Attempt:
     verdict: str
     finish_reason: str
     num_tokens: int
-    log_prob: float | None  # mean over its tokens
+    log_prob: float | None  # mean over its tokens, under the prompt that was really used
     reference: int = 0  # digest of the reference that its prompt showed, above 0 in the stage `guided`
     rejected: str = ""  # the `Rejection` for which it is not kept though it is correct
+    # log π_0 of its text under the prompt that is trained on, and of how many tokens that is the sum: where candidates
+    # are ranked by it, in stages other than `self`, whose `log_prob` is its mean.
+    initial_log_prob: float | None = None
+    initial_tokens: int = 0
     version: int = 0  # optimizer steps that the policy had been trained for when it drew this, in online training
     reason: str | None = None  # of the verdict, or of `rejected`, in words
     text: str | None = None  # this and what follows: not there if it was not to be kept
@@ -88,8 +92,18 @@ class Attempt:
 
     def result(self, offset: int) -> Result:
         """What is remembered of it while the run goes on; `offset` is its line's."""
-        log_prob = float("nan") if self.log_prob is None else self.log_prob
-        return Result(offset, self.verdict, self.finish_reason, self.num_tokens, log_prob, self.rejected)
+        mean = initial_mean(self.stage, self.log_prob, self.initial_log_prob, self.initial_tokens)
+        return Result(offset, self.verdict, self.finish_reason, self.num_tokens, mean, self.rejected)
+
+
+def initial_mean(stage: str, log_prob: float | None, initial_log_prob: float | None, initial_tokens: int) -> float:
+    """
+    The mean log π_0 per token of an attempt under the prompt that is trained on, from these fields of it; NaN where it
+    is not known.
+    """
+    if stage == Source.SELF:
+        return float("nan") if log_prob is None else log_prob
+    return float("nan") if initial_log_prob is None or not initial_tokens else initial_log_prob / initial_tokens
 
 
 _DEFAULTS = [(field.name, field.default) for field in fields(Attempt)]

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.rows import Problem, Rejection, Verdict, copy_id, number_copies, reference_digest, split_id
+from ..data.rows import Problem, Rejection, Source, Verdict, copy_id, number_copies, reference_digest, split_id
 from ..data.whole_file import partial_file
 from ..sampling.sampler import FAILED
-from .journal import Result
+from .journal import Result, initial_mean
 
 
 class RunMemory:
@@ -37,7 +37,7 @@ class RunMemory:
     _KEY = [("id", "<u8"), ("copy", "<u4"), ("reference", "<u4")]
     _RECORD = struct.Struct("<QIBHBBIdqIB")
     _TYPES = [("id", "<u8"), ("copy", "<u4"), ("stage", "u1"), ("attempt", "<u2"), ("verdict", "u1"), ("finish_reason", "u1"),
-              ("num_tokens", "<u4"), ("log_prob", "<f8"), ("offset", "<i8"), ("reference", "<u4"), ("rejected", "u1")]  # fmt: skip
+              ("num_tokens", "<u4"), ("initial_mean", "<f8"), ("offset", "<i8"), ("reference", "<u4"), ("rejected", "u1")]  # fmt: skip
     _VERDICTS = list(Verdict)
     _FINISH_REASONS = ["stop", "length"]
     _REJECTIONS = ["", *Rejection]
@@ -106,7 +106,7 @@ class RunMemory:
         reference was another than the row's demonstration is now: where they matter they are drawn again. Of two lines
         for the same attempt, the later one wins.
         """
-        self._stages, packed, nan = stages, bytearray(), float("nan")
+        self._stages, packed = stages, bytearray()
         stage, verdict, finish_reason, rejected = (
             {name: i for i, name in enumerate(names)}
             for names in (stages, self._VERDICTS, self._FINISH_REASONS, self._REJECTIONS)
@@ -114,15 +114,24 @@ class RunMemory:
         for offset, e in entries:  # as they are: a million `Attempt`s take some seconds to make
             if e["finish_reason"] in FAILED:
                 continue
-            log_prob = nan if e["log_prob"] is None else e["log_prob"]
+            mean = initial_mean(e["stage"], e["log_prob"], e.get("initial_log_prob"), e.get("initial_tokens", 0))
             packed += self._RECORD.pack(
                 *split_id(e["id"]), stage[e["stage"]], e["attempt"], verdict[e["verdict"]], finish_reason[e["finish_reason"]],
-                e["num_tokens"], log_prob, offset, e.get("reference", 0), rejected[e.get("rejected", "")],
+                e["num_tokens"], mean, offset, e.get("reference", 0), rejected[e.get("rejected", "")],
             )  # fmt: skip
         table = np.frombuffer(packed, self._TYPES)
         self._attempts = table[np.argsort(table["id"], kind="stable")]
         self._attempt_ids = np.ascontiguousarray(self._attempts["id"])
         self.num_known = len(self._attempt_ids)
+
+    @property
+    def unscored(self) -> bool:
+        """Whether a known attempt that may be kept has no `initial_mean`, though its stage is not `self`."""
+        accepted = (self._attempts["verdict"] == self._VERDICTS.index(Verdict.CORRECT)) & (
+            self._attempts["rejected"] == 0
+        )
+        unknown = np.isnan(self._attempts["initial_mean"]) & accepted
+        return any(self._stages[stage] != Source.SELF for stage in np.unique(self._attempts["stage"][unknown]))
 
     def known(self, first: int, count: int) -> list[dict[str, dict[int, Result]]]:
         """How the known attempts at each of so many rows from the `first` one on ended, by stage and number."""
@@ -138,10 +147,10 @@ class RunMemory:
 
     def _known(self, rows: Iterable[tuple], copy: int, references: tuple[int, int]) -> dict[str, dict[int, Result]]:
         found: dict[str, dict[int, Result]] = {}
-        for _, of, stage, attempt, verdict, reason, num_tokens, log_prob, offset, reference, rejected in rows:
+        for _, of, stage, attempt, verdict, reason, num_tokens, mean, offset, reference, rejected in rows:
             if of == copy and reference in references:
                 names = self._VERDICTS[verdict], self._FINISH_REASONS[reason]
-                result = Result(offset, *names, num_tokens, log_prob, self._REJECTIONS[rejected])
+                result = Result(offset, *names, num_tokens, mean, self._REJECTIONS[rejected])
                 found.setdefault(self._stages[stage], {})[attempt] = result
         return found
 

@@ -36,7 +36,7 @@ from .sampler import (
     needs,
     prompt_ids,
 )
-from .server_answers import ENDED_BY_SERVER, cause, ended, read_answer, retry_after, shown
+from .server_answers import ENDED_BY_SERVER, cause, ended, read_answer, read_prompt_log_probs, retry_after, shown
 
 
 try:
@@ -52,6 +52,7 @@ NO_CONTEXT = 1 << 30  # tokens of context of a server that does not say how many
 MAX_TRIES = 3  # of one request while other requests are answered; after that the request counts as one that no server can answer
 BUSY = (429, 503)  # statuses of a server that is overloaded or starting; the request is not at fault
 TELL_EVERY = 60.0  # seconds from one sentence on a busy server to the next
+_SCORING = "The log-probabilities of given texts are told by `vllm serve`, and by the engines in this process (--sampler vllm or transformers)."
 CONNECT = 10.0  # seconds for a connection
 LOOK = 0.5  # seconds after which `poll` looks whether it is over, while it waits
 KNOWN_LETTERS = (
@@ -274,6 +275,21 @@ class OpenAISampler(Sampler):
             return 0
         drawn = (self._loop.time() - job.sent) * self._answer_tokens / self._answer_seconds
         return min(round(drawn), job.request.params.max_completion_length)
+
+    def token_log_probs(self, pairs: list[tuple[list[int], list[int]]]) -> list[list[float] | None]:
+        """
+        As every [`Sampler`]'s, by vLLM's `prompt_logprobs`.
+
+        Raises:
+            NotImplementedError: The servers do not return them; says what to use instead.
+            SamplerError: No server answers.
+        """
+        if self._dialect != "token_ids":
+            raise NotImplementedError(f"{self._servers[0].url} takes no token ids. {_SCORING}")
+        fits = [i for i, (p, t) in enumerate(pairs) if len(p) + len(t) < min(s.context for s in self._servers)]
+        asked = [pairs[i] for i in fits] or [([1, 2], [3])]  # an empty list asks whether they can
+        scored = self._wait(self._score_all(asked))
+        return [scored[fits.index(i)] if i in fits else None for i in range(len(pairs))]
 
     def close(self) -> None:
         if self._loop.is_closed():
@@ -521,6 +537,36 @@ class OpenAISampler(Sampler):
                 f"{server.url} does not serve {self.served_model_name!r} but {sorted(models)}; pass one of them as `served_model_name`."
             )
         server.context = models[self.served_model_name]
+
+    async def _score_all(self, pairs: list[tuple[list[int], list[int]]]) -> list[list[float]]:
+        """Log-probs of the targets, from whichever servers are ready, as many at a time as one takes."""
+        free = asyncio.Semaphore(self.batch_size)
+
+        async def one(number: int, prompt: list[int], target: list[int]) -> list[float]:
+            ready = [server for server in self._servers if server.ready] or self._servers
+            server = ready[number % len(ready)]
+            async with free:
+                try:
+                    return await self._patiently(self._score, server, prompt, target)
+                except openai.BadRequestError as error:
+                    raise NotImplementedError(f"{server.url}: {self._explained(error)}. {_SCORING}") from error
+                except (openai.OpenAIError, TimeoutError, ValueError) as error:
+                    raise SamplerError(
+                        f"{server.url} did not tell the log-probs of a text: {self._explained(error)}"
+                    ) from error
+
+        return await asyncio.gather(*(one(i, *pair) for i, pair in enumerate(pairs)))
+
+    async def _score(self, server: _Server, prompt: list[int], target: list[int]) -> list[float]:
+        ids = [*prompt, *target]
+        async with asyncio.timeout(self.request_timeout):
+            response = await server.client.completions.create(
+                model=self.served_model_name, prompt=ids, max_tokens=1, seed=1, extra_body={"prompt_logprobs": 0}
+            )
+        found = getattr(response.choices[0], "prompt_logprobs", None)
+        if not found:
+            raise NotImplementedError(f"{server.url} returns no `prompt_logprobs`. {_SCORING}")
+        return read_prompt_log_probs(found, ids)[len(prompt) - 1 :] if target else []
 
     async def _ask(self, server: _Server, request: Request, ids: list[int] | None, dialect: str) -> Completion:
         params, client = request.params, server.client

@@ -160,6 +160,16 @@ class Sampler:
     def close(self) -> None:
         """Frees the engine."""
 
+    def token_log_probs(self, pairs: list[tuple[list[int], list[int]]]) -> list[list[float] | None]:
+        """
+        For each pair of prompt ids and target ids, the model's own log-probability (temperature 1, whole vocabulary) of
+        each target token; `None` for a pair that is longer than the context. Requests under way are not lost.
+
+        Raises:
+            NotImplementedError: The engine cannot; also of an empty list, so that it can be asked whether it can.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot tell the log-probabilities of given texts.")
+
     def with_adapter(self, adapter: str) -> "Sampler":
         """A second sampler on the same loaded weights, whose draws come from them with a LoRA adapter on."""
         raise NotImplementedError(f"{type(self).__name__} cannot draw with an adapter.")

@@ -80,6 +80,19 @@ def read_answer(
     return text, ids, [float(log_prob) for log_prob in log_probs or ()], reason
 
 
+def read_prompt_log_probs(found: list, ids: list[int]) -> list[float]:
+    """
+    The log-prob of each of a prompt's `ids` but the first, from vLLM's `prompt_logprobs`; `ValueError` if they are
+    none.
+    """
+    try:
+        values = [of[str(token)]["logprob"] for of, token in zip(found[1:], ids[1:], strict=True)]
+        _check_tokens(ids[1:], values, len(ids), max(ids) + 1)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"its `prompt_logprobs` are none of this prompt: {error!r:.100}") from error
+    return values
+
+
 def _holds_text(part) -> bool:
     if isinstance(part, (dict, list)):
         return any(map(_holds_text, part.values() if isinstance(part, dict) else part))

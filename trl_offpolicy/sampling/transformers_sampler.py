@@ -28,6 +28,7 @@ from transformers import (
 
 from ..data.turns import stop_token_ids, turn_text
 from .loading import load_model, load_processing_class
+from .log_probs import target_log_probs
 from .provenance import adapted_revision, hub_commit, local_directory, weights_digest
 from .sampler import (
     Completion,
@@ -239,6 +240,13 @@ class TransformersSampler(Sampler):
         self._failed = [c for c in self._failed if c.id != request_id]
         self._pending = [p for p in self._pending if p[0].id != request_id]
         return 0  # a batch is drawn within one `poll`, so a request that can still be aborted has drawn nothing
+
+    def token_log_probs(self, pairs: list[tuple[list[int], list[int]]]) -> list[list[float] | None]:
+        fits = [i for i, (prompt, target) in enumerate(pairs) if len(prompt) + len(target) <= self.context]
+        with self._without_adapter():
+            scored = target_log_probs(self.model, [pairs[i] for i in fits], self.batch_tokens, progress=False)
+        found = dict(zip(fits, scored, strict=True))
+        return [found[i].tolist() if i in found else None for i in range(len(pairs))]
 
     def close(self) -> None:
         self._pending = []

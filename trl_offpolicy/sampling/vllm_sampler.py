@@ -90,6 +90,7 @@ class VLLMSampler(Sampler):
         self._owners: dict[str, tuple[VLLMSampler, Request]] = {}
         self._encoded: tuple[list, list[int] | Completion] = [], []  # the last prompt and its token ids
         self._done: list[Completion] = []
+        self._scored: dict[str, Any] = {}  # by name: what `token_log_probs` waits for, `None` until it is there
         self._drawn = 0  # tokens of requests that are finished or aborted
         self._shared = False
         if adapter is not None:
@@ -173,15 +174,46 @@ class VLLMSampler(Sampler):
             if self._done or not self._under_way() or self.over():
                 finished, self._done = self._done, []
                 return finished
-            try:
-                outputs = self.engine.step()
-            except Exception as error:
-                raise SamplerError(f"the vLLM engine stopped: {type(error).__name__}: {error}") from error
-            for output in outputs:
-                if output.finished and (found := self._owners.pop(output.request_id, None)):
-                    owner, request = found
-                    owner._done.append(self._completion(output, request.params.stop))
-                    owner._drawn += len(output.outputs[0].token_ids)
+            self._step()
+
+    def _step(self) -> None:
+        try:
+            outputs = self.engine.step()
+        except Exception as error:
+            raise SamplerError(f"the vLLM engine stopped: {type(error).__name__}: {error}") from error
+        for output in outputs:
+            if output.finished and output.request_id in self._scored:
+                self._scored[output.request_id] = output.prompt_logprobs
+            elif output.finished and (found := self._owners.pop(output.request_id, None)):
+                owner, request = found
+                owner._done.append(self._completion(output, request.params.stop))
+                owner._drawn += len(output.outputs[0].token_ids)
+
+    def token_log_probs(self, pairs: list[tuple[list[int], list[int]]]) -> list[list[float] | None]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)  # fmt: skip
+        fits = {f"score/{i}": [*prompt, *target] for i, (prompt, target) in enumerate(pairs)}
+        fits = {name: ids for name, ids in fits.items() if len(ids) < self.context}  # vLLM draws a token behind them
+        self._scored.update(dict.fromkeys(fits))
+        try:
+            for name, ids in fits.items():
+                prompt = {"type": "token", "prompt_token_ids": ids}
+                self.engine.add_request(name, prompt, params, lora_request=self._lora)  # type: ignore[arg-type]
+            while any(self._scored[name] is None for name in fits):
+                self._step()
+            # Of each position its own token's, the first position's being unknown.
+            scored = {
+                name: [of[i].logprob for of, i in zip(self._scored[name][1:], ids[1:], strict=True)]
+                for name, ids in fits.items()
+            }
+        finally:
+            self._scored.clear()
+        return [
+            (scored[name][-len(target) :] if target else []) if (name := f"score/{i}") in fits else None
+            for i, (_, target) in enumerate(pairs)
+        ]
 
     def _under_way(self) -> bool:
         return any(owner is self for owner, _ in chain(self._owners.values(), self._waiting.values()))

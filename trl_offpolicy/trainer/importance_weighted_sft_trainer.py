@@ -36,6 +36,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..data.loading import hub_origin
 from ..data.whole_file import write_whole
+from ..sampling.log_probs import causal_lm, hidden_states, kl_divergence, lm_head, top_k_entropy
 from .data_collator import (
     ROW_COLUMNS,
     SOURCE_IDS,
@@ -47,7 +48,6 @@ from .data_collator import (
 )
 from .importance_weighted_sft_config import ImportanceWeightedSFTConfig
 from .initial_policy import InitialPolicy, without_training
-from .log_probs import causal_lm, hidden_states, kl_divergence, lm_head, top_k_entropy
 from .losses import NO_LIMITS, OBJECTIVES, diagnostic_means, weight_diagnostics
 from .model_card import trained_model_card
 

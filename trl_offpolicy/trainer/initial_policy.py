@@ -23,7 +23,7 @@ from datasets.fingerprint import Hasher
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer import add_fused_lm_head
 
-from .log_probs import causal_lm, target_log_probs
+from ..sampling.log_probs import causal_lm, target_log_probs
 
 
 @contextlib.contextmanager

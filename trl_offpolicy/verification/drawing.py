@@ -4,7 +4,7 @@ back judged.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -91,10 +91,10 @@ class Drawing:
             asked.sampler.submit(asked.request)
         return bool(self._sampling or self._verdicts)
 
-    def judged(self, record: Callable[[Judged], Any] = lambda judged: None) -> Iterator[tuple[Judged, Any]]:
+    def judged(self, record: Callable[[list[Judged]], Iterable] = lambda batch: batch) -> Iterator[tuple[Judged, Any]]:
         """
-        Waits until something is finished; what has its verdict then, and what `record` makes of it. When an engine
-        fails, all that was drawn before still gets its verdict and is recorded.
+        Waits until something is finished; what has its verdict then, and what `record` makes of each of them. When an
+        engine fails, all that was drawn before still gets its verdict and is recorded.
 
         Raises:
             SamplerError: An engine cannot go on.
@@ -105,11 +105,10 @@ class Drawing:
             for asked, completion in [] if self._verdicts.full else self._finished():
                 self._verdicts.put(asked.item, completion, asked.answer, asked.row)
         except SamplerError:
-            for judged in self._verdicts.drain():
-                record(judged)
+            record(list(self._verdicts.drain()))
             raise
-        for judged in self._verdicts.take(hurry, wait=self._verdicts.full or not self._sampling):
-            yield judged, record(judged)
+        batch = self._verdicts.take(hurry, wait=self._verdicts.full or not self._sampling)
+        yield from zip(batch, record(batch), strict=True)
 
     def abort(self, request_id: str) -> None:
         """Forgets a request, unless it is finished: then it is paid for and being verified."""

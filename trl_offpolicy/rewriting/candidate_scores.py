@@ -1,0 +1,81 @@
+"""
+How likely the student finds a candidate under the prompt that it will be trained on: by this candidates are ranked.
+
+A candidate's own log μ does not tell it where its prompt was another: a copy of the reference is likely under a prompt
+that holds the reference. Attempts of the stage `self` were drawn under the very prompt, so their log μ is log π_0; of
+all others it takes one forward, of those that may be kept, and the sum is in the journal.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
+
+from ..data.rows import Problem, Source
+from ..data.tokenization import encode_prompt, encode_target, template_kwargs
+from ..runs.journal import Attempt, Journal
+from ..sampling.sampler import Sampler
+from .problems import CHUNK, Problems
+
+
+def check_can_score(student: Sampler) -> None:
+    """`ValueError` if this engine cannot tell the log-probs of given texts; says what to do instead."""
+    try:
+        if student.processing_class is None:
+            raise NotImplementedError(f"{student.name} does not say which tokenizer it has (`processing_class`).")
+        student.token_log_probs([])
+    except NotImplementedError as error:
+        raise ValueError(
+            "Candidates are ranked by the log-probability that the model gives them under the prompt that is trained on, which "
+            f"retellings and other texts have to be scored for. {error} Use an engine that can, or selection='first' or 'random', or "
+            "selection='max_log_prob' with stages=['self'] alone, which needs no scores."
+        ) from error
+
+
+def scored(of: Sequence[Problem], attempts: list[Attempt], problems: Problems, student: Sampler) -> list[Attempt]:
+    """
+    The attempts at these problems, those that may be kept with their `initial_log_prob` and `initial_tokens`; a text
+    that is longer than the context has none.
+
+    Raises:
+        SamplerError: The engine cannot go on.
+    """
+    due = [i for i, attempt in enumerate(attempts) if attempt.stage != Source.SELF and attempt.result(0).accepted]
+    pairs = [_target(of[i], attempts[i], problems, student) for i in due]
+    attempts = list(attempts)
+    for i, found in zip(due, student.token_log_probs(pairs) if pairs else (), strict=True):
+        if found:
+            total = round(sum(found), 6)
+            attempts[i] = replace(attempts[i], initial_log_prob=total, initial_tokens=len(found))
+    return attempts
+
+
+def _target(problem: Problem, attempt: Attempt, problems: Problems, student: Sampler) -> tuple[list[int], list[int]]:
+    """The ids of the prompt that is trained on, and of what the attempt would be trained on."""
+    tokenizer, kwargs = student.processing_class, template_kwargs(problems.args.chat_template_kwargs)
+    prompt = problems.prompt(problem, Source.SELF)
+    if attempt.completion_ids:
+        return encode_prompt(tokenizer, prompt, chat_template_kwargs=kwargs), attempt.completion_ids
+    return encode_target(tokenizer, prompt, attempt.text or "", chat_template_kwargs=kwargs)
+
+
+def score_known(journal: Journal, problems: Problems, student: Sampler) -> None:
+    """
+    Appends a line with its score for each attempt that may be kept and has none: it was drawn when nothing was ranked,
+    or the engine failed before the score was told.
+    """
+    for start in range(0, len(problems), CHUNK):
+        known = [
+            list(chain.from_iterable(map(dict.values, of.values()))) for of in problems.memory.known(start, CHUNK)
+        ]
+        due = [[r for r in of if r.accepted and r.initial_mean != r.initial_mean] for of in known]
+        if not any(due):
+            continue
+        pairs = [
+            (problem, Attempt.of(journal.read(result.offset)))
+            for problem, results in zip(problems.read(start, CHUNK), due, strict=True)
+            for result in results
+        ]
+        of, attempts = zip(*pairs, strict=True)
+        for attempt in scored(of, list(attempts), problems, student):
+            if attempt.initial_tokens:
+                journal.append(attempt.entry())
