@@ -158,17 +158,20 @@ def accuracy_table(results: dict, labels: dict[str, str], methods: list[str], pa
 
 
 def gap_table(results: dict, paper: dict | None):
+    from trl_offpolicy.reporting.tables import arrow
+
     rows = []
     for source, each in results["gap"].items():
         before, after = each["before"], each["after"]
 
         def moved(name: str, form: str, before=before, after=after) -> str:
-            return f"{before[name]:{form}} → {after[name]:{form}}"
+            return arrow(before[name], after[name], form)
 
         line = [moved("sequence_log_prob", ".1f"), moved("token_log_prob", ".3f"), moved("num_tokens", ".0f")]
         said = paper["log_prob"].get(source) if paper else None
-        rows.append([source, f"{each['rows']:,}", *line, "{:.1f} → {:.1f}".format(*said) if said else ""])
-    return ["source", "rows", "log-prob of the target, sum", "per token", "tokens", "paper, sum"], rows
+        line += ["{:.1f} → {:.1f}".format(*said) if said else ""] if paper else []
+        rows.append([source, f"{each['rows']:,}", *line])
+    return ["source", "rows", "sum", "per token", "tokens", *(["paper, sum"] if paper else [])], rows
 
 
 def forgetting_table(results: dict, labels: dict[str, str]):

@@ -98,6 +98,7 @@ def test_a_config_file_means_what_the_command_line_means(tmp_path):
         (None, ["--output_dir", " "], "You passed output_dir=' '; name a directory"),
         (None, ["--num_generation", "2"], "there is no option --num_generation (did you mean --num_generations?)"),
         (None, ["--selection", "firs"], "argument --selection: invalid choice: 'firs'"),
+        (None, ["--k=2", "--model", "m"], "there is no option --k (did you mean --num_generations?) and no --model (did you mean --model_name_or_path?)"),
         (None, ["stray"], "stray belongs to no option"),
         (None, ["--config"], "--config: it needs the path"),
         (None, ["--config", "none.yaml"], "You passed --config none.yaml, which cannot be read: No such file or directory."),

@@ -106,6 +106,16 @@ LINES = [
 ]
 
 
+def test_a_finished_runs_journal_that_is_empty_now_is_said(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    path.touch()
+    Journal(path, {"stages": ["self"]}).close()  # a run that was killed at once: nothing is lost
+    (tmp_path / "metrics.json").write_text("{}")
+    path.write_bytes(b"")
+    with pytest.warns(UserWarning, match="its attempts are lost"):
+        Journal(path, {"stages": ["self"]}).close()
+
+
 def test_an_attempt_is_its_line(tmp_path):
     path = tmp_path / "journal.jsonl"
     Journal(path, {"stages": ["self", "guided"]}).close()

@@ -116,10 +116,10 @@ class CommandParser(TrlParser):
                 del args[index : index + 1 + (arg == "--config")]
                 break
         if not return_remaining_strings:
-            for arg in args:
-                name = arg.partition("=")[0]
-                if name.startswith("--") and name != "--" and name not in self._option_string_actions:
-                    self.error(f"there is no option {name}{_closest(name, self._option_string_actions)}")
+            known = self._option_string_actions
+            names = dict.fromkeys(arg.partition("=")[0] for arg in args if arg.startswith("--") and arg != "--")
+            if wrong := [f"{name}{_closest(name, known)}" for name in names if name not in known]:
+                self.error(f"there is no option {' and no '.join(wrong)}")
         if path is not None:
             self._read_config(Path(path).expanduser(), ignore_unknown=return_remaining_strings)
         try:

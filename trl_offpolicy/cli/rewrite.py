@@ -142,15 +142,19 @@ def rewrite(argv: list[str]) -> int:
 
 
 def _train_command(model: str, template: str | None, config: RewriteConfig, metrics: dict, trained_on: str) -> str:
-    """What trains on the rows, on all GPUs of a machine."""
+    """What trains on the rows, on all GPUs of a machine, or on its CPU where it has drawn them there."""
     counts = metrics["yield"]
     if metrics.get("unsolved") == counts["total"]:
         return "There is no row to train on."
     # If every row is a demonstration, no row has the log-probs that importance weights need.
     objective = "nll" if counts["expert"] == counts["total"] else "iw"
-    command = ["accelerate", "launch", "-m", "trl_offpolicy.cli", "sft", "--model_name_or_path", model]
+    torch = sys.modules.get("torch")  # an API's client has not loaded it, and trains elsewhere
+    on_cpu = torch is not None and not torch.cuda.is_available()
+    command = ["trl-offpolicy"] if on_cpu else ["accelerate", "launch", "-m", "trl_offpolicy.cli"]
+    command += ["sft", "--model_name_or_path", model]
     command += ["--dataset_name", trained_on, "--objective", objective, "--output_dir", f"{config.output_dir}-sft"]
     command += ["--chat_template_path", template] if template else []
+    command += ["--use_cpu", "--bf16", "False"] if on_cpu else []
     command += ["--report_to", "wandb"] if config.report_to == "wandb" else []
     return _wandb_environment(config) + shlex.join(command)
 

@@ -34,6 +34,11 @@ def number(value: float | None, form: str = ".2f", interval: list[float] | None 
     return f"{value:{form}}" + (f" [{interval[0]:{form}}, {interval[1]:{form}}]" if interval else "")
 
 
+def arrow(before: float | None, after: float | None, form: str = ".2f") -> str:
+    """`-5.16 → -4.20`; one number where nothing has changed."""
+    return number(after, form) if before == after else f"{number(before, form)} → {number(after, form)}"
+
+
 def metrics(results: dict[str, dict]) -> list[str]:
     """The accuracies that a table has room for: avg@k, pass@k and maj@k of the largest k, greedy."""
     names = {name for r in results.values() for name in r if f"{name}_ci95" in r}
@@ -75,9 +80,10 @@ def policy_gap(gap: dict[str, dict]) -> Table:
         before, after, difference, behavior = r["before"], r["after"], r["difference"], r["behavior"] or {}
 
         def moved(name: str, form: str = ".2f", before=before, after=after) -> str:
-            return f"{before[name]:{form}} → {after[name]:{form}}"
+            return arrow(before[name], after[name], form)
 
-        matched = number(difference["length_matched"], "+.3f", difference["length_matched_ci95"])
+        same = before["sequence_log_prob"] == after["sequence_log_prob"]  # such as rows that were not rewritten
+        matched = "" if same else number(difference["length_matched"], "+.3f", difference["length_matched_ci95"])
         line = [moved("token_log_prob", ".3f"), moved("perplexity"), moved("num_tokens", ".0f"), matched]
         line += [number(behavior.get("kl"), ".4f"), number(behavior.get("ess"), ".3f")]
         rows.append([source, str(r["rows"]), moved("sequence_log_prob"), *line])
@@ -99,7 +105,7 @@ def texts(gap: dict[str, dict]) -> Table:
     for source, r in gap.items():
         before, after = r["before"], r["after"]
         both = [
-            f"{number(before[m], form)} → {number(after[m], form)}"
+            arrow(before[m], after[m], form)
             for m, form in (("hint_leakage", ".1%"), ("distinct_2", ".3f"), ("self_bleu", ".3f"))
         ]
         rows.append([source, number(after["copy_ratio"], ".1%"), *both])

@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shlex
+import warnings
 import zlib
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, fields
@@ -165,6 +166,11 @@ class Journal(JournalReader):
 
     def __init__(self, path: Path, config: dict, overwrite: bool = False):
         super().__init__(path)
+        if not overwrite and path.exists() and not path.stat().st_size and (path.parent / "metrics.json").exists():
+            warnings.warn(
+                f"{path} is empty, though a run has finished in {path.parent}: its attempts are lost, and are drawn anew.",
+                stacklevel=4,
+            )
         self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             self._lock()
