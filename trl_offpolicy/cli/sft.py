@@ -70,8 +70,8 @@ def sft(argv: list[str]) -> int:
     if main:
         print(f"Model saved to {args.output_dir}.")
         command = ["trl-offpolicy", "eval", "--model_name_or_path", args.output_dir, "--benchmarks", "math500"]
-        command = shlex.join([*command, "--output_dir", f"{args.output_dir.rstrip('/')}-eval"])
-        print(f"{command}    # or gsm8k, or a file of your own problems")
+        command += ["--output_dir", f"{args.output_dir.rstrip('/')}-eval"]
+        print(f"{shlex.join(command)}    # or gsm8k, or a file of your own problems")
     return 0
 
 
