@@ -213,7 +213,26 @@ def power_of_two_thirds(log_probs, **known):
     return (2 / 3 * log_probs).exp() + 0 * known["entropy"]
 
 
-def naive_weights(settings, row, log_pi, log_base, log_p):
+def with_own_log_probs(model, tokenizer, shift=0.0):
+    """For `Dataset.map`: log μ is what `model` says of a row's sampled tokens, less and more by `shift` in turn."""
+
+    def own(row):
+        prompt = tokenizer.apply_chat_template(
+            row["prompt"], add_generation_prompt=True, tokenize=True, return_dict=True
+        )["input_ids"]
+        ids = torch.tensor([prompt + row["completion_ids"]])
+        with torch.no_grad():
+            log_pi = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+        sampled = log_pi[len(prompt) - 1 :].tolist()
+        return {"behavior_log_probs": [min(0.0, x + (-1) ** t * shift) for t, x in enumerate(sampled)]}
+
+    return own
+
+
+REWARDS = {"self": -1.0, "guided": -0.5, "expert": 1.0}
+
+
+def naive_weights(settings, row, log_pi, log_base, log_p, mean_length):
     """
     The formulas, token by token in Python floats. `row`: source, μ of each target (NaN unknown), the example's own weight; `log_base`:
     log π_0 of each target; `log_p`: the whole distribution at each.
@@ -230,7 +249,19 @@ def naive_weights(settings, row, log_pi, log_base, log_p):
         if objective == "nll":
             w = 1.0
         elif objective in ("dft", "asft"):
-            w = math.exp(lp)
+            w = max(math.exp(lp), low)
+        elif objective == "threshold":
+            p = math.exp(lp if settings["threshold_policy"] == "current" else log_base[t])
+            below = p / settings["tau"] if settings["threshold_mode"] == "taper" else 0.0
+            w = 1.0 if p > settings["tau"] else max(below, low)
+        elif objective == "topr":
+            w = 1.0 if REWARDS[source] > 0 else -min(math.exp(sum(log_pi) - sum(behavior)), 1.0)
+            w *= mean_length / len(log_pi)
+        elif objective == "pear" and mu == mu:
+            log_w = (len(log_pi) - 1 - t) * math.log(0.999)
+            for j in range(t + 1, len(log_pi)):
+                log_w += min(max(log_pi[j] - behavior[j], -0.08), 0.3)
+            w = math.exp(min(max(log_w, -10.0), 5.0))
         elif objective == "psft":
             ratio = math.exp(lp - log_base[t])
             w = ratio if ratio <= 1 + settings["epsilon_high"] else 0.0
@@ -239,7 +270,7 @@ def naive_weights(settings, row, log_pi, log_base, log_p):
             entropy = -sum(p / sum(top) * math.log(p / sum(top)) for p in top)
             w = (entropy / math.log(20)) ** settings["alpha"]
         elif objective == "p_alpha":
-            w = math.exp(lp) ** settings["alpha"]
+            w = max(math.exp(lp) ** settings["alpha"], low)
         elif objective is power_of_two_thirds:
             w = math.exp(lp) ** (2 / 3)
         elif mu != mu:  # no behaviour policy
@@ -261,6 +292,11 @@ def naive_weights(settings, row, log_pi, log_base, log_p):
         {"objective": "iw_sequence", "clip_max": 0.02},
         {"objective": "iw_sequence", "clip_min": 0.005, "clip_mode": "mask", "expert_weighting": "dft"},
         {"objective": "p_alpha", "alpha": 0.5},
+        {"objective": {"self": "p_alpha", "guided": "dft", "expert": "asft"}, "clip_min": 0.02, "alpha": 0.5, "beta": 0.1},
+        {"objective": "threshold", "tau": 0.002, "threshold_mode": "mask", "threshold_policy": "current"},
+        {"objective": "threshold", "tau": 0.004, "threshold_mode": "taper", "threshold_policy": "initial", "clip_min": 0.3},
+        {"objective": {"guided": "pear", "expert": "pear"}, "expert_weighting": "dft"},
+        {"objective": "topr"},
         {"objective": {"self": "iw", "expert": "dft"}},
         {"objective": power_of_two_thirds},
         {"objective": "iw", "expert_weighting": "base", "clip_max": 1.3},
@@ -276,6 +312,12 @@ def test_weights_equal_a_naive_reference(tmp_path, tiny_model, tokenizer, layout
     """Loss and gradients against full logits in float64, one example at a time, formula written out."""
     base = copy.deepcopy(tiny_model).double()  # before the trainer patches the forward
     data = rewritten(tokenizer).map(lambda _, i: {"weight": 0.5 + i}, with_indices=True)
+    named = str(settings["objective"])
+    if "topr" in named or "pear" in named:  # ratios within their limits and beyond
+        near = with_own_log_probs(tiny_model, tokenizer, shift=0.3)
+        data = data.map(lambda row: near(row) if row["completion_ids"] else {})
+    if "topr" in named:
+        data = data.map(lambda row: {"reward": REWARDS[row["source"]]})
     args = config(ImportanceWeightedSFTConfig, tmp_path, per_device_train_batch_size=8, **settings, **LAYOUTS[layout])
     trainer = ImportanceWeightedSFTTrainer(tiny_model, args, train_dataset=data, processing_class=tokenizer)
     reference = copy.deepcopy(base)
@@ -288,20 +330,22 @@ def test_weights_equal_a_naive_reference(tmp_path, tiny_model, tokenizer, layout
     loss.backward()
 
     total = 0.0
-    for i, row in enumerate(data):
+    targets = [
+        row["completion_ids"] or tokenizer(row["completion"][0]["content"] + "<|im_end|>")["input_ids"] for row in data
+    ]
+    mean_length = sum(map(len, targets)) / len(targets)
+    for i, (row, target) in enumerate(zip(data, targets, strict=True)):
         prompt = tokenizer.apply_chat_template(
             row["prompt"], add_generation_prompt=True, tokenize=True, return_dict=True
         )["input_ids"]
-        target = row["completion_ids"] or tokenizer(row["completion"][0]["content"] + "<|im_end|>")["input_ids"]
         places = range(len(prompt) - 1, len(prompt) + len(target) - 1)
         log_p, log_p0 = (
             m(torch.tensor([prompt + target])).logits[0, places].log_softmax(-1) for m in (reference, base)
         )
         log_pi, log_base = (x[range(len(target)), target] for x in (log_p, log_p0))
         behavior = row["behavior_log_probs"] or [math.nan] * len(target)
-        weights = naive_weights(
-            settings, (row["source"], behavior, 0.5 + i), log_pi.tolist(), log_base.tolist(), log_p.tolist()
-        )
+        own = row["source"], behavior, 0.5 + i
+        weights = naive_weights(settings, own, log_pi.tolist(), log_base.tolist(), log_p.tolist(), mean_length)
         total = total - (torch.tensor(weights, dtype=torch.float64) * log_pi).sum() / 40
         objective = settings["objective"]
         if (objective.get(row["source"]) if isinstance(objective, dict) else objective) == "asft":
@@ -317,19 +361,9 @@ def test_on_policy_rows_have_weight_one(tmp_path, tiny_model, tokenizer):
     """μ = π: every ratio is 1, so `iw` logs weight 1, full effective sample size and no KL."""
     data = rewritten(tokenizer).filter(lambda r: r["source"] != "expert")
 
-    def own_log_probs(row):
-        prompt = tokenizer.apply_chat_template(
-            row["prompt"], add_generation_prompt=True, tokenize=True, return_dict=True
-        )["input_ids"]
-        ids = torch.tensor([prompt + row["completion_ids"]])
-        with torch.no_grad():
-            log_pi = tiny_model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
-        return {"behavior_log_probs": log_pi[len(prompt) - 1 :].tolist()}
-
+    data = data.map(with_own_log_probs(tiny_model, tokenizer))
     args = config(ImportanceWeightedSFTConfig, tmp_path, max_steps=1, clip_max=None)
-    trainer = ImportanceWeightedSFTTrainer(
-        tiny_model, args, train_dataset=data.map(own_log_probs), processing_class=tokenizer
-    )
+    trainer = ImportanceWeightedSFTTrainer(tiny_model, args, train_dataset=data, processing_class=tokenizer)
     _, (first,) = train(trainer)
     assert first["weight"] == pytest.approx(1, abs=1e-4) and first["ess"] == pytest.approx(1, abs=1e-4)
     assert first["kl"] == pytest.approx(0, abs=1e-4) and first["log_ratio"] == pytest.approx(0, abs=1e-4)
@@ -823,10 +857,12 @@ def train_in_some_processes(model_name, out, batch):
     tokenizer, model = AutoTokenizer.from_pretrained(model_name), AutoModelForCausalLM.from_pretrained(model_name)
     args = config(
         ImportanceWeightedSFTConfig, out, per_device_train_batch_size=batch, gradient_accumulation_steps=2, max_steps=2,
-        objective={"self": "iw", "guided": "asft", "expert": "psft"}, steps_per_outer_batch=2, precompute_behavior_log_probs=True,
+        objective={"self": "topr", "guided": "asft", "expert": "psft"}, steps_per_outer_batch=2, precompute_behavior_log_probs=True,
         optim="sgd", learning_rate=0.1,
     )  # fmt: skip
-    trainer = ImportanceWeightedSFTTrainer(model, args, train_dataset=rewritten(tokenizer, 16), processing_class=tokenizer)  # fmt: skip
+    judged = {i: 1.0 if i % 2 else -1.0 for i in range(0, 16, 3)}  # the rows of `self`
+    data = rewritten(tokenizer, 16).map(lambda _, i: {"reward": judged.get(i)}, with_indices=True)
+    trainer = ImportanceWeightedSFTTrainer(model, args, train_dataset=data, processing_class=tokenizer)
     trainer.train()
     if trainer.accelerator.num_processes == 2:
         compare_sharded_gradients(tokenizer, model_name, out)
@@ -1146,7 +1182,7 @@ def test_rows_without_a_target_and_vllms_whole_vocabulary(tmp_path, tiny_model, 
     [
         (
             {"objective": "dtf"},
-            "use one of \\['nll', 'dft', 'p_alpha', 'iw', 'iw_sequence', 'psft', 'asft', 'eaft'\\]",
+            "use one of \\['nll', 'dft', 'p_alpha', 'iw', 'iw_sequence', 'pear', 'psft', 'asft', 'eaft', 'threshold', 'topr'\\]",
         ),
         ({"objective": {"self": "iw", "teacher": "nll"}}, "\\['teacher'\\] is no source"),
         ({"objective": "iw_sequence", "packing": True, "packing_strategy": "wrapped"}, "cuts examples in two"),
@@ -1154,6 +1190,11 @@ def test_rows_without_a_target_and_vllms_whole_vocabulary(tmp_path, tiny_model, 
             {"objective": "iw_sequence", "packing": True, "packing_strategy": "bfd_split"},
             "'bfd_split' cuts examples in two",
         ),
+        (
+            {"objective": "topr", "packing": True, "packing_strategy": "wrapped"},
+            "objective='topr' needs whole examples",
+        ),
+        ({"objective": "threshold", "tau": 0}, "tau=0; it must be above 0"),
         ({"objective": "iw_sequence", "eval_packing": True}, "eval_packing=True without packing=True"),
         ({"clip_mode": "clip"}, "use one of \\['truncate', 'mask'\\]"),
         ({"objective": "iw", "loss_type": "dft"}, "write objective='dft'"),

@@ -18,6 +18,9 @@ CITATIONS = {
     "2508.17784": ("zhu2025proximal", "Proximal Supervised Fine-Tuning", "Zhu, Wenhong and Xie, Ruobing and Wang, Rui and Sun, Xingwu and Wang, Di and Liu, Pengfei"),
     "2509.23753": ("zhu2025anchored", "Anchored Supervised Fine-Tuning", "Zhu, He and Su, Junyou and Lai, Peng and Ma, Ren and Zhang, Wenjia and Yang, Linyi and Chen, Guanhua"),
     "2601.02151": ("diao2026entropy", "Entropy-Adaptive Fine-Tuning: Resolving Confident Conflicts to Mitigate Forgetting", "Diao, Muxi and Yang, Lele and Gong, Wuxuan and Zhang, Yutong and Yan, Zhonghao and Han, Yufei and Liang, Kongming and Xu, Weiran and Ma, Zhanyu"),
+    "2503.14286": ("leroux2025tapered", "Tapered Off-Policy REINFORCE: Stable and efficient reinforcement learning for LLMs", "Le Roux, Nicolas and Bellemare, Marc G. and Lebensold, Jonathan and Bergeron, Arnaud and Greaves, Joshua and Fréchette, Alex and Pelletier, Carolyne and Thibodeau-Laufer, Eric and Toth, Sándor and Work, Sam"),
+    "2601.09195": ("liu2026profit", "ProFit: Leveraging High-Value Signals in SFT via Probability-Guided Token Selection", "Liu, Tao and Wu, Taiqiang and Yang, Runming and Sun, Shaoning and Wang, Junjie and Yang, Yujiu"),
+    "2602.01058": ("zhang2026good", "Good SFT Optimizes for SFT, Better SFT Prepares for Reinforcement Learning", "Zhang, Dylan and Xu, Yufeng and Wang, Haojin and Chen, Qingzhi and Peng, Hao"),
 }  # fmt: skip
 
 

@@ -44,7 +44,7 @@ PROBLEM_COLUMNS = ("prompt", "problem", "question")
 _TAKEN = {
     "prompt", "completion", "id", "source", "answer", "num_sampled", "num_correct", "self_sampled", "self_correct", "completion_ids", "behavior_log_probs",
     "model", "model_revision", "temperature", "top_p", "top_k", "behavior_prompt", "messages", "conversations", "text", "input_ids", "labels", "attention_mask", "seq_lengths",
-    "completion_mask", "assistant_masks", "weight", "initial_log_prob",
+    "completion_mask", "assistant_masks", "weight", "reward", "initial_log_prob",
 }  # fmt: skip
 
 

@@ -1,5 +1,5 @@
 """
-Per-token columns (log μ, source, weight): aligned with a row's `input_ids`, and kept so by `RewriteDataCollator`.
+Per-token columns (log μ, source, weight, reward): aligned with a row's `input_ids`, and kept so by `RewriteDataCollator`.
 """
 
 import math
@@ -26,6 +26,7 @@ TOKEN_COLUMNS = {
     "old_log_probs": (float("nan"), torch.float32),
     "source_ids": (-1, torch.int8),
     "weight": (1.0, torch.float32),
+    "reward": (float("nan"), torch.float32),
 }
 SOURCE_IDS = {str(source): i for i, source in enumerate(Source)}
 # A dataset with one of these columns was made by this package and must be aligned; other columns may belong to the
@@ -38,20 +39,23 @@ class RewriteDataCollator(DataCollatorForLanguageModeling):
     """
     TRL's language-modelling batch plus, where the examples have them, `behavior_log_probs` (B, T) float32, NaN where μ
     is unknown, `reference_log_probs` (B, T) float32 likewise, `source_ids` (B, T) int8, -1 on padding, and `weight`
-    (B, T) float32, the example's own weight; aligned with `input_ids` padded, padding-free and packed. All of them
+    and `reward` (B, T) float32, the example's own, NaN where it has no reward; aligned with `input_ids` padded, padding-free and packed. All of them
     count beside `behavior_log_probs` only: examples without it have columns of the user's own.
 
     Args:
         vocab_size (`int`, *optional*): Number of the model's token embeddings; the trainer sets it.
         scored_columns (`list[str]`, *optional*): Columns that count in any example, for the trainer, which sets this,
             has computed them.
+        takes_reward (`bool`, *optional*, defaults to `True`): Whether the objective does; the trainer sets it.
 
     Raises:
-        ValueError: A column does not have one value per token, or a token id is none of the model's.
+        ValueError: A column does not have one value per token, a token id is none of the model's, or a reward is below
+            0 that the objective would not look at.
     """
 
     vocab_size: int | None = None
     scored_columns: list[str] = field(default_factory=list)
+    takes_reward: bool = True
 
     @classmethod
     def like(cls, collator: DataCollatorForLanguageModeling) -> "RewriteDataCollator":
@@ -77,6 +81,11 @@ class RewriteDataCollator(DataCollatorForLanguageModeling):
                         f"`{name}` has {len(column)} values for {len(example['input_ids'])} tokens; it needs one per token of "
                         "`input_ids`. Did something truncate or re-tokenise the text after it was written?"
                     )
+            if name == "reward" and not self.takes_reward and any((column < 0).any() for column in columns):
+                raise ValueError(
+                    "The dataset was prepared for an objective that takes rewards, and some are below 0: this objective would train the model "
+                    "to write these rows. Use objective='topr', or leave them out."
+                )
             if self.padding_free:
                 columns = [torch.cat(columns)]
             output[name] = pad(
@@ -106,13 +115,17 @@ def align_row(
     recompute: bool = False,
     source_column: str | None = None,
     weight_column: str | None = None,
+    objective_of: dict[str | None, str | None] | None = None,
     streaming: bool = False,
 ) -> dict:
     """
-    `input_ids`, `labels`, `behavior_log_probs`, `source_ids` and `weight` of row `index`, all of the same length.
+    `input_ids`, `labels`, `behavior_log_probs`, `source_ids`, `weight` and `reward` of row `index`, all of the same
+    length.
 
     A row with `completion_ids` becomes prompt + those ids; any other keeps what TRL made of it, with μ unknown. With
-    `recompute` the row's own log-probs are left out, and it is only checked that they can be computed.
+    `recompute` the row's own log-probs are left out, and it is only checked that they can be computed. `objective_of`
+    is the objective's name by source (`None`: of all others; no name: a function of the user's own), where the column
+    `reward` is one of ours.
     """
     completion_ids = example.get("completion_ids") or []
     text = next((example[name] for name in ("prompt", "messages", "text") if name in example), "")  # for errors
@@ -152,13 +165,46 @@ def align_row(
             f"Row {index} has {weight_column}={weight!r:.100}, and a weight must be a finite number of at least 0 (a missing one is 1). If the column is "
             f"none of weights, rename it; weight_column says which one is: {text!r:.200}"
         )
+    reward = math.nan
+    if objective_of is not None:
+        objective = objective_of.get(source if isinstance(source, str) else None, objective_of[None])
+        reward = _checked_reward(example.get("reward"), index, objective, bool(log_probs) or recompute, text)
     return {
         "input_ids": input_ids,
         "labels": labels,
         "behavior_log_probs": unknown + log_probs,
         "source_ids": [SOURCE_IDS.get(source, -1) if isinstance(source, str) else -1] * len(input_ids),
         "weight": [1.0 if weight is None else float(weight)] * len(input_ids),
+        "reward": [reward] * len(input_ids),
     }
+
+
+def _checked_reward(reward, index: int, objective: str | None, has_log_probs: bool, text) -> float:
+    """
+    A row's reward, NaN for none; `ValueError` if it is no number, its objective would learn what it forbids, or needs
+    another one.
+    """
+    if reward is None or reward != reward:
+        reward = math.nan
+    if not isinstance(reward, Real) or math.isinf(reward):
+        raise ValueError(f"Row {index} has reward={reward!r:.100}, which is no finite number: {text!r:.200}")
+    if objective == "topr" and not abs(reward) > 0:
+        raise ValueError(
+            f"Row {index} has the reward {reward}, and objective='topr' needs one above 0 (to be learned) or below (to be unlearned). Train on what "
+            "`trl-offpolicy rows RUN --keep all` writes, or choose topr for the sources that have rewards only: objective={'self': 'topr', 'expert': "
+            f"'nll'}}: {text!r:.200}"
+        )
+    if objective == "topr" and reward < 0 and not has_log_probs:
+        raise ValueError(
+            f"Row {index} has the reward {reward} but no `behavior_log_probs`: what is pushed down is weighted by π/μ, without which it would be "
+            f"pushed for ever. Leave the row out, or train on rows that carry log μ: {text!r:.200}"
+        )
+    if objective not in (None, "topr") and reward < 0:
+        raise ValueError(
+            f"Row {index} has the reward {reward}, and objective={objective!r} does not look at rewards: it would train the model to write this row, "
+            f"which was judged wrong. Use objective='topr', leave out the rows with a reward below 0, or rename a column that means something else: {text!r:.200}"
+        )
+    return float(reward)
 
 
 def warn_of_unknown_sources(sources) -> None:

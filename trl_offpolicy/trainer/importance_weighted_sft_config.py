@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 from ..data.rows import Source
-from .losses import CLIP_MODES, EXPERT_WEIGHTINGS, OBJECTIVES
+from .losses import CLIP_MODES, EXPERT_WEIGHTINGS, OBJECTIVES, THRESHOLD_MODES, THRESHOLD_POLICIES
 
 
 @dataclass
@@ -24,14 +24,18 @@ class ImportanceWeightedSFTConfig(SFTConfig):
             per token). `"iw_sequence"`: the length-normalised sequence ratio (arXiv 2507.12856). `"psft"`: π/π_old, 0
             above 1 + `epsilon_high` (arXiv 2508.17784). `"asft"`: `dft` plus `beta`·KL(π_0‖π) over the vocabulary
             (arXiv 2509.23753). `"eaft"`: normalised entropy of the 20 likeliest tokens, to the power `alpha` (arXiv
-            2601.02151). A dict chooses by source, `{"self": "iw", "expert": "dft"}`, with `nll` for what it does not
+            2601.02151). `"threshold"`: 1 for tokens likelier than `tau`, 0 or less for others (arXiv 2601.09195,
+            2501.14315). `"pear"`: the ratio π/μ of what follows a token (arXiv 2602.01058). `"topr"`: by the rows'
+            column `reward`, 1 for right ones and -min(π/μ, 1) of the sequence for wrong ones (arXiv 2503.14286). A dict chooses by source, `{"self": "iw", "expert": "dft"}`, with `nll` for what it does not
             name. A function of your own gets the arguments that `losses.py` lists and returns weights.
-        clip_min (`float`, *optional*): Smallest importance weight; named as in `GRPOConfig`.
+        clip_min (`float`, *optional*): Smallest importance weight; named as in `GRPOConfig`. Under `dft`, `p_alpha`,
+            `asft` and `threshold`, the smallest weight of a token: with a base model write 0.1, or an end of turn that
+            it gives no probability is never learned. By default 0, as in the papers.
         clip_max (`float`, *optional*, defaults to `3.0`): Largest importance weight; GRPO's name and value. `None` for
             no limit.
         clip_mode (`str`, *optional*, defaults to `"truncate"`): Weights outside the limits become the limit, or 0
             (`"mask"`).
-        expert_weighting (`str`, *optional*, defaults to `"one"`): Under `iw` and `iw_sequence`, the weight of tokens
+        expert_weighting (`str`, *optional*, defaults to `"one"`): Under `iw`, `iw_sequence` and `pear`, the weight of tokens
             without a behaviour log-prob (demonstrations): `"one"` (as SFT), `"dft"` (π), or `"base"` (π/π_0).
         weight_column (`str`, *optional*): Column whose number multiplies the weights of an example's tokens (they
             still count as before in the denominator). Unset, it is `weight`, but only beside `completion_ids` or
@@ -43,6 +47,12 @@ class ImportanceWeightedSFTConfig(SFTConfig):
             this model is the one that was sampled.
         alpha (`float`, *optional*, defaults to `1.0`): Exponent of `p_alpha` and `eaft`.
         beta (`float`, *optional*, defaults to `0.1`): KL coefficient of `asft` (the paper uses 0.05 to 0.1).
+        tau (`float`, *optional*, defaults to `0.1`): Probability of a token below which `threshold` limits its weight.
+        threshold_mode (`str`, *optional*, defaults to `"mask"`): What `threshold` does there: weight 0 (`"mask"`) or
+            π/`tau` (`"taper"`).
+        threshold_policy (`str`, *optional*, defaults to `"current"`): Whose probability it is: of the policy that is
+            trained, or of the one before training (`"initial"`).
+        gamma (`float`, *optional*, defaults to `0.999`): Discount of `pear`, by which earlier tokens weigh less.
         epsilon_high (`float`, *optional*, defaults to `0.28`): Under `psft`, a ratio above 1 + `epsilon_high` gives no
             gradient.
         steps_per_outer_batch (`int`, *optional*, defaults to `8`): Under `psft`, the optimizer steps of an outer
@@ -63,7 +73,12 @@ class ImportanceWeightedSFTConfig(SFTConfig):
             '{"self": "iw", "expert": "dft"}. Without it: what loss_type says, else the default of the trainer.'
         },
     )
-    clip_min: float | None = field(default=None, metadata={"help": "Smallest importance weight under iw."})
+    clip_min: float | None = field(
+        default=None,
+        metadata={
+            "help": "Smallest weight under iw, dft, p_alpha, asft and threshold; 0.1 lets a base model learn to end a turn under dft."
+        },
+    )
     clip_max: float | None = field(default=3.0, metadata={"help": "Largest importance weight under iw."})
     clip_mode: str = field(
         default="truncate",
@@ -93,6 +108,21 @@ class ImportanceWeightedSFTConfig(SFTConfig):
     )
     alpha: float = field(default=1.0, metadata={"help": "Exponent of p_alpha and eaft."})
     beta: float = field(default=0.1, metadata={"help": "KL coefficient of asft."})
+    tau: float = field(
+        default=0.1, metadata={"help": "Probability of a token below which threshold limits its weight."}
+    )
+    threshold_mode: str = field(
+        default="mask",
+        metadata={"help": "Below tau a token weighs 0 (mask) or π/tau (taper).", "choices": THRESHOLD_MODES},
+    )
+    threshold_policy: str = field(
+        default="current",
+        metadata={
+            "help": "Whose probability is compared with tau: the policy that is trained, or the initial one.",
+            "choices": THRESHOLD_POLICIES,
+        },
+    )
+    gamma: float = field(default=0.999, metadata={"help": "Discount of pear, by which earlier tokens weigh less."})
     epsilon_high: float = field(
         default=0.28, metadata={"help": "Under psft, a ratio above 1 + this gives no gradient."}
     )
@@ -132,11 +162,16 @@ class ImportanceWeightedSFTConfig(SFTConfig):
             raise ValueError(
                 f"You passed objective={self.objective!r}; {sorted(unknown)} is no source. Use {[str(s) for s in Source]}."
             )
-        for name, values in (("expert_weighting", EXPERT_WEIGHTINGS), ("clip_mode", CLIP_MODES)):
+        for name, values in (
+            ("expert_weighting", EXPERT_WEIGHTINGS),
+            ("clip_mode", CLIP_MODES),
+            ("threshold_mode", THRESHOLD_MODES),
+            ("threshold_policy", THRESHOLD_POLICIES),
+        ):
             if getattr(self, name) not in values:
                 raise ValueError(f"You passed {name}={getattr(self, name)!r}; use one of {list(values)}.")
-        if "iw_sequence" in self.objectives:
-            self._check_sequences_stay_whole()
+        for objective in {"iw_sequence", "pear", "topr"}.intersection(self.objectives):
+            self._check_sequences_stay_whole(objective)
         if self.loss_type != "nll":
             raise ValueError(
                 f"You passed loss_type={self.loss_type!r} together with objective={self.objective!r}; the objective is what "
@@ -150,18 +185,21 @@ class ImportanceWeightedSFTConfig(SFTConfig):
         for name, low in (("beta", 0), ("epsilon_high", 0), ("steps_per_outer_batch", 0), ("alpha", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"You passed {name}={getattr(self, name)}; it must be at least {low}.")
+        for name in ("tau", "gamma"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"You passed {name}={getattr(self, name)}; it must be above 0 and at most 1.")
         if self.clip_min is not None and self.clip_max is not None and self.clip_min > self.clip_max:
             raise ValueError(f"You passed clip_min={self.clip_min} above clip_max={self.clip_max}; swap them.")
 
-    def _check_sequences_stay_whole(self) -> None:
+    def _check_sequences_stay_whole(self, objective: str) -> None:
         if self.packing and self.packing_strategy != "bfd":
             raise ValueError(
-                f"objective='iw_sequence' needs whole examples, but packing_strategy={self.packing_strategy!r} cuts examples in two. "
+                f"objective={objective!r} needs whole examples, but packing_strategy={self.packing_strategy!r} cuts examples in two. "
                 "Use packing_strategy='bfd'."
             )
         if self.eval_packing and not self.packing:  # TRL's collator is not padding-free then
             raise ValueError(
-                "objective='iw_sequence' needs to know where an example ends, but eval_packing=True without packing=True shows a packed row to "
+                f"objective={objective!r} needs to know where an example ends, but eval_packing=True without packing=True shows a packed row to "
                 "the model as one example. Write eval_packing=False."
             )
 

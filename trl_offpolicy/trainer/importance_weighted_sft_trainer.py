@@ -35,6 +35,7 @@ from trl.data_utils import get_dataset_column_names
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..data.loading import hub_origin
+from ..data.turns import end_of_turn_id
 from ..data.whole_file import write_whole
 from ..sampling.log_probs import causal_lm, hidden_states, kl_divergence, lm_head, top_k_entropy
 from .data_collator import (
@@ -48,13 +49,16 @@ from .data_collator import (
 )
 from .importance_weighted_sft_config import ImportanceWeightedSFTConfig
 from .initial_policy import InitialPolicy, without_training
-from .losses import NO_LIMITS, OBJECTIVES, diagnostic_means, weight_diagnostics
+from .losses import NO_LIMITS, OBJECTIVES, diagnostic_means, objectives_with, weight_diagnostics
 from .model_card import trained_model_card
 
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import BitsAndBytesConfig, PreTrainedModel
+
+
+END_OF_TURN = "/end_of_turn"  # behind the names of the metrics of such tokens
 
 
 class ImportanceWeightedSFTTrainer(SFTTrainer):
@@ -64,8 +68,8 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
     Rows that carry `completion_ids` (what `DataRewriter` writes) are trained on exactly those ids, after their
     `prompt` rendered with the training chat template, and `behavior_log_probs` are aligned with them. Other rows go
     through TRL's own preparation. Beside TRL's metrics it logs what `losses.diagnostic_means` lists (`nll`, `weight`,
-    `ess`, `kl` to μ, …), over all tokens and for each source there is (`nll/self`), and under `asft` its
-    `reference_kl`.
+    `ess`, `kl` to μ, …), over all tokens and for each source there is (`nll/self`), `weight/end_of_turn`, and under
+    `asft` its `reference_kl`.
 
     A column `weight` beside those, or the one that `weight_column` names, multiplies an example's weights.
 
@@ -131,9 +135,12 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         self.objective = args.objective
         self.objectives = args.objectives
         self._weight_column = args.weight_column
-        ratio_to_base = any(o in ("iw", "iw_sequence") or callable(o) for o in self.objectives)
-        reference = ("psft" in self.objectives and not args.steps_per_outer_batch) or (
-            args.expert_weighting == "base" and ratio_to_base
+        self._takes_reward = any(o == "topr" or callable(o) for o in self.objectives)
+        ratio_to_base = any(callable(o) or o in objectives_with("expert_weighting") for o in self.objectives)
+        reference = (
+            ("psft" in self.objectives and not args.steps_per_outer_batch)
+            or ("threshold" in self.objectives and args.threshold_policy == "initial")
+            or (args.expert_weighting == "base" and ratio_to_base)
         )
         # Columns that the initial policy computes before training.
         self._scored_columns = ["behavior_log_probs"] * args.precompute_behavior_log_probs
@@ -142,6 +149,8 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         # ready.
         self._whole: set[str] = set()
         self._finished: set[str] = set()
+        self._mean_length: torch.Tensor | None = None  # trained tokens per example of the optimizer step, for topr
+        self._end_is_learned: bool | None = None  # not known before the first end of turn
         self._outer: list = []  # what is left of psft's outer batch, and the epoch's iterator that it came from
         self._outer_source = None
         if any(map(callable, self.objectives)):  # a function cannot be saved with the arguments in a checkpoint
@@ -161,6 +170,8 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         if isinstance(self.data_collator, RewriteDataCollator):
             self.data_collator.vocab_size = self._vocab_size()
             self.data_collator.scored_columns = self._scored_columns
+            self.data_collator.takes_reward = self._takes_reward
+        self._ends_of_turn = {end_of_turn_id(self._tokenizer), self._tokenizer.eos_token_id} - {None}
         self._rows_are_aligned = "behavior_log_probs" in get_dataset_column_names(self.train_dataset)
         self._describe(train_dataset)
         self._refuse_what_has_no_weights()
@@ -183,13 +194,15 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
     def _describe(self, train_dataset) -> None:
         """What the model card says of the training rows, and what the user should know of their columns."""
         columns = get_dataset_column_names(train_dataset)
-        source, weight = self._our_columns(columns)
+        source, weight, reward = self._our_columns(columns)
         self.num_train_rows = getattr(train_dataset, "num_rows", 0)
         self.train_dataset_id = hub_origin(train_dataset).get("dataset_name")
         sources = train_dataset.with_format(None)[source] if source and self.num_train_rows else ()
         self.train_sources = Counter(map(str, sources))
         if not SOURCE_IDS.keys() >= self.train_sources.keys():
             self.train_sources = Counter()
+        rewards = train_dataset.with_format(None)[reward] if reward and self.num_train_rows else ()
+        self.num_unlearned_rows = sum(isinstance(x, int | float) and x < 0 for x in rewards)
         if self.args.weight_column and not (self._rows_are_aligned and (weight or "source_ids" in columns)):
             raise ValueError(
                 f"You passed weight_column={self.args.weight_column!r}, but "
@@ -214,12 +227,13 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
                 stacklevel=3,
             )
 
-    def _our_columns(self, columns) -> tuple[str | None, str | None]:
-        """The names of the columns that hold a row's source and its weight, among the `columns` of a dataset."""
+    def _our_columns(self, columns) -> tuple[str | None, str | None, str | None]:
+        """The names of the columns that hold a row's source, weight and reward, among the `columns` of a dataset."""
         rewritten = bool(ROW_COLUMNS.intersection(columns))
         source = "source" if "source" in columns and (rewritten or isinstance(self.objective, dict)) else None
         weight = self._weight_column or ("weight" if rewritten else None)
-        return source, weight if weight in columns else None
+        reward = "reward" if "reward" in columns and (rewritten or "topr" in self.objectives) else None
+        return source, weight if weight in columns else None, reward
 
     def _refuse_what_has_no_weights(self) -> None:
         parallelism = getattr(self.accelerator, "parallelism_config", None)
@@ -232,7 +246,12 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
             datasets = [self.train_dataset, *_named(self.eval_dataset).values()]
             columns = {c for data in datasets for c in get_dataset_column_names(data)} & ROW_COLUMNS
             by_source = isinstance(self.objective, dict)
-            if columns or by_source or self._scored_columns or {"asft", "eaft", "psft"}.intersection(self.objectives):
+            if (
+                columns
+                or by_source
+                or self._scored_columns
+                or {"asft", "eaft", "psft", "pear", "topr"}.intersection(self.objectives)
+            ):
                 raise ValueError(
                     "The dataset has images: TRL tokenises those in the collator, where our per-token columns cannot be aligned with "
                     f"them. Train on text, or drop the columns {sorted(columns)} and use the objective nll, dft or p_alpha."
@@ -261,7 +280,8 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         refuses if there are no others.
         """
         by_source = self.objective if isinstance(self.objective, dict) else dict.fromkeys(SOURCE_IDS, self.objective)
-        weighted = [SOURCE_IDS[source] for source, name in by_source.items() if name in ("iw", "iw_sequence")]
+        with_ratio = objectives_with("expert_weighting")
+        weighted = [SOURCE_IDS[source] for source, o in by_source.items() if not callable(o) and o in with_ratio]
         rows = self.train_dataset
         if (
             not weighted
@@ -326,7 +346,8 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
             "seq_lengths" in columns or {"behavior_log_probs", "source_ids"} <= columns
         )
         if not prepared:
-            if not any(self._our_columns(columns)) and not ROW_COLUMNS & columns and not self._scored_columns:
+            ours = any(self._our_columns(columns)) or ROW_COLUMNS & columns or "topr" in self.objectives
+            if not ours and not self._scored_columns:
                 return super()._prepare_dataset(
                     dataset, processing_class, args, packing, formatting_func, dataset_name
                 )
@@ -349,7 +370,8 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         columns = get_dataset_column_names(dataset)
         # In rows that are not tokenized yet, columns of these names are the user's own.
         dataset = dataset.remove_columns([c for c in ("reference_log_probs", "old_log_probs") if c in columns])
-        source, weight = self._our_columns(columns)
+        source, weight, reward = self._our_columns(columns)
+        names = {k: o if isinstance(o, str) else None for k, o in self._objective_of().items()}
         map_kwargs = {"num_proc": args.dataset_num_proc} if hasattr(dataset, "num_rows") else {}
         if source and map_kwargs:
             warn_of_unknown_sources(dataset[source])
@@ -367,6 +389,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
                     "recompute": args.precompute_behavior_log_probs,
                     "source_column": source,
                     "weight_column": weight,
+                    "objective_of": names if reward or "topr" in self.objectives else None,
                     "streaming": not map_kwargs,
                 },
                 **map_kwargs,
@@ -482,6 +505,20 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """
+        One optimizer step's. For `topr` it is told how long their examples are, which no micro-batch can tell.
+        """
+        batches, num_items = self._next_step(epoch_iterator, num_batches, device)
+        if "topr" in self.objectives and num_items is not None:
+            rows = ((b["labels"], b.get("seq_idx", torch.arange(len(b["labels"]))[:, None])) for b in batches)
+            examples = sum(_num_examples(labels[:, 1:] != -100, ids) for labels, ids in rows)
+            examples = torch.tensor(examples, device=device)
+            if self.args.average_tokens_across_devices:
+                examples = self.accelerator.gather(examples).sum()
+            self._mean_length = torch.as_tensor(num_items, device=device) / examples.clamp(min=1)
+        return batches, num_items
+
+    def _next_step(self, epoch_iterator, num_batches, device):
+        """
         Under `psft`, an outer batch at a time: its rows are scored by the policy as it is before the first of them
         trains it.
         """
@@ -518,12 +555,15 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
                 "leaves them out of the batch, so that all weights would be 1. Let it subclass trl_offpolicy.RewriteDataCollator, or drop the "
                 f"columns {sorted(ROW_COLUMNS)} from the dataset and pass no weight_column."
             )
-        missing = [name for name in self._scored_columns if name not in columns]
+        needed = [*self._scored_columns, *["reward"] * ("topr" in self.objectives)]
+        missing = [name for name in needed if name not in columns]
         if missing:
             raise ValueError(
                 f"The batch has no {' and no '.join(missing)}, which the weights need. Give the dataset to the constructor, or with "
                 "skip_prepare_dataset=False to `evaluate`, where it is computed; and let a data collator of your own subclass RewriteDataCollator."
             )
+        ends = torch.tensor(sorted(self._ends_of_turn), dtype=torch.long, device=inputs["input_ids"].device)
+        columns["is_end_of_turn"] = torch.isin(inputs["input_ids"][:, 1:], ends).float()
         if "seq_idx" in inputs:  # padding-free: one row holds several examples
             columns["segment_ids"] = inputs["seq_idx"][:, 1:]
 
@@ -558,8 +598,8 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
             objective = next((_name(o) for o in self.objectives if callable(o)), self.objective)
             raise ValueError(
                 f"The weight of a token is {weights[row, position].item()} under objective={objective!r}: a function of your own must return "
-                "finite weights, a row's own weight must be finite, and a ratio π/μ needs finite `behavior_log_probs` and a clip_max. The token is "
-                "the last of "
+                "finite weights, a row's own weight must be finite, a ratio π/μ needs finite `behavior_log_probs` and a clip_max, and topr a reward. The "
+                "token is the last of "
                 f"{text!r}"
             )
 
@@ -622,14 +662,23 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
             "entropy": outputs.entropy.detach(),
             "top_k_entropy": extra["top_k_entropy"],
             "segment_ids": column("segment_ids", 0) if "segment_ids" in columns else rows,
+            "reward": column("reward", torch.nan),
         }
-        own = column("weight", 1.0)
+        if self._takes_reward:
+            mean_length = self._mean_length if self.model.training else None
+            if mean_length is None:  # called by itself: this batch is all that it sees
+                mean_length = mask.sum() / max(1, _num_examples(mask, known["segment_ids"]))
+            known["mean_length"] = mean_length
+        own, is_end = column("weight", 1.0), mask & (column("is_end_of_turn", 0.0) == 1)
         # Zero where a token is not trained on: its log-prob is 0, and a ratio to it may be infinite.
-        weights = torch.where(mask, self._token_weights(known, source, {}) * own, 0.0)
-        unlimited = weights
-        if {"iw", "iw_sequence", "psft"}.intersection(self.objectives):
+        weights = torch.where(mask, self._token_weights(known, source, {}), 0.0)
+        if self.model.training and self._end_is_learned is None:
+            self._warn_of_unlearned_end(weights[is_end & self._has_objective(objectives_with("clip_min"), source)])
+        weights, unlimited = weights * own, weights * own
+        if any(isinstance(o, str) and o not in ("nll", "eaft") for o in self.objectives):
             unlimited = torch.where(mask, self._token_weights(known, source, NO_LIMITS) * own, 0.0)
-        groups = torch.stack([mask, *(mask & (source == i) for i in SOURCE_IDS.values())])  # all, then each source's
+        # All, each source's, and the ends of turns.
+        groups = torch.stack([mask, *(mask & (source == i) for i in SOURCE_IDS.values()), is_end])
         sums, extremes = weight_diagnostics(
             weights, unlimited, log_probs, behavior, known["entropy"], outputs.is_top1, groups
         )
@@ -644,13 +693,37 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         self._diagnostics[mode] = sums, extremes
         if extra["kl"] is None:
             return weights, 0.0
-        if isinstance(self.objective, dict):
-            named = [SOURCE_IDS[name] for name, objective in self.objective.items() if objective == "asft"]
-            mask = mask & torch.isin(source, torch.tensor(named, device=source.device))
+        mask = mask & self._has_objective({"asft"}, source)
         kl = torch.where(mask, extra["kl"], 0.0)
         total = self.accelerator.gather(torch.stack([kl.detach().sum(), mask.sum()])[None]).sum(0)
         self._metrics[mode]["reference_kl"].append((total[0] / total[1].clamp(min=1)).item())
         return weights, self.args.beta * own * kl
+
+    def _has_objective(self, names: set[str], source: torch.Tensor) -> torch.Tensor:
+        """Which of the tokens with these sources have one of the named objectives."""
+        own = {k for k, o in self._objective_of().items() if isinstance(o, str) and o in names}
+        ids = [-1] * (None in own) + [i for name, i in SOURCE_IDS.items() if name in own]
+        if None in own:
+            ids += [i for name, i in SOURCE_IDS.items() if name not in self._objective_of()]
+        return torch.isin(source, torch.tensor(ids, dtype=source.dtype, device=source.device))
+
+    def _objective_of(self) -> dict:
+        """The objective by source; `None` stands for whatever is not named."""
+        return {**self.objective, None: "nll"} if isinstance(self.objective, dict) else {None: self.objective}
+
+    def _warn_of_unlearned_end(self, weights: torch.Tensor) -> None:
+        """Of the first ends of turns that are trained on, under objectives whose weight vanishes with π."""
+        if not weights.numel():
+            return
+        mean = weights.mean().item()
+        self._end_is_learned = mean >= 0.01
+        if not self._end_is_learned:
+            warnings.warn(
+                f"The end of a turn has a weight of {mean:.1g} under objective={self.args.objective!r}, since the model gives it hardly any probability: "
+                "it will hardly be learned, and a model that never ends its turn repeats itself. Base models are so with the end of a chat turn; write "
+                "clip_min=0.1, the smallest weight of a token. `weight/end_of_turn` is logged.",
+                stacklevel=2,
+            )
 
     def _token_weights(self, known: dict[str, torch.Tensor], source: torch.Tensor, limits: dict) -> torch.Tensor:
         def weights_of(objective):
@@ -670,9 +743,11 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         mode = "train" if self.model.training else "eval"
         metrics = {}
         if mode in self._diagnostics:
-            groups = zip(["", *(f"/{name}" for name in SOURCE_IDS)], *self._diagnostics.pop(mode), strict=True)
-            for suffix, *group in groups:
-                metrics |= {name + suffix: value for name, value in diagnostic_means(*group).items()}
+            suffixes = ["", *(f"/{name}" for name in SOURCE_IDS), END_OF_TURN]
+            for suffix, *group in zip(suffixes, *self._diagnostics.pop(mode), strict=True):
+                means = diagnostic_means(*group)
+                wanted = ("nll", "weight") if suffix == END_OF_TURN else means
+                metrics |= {name + suffix: means[name] for name in wanted if name in means}
         metrics |= {key: sum(values) / len(values) for key, values in self._metrics[mode].items()}
         if mode == "eval":
             # Each eval set under its own prefix; TRL adds its own keys as `eval_entropy` for all of them, and the last
@@ -711,6 +786,11 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
 
 def _name(objective) -> str:
     return objective if isinstance(objective, str) else getattr(objective, "__name__", type(objective).__name__)
+
+
+def _num_examples(mask: torch.Tensor, segment_ids: torch.Tensor) -> int:
+    """How many examples have a token in `mask` (B, T)."""
+    return segment_ids.to(mask.device)[:, -mask.shape[1] :].expand_as(mask)[mask].unique().numel()
 
 
 def _checked(weights, shape: torch.Size, objective) -> torch.Tensor:

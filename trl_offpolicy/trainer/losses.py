@@ -15,10 +15,13 @@ and so does one of a user's own:
     top_k_entropy         entropy of π's 20 likeliest tokens, renormalised, over ln 20; None unless `eaft` is in the
                           run
     segment_ids           int, equal for the tokens of one example (packed examples are told apart)
+    reward                float32, the example's own at each of its tokens; NaN where it has none
+    mean_length           float32 of shape (): trained tokens per example, over all that one optimizer step sees
 
 Weights are (B, T) float32 without gradient.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -27,6 +30,8 @@ import torch
 
 EXPERT_WEIGHTINGS = ("one", "dft", "base")
 CLIP_MODES = ("truncate", "mask")
+THRESHOLD_MODES = ("mask", "taper")
+THRESHOLD_POLICIES = ("current", "initial")
 
 
 def nll_weights(log_probs: torch.Tensor, **_) -> torch.Tensor:
@@ -34,14 +39,42 @@ def nll_weights(log_probs: torch.Tensor, **_) -> torch.Tensor:
     return torch.ones_like(log_probs, dtype=torch.float32)
 
 
-def dft_weights(log_probs: torch.Tensor, **_) -> torch.Tensor:
-    """π(y_t): Dynamic Fine-Tuning (arXiv 2508.05629, eq. 9), importance weights with μ ≡ 1."""
-    return log_probs.float().exp()
+def dft_weights(log_probs: torch.Tensor, clip_min: float | None = None, **_) -> torch.Tensor:
+    """
+    π(y_t), at least `clip_min`: Dynamic Fine-Tuning (arXiv 2508.05629, eq. 9), importance weights with μ ≡ 1.
+
+    Without `clip_min` a token that the model gives no probability is never learned, such as the end of turn in a base
+    model.
+    """
+    return p_alpha_weights(log_probs, clip_min=clip_min)
 
 
-def p_alpha_weights(log_probs: torch.Tensor, alpha: float = 1.0, **_) -> torch.Tensor:
-    """π(y_t)^α: the gradient of (1 - π^α)/α (arXiv 2510.00526). α = 0 is `nll`, α = 1 is `dft`."""
-    return (alpha * log_probs.float()).exp()
+def p_alpha_weights(log_probs: torch.Tensor, alpha: float = 1.0, clip_min: float | None = None, **_) -> torch.Tensor:
+    """
+    π(y_t)^α, at least `clip_min`: the gradient of (1 - π^α)/α (arXiv 2510.00526). α = 0 is `nll`, α = 1 is `dft`.
+    """
+    return (alpha * log_probs.float()).exp().clamp(min=clip_min or 0.0)
+
+
+def threshold_weights(
+    log_probs: torch.Tensor,
+    reference_log_probs: torch.Tensor,
+    tau: float = 0.1,
+    threshold_mode: str = "mask",
+    threshold_policy: str = "current",
+    clip_min: float | None = None,
+    **_,
+) -> torch.Tensor:
+    """
+    1 where a token's probability p is above τ, and below it 0 (`mask`) or p/τ (`taper`), at least `clip_min`.
+
+    p is that under the policy being trained (`current`), which is ProFit (arXiv 2601.09195, τ = 0.1), or that before
+    training (`initial`), which is selective token masking (arXiv 2501.14315: τ = 0.4, a perplexity of 2.5); `taper` is
+    TrSFT's form (arXiv 2512.17636).
+    """
+    p = (log_probs if threshold_policy == "current" else reference_log_probs).float().exp()
+    below = p / tau if threshold_mode == "taper" else torch.zeros_like(p)
+    return torch.where(p > tau, 1.0, below.clamp(min=clip_min or 0.0))
 
 
 def psft_weights(
@@ -105,12 +138,80 @@ def sequence_importance_weights(
     behavior_log_probs = _with_base(behavior_log_probs, reference_log_probs, expert_weighting)
     known = mask.bool() & ~torch.isnan(behavior_log_probs)
     log_ratio = torch.where(known, log_probs.float() - behavior_log_probs.float(), 0.0)
-    _, index = segment_ids.reshape(-1).unique(return_inverse=True)
-    sums = torch.zeros(2, int(index.max()) + 1, device=log_ratio.device)  # log-ratio and tokens of each example
-    sums[0].index_add_(0, index, log_ratio.reshape(-1))
-    sums[1].index_add_(0, index, known.reshape(-1).float())
-    mean = (sums[0] / sums[1])[index].view_as(log_ratio)  # 0/0 = NaN: no token of the example has a known μ
+    # 0/0 = NaN: no token of the example has a known μ
+    mean = _example_sums(log_ratio, segment_ids) / _example_sums(known.float(), segment_ids)
     return _clipped(mean, log_probs, clip_min, clip_max, clip_mode, expert_weighting)
+
+
+def pear_weights(
+    log_probs: torch.Tensor,
+    behavior_log_probs: torch.Tensor,
+    mask: torch.Tensor,
+    segment_ids: torch.Tensor,
+    gamma: float = 0.999,
+    expert_weighting: str = "one",
+    reference_log_probs: torch.Tensor | None = None,
+    log_ratio_range: tuple[float, float] = (-0.08, 0.3),
+    log_weight_range: tuple[float, float] = (-10.0, 5.0),
+    **_,
+) -> torch.Tensor:
+    """
+    γ^(T-t)·exp(Σ_{j>t} δ_j) with δ_j = log π(y_j)/μ(y_j), limited to `log_ratio_range`, and the log of the product to
+    `log_weight_range`: PEAR (arXiv 2602.01058). A token weighs as much as the policy would go on as the row does.
+
+    T is the example's last trained token, and the sum runs over those behind t. Unknown μ as in `importance_weights`.
+    """
+    behavior_log_probs = _with_base(behavior_log_probs, reference_log_probs, expert_weighting)
+    log_ratio, mask = log_probs.float() - behavior_log_probs.float(), mask.bool()
+    delta = torch.where(mask & ~torch.isnan(log_ratio), log_ratio.clamp(*log_ratio_range), 0.0)
+    behind = _example_sums_behind(delta + math.log(gamma) * mask, segment_ids)
+    return torch.where(
+        torch.isnan(log_ratio), _without_ratio(log_probs, expert_weighting), behind.clamp(*log_weight_range).exp()
+    )
+
+
+def topr_weights(
+    log_probs: torch.Tensor,
+    behavior_log_probs: torch.Tensor,
+    reward: torch.Tensor,
+    mask: torch.Tensor,
+    segment_ids: torch.Tensor,
+    mean_length: torch.Tensor | float,
+    ratio_max: float = 1.0,
+    **_,
+) -> torch.Tensor:
+    """
+    1 for an example with a reward above 0, and -min(π(y)/μ(y), 1) for one below, with the ratio of the whole sequence:
+    Tapered Off-Policy REINFORCE (arXiv 2503.14286). What is pushed down loses its weight as it becomes unlikely, where
+    REINFORCE would push for ever.
+
+    The paper divides the loss of an example by its length. TRL divides a step's by all of its tokens, so the weights
+    are multiplied by `mean_length` over the example's own length; `mean_length` = that length gives TRL's mean over
+    tokens. NaN where an example has no reward, or one below 0 without μ.
+    """
+    mask = mask.bool()
+    log_ratio = _example_sums(torch.where(mask, log_probs.float() - behavior_log_probs.float(), 0.0), segment_ids)
+    negative = torch.where(reward < 0, -log_ratio.exp().clamp(max=ratio_max), torch.nan)
+    return torch.where(reward > 0, 1.0, negative) * mean_length / _example_sums(mask.float(), segment_ids).clamp(min=1)
+
+
+def _example_sums(values: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
+    """At each token the sum of `values` over its example: (B, T)."""
+    _, index = segment_ids.reshape(-1).unique(return_inverse=True)
+    sums = torch.zeros(int(index.max()) + 1, dtype=values.dtype, device=values.device)
+    return sums.index_add_(0, index, values.reshape(-1))[index].view_as(values)
+
+
+def _example_sums_behind(values: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
+    """At each token the sum of `values` over the tokens of its example that follow it: (B, T), float32."""
+    dtype = torch.float32 if values.device.type == "mps" else torch.float64  # MPS has no float64
+    # An example's tokens are neighbours, also where examples stand one behind another in a row.
+    up_to_here = values.to(dtype).flatten().cumsum(0).view_as(values)
+    _, index = segment_ids.reshape(-1).unique(return_inverse=True)
+    places = torch.arange(len(index), device=index.device)
+    last = torch.zeros(int(index.max()) + 1, dtype=torch.long, device=index.device)
+    last = last.scatter_reduce_(0, index, places, "amax")[index]
+    return (up_to_here.flatten()[last].view_as(values) - up_to_here).float()
 
 
 def _with_base(behavior_log_probs, reference_log_probs, expert_weighting) -> torch.Tensor:
@@ -124,8 +225,12 @@ def _clipped(log_ratio, log_probs, clip_min, clip_max, clip_mode, expert_weighti
     weights = ratio if clip_min is None and clip_max is None else ratio.clamp(min=clip_min, max=clip_max)
     if clip_mode == "mask":
         weights = torch.where(weights == ratio, ratio, 0.0)
-    unknown = dft_weights(log_probs) if expert_weighting == "dft" else nll_weights(log_probs)
-    return torch.where(torch.isnan(log_ratio), unknown, weights)
+    return torch.where(torch.isnan(log_ratio), _without_ratio(log_probs, expert_weighting), weights)
+
+
+def _without_ratio(log_probs, expert_weighting) -> torch.Tensor:
+    """What a token weighs whose μ is not known."""
+    return dft_weights(log_probs) if expert_weighting == "dft" else nll_weights(log_probs)
 
 
 class Objective(NamedTuple):
@@ -140,19 +245,44 @@ class Objective(NamedTuple):
 _CLIPPING = ("clip_min", "clip_max", "clip_mode", "expert_weighting")
 OBJECTIVES = {
     "nll": Objective(nll_weights, "1"),
-    "dft": Objective(dft_weights, "π(y_t)", "2508.05629"),
-    "p_alpha": Objective(p_alpha_weights, "π(y_t)^alpha", "2510.00526", ("alpha",)),
+    "dft": Objective(dft_weights, "π(y_t)", "2508.05629", ("clip_min",)),
+    "p_alpha": Objective(p_alpha_weights, "π(y_t)^alpha", "2510.00526", ("alpha", "clip_min")),
     "iw": Objective(importance_weights, "π(y_t)/μ(y_t) within [clip_min, clip_max]", "2509.15157", _CLIPPING),
     "iw_sequence": Objective(
         sequence_importance_weights, "exp(mean_t log π/μ) within [clip_min, clip_max]", "2507.12856", _CLIPPING
     ),
+    "pear": Objective(
+        pear_weights, "gamma^(T-t)·Π_{j>t} π/μ(y_j), factors and product limited", "2602.01058", ("gamma", "expert_weighting")
+    ),
     "psft": Objective(
         psft_weights, "π/π_old(y_t), 0 above 1 + epsilon_high", "2508.17784", ("epsilon_high", "steps_per_outer_batch")
     ),
-    "asft": Objective(dft_weights, "π(y_t), and beta·KL(π_0‖π) is added to the loss", "2509.23753", ("beta",)),
+    "asft": Objective(
+        dft_weights, "π(y_t), and beta·KL(π_0‖π) is added to the loss", "2509.23753", ("beta", "clip_min")
+    ),
     "eaft": Objective(eaft_weights, "(entropy of the 20 likeliest tokens / ln 20)^alpha", "2601.02151", ("alpha",)),
+    "threshold": Objective(
+        threshold_weights, "1 where π or π_0 of y_t is above tau; else 0 (mask) or π/tau (taper)", "2601.09195",
+        ("tau", "threshold_mode", "threshold_policy", "clip_min"),
+    ),
+    "topr": Objective(
+        topr_weights, "1 where the reward is above 0, -min(π(y)/μ(y), 1) where it is below; times mean length / own length", "2503.14286"
+    ),
+}  # fmt: skip
+# With these no weight is limited.
+NO_LIMITS = {
+    "clip_min": None,
+    "clip_max": None,
+    "epsilon_high": float("inf"),
+    "ratio_max": float("inf"),
+    "log_ratio_range": (-float("inf"), float("inf")),
+    "log_weight_range": (-float("inf"), float("inf")),
 }
-NO_LIMITS = {"clip_min": None, "clip_max": None, "epsilon_high": float("inf")}  # with these no weight is clipped
+
+
+def objectives_with(setting: str) -> set[str]:
+    """The objectives that take this setting."""
+    return {name for name, objective in OBJECTIVES.items() if setting in objective.settings}
 
 
 DIAGNOSTICS = (

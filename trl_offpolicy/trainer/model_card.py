@@ -69,11 +69,17 @@ def trained_model_card(trainer, model_name: str | None = None, dataset_name: str
         wandb_url=_wandb_url(),
         num_rows=trainer.num_train_rows,
         sources=trainer.train_sources,
+        num_unlearned=trainer.num_unlearned_rows,
         objectives=[
             (source, known[o].equation, o) if o in known else (source, *_of_a_user(o))
             for source, o in by_source.items()
         ],
-        settings={name: getattr(args, name) for objective in known.values() for name in objective.settings},
+        settings={
+            name: value
+            for objective in known.values()
+            for name in objective.settings
+            if (value := getattr(args, name)) is not None
+        },
         training=_training_facts(
             trainer,
             {
