@@ -302,6 +302,23 @@ def test_runs_from_which_it_cannot_be_told(tmp_path, changed, message):
         measure_forgetting(POLICY, str(tmp_path))
 
 
+def test_problems_without_demonstrations_count_too(tmp_path):
+    """Those that were not solved have no row, but a prompt; a run from before these were kept is refused."""
+    rows = [{k: v for k, v in row.items() if k != "completion"} for row in demonstrations(problems(6, 3, (2, 5)))]
+    args = RewriteConfig(str(tmp_path), num_generations=1, max_completion_length=60, stages=["self"])
+
+    def half(completions, answers):
+        return ["correct" if int(answer) % 2 else "wrong" for answer in answers]
+
+    assert 0 < len(DataRewriter(POLICY, args, verifier=half).rewrite(rows)) < 6
+    assert measure_forgetting(POLICY, str(tmp_path), model_init_kwargs={"dtype": torch.float32})["problems"] == 6
+    file = tmp_path / "unsolved.jsonl"
+    old = ({**json.loads(line), "prompt": None} for line in file.open())
+    file.write_text("".join(json.dumps({k: v for k, v in row.items() if v is not None}) + "\n" for row in old))
+    with pytest.raises(ValueError, match="unsolved problems have no prompt.* Run the same .* again"):
+        measure_forgetting(POLICY, str(tmp_path))
+
+
 def test_an_adapter_is_measured_on_the_model_it_was_trained_on(drawn, tmp_path):
     from peft import LoraConfig, get_peft_model
 

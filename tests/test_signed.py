@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from test_trainers import config, demonstrations, first_loss, rewritten, train, with_own_log_probs
+from training import config, demonstrations, first_loss, rewritten, train, with_own_log_probs
 
 from trl_offpolicy import ImportanceWeightedSFTConfig, ImportanceWeightedSFTTrainer
 from trl_offpolicy.trainer.losses import pear_weights, topr_weights

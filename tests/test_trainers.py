@@ -13,7 +13,7 @@ import torch
 from conftest import in_two_processes
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig
-from training import QUESTIONS, config, demonstrations, rewritten, train
+from training import QUESTIONS, config, demonstrations, first_loss, rewritten, train, with_own_log_probs
 from transformers import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -21,11 +21,6 @@ from wandb_file import wandb_records
 
 from trl_offpolicy import DFTConfig, DFTTrainer, ImportanceWeightedSFTConfig, ImportanceWeightedSFTTrainer
 from trl_offpolicy.trainer.data_collator import RewriteDataCollator
-
-
-def first_loss(trainer):
-    trainer.model.train()
-    return trainer.compute_loss(trainer.model, dict(next(iter(trainer.get_train_dataloader())))).item()
 
 
 LAYOUTS = {
@@ -211,22 +206,6 @@ def power_of_two_thirds(log_probs, **known):
     """An objective of a user's own: what it is handed, it may use."""
     assert {"behavior_log_probs", "mask", "entropy", "segment_ids"} <= set(known)
     return (2 / 3 * log_probs).exp() + 0 * known["entropy"]
-
-
-def with_own_log_probs(model, tokenizer, shift=0.0):
-    """For `Dataset.map`: log μ is what `model` says of a row's sampled tokens, less and more by `shift` in turn."""
-
-    def own(row):
-        prompt = tokenizer.apply_chat_template(
-            row["prompt"], add_generation_prompt=True, tokenize=True, return_dict=True
-        )["input_ids"]
-        ids = torch.tensor([prompt + row["completion_ids"]])
-        with torch.no_grad():
-            log_pi = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
-        sampled = log_pi[len(prompt) - 1 :].tolist()
-        return {"behavior_log_probs": [min(0.0, x + (-1) ** t * shift) for t, x in enumerate(sampled)]}
-
-    return own
 
 
 REWARDS = {"self": -1.0, "guided": -0.5, "expert": 1.0}

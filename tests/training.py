@@ -1,5 +1,6 @@
 """Small data, settings and runs for the trainers."""
 
+import torch
 from datasets import Dataset
 
 
@@ -60,3 +61,24 @@ def train(trainer, **kwargs):
     trainer.train(**kwargs)
     history = [e for e in trainer.state.log_history if "loss" in e]
     return [(e["loss"], e["grad_norm"], e["entropy"], e["mean_token_accuracy"]) for e in history], history
+
+
+def first_loss(trainer):
+    trainer.model.train()
+    return trainer.compute_loss(trainer.model, dict(next(iter(trainer.get_train_dataloader())))).item()
+
+
+def with_own_log_probs(model, tokenizer, shift=0.0):
+    """For `Dataset.map`: log μ is what `model` says of a row's sampled tokens, less and more by `shift` in turn."""
+
+    def own(row):
+        prompt = tokenizer.apply_chat_template(
+            row["prompt"], add_generation_prompt=True, tokenize=True, return_dict=True
+        )["input_ids"]
+        ids = torch.tensor([prompt + row["completion_ids"]])
+        with torch.no_grad():
+            log_pi = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+        sampled = log_pi[len(prompt) - 1 :].tolist()
+        return {"behavior_log_probs": [min(0.0, x + (-1) ** t * shift) for t, x in enumerate(sampled)]}
+
+    return own

@@ -1,5 +1,6 @@
-"""`trl-offpolicy rows`: the rows so far of an unfinished run."""
+"""`trl-offpolicy rows`: the rows so far of an unfinished run, or all judged attempts of a finished one."""
 
+import shlex
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,8 +15,14 @@ from .arguments import DemonstrationArguments, load_demonstrations, parser_for
 ROWS_EXAMPLES = """\
 examples:
   trl-offpolicy rows runs/demos --so_far        # while the run goes on, or after it was stopped; nothing is sampled
+  trl-offpolicy rows runs/demos --keep all --max_per_problem 8 --positive_share 0.2 --output_dir runs/demos/signed
+  trl-offpolicy sft --model_name_or_path M --dataset_name runs/demos/signed --objective topr --output_dir runs/demos-topr
 
 A row is settled when an attempt at it is right, or when all are drawn. Those of which nothing was drawn yet come when the run goes on.
+
+--keep all writes the attempts of the stage self with a reward: 1 if correct, -1 if wrong. Attempts that were unparsable, cut, or could not be
+judged are left out and counted, as are retellings. A run that stops at the first correct attempt (--selection first) has fewer wrong ones of
+easy problems than of hard ones; --selection random draws all of each problem, which is the unbiased case. num_sampled says how many there were.
 """
 
 
@@ -28,17 +35,47 @@ class RowsArguments:
         default=False,
         metadata={"help": "Write the rows that are settled already to rows_so_far/ in the run's directory."},
     )
+    keep: str | None = field(
+        default=None,
+        metadata={
+            "help": "all: write the correct and wrong attempts of stage self of a finished run, with a reward of 1 or -1.",
+            "choices": ("all",),
+        },
+    )
+    output_dir: str | None = field(default=None, metadata={"help": "With --keep all: where the Parquet file goes."})
+    max_per_problem: int | None = field(
+        default=None, metadata={"help": "With --keep all: at most so many attempts at a problem, drawn at random."}
+    )
+    positive_share: float | None = field(
+        default=None,
+        metadata={
+            "help": "With --keep all: share of rows with the reward 1; what is too many of either is left out at random."
+        },
+    )
+    seed: int = field(default=42, metadata={"help": "With --keep all: of both draws."})
 
 
 def rows(argv: list[str]) -> int:
     from ..rewriting.rewriter import DataRewriter
 
-    description = "The rows of an unfinished run that are settled already, as Parquet files; the run may be under way."
+    description = (
+        "The rows of an unfinished run that are settled already, as Parquet files (the run may be under way); or all correct and wrong attempts of "
+        "a finished one."
+    )
     parser = parser_for(RowsArguments, "rows", description, ROWS_EXAMPLES)
     named = ["--run_dir"] if argv and not argv[0].startswith("-") else []
     (given,) = parser.parse_args_and_config([*named, *argv])
     run = RunDirectory(Path(given.run_dir).expanduser())
     print(f"run_dir: {run.path}", flush=True)
+    if given.keep is not None:
+        return _signed_rows(given)
+    only = {
+        "output_dir": given.output_dir,
+        "max_per_problem": given.max_per_problem,
+        "positive_share": given.positive_share,
+    }
+    if passed := [name for name, value in only.items() if value is not None]:
+        raise ValueError(f"You passed {', '.join(passed)} without --keep all, for which they are.")
     if run.row_files:
         print(f"The run is finished; its rows are in {run.path / 'dataset'}.")
         return 0
@@ -66,6 +103,27 @@ def rows(argv: list[str]) -> int:
         rewriter = DataRewriter(drawn_by.name, config, sampler=drawn_by, guided_sampler=agent)
         count = rewriter.rows_so_far(dataset, output / shard.parquet)
         print(f"{count:,} of {len(shard.rows(len(dataset))):,} rows are settled: {output / shard.parquet}")
+    return 0
+
+
+def _signed_rows(given: RowsArguments) -> int:
+    from ..rewriting.signed_rows import in_words, write_signed_rows
+
+    if given.so_far or given.output_dir is None:
+        raise ValueError(
+            "--keep all is for a finished run, without --so_far, and needs --output_dir: where its rows go."
+        )
+    counts = write_signed_rows(
+        given.run_dir, given.output_dir, given.max_per_problem, given.positive_share, given.seed
+    )
+    rows = counts["positive"] + counts["negative"]
+    print(
+        f"{rows:,} rows: {counts['positive']:,} with reward 1, {counts['negative']:,} with reward -1: {given.output_dir}"
+    )
+    print(f"attempts left out: {in_words(counts)}")
+    command = ["trl-offpolicy", "sft", "--model_name_or_path", RunDirectory(given.run_dir).config["model"]]
+    command += ["--dataset_name", given.output_dir, "--objective", "topr"]
+    print(shlex.join([*command, "--output_dir", f"{given.run_dir.rstrip('/')}-topr"]))
     return 0
 
 

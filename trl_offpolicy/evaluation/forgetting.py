@@ -7,17 +7,16 @@ Razor*, arXiv 2509.04259). Later attempts exist only where earlier ones failed, 
 """
 
 import json
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from ..data.rows import Source
 from ..data.tokenization import encode_prompt
 from ..data.whole_file import write_whole
 from ..runs.run_directory import RunDirectory
 from ..sampling.loading import model_and_tokenizer
 from ..sampling.log_probs import target_log_probs
-from ..sampling.sampler import PLAIN
 from .estimators import bootstrap
 
 
@@ -85,15 +84,8 @@ def _first_attempts(run_dir: Path) -> tuple[dict, dict]:
     By id: (prompt, tools, chat_template_kwargs) of each problem, and (token ids, log π_0 of each) of its first `self`
     attempt.
     """
-    passed, run = f"You passed the run {str(run_dir)!r}", RunDirectory(run_dir)
-    if not run.journals or not run.row_files:
-        raise ValueError(f"{passed}, which is no finished `trl-offpolicy rewrite`: it has no journal, or no dataset/.")
-    reshaped = {name: run.config[name] for name, plain in PLAIN.items() if run.config.get(name, plain) != plain}
-    if reshaped or Source.SELF not in run.config["stages"]:
-        raise ValueError(
-            f"{passed}, sampled with {reshaped or run.config['stages']}: its attempts are not drawn from the policy alone. Rewrite with stage `self` "
-            "at temperature 1 with top_p 1 and top_k 0."
-        )
+    run = RunDirectory(run_dir)
+    passed = run.check_self_attempts()
     drawn = {}
     for attempt in run.first_attempts():
         if not attempt.behavior_log_probs:
@@ -102,16 +94,17 @@ def _first_attempts(run_dir: Path) -> tuple[dict, dict]:
                 "Rewrite with keep_rejected=True and without `stop`; the accepted attempts alone would be a biased sample."
             )
         drawn[attempt.id] = attempt.completion_ids, attempt.behavior_log_probs
-    if any(run_dir.glob("unsolved*.jsonl")):
+    unsolved = [row for row in run.unsolved() if row["id"] in drawn]
+    if any("prompt" not in row for row in unsolved):
         raise ValueError(
-            f"{passed}, whose unsolved problems have no row and hence no prompt; the solved ones alone would be a biased sample. Rewrite a dataset "
-            "that has demonstrations."
+            f"{passed}, whose unsolved problems have no prompt, as it was made before those were kept; the solved ones alone would be a biased "
+            "sample. Run the same `trl-offpolicy rewrite` again: it samples nothing, and writes them."
         )
     rows = run.rows()
     names = {"id", "prompt", "tools", "chat_template_kwargs"} & set(rows.schema.names)
     prompts = {
         row["id"]: (row["prompt"], row.get("tools"), row.get("chat_template_kwargs"))
-        for row in rows.to_table(columns=sorted(names)).to_pylist()
+        for row in chain(rows.to_table(columns=sorted(names)).to_pylist(), unsolved)
         if row["id"] in drawn
     }
     if not prompts:

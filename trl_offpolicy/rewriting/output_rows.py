@@ -70,7 +70,7 @@ def write_rows(
                 if outcome is None:
                     continue
                 if problem.demonstration is None and outcome.source == Source.EXPERT:
-                    unsolved.append({"id": problem.id, "problem": problem.problem, "answer": problem.answer})
+                    unsolved.append(_unsolved(problem, problems))
                 else:
                     solved.append(i)
                     kept = _kept(problem, outcome, journal, ends[outcome.source])
@@ -117,6 +117,14 @@ def _kept(problem: Problem, outcome: Outcome, journal: JournalReader, ends: list
         # It ended with a stop text, which is no end of turn: trained on as text, to which the chat template adds one.
         kept = {**kept, "completion_ids": [], "behavior_log_probs": []}
     return kept
+
+
+def _unsolved(problem: Problem, problems: Problems) -> dict:
+    """A line of `unsolved.jsonl`, with all that its attempts were asked with."""
+    asked = {"tools": problem.extra.get("tools"), "chat_template_kwargs": problem.extra.get("chat_template_kwargs")}
+    asked["chat_template_kwargs"] = problems.args.chat_template_kwargs or asked["chat_template_kwargs"]
+    line = {"id": problem.id, "problem": problem.problem, "answer": problem.answer}
+    return line | {"prompt": problems.prompt(problem, Source.SELF)} | {k: v for k, v in asked.items() if v}
 
 
 def _row(problem: Problem, outcome: Outcome, problems: Problems, kept: dict) -> dict:

@@ -12,7 +12,7 @@ import yaml
 
 from ..cards import is_hub_id
 from ..data.rows import Source
-from ..sampling.sampler import FAILED
+from ..sampling.sampler import FAILED, PLAIN
 from .journal import Attempt, read_attempts, read_header
 from .run_counts import RunCounts
 from .run_memory import RunMemory
@@ -101,12 +101,15 @@ class RunDirectory:
             )
         ids = {}
         for journal, path in zip(self.journals, self.row_files, strict=True):
-            unsolved = (self._unsolved(journal).read_text() if self._unsolved(journal).exists() else "").splitlines()
-            ids[journal] = {
-                *pq.read_table(path, columns=["id"])["id"].to_pylist(),
-                *(json.loads(x)["id"] for x in unsolved),
-            }
+            with_row = pq.read_table(path, columns=["id"])["id"].to_pylist()
+            ids[journal] = {*with_row, *(row["id"] for row in self.unsolved(journal))}
         return ids
+
+    def unsolved(self, *journals: Path) -> Iterator[dict]:
+        """What is known of the problems without a row of these journals, by default of all."""
+        for path in map(self._unsolved, journals or self.journals):
+            if path.exists():
+                yield from map(json.loads, path.read_text().splitlines())
 
     def _unsolved(self, journal: Path) -> Path:
         """Lists problems without a demonstration that got no row, but attempts; missing where there are none."""
@@ -130,6 +133,26 @@ class RunDirectory:
         for attempt in chain.from_iterable(self.attempts(journal, texts) for journal in self.ids):
             if attempt.stage == Source.SELF and attempt.attempt == 0 and attempt.finish_reason not in FAILED:
                 yield attempt
+
+    def check_self_attempts(self) -> str:
+        """
+        Returns how an error about this run begins.
+
+        Raises:
+            ValueError: The run is not finished, or its attempts of stage `self` are not drawn from the policy alone.
+        """
+        passed = f"You passed the run {str(self.path)!r}"
+        if not self.journals or not self.row_files:
+            raise ValueError(
+                f"{passed}, which is no finished `trl-offpolicy rewrite`: it has no journal, or no dataset/."
+            )
+        reshaped = {name: self.config[name] for name, plain in PLAIN.items() if self.config.get(name, plain) != plain}
+        if reshaped or Source.SELF not in self.config["stages"]:
+            raise ValueError(
+                f"{passed}, sampled with {reshaped or self.config['stages']}: its attempts are not drawn from the policy alone. Rewrite with stage "
+                "`self` at temperature 1 with top_p 1 and top_k 0."
+            )
+        return passed
 
     @cached_property
     def counts(self) -> RunCounts:

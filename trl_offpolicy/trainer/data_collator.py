@@ -1,5 +1,6 @@
 """
-Per-token columns (log μ, source, weight, reward): aligned with a row's `input_ids`, and kept so by `RewriteDataCollator`.
+Per-token columns (log μ, source, weight, reward): aligned with a row's `input_ids`, and kept so by
+`RewriteDataCollator`.
 """
 
 import math
@@ -39,8 +40,9 @@ class RewriteDataCollator(DataCollatorForLanguageModeling):
     """
     TRL's language-modelling batch plus, where the examples have them, `behavior_log_probs` (B, T) float32, NaN where μ
     is unknown, `reference_log_probs` (B, T) float32 likewise, `source_ids` (B, T) int8, -1 on padding, and `weight`
-    and `reward` (B, T) float32, the example's own, NaN where it has no reward; aligned with `input_ids` padded, padding-free and packed. All of them
-    count beside `behavior_log_probs` only: examples without it have columns of the user's own.
+    and `reward` (B, T) float32, the example's own, NaN where it has no reward; aligned with `input_ids` padded,
+    padding-free and packed. All of them count beside `behavior_log_probs` only: examples without it have columns of
+    the user's own.
 
     Args:
         vocab_size (`int`, *optional*): Number of the model's token embeddings; the trainer sets it.
@@ -184,10 +186,9 @@ def _checked_reward(reward, index: int, objective: str | None, has_log_probs: bo
     A row's reward, NaN for none; `ValueError` if it is no number, its objective would learn what it forbids, or needs
     another one.
     """
-    if reward is None or reward != reward:
-        reward = math.nan
-    if not isinstance(reward, Real) or math.isinf(reward):
+    if reward is not None and (not isinstance(reward, Real) or math.isinf(reward)):
         raise ValueError(f"Row {index} has reward={reward!r:.100}, which is no finite number: {text!r:.200}")
+    reward = math.nan if reward is None else float(reward)
     if objective == "topr" and not abs(reward) > 0:
         raise ValueError(
             f"Row {index} has the reward {reward}, and objective='topr' needs one above 0 (to be learned) or below (to be unlearned). Train on what "
@@ -204,7 +205,7 @@ def _checked_reward(reward, index: int, objective: str | None, has_log_probs: bo
             f"Row {index} has the reward {reward}, and objective={objective!r} does not look at rewards: it would train the model to write this row, "
             f"which was judged wrong. Use objective='topr', leave out the rows with a reward below 0, or rename a column that means something else: {text!r:.200}"
         )
-    return float(reward)
+    return reward
 
 
 def warn_of_unknown_sources(sources) -> None:

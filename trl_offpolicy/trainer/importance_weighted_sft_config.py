@@ -26,8 +26,9 @@ class ImportanceWeightedSFTConfig(SFTConfig):
             (arXiv 2509.23753). `"eaft"`: normalised entropy of the 20 likeliest tokens, to the power `alpha` (arXiv
             2601.02151). `"threshold"`: 1 for tokens likelier than `tau`, 0 or less for others (arXiv 2601.09195,
             2501.14315). `"pear"`: the ratio π/μ of what follows a token (arXiv 2602.01058). `"topr"`: by the rows'
-            column `reward`, 1 for right ones and -min(π/μ, 1) of the sequence for wrong ones (arXiv 2503.14286). A dict chooses by source, `{"self": "iw", "expert": "dft"}`, with `nll` for what it does not
-            name. A function of your own gets the arguments that `losses.py` lists and returns weights.
+            column `reward`, 1 for right ones and -min(π/μ, 1) of the sequence for wrong ones (arXiv 2503.14286). A
+            dict chooses by source, `{"self": "iw", "expert": "dft"}`, with `nll` for what it does not name. A function
+            of your own gets the arguments that `losses.py` lists and returns weights.
         clip_min (`float`, *optional*): Smallest importance weight; named as in `GRPOConfig`. Under `dft`, `p_alpha`,
             `asft` and `threshold`, the smallest weight of a token: with a base model write 0.1, or an end of turn that
             it gives no probability is never learned. By default 0, as in the papers.
@@ -35,8 +36,8 @@ class ImportanceWeightedSFTConfig(SFTConfig):
             no limit.
         clip_mode (`str`, *optional*, defaults to `"truncate"`): Weights outside the limits become the limit, or 0
             (`"mask"`).
-        expert_weighting (`str`, *optional*, defaults to `"one"`): Under `iw`, `iw_sequence` and `pear`, the weight of tokens
-            without a behaviour log-prob (demonstrations): `"one"` (as SFT), `"dft"` (π), or `"base"` (π/π_0).
+        expert_weighting (`str`, *optional*, defaults to `"one"`): Under `iw`, `iw_sequence` and `pear`, the weight of
+            tokens without a behaviour log-prob (demonstrations): `"one"` (as SFT), `"dft"` (π), or `"base"` (π/π_0).
         weight_column (`str`, *optional*): Column whose number multiplies the weights of an example's tokens (they
             still count as before in the denominator). Unset, it is `weight`, but only beside `completion_ids` or
             `behavior_log_probs`: in any other dataset a column of that name is the user's own.
