@@ -4,8 +4,7 @@ Rows of what a run has got right and wrong: each attempt of the stage `self` tha
 The journal has every attempt with its exact log μ and its verdict. `wrong` is the only verdict that says that the
 model was wrong, so only such attempts get -1. Left out, and counted, are those that were `unparsable`, ran into a
 `timeout` or an `error`, or were cut at the limit: an answer that was not read, or not yet given, may have been right.
-    Retellings
-are left out as well, for their log μ is that of another prompt.
+Retellings are left out as well, for their log μ is that of another prompt.
 """
 
 from collections import Counter

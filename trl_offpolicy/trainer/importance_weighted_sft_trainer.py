@@ -136,15 +136,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         self.objectives = args.objectives
         self._weight_column = args.weight_column
         self._takes_reward = any(o == "topr" or callable(o) for o in self.objectives)
-        ratio_to_base = any(callable(o) or o in objectives_with("expert_weighting") for o in self.objectives)
-        reference = (
-            ("psft" in self.objectives and not args.steps_per_outer_batch)
-            or ("threshold" in self.objectives and args.threshold_policy == "initial")
-            or (args.expert_weighting == "base" and ratio_to_base)
-        )
-        # Columns that the initial policy computes before training.
-        self._scored_columns = ["behavior_log_probs"] * args.precompute_behavior_log_probs
-        self._scored_columns += ["reference_log_probs"] * reference
+        self._scored_columns = self._columns_to_score(args)
         # Fingerprints of datasets that are tokenized and aligned but not cut or packed yet, and of those that are
         # ready.
         self._whole: set[str] = set()
@@ -190,6 +182,17 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
             }
             self.eval_dataset = finished if isinstance(self.eval_dataset, dict) else finished.get("eval")
         self._tell_tokens_without_ratio()
+
+    def _columns_to_score(self, args: ImportanceWeightedSFTConfig) -> list[str]:
+        """Columns that the initial policy computes before training."""
+        ratio_to_base = any(callable(o) or o in objectives_with("expert_weighting") for o in self.objectives)
+        reference = (
+            ("psft" in self.objectives and not args.steps_per_outer_batch)
+            or ("threshold" in self.objectives and args.threshold_policy == "initial")
+            or (args.expert_weighting == "base" and ratio_to_base)
+        )
+        columns = {"behavior_log_probs": args.precompute_behavior_log_probs, "reference_log_probs": reference}
+        return [name for name, wanted in columns.items() if wanted]
 
     def _describe(self, train_dataset) -> None:
         """What the model card says of the training rows, and what the user should know of their columns."""
