@@ -6,10 +6,12 @@ import math
 import tempfile
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import trl
 from conftest import in_two_processes
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig
@@ -107,6 +109,37 @@ def test_trains_on_the_sampled_ids(tmp_path, tiny_model, tokenizer):
         "input_ids"
     ]
     assert example["input_ids"] == prompt + odd
+
+
+@pytest.mark.parametrize(("template", "leaves_out"), [("qwen3", False), ("deepseek_r1_distill", True)])
+def test_thinking_is_trained_on_or_its_loss_is_said(tmp_path, tiny_model, tokenizer, template, leaves_out):
+    """With the templates of Qwen3 and DeepSeek-R1: a demonstration's, and what was sampled."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / f"{template}.jinja").read_text()
+    written = "<think>\nfirst 2 then 3\n</think>\n\n5"
+    drawn = written.removeprefix("<think>\n") if leaves_out else written  # R1's prompt opens the thinking
+    ids = tokenizer(drawn)["input_ids"] + [tokenizer.eos_token_id]
+    row = {
+        "prompt": [{"role": "user", "content": "2+3?"}],
+        "source": "expert",
+        "completion_ids": [],
+        "behavior_log_probs": [],
+    }
+    sampled = {"source": "self", "completion_ids": ids, "behavior_log_probs": [-1.0] * len(ids)}
+    rows = [
+        {**row, "completion": [{"role": "assistant", "content": text}], **more}
+        for text, more in ((written, {}), (drawn, sampled))
+    ]
+    args = config(ImportanceWeightedSFTConfig, tmp_path, expert_weighting="one")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer = ImportanceWeightedSFTTrainer(
+            tiny_model, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+        )
+    assert any("leaves the thinking" in str(each.message) for each in said) == leaves_out
+    by_text, by_ids = (tokenizer.decode([t for t in each["labels"] if t != -100]) for each in trainer.train_dataset)
+    assert ("first 2 then 3" in by_text) != leaves_out and "first 2 then 3" in by_ids
+    assert trainer.train_dataset[1]["input_ids"][-len(ids) :] == ids
 
 
 @pytest.mark.parametrize("kind", ["torch", "numpy"])

@@ -15,6 +15,7 @@ from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import pad
 
+from ..data.prompts import contents
 from ..data.rows import Source
 from ..data.tokenization import encode_prompt, says_otherwise
 from ..sampling.server_answers import NO_LOG_PROB
@@ -151,6 +152,8 @@ def align_row(
             f"Row {index} has `behavior_log_probs` but no `completion_ids`: a text tokenised again need not give the sampled tokens, so "
             f"the log-probs cannot be matched. Store the sampled ids in `completion_ids`, or drop the log-probs: {text!r:.200}"
         )
+    if not completion_ids:
+        _warn_of_lost_thinking(example, input_ids, processing_class)
     _check_sampling(example, index, bool(log_probs), recompute and bool(completion_ids))
     if (decoded := says_otherwise(getattr(processing_class, "tokenizer", processing_class), example)) is not None:
         raise ValueError(
@@ -206,6 +209,26 @@ def _checked_reward(reward, index: int, objective: str | None, has_log_probs: bo
             f"which was judged wrong. Use objective='topr', leave out the rows with a reward below 0, or rename a column that means something else: {text!r:.200}"
         )
     return reward
+
+
+def _warn_of_lost_thinking(example: dict, input_ids: list[int], processing_class) -> None:
+    """
+    Says when the chat template has left out what comes before `</think>`, as DeepSeek-R1's does. A row with
+    `completion_ids` is trained on these, thinking and all.
+    """
+    turns = contents(example.get("completion") or example.get("messages") or "")
+    text = turns[-1] if turns else ""
+    if not isinstance(text, str) or "</think>" not in text:
+        return
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    kept, thinking = tokenizer.decode(input_ids), text.partition("</think>")[0].removeprefix("<think>")
+    if "".join(thinking.split()) not in "".join(kept.split()):
+        warnings.warn(
+            "The chat template leaves the thinking (all before </think>) out of completions that have no `completion_ids`: the model is trained on "
+            "their answers alone. Set `processing_class.chat_template = trl.chat_template_utils.get_training_chat_template(processing_class)`, or pass "
+            "a template that keeps it as chat_template_path.",
+            stacklevel=2,
+        )
 
 
 def warn_of_unknown_sources(sources) -> None:
