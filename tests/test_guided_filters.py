@@ -67,7 +67,8 @@ def test_what_is_not_kept(text, why):
 def test_settings_of_the_filters():
     text = FINE.replace("48 + 24", "48 + 25")
     assert reject_guided(text, PROBLEM, args(check_arithmetic=True)) == (Rejection.ARITHMETIC, "says '48 + 25 = 72'")
-    assert reject_guided(FINE, PROBLEM, args(mention_phrases=["together with", "(?:never)"]))[0] == Rejection.MENTION
+    for phrases in (["together with", "(?:never)"], ["(?s)together.with", r"(e).*\1"]):
+        assert reject_guided(FINE, PROBLEM, args(mention_phrases=phrases))[0] == Rejection.MENTION
     # A problem that has a teacher in it is no leak, nor is a row whose prompt asks for no box one without it.
     tale = read_row(
         {"problem": "A teacher has 2 pens, buys 3. How many?", "solution": "The teacher has 5: \\boxed{5}"},

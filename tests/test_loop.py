@@ -1,11 +1,12 @@
 """Rounds of rewriting and training, and the divergence that they measure, with the embedded policy and the real commands."""
 
 import json
+import mmap
+import os
+import random
 import shlex
 import signal
-import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,13 +17,20 @@ from conftest import POLICY
 from datasets import load_dataset
 from quickstart_task import GUIDED_PROMPT, demonstrations, problems
 from safetensors.torch import load_file
+from transformers import Trainer
+from wandb_file import wandb_records
 
 from trl_offpolicy import DataRewriter, RewriteConfig
 from trl_offpolicy.cli import main
+from trl_offpolicy.cli.loop import _numbers
+from trl_offpolicy.data.rows import Verdict
 from trl_offpolicy.data.tokenization import encode_prompt
 from trl_offpolicy.evaluation.forgetting import measure_forgetting
+from trl_offpolicy.loop import rounds
 from trl_offpolicy.loop.loop_config import LoopConfig
-from trl_offpolicy.loop.rounds import Loop
+from trl_offpolicy.loop.rounds import Loop, _mentions
+from trl_offpolicy.runs.journal import Journal
+from trl_offpolicy.runs.run_directory import RunDirectory
 from trl_offpolicy.sampling.loading import load_model
 from trl_offpolicy.sampling.log_probs import target_log_probs
 
@@ -39,7 +47,7 @@ def here(tmp_path, monkeypatch):
     Path("demos.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Path("train.yaml").write_text(TRAINING)
     Path("loop.yaml").write_text(
-        f"guided_prompt: {json.dumps(GUIDED_PROMPT)}\nnum_generations: 2\nmax_completion_length: 60\ntrain_config: train.yaml\n"
+        f"guided_prompt: {json.dumps(GUIDED_PROMPT)}\nnum_generations: 2\nmax_completion_length: 60\ntrain_config: train.yaml\nverifier: numeric\n"
         f"model_name_or_path: {POLICY}\ndataset_name: demos.jsonl\n"
     )
     return tmp_path
@@ -50,11 +58,11 @@ def steps(monkeypatch):
     """Runs the steps in this process, and lists the command and round of each."""
     run = []
 
-    def in_this_process(command):
+    def in_this_process(command, env):
         run.append(command[3])
         return SimpleNamespace(returncode=main(command[3:]))
 
-    monkeypatch.setattr("trl_offpolicy.loop.rounds.subprocess.run", in_this_process)
+    monkeypatch.setattr(rounds, "subprocess", SimpleNamespace(run=in_this_process))
     return run
 
 
@@ -155,20 +163,92 @@ def test_unsolved_rows_are_asked_again_and_the_others_carried_over(here, steps):
 
 
 def test_reasons_to_stop(tmp_path):
-    first = {"round": 0, "cut": 0.1, "entropy": 1.0, "forgetting": {"kl_per_token": 0.01}}
+    first = {"round": 0, "cut": 0.1, "mentions": None, "entropy": 1.0, "forgetting": {"kl_per_token": 0.01}}
 
     def reason(config=None, **changed):
-        rounds = Loop(tmp_path, config or LoopConfig(), {}, {}, None)
-        return rounds.reason_to_stop([first, {**first, "round": 1, "improved": 3, **changed}])
+        loop = Loop(tmp_path, config or LoopConfig(), {}, {}, None)
+        return loop.reason_to_stop([first, {**first, "round": 1, "improved": 3, **changed}])
 
     assert reason() is None
     assert "no row came from a better source" in reason(improved=0)
     assert "60% of the attempts were cut at the limit, in round 0 10%" in reason(cut=0.6)
+    assert "75% of the correct guided attempts mention the reference, in round 0 0%" in reason(mentions=0.75)
+    assert reason(LoopConfig(max_mentions=0.75), mentions=0.75) is None
     assert "fell from 1.000 to 0.200 nats" in reason(entropy=0.2)
     assert reason(LoopConfig(min_entropy=0.1), entropy=0.2) is None
     above = reason(LoopConfig(max_kl=0.05), forgetting={"kl_per_token": 0.06})
     assert "0.060 nats per token, above max_kl=0.05" in above
     assert reason(LoopConfig(max_kl=0.05), forgetting={"kl_per_token": 0.04}) is None
+
+
+def test_retellings_that_mention_the_reference_are_counted_whether_or_not_they_are_rejected(tmp_path):
+    """A guided row that speaks of a teacher is a mention, and so is here every attempt, all of which are right."""
+
+    def run(name, **options):
+        options |= {"stages": ["guided"], "num_generations": 1, "guided_prompt": GUIDED_PROMPT}
+        args = RewriteConfig(str(tmp_path / name), max_completion_length=30, **options)
+        right = lambda completions, answers: [Verdict.CORRECT] * len(completions)  # noqa: E731
+        DataRewriter(POLICY, args, verifier=right).rewrite(demonstrations(problems(4, 9, (2,))))
+        return RunDirectory(tmp_path / name)
+
+    rejected = run("rejected", mention_phrases=["(?s).{12,}"])
+    assert rejected.metrics["rejected"]["mention"] == 4 and _mentions(rejected) == 1
+    kept = run("kept", reject_mentions=False)
+    (file,) = kept.row_files
+    rows = load_dataset("parquet", data_files=str(file), split="train")
+    assert kept.sources["guided"] == 4 and _mentions(kept) == 0
+    told = [{"role": "assistant", "content": "As the teacher's solution says, 7."}]
+    rows.map(lambda row, i: {"completion": told if i == 0 else row["completion"]}, with_indices=True).to_parquet(file)
+    assert _mentions(kept) == 1 / 4
+
+
+@pytest.mark.slow
+def test_the_rounds_and_their_steps_are_one_group_on_wandb(here, monkeypatch, process):
+    """Real W&B files, written offline: one run of the loop, and one of each step, in the same project."""
+    import wandb
+
+    def of_its_own(command, env):
+        child = process(run_step, here, command[3:], env)
+        child.join()
+        return SimpleNamespace(returncode=child.exitcode)
+
+    monkeypatch.setattr(rounds, "subprocess", SimpleNamespace(run=of_its_own))
+    monkeypatch.setenv("WANDB_DIR", str(here))
+    wandb.teardown()  # it reads its environment once
+    Path("train.yaml").write_text(TRAINING.replace("report_to: none\n", ""))
+    assert loop("--output_dir", "run", "--stages", "guided", "--rounds", 1, "--report_to", "wandb") == 0
+    wandb.teardown()
+    runs = {}
+    for file in here.glob("wandb/offline-run-*/*.wandb"):
+        records = list(wandb_records(file))
+        (run,) = (record.run for record in records if record.HasField("run"))
+        logged = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for r in records for i in r.history.item}
+        runs[run.display_name] = run, logged
+    group = Path("run/wandb_group").read_text()
+    assert {(run.run_group, run.project) for run, _ in runs.values()} == {(group, "huggingface")}
+    assert set(runs) == {f"{group}-loop", "round-0-rewrite", "round-0-train"}
+    (found,) = json.loads(Path("run/rounds.json").read_text())["rounds"]
+    logged = runs[f"{group}-loop"][1]
+    assert logged["share/guided"] == found["sources"]["guided"] / 8 and logged["sampled"] == found["sampled"]
+    assert "train/nll" in runs["round-0-train"][1] and "rows" in runs["round-0-rewrite"][1]
+
+
+def test_what_a_round_came_to_as_numbers():
+    forgetting = {"kl": 0.5, "kl_per_token": 0.1, "kl_ci95": [0.4, 0.6]}
+    accuracy = {"dev": {"avg@2": 0.5, "avg@2_ci95": [0.4, 0.6], "greedy": 0.25}}
+    sources = {"self": 6, "guided": 1, "expert": 1}
+    summary = {
+        "round": 1,
+        "sources": sources,
+        "cut": None,
+        "improved": 3,
+        "forgetting": forgetting,
+        "accuracy": accuracy,
+    }
+    assert _numbers(summary) == {
+        "share/self": 0.75, "share/guided": 0.125, "share/expert": 0.125, "round": 1, "improved": 3, "forgetting/kl": 0.5,
+        "forgetting/kl_per_token": 0.1, "dev/avg@2": 0.5, "dev/greedy": 0.25,
+    }  # fmt: skip
 
 
 def test_a_loop_stops_where_it_should(here, steps, capsys):
@@ -210,34 +290,80 @@ def test_a_step_that_fails_is_said_and_done_again(here, command, steps, monkeypa
     assert "round 0, rewrite (done)" in result.stdout and "round 0, train: " in result.stdout
 
 
+def run_step(directory, argv, env=None):
+    """A step of a loop, in a process of its own."""
+    os.chdir(directory)
+    os.environ.update(env or {})
+    sys.exit(main(argv))
+
+
+def live(directory, argv, events):
+    """
+    A loop and its steps, each a process, until `events` attempts were written, optimizer steps made and steps ended:
+    then kill -9 to all of them. Notes how many there were in all.
+    """
+    os.chdir(directory)
+    os.setsid()
+    seen = mmap.mmap(-1, 8)  # shared with the steps
+
+    def count():
+        number = int.from_bytes(seen[:], "little") + 1
+        seen[:] = number.to_bytes(8, "little")
+        if number == events:
+            os.killpg(0, signal.SIGKILL)
+
+    def counted(function):
+        def call(*args, **kwargs):
+            result = function(*args, **kwargs)
+            count()
+            return result
+
+        return call
+
+    def forked(command, env):
+        sys.stdout.flush()
+        if not (child := os.fork()):
+            os._exit(main(command[3:]))
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        return SimpleNamespace(returncode=code)
+
+    Journal.append, Trainer.training_step = counted(Journal.append), counted(Trainer.training_step)
+    rounds.subprocess = SimpleNamespace(run=counted(forked))
+    code = main(argv)
+    Path(f"{argv[-1]}.events").write_text(str(int.from_bytes(seen[:], "little")))
+    sys.exit(code)
+
+
 @pytest.mark.slow
-def test_killed_and_run_again_it_comes_to_the_same(here, steps, monkeypatch):
-    """kill -9 to the loop and its step, twice; rows and weights are those of a run that nobody disturbed."""
+def test_killed_five_times_it_comes_to_the_same(here, process):
+    """kill -9 to the loop and its step at random moments; rows and weights are those of a run that nobody disturbed."""
     Path("train.yaml").write_text(TRAINING + "save_strategy: steps\nsave_steps: 1\n")
-    command = [sys.executable, "-m", "trl_offpolicy.cli", "loop", "--config", "loop.yaml", "--rounds", "2"]
-    assert loop("--output_dir", "calm", "--rounds", 2) == 0
-    monkeypatch.undo()  # from here on each step is a process of its own
-    monkeypatch.chdir(here)
-    for mark in ("round-0/train/checkpoint-1/trainer_state.json", "round-1/rewrite/journal.jsonl"):
-        child = subprocess.Popen(
-            [*command, "--output_dir", "killed"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        while not Path("killed", mark).exists():
-            assert child.poll() is None, f"it ended before there was {mark}"
-            time.sleep(0.01)
-        subprocess.run(["kill", f"-{signal.SIGKILL}", "--", f"-{child.pid}"], check=True)
-        child.wait()
-    assert subprocess.run([*command, "--output_dir", "killed"], capture_output=True).returncode == 0
+    argv = ["loop", "--config", "loop.yaml", "--rounds", "2", "--output_dir"]
+
+    def life(name, events=None):
+        child = process(live, here, [*argv, name], events)
+        child.join()
+        return child.exitcode
+
+    assert life("calm") == 0
+    total = int(Path("calm.events").read_text())
+    moments = sorted(random.Random(0).sample(range(1, total), 5))
+    lives = [
+        life("killed", moment - before) for before, moment in zip([0, *moments], moments, strict=False)
+    ]  # what a life does again, such as the forward of a gap, makes its moment come earlier
+    assert lives == [-signal.SIGKILL] * 5
+    assert life("killed") == 0
+    again = int(Path("killed.events").read_text())
+    assert 0 < again < total
     for r in (0, 1):
         calm, killed = (rows_of(f"{run}/round-{r}/rewrite/dataset").to_list() for run in ("calm", "killed"))
         for row in [*calm, *killed]:
             row["model"] = row["model"].removeprefix("calm/").removeprefix("killed/")
-        assert calm == killed
+        # An attempt after a resume may be drawn in a batch of another size, which can round the sixth decimal of its log-probs.
+        drawn = [torch.tensor([x for row in rows for x in row.pop("behavior_log_probs")]) for rows in (calm, killed)]
+        assert calm == killed and torch.allclose(*drawn, atol=2e-6, rtol=0)
         ours, theirs = (weights(f"{run}/round-{r}/train") for run in ("calm", "killed"))
-        assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+        assert all(torch.allclose(tensor, theirs[name], atol=1e-6, rtol=0) for name, tensor in ours.items())
 
 
 # ---- the divergence from the initial policy ----

@@ -14,6 +14,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "examples" / "miniature"))
 
+import rounds  # noqa: E402
 import study  # noqa: E402
 from results import estimate  # noqa: E402
 
@@ -113,9 +114,35 @@ def test_intervals_cover(spread):
 
 
 def test_help_and_dry_run_are_quick(tmp_path, capsys):
-    code = "import sys; sys.path.insert(0, 'examples/miniature'); import study; study.main(['--dry_run', '--output_dir', sys.argv[1]]); assert 'torch' not in sys.modules"
+    code = "import sys; sys.path.insert(0, 'examples/miniature'); import study, rounds; [m.main(['--dry_run', '--output_dir', sys.argv[1]]) for m in (study, rounds)]; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "none")], cwd=ROOT, check=True)
     assert not (tmp_path / "none").exists()
-    with pytest.raises(SystemExit) as stopped:
-        study.main(["--help"])
-    assert stopped.value.code == 0 and "--learning_rates" in capsys.readouterr().out
+    for module, option in ((study, "--learning_rates"), (rounds, "--objective")):
+        with pytest.raises(SystemExit) as stopped:
+            module.main(["--help"])
+        assert stopped.value.code == 0 and option in capsys.readouterr().out
+
+
+def test_rows_and_cost_of_a_one_shot(tmp_path):
+    """All three draws, or the best row of each problem; what all that drew for a model has cost, and its steps from the base on."""
+    from datasets import Dataset
+
+    args = rounds.parse(["--output_dir", str(tmp_path), "--bases", "0"])
+    sources = (["expert", "self", "guided"], ["guided", "self", "expert"], ["self", "guided", "expert"])
+    drawn = {job for phase in rounds.PHASES for job in phase if isinstance(job, tuple)}
+    for number, job in enumerate(sorted(drawn)):
+        directory = rounds.directory_of(args, 0, 0, job)
+        (directory / "dataset").mkdir(parents=True)
+        study.write(directory / "results.json", {"tokens": 10**number})
+        rows = [{"source": source, "draw": str(job)} for source in sources[job[1]]]
+        Dataset.from_list(rows).to_parquet(directory / "dataset" / "rows.parquet")
+    for name in ("round-0", "last-1", "last-2", "base-1", "base-2"):
+        study.write(rounds.directory_of(args, 0, 0, name) / "trainer_state.json", {"global_step": 5})
+    best = rounds.rows_of(args, 0, 0, rounds.MODELS["best"])
+    assert best["source"][:] == ["self", "self", "guided"]
+    assert best["draw"][:] == [str(("base", number)) for number in (2, 0, 0)]
+    assert len(rounds.rows_of(args, 0, 0, rounds.MODELS["once"])) == 9
+    of = {job: 10**number for number, job in enumerate(sorted(drawn))}
+    first = of["base", 0] + of["round-0", 1]
+    assert rounds._cost(args, "last-2") == {"tokens": first + of["last-1", 2], "steps": 15}
+    assert rounds._cost(args, "base-2") == {"tokens": first + of["base-1", 2], "steps": 5}

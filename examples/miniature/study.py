@@ -29,7 +29,9 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -105,6 +107,8 @@ def run_dir(args, base: int, method: str, rate: float | None, seed: int) -> Path
 def result_of(job: partial) -> Path:
     """The file that a finished job has left."""
     args, base, *rest = job.args
+    if job.func is pretrain:
+        return Path(policy(args, base))
     if job.func is prepare:
         return base_dir(args, base) / "conditions.json"
     if job.func is tune:
@@ -132,28 +136,39 @@ def policy(args, base: int) -> str:
     return POLICY if base == 0 else str(base_dir(args, base) / "policy")
 
 
-def prepare(args, base: int) -> None:
-    """A base policy: pre-trained if it is missing, its rewrites, its own accuracy, and whether the conditions are met."""
-    from trl_offpolicy import DataRewriter, MathVerifier, RewriteConfig, TransformersSampler, measure_policy_gap
+def pretrain(args, base: int) -> None:
+    """A base policy, if it is missing."""
+    import train_quickstart_policy
 
-    directory, name, rows = base_dir(args, base), policy(args, base), splits(args, base)
+    name = policy(args, base)
     if not Path(name).exists():
-        import train_quickstart_policy
-
         unfinished = Path(f"{name}.unfinished")
         train_quickstart_policy.main(
             ["--seed", str(base), "--steps", str(args.base_steps), "--output_dir", str(unfinished)]
         )
         unfinished.rename(name)
-    sampler = TransformersSampler(name)
+
+
+def draw_rows(model: str, directory: Path, rows: list[dict], seed: int, num_generations: int = K, **options):
+    """The rewritten rows that a model draws."""
+    from trl_offpolicy import DataRewriter, MathVerifier, RewriteConfig
+
+    config = RewriteConfig(
+        str(directory), num_generations=num_generations, max_completion_length=MAX_LENGTH, guided_prompt=GUIDED_PROMPT, seed=seed, **options
+    )  # fmt: skip
+    with MathVerifier(num_workers=1) as verifier:
+        return DataRewriter(model, config, verifier=verifier).rewrite(rows)
+
+
+def prepare(args, base: int) -> None:
+    """A base policy: pre-trained if it is missing, its rewrites, its own accuracy, and whether the conditions are met."""
+    from trl_offpolicy import measure_policy_gap
+
+    pretrain(args, base)
+    directory, name, rows = base_dir(args, base), policy(args, base), splits(args, base)
 
     def rewrite(run: str, rows: list[dict], num_generations: int = K, seed: int = args.data_seed, **options):
-        config = RewriteConfig(
-            str(directory / run), num_generations=num_generations, max_completion_length=MAX_LENGTH, guided_prompt=GUIDED_PROMPT, seed=seed,
-            **options,
-        )  # fmt: skip
-        with MathVerifier(num_workers=1) as verifier:
-            return DataRewriter(name, config, sampler, verifier).rewrite(rows)
+        return draw_rows(name, directory / run, rows, seed, num_generations, **options)
 
     rewritten = rewrite("rewrite", rows["train"])
     rewrite("rewrite-self", rows["train"], stages=["self"], selection="random")
@@ -263,10 +278,15 @@ def tune(args, base: int, method: str, rate: float) -> None:
 
 
 def test(args, base: int, method: str, rate: float | None, seed: int) -> None:
+    """Measures what a method makes of a base, or the base itself."""
+    model = policy(args, base) if method == "base" else str(fit(args, base, method, rate, seed))
+    measure(args, base, method, rate, seed, model)
+
+
+def measure(args, base: int, method: str, rate: float | None, seed: int, model: str) -> None:
     """avg@K, pass@K and greedy on the test problems and on the second family."""
     from trl_offpolicy import MathVerifier, evaluate
 
-    model = policy(args, base) if method == "base" else str(fit(args, base, method, rate, seed))
     rows, baseline = splits(args, base), run_dir(args, base, "base", None, seed)
     with MathVerifier(num_workers=1) as verifier:
         evaluate(
@@ -276,6 +296,22 @@ def test(args, base: int, method: str, rate: float | None, seed: int) -> None:
 
 
 # ---- the study ----
+
+
+@contextmanager
+def workers(processes: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that run jobs; they end at once when the parent is interrupted."""
+    os.environ["TQDM_DISABLE"] = "1"  # in the workers; here tqdm has read its environment already
+    ignore = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)  # ctrl-C is the parent's
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("forkserver"), initializer=ignore)
+    try:
+        yield pool
+    except BaseException:
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def finish(pool: ProcessPoolExecutor, jobs: list[partial], bar: tqdm) -> None:
@@ -307,37 +343,39 @@ def chosen_rates(args) -> dict[str, dict[int, float]]:
 def study(args) -> dict:
     """All jobs in three rounds: bases, learning rates, tests. Returns what `results.json` holds."""
     total = len(args.bases) * (1 + len(args.seeds) + len(args.methods) * (len(args.learning_rates) + len(args.seeds)))
-    os.environ["TQDM_DISABLE"] = "1"  # in the workers; here tqdm has read its environment already
-    ignore = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)  # ctrl-C is the parent's
-    pool = ProcessPoolExecutor(args.processes, multiprocessing.get_context("forkserver"), initializer=ignore)
-    try:
-        with tqdm(total=total, desc="study", unit="job", smoothing=0.05) as bar:
-            finish(pool, [partial(prepare, args, base) for base in args.bases], bar)
-            bar.write(conditions_table(all_conditions(args)))
-            of_bases = [partial(test, args, b, "base", None, s) for b in args.bases for s in args.seeds]
-            finish(pool, of_bases + tuning_jobs(args), bar)
-            rates = chosen_rates(args)
-            for b in args.bases:
-                for m in args.methods:
-                    for rate in set(args.learning_rates) - {rates[m][b]}:  # only its accuracy is needed
-                        shutil.rmtree(run_dir(args, b, m, rate, TUNING_SEED), ignore_errors=True)
-            tests = [
-                partial(test, args, b, m, rates[m][b], s) for s in args.seeds for b in args.bases for m in args.methods
-            ]
-            finish(pool, tests, bar)
-    except BaseException:
-        for worker in multiprocessing.active_children():
-            worker.terminate()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with workers(args.processes) as pool, tqdm(total=total, desc="study", unit="job", smoothing=0.05) as bar:
+        finish(pool, [partial(prepare, args, base) for base in args.bases], bar)
+        bar.write(conditions_table(all_conditions(args)))
+        of_bases = [partial(test, args, b, "base", None, s) for b in args.bases for s in args.seeds]
+        finish(pool, of_bases + tuning_jobs(args), bar)
+        rates = chosen_rates(args)
+        for b in args.bases:
+            for m in args.methods:
+                for rate in set(args.learning_rates) - {rates[m][b]}:  # only its accuracy is needed
+                    shutil.rmtree(run_dir(args, b, m, rate, TUNING_SEED), ignore_errors=True)
+        tests = [
+            partial(test, args, b, m, rates[m][b], s) for s in args.seeds for b in args.bases for m in args.methods
+        ]
+        finish(pool, tests, bar)
     return summarize(args, rates)
+
+
+def compare(args, known: dict, method: str, metric: str, minus: str | None = None) -> dict:
+    """
+    A metric of a method, or its paired difference to another, from the `shares` of each (method, base, seed). A problem
+    that is missing for one seed, since it could not be judged, is left out for all.
+    """
+    import pandas as pd
+
+    bases = []
+    for b in args.bases:
+        seeds = {s: known[method, b, s][metric] - (known[minus, b, s][metric] if minus else 0) for s in args.seeds}
+        bases.append(pd.DataFrame(seeds).dropna().to_numpy())
+    return estimate(bases)
 
 
 def summarize(args, rates: dict) -> dict:
     """Every metric of every method, and its paired differences to SFT on the demonstrations and to the base policy."""
-    import pandas as pd
-
     rates = {"base": dict.fromkeys(args.bases), **rates}
     known = {
         (m, b, s): shares(run_dir(args, b, m, rates[m][b], s) / "samples.parquet", METRICS)
@@ -346,17 +384,9 @@ def summarize(args, rates: dict) -> dict:
         for s in args.seeds
     }
 
-    def of(method: str, metric: str, minus: str | None = None) -> dict:
-        """A problem that is missing for one seed, since it could not be judged, is left out for all."""
-        bases = []
-        for b in args.bases:
-            seeds = {s: known[method, b, s][metric] - (known[minus, b, s][metric] if minus else 0) for s in args.seeds}
-            bases.append(pd.DataFrame(seeds).dropna().to_numpy())
-        return estimate(bases)
-
     def every(method: str, metric: str) -> dict:
-        others = [reference for reference in ("sft", "base") if reference in rates and reference != method]
-        return {"value": of(method, metric), **{f"minus_{other}": of(method, metric, other) for other in others}}
+        others = [None, *(reference for reference in ("sft", "base") if reference in rates and reference != method)]
+        return {f"minus_{o}" if o else "value": compare(args, known, method, metric, o) for o in others}
 
     settings = {name: getattr(args, name) for name in (*SIZES, "bases", "seeds", "learning_rates")}
     fine_tuned = [(m, b, run_dir(args, b, m, rates[m][b], args.seeds[0])) for m in args.methods for b in args.bases]
@@ -410,13 +440,12 @@ def dry_run(args) -> None:
             print(f"base {base} has to be pre-trained first, or put into {policy(args, base)}")
 
 
-def parse(argv: list[str] | None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser(description: str) -> argparse.ArgumentParser:
+    """Its options are those of every study on these bases."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/miniature"))
     parser.add_argument("--bases", type=int, nargs="+", default=[0, 1, 2], help="pre-training seeds of the bases")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="fine-tuning seeds on each base")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))  # fmt: skip
-    parser.add_argument("--learning_rates", type=float, nargs="+", default=[3e-5, 1e-4, 3e-4], help="the grid")
     parser.add_argument("--num_train", type=int, default=400, help="demonstrations of each base")
     parser.add_argument("--num_dev", type=int, default=100, help="problems that learning rates are chosen on")
     parser.add_argument("--num_test", type=int, default=300, help="test problems of each base")
@@ -425,13 +454,38 @@ def parse(argv: list[str] | None):
     parser.add_argument("--base_steps", type=int, default=7500, help="pre-training steps of a base that is missing")
     parser.add_argument("--processes", type=int, default=1, help="jobs at a time, one thread each")
     parser.add_argument("--dry_run", action="store_true", help="say what there is to do, and do nothing")
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser, argv: list[str] | None):
     args = parser.parse_args(argv)
-    for name in ("bases", "seeds", "methods", "learning_rates"):
-        if len(set(getattr(args, name))) < len(getattr(args, name)):
-            parser.error(f"--{name} names one twice: {getattr(args, name)}")
+    for name, values in vars(args).items():
+        if isinstance(values, list) and len(set(values)) < len(values):
+            parser.error(f"--{name} names one twice: {values}")
     if len(args.bases) > len(STUDENT_T) + 1:
         parser.error(f"at most {len(STUDENT_T) + 1} bases")
     return args
+
+
+def parse(argv: list[str] | None):
+    mine = parser(__doc__)
+    mine.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))  # fmt: skip
+    mine.add_argument("--learning_rates", type=float, nargs="+", default=[3e-5, 1e-4, 3e-4], help="the grid")
+    return parsed(mine, argv)
+
+
+def outcome(study: Callable, args) -> tuple[dict | None, int]:
+    """What a study found, and the exit code of its command: 2 for settings that do not fit, 3 after ctrl-C."""
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        check_settings(args)
+        return study(args), 0
+    except ValueError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        return None, 2
+    except KeyboardInterrupt:
+        print("\nstopped; every finished job is kept. Run the same command again to go on.", file=sys.stderr)
+        return None, 3
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -440,16 +494,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         dry_run(args)
         return 0
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        check_settings(args)
-        results = study(args)
-    except ValueError as error:
-        print(f"study.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; every finished job is kept. Run the same command again to go on.", file=sys.stderr)
-        return 3
+    results, code = outcome(study, args)
+    if results is None:
+        return code
     write(args.output_dir / "results.json", results)
     print(show(args, results))
     first = base_dir(args, args.bases[0])

@@ -34,6 +34,7 @@ class LoopArguments(LoopConfig, RewriteArguments):
 
 def loop(argv: list[str]) -> int:
     from ..loop.rounds import Loop, StepFailed, given
+    from ..runs.run_log import wandb_run
 
     description = "Rewrite with the newest policy, train on the rows, measure, and again: each step is a command in a process of its own."
     parser = parser_for((LoopArguments, RewriteConfig), "loop", description, LOOP_EXAMPLES)
@@ -59,10 +60,11 @@ def loop(argv: list[str]) -> int:
             f"and so in each of {arguments.rounds} rounds, with the policy that the round before has trained; nothing was run"
         )
         return 0
-    check_before_loading(config.output_dir)
+    check_before_loading(config.output_dir, config.report_to)
     rounds.open()
     try:
-        return _run(rounds, arguments.rounds)
+        with wandb_run(config.report_to, rounds.output_dir, "loop", rounds.header["config"]) as logged:
+            return _run(rounds, arguments.rounds, logged)
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to go on.")
         return 3
@@ -73,8 +75,8 @@ def loop(argv: list[str]) -> int:
         return 3 if error.code == 3 else 2
 
 
-def _run(rounds, wanted: int) -> int:
-    """All rounds that are wanted, or until one gives a reason to stop."""
+def _run(rounds, wanted: int, logged) -> int:
+    """All rounds that are wanted, or until one gives a reason to stop; each is logged to the W&B run, if there is one."""
     summaries: list[dict] = []
     for number in range(wanted):
         for step in rounds.steps(number):
@@ -84,8 +86,12 @@ def _run(rounds, wanted: int) -> int:
         summaries.append(rounds.summary(number))
         write_whole(rounds.output_dir / "rounds.json", json.dumps({"rounds": summaries}, indent=1) + "\n")
         print(_sentence(summaries[-1]), flush=True)
+        if logged is not None and number >= logged.step:  # below it are the rounds that were logged before a restart
+            logged.log(_numbers(summaries[-1]), step=number)
         if number + 1 < wanted and (reason := rounds.reason_to_stop(summaries)):
             print(f"stopped after round {number}: {reason}.")
+            if logged is not None:
+                logged.summary["stopped"] = reason
             break
     print(
         shlex.join(["trl-offpolicy", "report", str(rounds.output_dir), "--output_dir", f"{rounds.output_dir}/report"])
@@ -104,6 +110,15 @@ def _sentence(summary: dict) -> str:
         best = next(key for key in scores if key.startswith("avg@"))
         parts.append(f"{name} {best} {scores[best]:.1%}")
     return f"round {summary['round']}: " + " · ".join(parts)
+
+
+def _numbers(summary: dict) -> dict[str, float]:
+    """What a round came to, as W&B shows it: one number a name."""
+    total = sum(summary["sources"].values())
+    numbers = {f"share/{source}": count / total for source, count in summary["sources"].items()}
+    measured = {"forgetting": summary.get("forgetting", {}), **summary.get("accuracy", {})}
+    numbers |= summary | {f"{of}/{name}": x for of, found in measured.items() for name, x in found.items()}
+    return {name: x for name, x in numbers.items() if isinstance(x, int | float)}
 
 
 def _check(arguments: LoopArguments, config: RewriteConfig) -> None:

@@ -68,7 +68,7 @@ def find_leak(text: str, known: str = "", phrases: Sequence[str] = ()) -> str | 
         phrases (`Sequence[str]`, *optional*): Regular expressions to look for beside `LEAKS`, in any case.
     """
     known = known.casefold()
-    found = (match[0] for match in _leaks(tuple(phrases)).finditer(text))
+    found = (match[0] for pattern in _leaks(tuple(phrases)) for match in pattern.finditer(text))
     return next((leak for leak in found if leak.casefold() not in known), None)
 
 
@@ -78,8 +78,10 @@ def leaks_hint(text: str, known: str = "") -> bool:
 
 
 @cache
-def _leaks(phrases: tuple[str, ...]) -> re.Pattern:
-    return re.compile("|".join(f"(?:{phrase})" for phrase in (*LEAKS, *phrases)), re.IGNORECASE)
+def _leaks(phrases: tuple[str, ...]) -> list[re.Pattern]:
+    """A phrase is a pattern of its own: its flags and the numbers of its groups are not those of others."""
+    own = "|".join(f"(?:{leak})" for leak in LEAKS)
+    return [re.compile(pattern, re.IGNORECASE) for pattern in (own, *phrases)]
 
 
 def distinct_n(texts: Sequence[str], n: int = 2) -> float | None:

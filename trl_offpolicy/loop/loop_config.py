@@ -27,6 +27,8 @@ class LoopConfig:
             this share of round 0's.
         max_cut (`float`, *optional*, defaults to `0.5`): Stop when a larger share of a round's attempts is cut at the
             limit, and it was less in round 0.
+        max_mentions (`float`, *optional*, defaults to `0.5`): The same for the correct guided attempts of a round that
+            mention the reference: those that were rejected for it and, with `reject_mentions=False`, rows that do.
 
     Raises:
         ValueError: A value out of its range.
@@ -71,6 +73,10 @@ class LoopConfig:
     max_cut: float = field(
         default=0.5, metadata={"help": "Stop when a larger share of the attempts is cut, which it was not in round 0."}
     )
+    max_mentions: float = field(
+        default=0.5,
+        metadata={"help": "The same for the share of the correct guided attempts that mention the reference."},
+    )
 
     def __post_init__(self):
         if self.rounds < 1:
@@ -82,7 +88,7 @@ class LoopConfig:
             raise ValueError(
                 f"You passed {len(self.train_config)} files as train_config for {self.rounds} rounds; pass one, or one for each round."
             )
-        for name in ("min_entropy", "max_cut"):
+        for name in ("min_entropy", "max_cut", "max_mentions"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"You passed {name}={getattr(self, name)}; it is a share, from 0 to 1.")
         if self.max_kl is not None and not self.max_kl > 0:

@@ -11,6 +11,7 @@ checkpoint, or from its beginning, which with the same seed is the same.
 """
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -19,18 +20,23 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow.dataset as ds
 import yaml
 
-from ..data.rows import Source
+from ..data.formats import demonstration
+from ..data.prompts import contents
+from ..data.rows import Rejection, Source
+from ..data.text_statistics import leaks_hint
 from ..data.whole_file import write_whole
 from ..runs.journal import differences
 from ..runs.run_directory import RunDirectory
+from ..runs.run_log import wandb_group
 from .loop_config import LoopConfig
 
 
 RANK = {Source.EXPERT: 0, Source.GUIDED: 1, Source.SELF: 2}  # an improved row has gone up
 # Settings of the loop that may change when it goes on.
-FREE = ("rounds", "max_kl", "min_entropy", "max_cut", "benchmarks", "eval_config")
+FREE = ("rounds", "max_kl", "min_entropy", "max_cut", "max_mentions", "benchmarks", "eval_config", "report_to")
 
 
 class Step(NamedTuple):
@@ -91,7 +97,7 @@ class Loop:
         if not lines:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             write_whole(self.state, json.dumps(self.header) + "\n")
-        elif differing := differences(_flat(lines[0]["config"]), _flat(self.header["config"]), free=()):
+        elif differing := differences(_flat(lines[0]["config"]), _flat(self.header["config"]), free=FREE):
             raise ValueError(
                 f"{self.state} was begun with other settings: {differing}. Give the same ones to go on, or another output_dir."
             )
@@ -125,11 +131,31 @@ class Loop:
             write_whole(self.directory(step.round, "eval.yaml"), _yaml(self._evaluation(step.round)))
         if step.name == "train":
             self._make_rows(step.round)
-        code = subprocess.run(step.command).returncode
+        code = subprocess.run(step.command, env=self._environment(step)).returncode
         if code:
             raise StepFailed(step, code)
         with self.state.open("a") as file:
             file.write(json.dumps({"round": step.round, "step": step.name, "command": step.command}) + "\n")
+
+    def _environment(self, step: Step) -> dict[str, str] | None:
+        """
+        With W&B, what makes each step a run of its own in the loop's group, the same one when it is run again; else
+        `None`, this process's own.
+        """
+        if not self.on_wandb:
+            return None
+        group, name = wandb_group(self.output_dir), f"round-{step.round}-{step.name}"
+        run = {
+            "WANDB_RUN_GROUP": group,
+            "WANDB_RUN_ID": f"{group}-{name}",
+            "WANDB_NAME": name,
+            "WANDB_RESUME": "allow",
+        }
+        return os.environ | run
+
+    @property
+    def on_wandb(self) -> bool:
+        return self.rewriting.get("report_to") == "wandb"
 
     # ---- rewrite ----
 
@@ -211,9 +237,12 @@ class Loop:
 
     def _train_command(self, round: int) -> list[str]:
         command = shlex.split(self.config.train_command or "")
-        command = command or [sys.executable, "-m", "trl_offpolicy.cli", "sft"]
+        command, config = command or [sys.executable, "-m", "trl_offpolicy.cli", "sft"], None
         if self.config.train_config:
-            command += ["--config", self.config.train_config[min(round, len(self.config.train_config) - 1)]]
+            config = self.config.train_config[min(round, len(self.config.train_config) - 1)]
+            command += ["--config", config]
+        if self.on_wandb and "report_to" not in _options(config):
+            command += ["--report_to", "wandb"]
         model = self.rewriting["model_name_or_path"]
         if round and self.config.train_from == "last":
             model = str(self.directory(round - 1, "train"))
@@ -240,8 +269,9 @@ class Loop:
     # ---- measure ----
 
     def _evaluation(self, round: int) -> dict:
-        options = yaml.safe_load(Path(self.config.eval_config).read_text()) if self.config.eval_config else {}
-        options = {**self.engine, **options, "model_name_or_path": str(self.directory(round, "train"))}
+        reported = {"report_to": "wandb"} if self.on_wandb else {}
+        options = {**self.engine, **reported, **_options(self.config.eval_config)}
+        options |= {"model_name_or_path": str(self.directory(round, "train"))}
         if "adapter" in self._policy(round + 1):
             options |= {"model_name_or_path": self.rewriting["model_name_or_path"], **self._policy(round + 1)}
         if round:
@@ -260,6 +290,7 @@ class Loop:
             "sources": {str(source): sum(row["source"] == source for row in rows) for source in Source},
             "sampled": sampled,
             "cut": cut / sampled if sampled else None,
+            "mentions": _mentions(run),
             **_draws(run),
         }
         if round:
@@ -283,6 +314,9 @@ class Loop:
             return f"KL(π_0‖π) on the task's prompts is {kl:.3f} nats per token, above max_kl={self.config.max_kl:g}"
         if last["cut"] and last["cut"] > self.config.max_cut >= (first["cut"] or 0) and last is not first:
             return f"{last['cut']:.0%} of the attempts were cut at the limit, in round 0 {first['cut'] or 0:.0%}"
+        told, first_told = last.get("mentions"), first.get("mentions") or 0
+        if told and told > self.config.max_mentions >= first_told and last is not first:
+            return f"{told:.0%} of the correct guided attempts mention the reference, in round 0 {first_told:.0%}"
         if (
             first["entropy"]
             and last["entropy"] is not None
@@ -312,11 +346,31 @@ def _draws(run: RunDirectory) -> dict:
     }
 
 
+def _mentions(run: RunDirectory) -> float | None:
+    """
+    The share of the correct guided attempts that mention the reference: those that were rejected for it, and rows that
+    are kept though they do; `None` where there is no correct one.
+    """
+    guided = run.rows().to_table(filter=ds.field("source") == str(Source.GUIDED)).to_pylist()
+    kept = sum(
+        leaks_hint(contents(row["completion"])[-1], f"{contents(row['prompt'])[-1]}\n{demonstration(row) or ''}")
+        for row in guided
+    )
+    rejected = run.metrics["rejected"]
+    correct = len(guided) + sum(rejected.values())
+    return (kept + rejected[Rejection.MENTION]) / correct if correct else None
+
+
 def _rows(directory: Path, columns: list[str]) -> list[dict]:
     import pyarrow.parquet as pq
 
     files = sorted(directory.glob("*.parquet"))
     return [row for file in files for row in pq.read_table(file, columns=columns).to_pylist()]
+
+
+def _options(file: str | None) -> dict:
+    """What a config file says; `{}` where there is none."""
+    return (yaml.safe_load(Path(file).expanduser().read_text()) if file else None) or {}
 
 
 def _contents(files: list[str]) -> list[str]:

@@ -142,7 +142,7 @@ def wandb_run(report_to: str, directory: Path, job_type: str, config: dict, part
 
     A run that is open already is logged to and left open. One of our own goes on when the command is run again. It is
     in the group `WANDB_RUN_GROUP`, which ties rewrite, training and evaluation together, or by default in one named
-    after `directory`.
+    after `directory`; and in the project in which `transformers` logs a training, since a group is of one project.
     """
     if report_to != "wandb":
         yield None
@@ -153,8 +153,12 @@ def wandb_run(report_to: str, directory: Path, job_type: str, config: dict, part
         yield wandb.run
         return
     group = wandb_group(directory)
+    project = os.environ.get("WANDB_PROJECT", "huggingface")
     run_id = os.environ.get("WANDB_RUN_ID") or f"{_own_name(directory)}-{job_type}{part}"
-    with wandb.init(id=run_id, name=run_id, group=group, job_type=job_type, config=config, resume="allow") as run:
+    name = os.environ.get("WANDB_NAME", run_id)
+    with wandb.init(
+        id=run_id, name=name, project=project, group=group, job_type=job_type, config=config, resume="allow"
+    ) as run:
         yield run
 
 
