@@ -1,5 +1,6 @@
 """`trl-offpolicy eval`: accuracy of a model on benchmarks."""
 
+import json
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +29,10 @@ Preset `paper` (arXiv 2509.15157, as its code evaluates Qwen2.5-Math; `paper_lla
 4096 tokens, seed 0, its prompt. What is not copied: a grader that lets 900 pass for 9, accuracies rounded to 0.1 for each
 run, a second BOS for Llama, and another prompt in training than here.
 
-What was forgotten, by lm-eval (pip install lm-eval); the same template as in training, greedy:
-  lm_eval --model hf --model_args pretrained=runs/sft,dtype=bfloat16 --tasks mmlu,ifeval --apply_chat_template --batch_size auto
+What was forgotten, by lm-eval, in an environment of its own (lm_eval[math] needs another antlr than math-verify); for both models:
+  lm_eval --model hf --model_args pretrained=runs/sft,dtype=bfloat16 --tasks mmlu,ifeval --apply_chat_template --batch_size auto \\
+      --output_path runs/lm-eval-sft
+  trl-offpolicy eval --retention runs/lm-eval-base runs/lm-eval-sft --output_dir runs/eval-sft    # beside the gain in runs/eval-sft
 """
 
 
@@ -48,7 +51,24 @@ class EvalArguments(EngineArguments, VerifierArguments):
     train_dataset: str | None = field(default=None, metadata={"help": "Rows in training; another prompt is refused."})
 
 
+@dataclass(kw_only=True)
+class RetentionArguments:
+    """What lm-eval has measured, and where the gain on the target is."""
+
+    retention: list[str] = field(
+        metadata={"help": "lm-eval's result files, or --output_path, of the base and the tuned model."}
+    )
+    output_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Evaluation of the tuned model with --baseline, whose gain is shown; retention.json goes there."
+        },
+    )
+
+
 def evaluate(argv: list[str]) -> int:
+    if any(arg.partition("=")[0] == "--retention" for arg in argv):
+        return _retention(argv)
     from ..data.loading import load_rows
     from ..evaluation.benchmarks import PRESETS, load_benchmarks
     from ..evaluation.evaluate import evaluate as run
@@ -98,6 +118,35 @@ def evaluate(argv: list[str]) -> int:
         print(f"shard {config.shard} is done; results.json appears with the last of them")
         return 0
     print(report_command(config.output_dir))
+    return 0
+
+
+def _retention(argv: list[str]) -> int:
+    """What the tuned model has lost elsewhere, beside what it has gained."""
+    from ..evaluation.retention import mean_drop, measure_retention
+    from ..reporting import tables
+
+    description = "The change of lm-eval's metrics from the base to the tuned model, beside the gain on the target."
+    (given,) = parser_for(RetentionArguments, "eval", description, EVAL_EXAMPLES).parse_args_and_config(argv)
+    if len(given.retention) != 2:
+        raise ValueError(
+            f"You passed retention={given.retention}; it takes two: lm-eval's results of the base and of the tuned model."
+        )
+    results = {}
+    if given.output_dir is not None:
+        print(f"output_dir: {given.output_dir}", flush=True)
+        if (file := Path(given.output_dir).expanduser() / "results.json").exists():
+            results = json.loads(file.read_text())["benchmarks"]
+    base, tuned = given.retention
+    changes = measure_retention(base, tuned, given.output_dir)
+    print(tables.markdown(tables.retention(changes, results)), end="")
+    gains = [r["vs_baseline"]["difference"] for r in results.values() if "vs_baseline" in r]
+    if given.output_dir is not None and not gains:
+        print(f"{given.output_dir} has no evaluation with --baseline, so there is no gain beside it.")
+    drop = mean_drop(changes)
+    if drop is not None:
+        gain = f"; mean gain on the target {sum(gains) / len(gains):+.1%}" if gains else ""
+        print(f"mean drop over the tasks: {tables.number(drop[0], '+.1%', drop[1])}{gain}")
     return 0
 
 

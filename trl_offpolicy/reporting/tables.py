@@ -73,6 +73,25 @@ def comparison(results: dict[str, dict]) -> Table:
     return ["benchmark", "difference", "p (paired sign-flip test)", "problems", "baseline"], rows
 
 
+def retention(changes: list[dict], results: dict[str, dict] | None = None) -> Table:
+    """
+    What [`measure_retention`] returned, below the gain on the target: an evaluation's `results` that were compared
+    with a baseline.
+    """
+    rows = []
+    for benchmark, r in (results or {}).items():
+        if versus := r.get("vs_baseline"):
+            metric, *_ = metrics({benchmark: r})
+            change = number(versus["difference"], "+.1%", versus["difference_ci95"])
+            rows.append([f"{benchmark} (target)", metric, "", number(r[metric], ".1%"), change])
+    for row in changes:
+        form = ".1%" if all(0 <= row[name] <= 1 for name in ("base", "tuned")) else ".3g"
+        change = number(row["change"], f"+{form}", row["change_ci95"])
+        metric = row["metric"] if row["higher_is_better"] else f"{row['metric']} (lower is better)"
+        rows.append([row["task"], metric, number(row["base"], form), number(row["tuned"], form), change])
+    return ["task", "metric", "base", "tuned", "change"], rows
+
+
 def policy_gap(gap: dict[str, dict]) -> Table:
     """What [`measure_policy_gap`] returned: log-probs in nats."""
     rows = []
