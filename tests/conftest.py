@@ -86,6 +86,7 @@ IMPORTED = (
     "evaluation.evaluate",
     "trainer.importance_weighted_sft_trainer",
     "agent.rewriting_agent_trainer",
+    "online.online_trainer",
     "sampling.transformers_sampler",
 )
 multiprocessing.get_context("forkserver").set_forkserver_preload([f"trl_offpolicy.{name}" for name in IMPORTED])

@@ -119,7 +119,7 @@ def test_import_is_lazy_and_help_needs_no_torch():
 
 
 ROOMS = [
-    "answers", "data", "cards", "sampling", "sandbox", "verification", "runs", "trainer", "reporting", "evaluation", "rewriting", "agent", "loop", "cli",
+    "answers", "data", "cards", "sampling", "sandbox", "verification", "runs", "trainer", "reporting", "evaluation", "rewriting", "agent", "online", "loop", "cli",
 ]  # fmt: skip
 
 

@@ -24,6 +24,8 @@ _HOME = {
     "ImportanceWeightedSFTTrainer": "trainer.importance_weighted_sft_trainer",
     "DFTConfig": "trainer.dft_trainer",
     "DFTTrainer": "trainer.dft_trainer",
+    "OnlineRewriteSFTConfig": "online.online_config",
+    "OnlineRewriteSFTTrainer": "online.online_trainer",
     "measure_policy_gap": "evaluation.policy_gap",
     "evaluate": "evaluation.evaluate",
     "EvaluationConfig": "evaluation.evaluation_config",

@@ -9,14 +9,29 @@ from dataclasses import replace
 
 from ..data.rows import Problem, Source, Verdict, reference_digest
 from ..runs.journal import Attempt, Journal, Result
+from ..sampling.provenance import template_digest
 from ..sampling.sampler import FAILED, Completion, Request, Sampler, SamplerError, attempt_seed
 from ..verification.drawing import Asked, Drawing
 from ..verification.verdict_queue import Judged
+from ..verification.verifier import Verifier, describe
 from .candidate_scores import scored
 from .guided_filters import reject_guided
 from .problems import Problems
 from .rewrite_config import RewriteConfig
 from .scheduler import Draw, Scheduler, Speculation
+
+
+def journal_config(
+    args: RewriteConfig, plain: bool, verifier: Verifier, sampler: Sampler, guided_sampler: Sampler | None = None
+) -> dict:
+    """
+    On what an attempt and its verdict depend: a journal's first line. `plain`: whether the prompts are plain texts.
+    """
+    config = {"journal_format": 2, "model": sampler.name, "model_revision": sampler.revision, **args.identity()}
+    if guided_sampler is not None:
+        config |= {"rewriter_adapter": guided_sampler.name, "rewriter_revision": guided_sampler.revision}
+    config |= {"chat_template": template_digest(sampler.processing_class), "verifier": describe(verifier)}
+    return config | ({"plain_prompts": "asked as they are"} if plain else {})  # older journals asked these as messages
 
 
 class Attempts:

@@ -33,15 +33,14 @@ from ..runs.run_counts import RunCounts, summed
 from ..runs.run_log import PeriodicPush, RunLog, check_wandb, log_artifact, wandb_run
 from ..runs.shards import Shard, check_siblings, publish, publish_lock, withdraw
 from ..sampling.loading import load_processing_class
-from ..sampling.provenance import template_digest
 from ..sampling.sampler import (
     PLAIN,
     Sampler,
     as_sampler,
 )
 from ..verification.drawing import Drawing
-from ..verification.verifier import as_verifier, describe
-from .attempts import Attempts
+from ..verification.verifier import as_verifier
+from .attempts import Attempts, journal_config
 from .candidate_scores import check_can_score, score_known
 from .dry_run import probe_report, shown_prompt
 from .output_rows import load_rows, write_rows
@@ -335,16 +334,7 @@ class DataRewriter:
         return RunCounts(self.args.stages, self.args.max_completion_length)
 
     def _identity(self, problems: Problems) -> dict:
-        """On what an attempt and its verdict depend: a journal's first line."""
-        identity, revision = self.args.identity(), self.sampler.revision
-        config = {"journal_format": 2, "model": self.sampler.name, "model_revision": revision, **identity}
-        if self.guided_sampler is not None:
-            config |= {"rewriter_adapter": self.guided_sampler.name, "rewriter_revision": self.guided_sampler.revision}
-        config["chat_template"] = template_digest(self.sampler.processing_class)
-        config["verifier"] = describe(self.verifier)
-        if problems.plain:  # older journals asked these as messages
-            config["plain_prompts"] = "asked as they are"
-        return config
+        return journal_config(self.args, problems.plain, self.verifier, self.sampler, self.guided_sampler)
 
     def _open_journal(self, problems: Problems) -> tuple[Journal, dict]:
         config = self._identity(problems)

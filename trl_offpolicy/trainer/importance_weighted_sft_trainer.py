@@ -117,11 +117,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         peft_config: "PeftConfig | None" = None,
         formatting_func: Callable[[dict], str] | None = None,
     ):
-        if args is None:
-            name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
-            args = self._config_class(f"{name.split('/')[-1]}-{self._tag_names[-1]}")
-        elif not isinstance(args, self._config_class):
-            args = self._config_class.of(args)
+        args = self._config_of(model, args)
         if compute_loss_func is not None and args.objective == "iw" and not args.objective_was_given:
             args = copy.copy(args)
             args.objective = "nll"  # the script passes a loss function of its own, as for SFTTrainer
@@ -183,6 +179,14 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
             self.eval_dataset = finished if isinstance(self.eval_dataset, dict) else finished.get("eval")
         self._tell_tokens_without_ratio()
 
+    @classmethod
+    def _config_of(cls, model, args):
+        """What was passed as `args`, as this trainer's config."""
+        if args is None:
+            name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
+            return cls._config_class(f"{name.split('/')[-1]}-{cls._tag_names[-1]}")
+        return args if isinstance(args, cls._config_class) else cls._config_class.of(args)
+
     def _columns_to_score(self, args: ImportanceWeightedSFTConfig) -> list[str]:
         """Columns that the initial policy computes before training."""
         ratio_to_base = any(callable(o) or o in objectives_with("expert_weighting") for o in self.objectives)
@@ -193,6 +197,11 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         )
         columns = {"behavior_log_probs": args.precompute_behavior_log_probs, "reference_log_probs": reference}
         return [name for name, wanted in columns.items() if wanted]
+
+    @property
+    def card_facts(self) -> dict[str, str]:
+        """What the model card says of this training beside what it says of all."""
+        return {}
 
     def _describe(self, train_dataset) -> None:
         """What the model card says of the training rows, and what the user should know of their columns."""
@@ -430,12 +439,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         columns = ["input_ids", "labels", *(name for name in TOKEN_COLUMNS if name not in scored_later)]
         with PartialState().local_main_process_first():
             if args.max_length is not None and not packing:
-                cut = (
-                    slice(None, args.max_length)
-                    if args.truncation_mode == "keep_start"
-                    else slice(-args.max_length, None)
-                )
-                dataset = dataset.map(_cut, fn_kwargs={"columns": columns, "cut": cut}, **map_kwargs)
+                dataset = dataset.map(_cut, fn_kwargs={"columns": columns, "cut": kept_tokens(args)}, **map_kwargs)
                 dataset = dataset.filter(_has_target, **map_kwargs)
             if packing:
                 dataset = dataset.select_columns(columns)
@@ -468,14 +472,17 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
                 "precompute_behavior_log_probs=False to use the log-probs that it has."
             )
 
+    def _behavior_prompt_ids(self, row: dict) -> list[int]:
+        """Token ids of the prompt that a row's completion was drawn under."""
+        prompt = row.get("behavior_prompt") or row["prompt"]
+        return encode_prompt_of(row, prompt, self.processing_class, self.chat_template)
+
     def _score_behavior(self, dataset, dataset_name: str):
         def pieces_of(row: dict) -> list[tuple]:
             if not row.get("completion_ids"):
                 return []
-            prompt = row.get("behavior_prompt") or row["prompt"]
             temperature = 1.0 if row.get("temperature") is None else float(row["temperature"])
-            ids = encode_prompt_of(row, prompt, self.processing_class, self.chat_template)
-            return [(len(row["input_ids"]), ids, row["completion_ids"], temperature)]
+            return [(len(row["input_ids"]), self._behavior_prompt_ids(row), row["completion_ids"], temperature)]
 
         return self.initial_policy.score(
             dataset, "behavior_log_probs", pieces_of, self.chat_template, f"Scoring {dataset_name} dataset"
@@ -840,6 +847,11 @@ def _unformatted(dataset):
     """
     custom = hasattr(dataset, "num_rows") and dataset.format["type"] == "custom"
     return dataset if custom else dataset.with_format(None)
+
+
+def kept_tokens(args) -> slice:
+    """What `max_length` leaves of an example's tokens."""
+    return slice(None, args.max_length) if args.truncation_mode == "keep_start" else slice(-args.max_length, None)
 
 
 def _cut(example: dict, columns: list[str], cut: slice) -> dict:

@@ -90,6 +90,7 @@ def trained_model_card(trainer, model_name: str | None = None, dataset_name: str
                 else "completions"
                 if trainer.completion_only_loss
                 else "whole sequences",
+                **trainer.card_facts,
             },
         ),
         results={key: last[key] for key in REPORTED if key in last},
