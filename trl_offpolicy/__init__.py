@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from .evaluation.evaluate import evaluate
     from .evaluation.evaluation_config import EvaluationConfig
     from .evaluation.policy_gap import measure_policy_gap
+    from .online.online_config import OnlineRewriteSFTConfig
+    from .online.online_trainer import OnlineRewriteSFTTrainer
     from .rewriting.rewrite_config import RewriteConfig
     from .rewriting.rewriter import DataRewriter
     from .sampling.openai_sampler import OpenAISampler
