@@ -213,7 +213,7 @@ _SPACE = rf"[ \t{_MARK}]"
 
 
 _HEADING = re.compile(  # announces an answer
-    rf"^[ \t\\#*{_MARK}]*(?:\\(?:sub)*section\*?\{{)?(?:\d+[.)] *)?(?:the )?(?:(?P<final>{_FINAL}{_SPACE}*(?:{_ANSWER}|{_RESULT})|{_ANSWER} {_AFTER_IT})"
+    rf"^[ \t\\#*{_MARK}]*(?:\\(?:sub)*section\*?\{{)?(?:(?:step )?\d+[.):] *)?(?:the )?(?:(?P<final>{_FINAL}{_SPACE}*(?:{_ANSWER}|{_RESULT})|{_ANSWER} {_AFTER_IT})"
     rf"|(?P<answer>{_ANSWER})|conclusion|结论|結論|결론)[ \t:：}}*{_MARK}]*(?:$|(?={_MATH}))",
     re.I | re.M,
 )
@@ -259,7 +259,7 @@ _VERB = re.compile(
     re.I,
 )
 _QUALIFIED = re.compile(
-    r"\b(?:least|most|than|not|between|up to|over|under|except|more|fewer|each|per|times|half|twice|double|either|or|answer|solution|result)\b"
+    r"\b(?:least|most|than|not|between|up to|over|under|except|mod|modulo|more|fewer|each|per|times|half|twice|double|either|or|answer|solution|result)\b"
     r"|[^A-Za-z\s,'’\"()-]|(?<![A-Za-z])[B-HJ-Zb-hj-z](?![A-Za-z])",
     re.I,
 )

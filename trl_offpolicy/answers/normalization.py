@@ -23,13 +23,13 @@ _UNICODE = {
     "ℤ": "\\mathbb{Z}", "≈": "\\approx ", "≡": "\\equiv ", "√": "\\sqrt", "∛": "\\sqrt[3]", "…": "\\ldots", "∖": "\\setminus ", "⟨": "\\langle ", "⟩": "\\rangle ", "∣": "|",
 }  # fmt: skip
 _FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|exp|sqrt|gcd|lcm|abs|floor|ceil"
-_FONTS = "text|textbf|textit|textrm|textnormal|textup|textsf|texttt|emph|mbox|hbox|mathrm|mathbf|mathit|mathsf|boldsymbol|bm|operatorname|operatorname\\*|rm|bf|it"
+_FONTS = "text|underline|textbf|textit|textrm|textnormal|textup|textsf|texttt|emph|mbox|hbox|mathrm|mathbf|mathit|mathsf|boldsymbol|bm|operatorname|operatorname\\*|rm|bf|it"
 _FONT = re.compile(rf"\\(?:(?:{_FONTS})\s*(?=\{{)|(?:textcolor|color)\s*\{{[^{{}}]*\}}\s*)")
 # Commands that mean the same as another, or only how it looks.
 _SAME = {
     "\\frac": "dfrac tfrac cfrac", "<": "lt", ">": "gt", "\\le ": "leq leqq leqslant", "\\ge ": "geq geqq geqslant", "\\neq ": "ne", "\\{": "lbrace", "\\}": "rbrace",
     "(": "langle lparen", ")": "rangle rparen", "|": "lvert rvert vert mid", "\\setminus ": "backslash smallsetminus", "\\emptyset ": "varnothing",
-    "": "left right middle displaystyle textstyle limits big bigg bigl bigr bigm biggl biggr biggm Big Bigg Bigl Bigr Bigm Biggl Biggr Biggm mathopen mathclose",
+    "": "left right middle displaystyle textstyle limits big bigg bigl bigr bigm biggl biggr biggm Big Bigg Bigl Bigr Bigm Biggl Biggr Biggm mathopen mathclose checkmark",
 }  # fmt: skip
 _COMMANDS = {f"\\{name}": same for same, names in _SAME.items() for name in names.split()}
 _REWRITES = [
@@ -54,7 +54,10 @@ _REWRITES = [
         (r"^\\text\{ *(?i:all (?:real numbers|reals)) *\}$", r"\\mathbb{R}"),
         (r"(?<![\w.])(\d+(?:\.\d*)?|\.\d+)[eE]([+-]?\d+)(?!\w)", r"\1\\times 10^{\2}"),
         (r"(?<=\d)(?:\s*(?:\\cdot|\*)\s*| x )10\s*\^", r"\\times 10^"),
+        (r"\\(?:hat|vec)\s*\{?(?:\\([ij])math|([ijk])(?![A-Za-z]))\}?", lambda m: f"\\hat{{{m[1] or m[2]}}}"),
         (r"\\mathbb\s*([A-Z])", r"\\mathbb{\1}"),
+        (r"(\\equiv[^,;]*?)\\bmod(?![A-Za-z])", r"\1\\mod"),
+        (r"(?<=\.)(\d*)(?:\((\d+)\)|\\(?:dot|bar)\s*(?:\{(\d+)\}|(\d))(?:(\d*)\\dot\s*\{?(\d)\}?)?)", lambda m: f"{m[1]}\\overline{{{''.join(filter(None, m.groups()[1:]))}}}"),
         (r"(?:\\text\s*\{\s*(?=\(mod [^(){}]*\)\s*\}))?\(\s*(?:\\text\s*\{\s*)?mod\s*\}?\s*([^()]*)\)(?:(?<=\w\))\s*\}$)?|\\pmod\s*(\d+)|(?<!b)(?<![A-Za-z{])\\?mod(?![A-Za-z])\s*\{?(\d+)\}?", lambda m: f"\\pmod{{{m[1] or m[2] or m[3]}}}"),
         (rf"((?<![\\A-Za-z])[A-Za-z]|\\(?:{GREEK}))\s*_\s*(\{{[^{{}}]*\}}|\{{\\text\s*\{{[^{{}}]*\}}\s*\}}|\\[A-Za-z]+|\w)", lambda m: f"{m[1]}_{{{_plain(m[2])}}}"),
         (r"(?!^),?\s*(?:\\text\{[^{}]*\})?\s*\b[a-z]\s*\\in\s*\\mathbb\{[A-Z]\}$", ""),
@@ -62,6 +65,7 @@ _REWRITES = [
         (r"^\\text\s*\{[^{}]*(?:\bis|\bare|:|=)\s*\}\s*(?=\S)|\s*\\text\s*\{\s*(?:for (?:all|every|any)|only)\b.*$", ""),
         (r"\s*\\text\s*\{\s*\((?:since|because|as|where|i\.e\.)\b.*\)\s*\}?$", ""),
         (rf"^(\\text\s*\{{ *)?\b((?i:{NUMBER_WORD})) (?=[a-z])", lambda m: f"{m[1] or ''}{NUMBER_WORDS[m[2].casefold()]} "),
+        (r"(?<=\d) ?([个個只名位人条件张本元块次种枚円台](?:(?![不没错吗么吧呢万亿])[\u4e00-\u9fff]){0,4}|[개명원])$", r"\\text{ \1}"),
         (r"\s+", " "),
     )
 ]  # fmt: skip
@@ -101,7 +105,7 @@ def normalize(answer: str) -> str:
     text = re.sub(r" ?([-+*/^_=<>():;|{}\[\]&]) ?", r"\1", text)
     text = re.sub(r" ?, ?(?=[,)}\]]|$)| (?=,)", lambda m: m[0].strip(), text)
     text = re.sub(r"(\\[A-Za-z]+) (?![A-Za-z])", r"\1", text).replace(" \\", "\\").replace(",\\", ", \\").strip()
-    text = re.sub(r"^(?:[=:]|\\approx)\s*|[.,;:\\\s]+$", "", text)
+    text = re.sub(r"^(?:[=:]|\\approx)\s*|(?:[.,;:\\\s]|\\cr)+$", "", text)
     # `\text{204 minutes}`, `\text{(B)}`, `\text{B}`: text around a value, not words
     if wrapped := re.fullmatch(r"\\text\{([^{}]*)\}", text):
         inner = wrapped[1].strip().rstrip(".")
@@ -314,7 +318,8 @@ _units: dict[str, tuple[Fraction, dict[str, int]]] = {}
 
 def _unit(name: str) -> tuple[Fraction, dict[str, int]] | None:
     """(factor, exponents of the base units) of one name: as it is, as a plural, in small letters, with a prefix."""
-    for known in dict.fromkeys((name, name.removesuffix("s"), name.casefold(), name.casefold().removesuffix("s"))):
+    small = name if len(name) == 1 else name.casefold()  # M is no metre
+    for known in dict.fromkeys((name, name.removesuffix("s"), small, small.removesuffix("s"))):
         if known in _units:
             return _units[known]
         for prefix, power in _PREFIXES.items():
@@ -356,7 +361,7 @@ for _definition in re.split(r"[;\n]+", _DEFINITIONS.strip()):
 # Words that make another value of the number before them: fractions, powers, comparisons, conditions, multiples.
 _CHANGES = re.compile(
     rf"\b(?:{NUMBER_WORD}|half|halve|halves|thirds?|quarters?|\w{{3,}}ths?|squared|cubed|factorial|or|and|if|for|when|where|unless|not|except|less|more|than|fewer|over|under"
-    r"|above|below|at|least|most|to|from|times?|score|plus|minus|divided|base|modulo|mod|log|ln|sin|cos|tan|exp|sqrt|pi|cis|root|hundreds?|tens|is|are|pairwise|each other"
+    r"|above|below|at|least|most|to|from|times?|score|plus|minus|divided|base|modulo|mod|log|ln|sin|cos|tan|exp|sqrt|pi|cis|root|fail\w*|invalid|impossible|extraneous|rejected|excluded|wrong|incorrect|hundreds?|tens|is|are|pairwise|each other"
     r"|dozens?|thousands?|millions?|billions?|trillions?)\b|[^A-Za-z '’-]",
     re.I,
 )

@@ -18,7 +18,7 @@ _DENIED = {
 }  # fmt: skip
 # Directly before a value: it is a bound, a guess, or another thing of which the value is only a part.
 _BOUNDED = {
-    "en": r"other than|different from|close to|(?:less|more|fewer|greater|smaller|larger|bigger|higher|lower) than|at most|at least|up to|under|over|above|below|almost|maybe|perhaps|possibly|probably|likely|presumably"
+    "en": r"other than|different from|close to|near|(?:less|more|fewer|greater|smaller|larger|bigger|higher|lower) than|at most|at least|up to|under|over|above|below|almost|maybe|perhaps|possibly|probably|likely|presumably"
     r"|(?:may|might|could) (?:well )?be|(?:supposed|expected|thought|believed|said|claimed) to be|exceeds?|bounded by|(?:divisible|multiplied|divided) by"
     r"|(?:a |the )?(?:square|square root|cube|cube root|root|reciprocal|opposite|inverse|logarithm|factorial|multiple|factor|divisor|power|half|double) of|twice|double|half",
     "de": "(?:kleiner|größer|weniger|mehr) als|höchstens|mindestens|fast|vielleicht", "es": "(?:menor|mayor|menos|más) (?:que|de)|como máximo|al menos|a lo sumo|casi|quizás?",
@@ -65,13 +65,14 @@ _LABEL = re.compile(
 # Anywhere before a value in its sentence: it is supposed, guessed, or what someone else believes.
 _SUPPOSED = re.compile(
     r"\b(?:if|suppose|had|were|assuming)\b[^.!?\n]*(?<!there )\bwould (?:get|have|obtain|be|yield|give|become)\b(?: only| just| exactly)?[^\w\n.;!?]*\Z"
-    r"|\b(?:guess|doubt|(?<!\bI )(?<!\bwe )(?:might|may|could|would|will) (?:think|say|guess|believe|expect|assume|seem)|(?:do|did|can)(?:n['’]t| not) (?:think|believe)|(?:false|not true|not the case|not clear) that|claims|claimed|says|thinks|believes|nobody|no one)\b[^.!?\n]*\Z"
+    r"|\b(?:guess|doubt|(?<!\bI )(?<!\bwe )(?:might|may|could|would|will) (?:think|say|guess|believe|expect|assume|seem)|(?:do|did|can)(?:n['’]t| not) (?:think|believe)|(?:false|not true|not the case|not clear) that|(?:people|students|others|they|many|some)\b[^.,!?\n]{0,15}\b(?:say|think|claim|believe) (?:that|it|the answer)|claims|claimed|says|thinks|believes|nobody|no one)\b[^.!?\n]*\Z"
     r"|\b(?:(?:wrong|incorrect|false)\s+(?:answer|solution|result|value)|(?:first|initial|previous|earlier)\s+answer)\b[^.!?\n]*\Z",
     re.I,
 )
 # The same before a phrase; a box is stated there all the same.
 _UNSURE = re.compile(
-    r"\b(?:thought|tempting|naive(?:ly)?|mistake(?:nly)?|maybe|perhaps|possibly|whether|if|unless)\b(?!\s+and only if)[^.!?\n]*\Z",
+    r"\b(?:thought|tempting|naive(?:ly)?|mistake(?:nly)?|maybe|perhaps|possibly|whether|if|unless|wenn|falls|si|если|jeśli|jika)\b(?!\s+and only if)[^.!?\n]*\Z"
+    r"|\b(?:suppos(?:e|ing)|assum(?:e|ing)|imagine|according to (?-i:[A-Z])\w+,)[^.,!?\n]*\Z|(?:如果|假如|假设|若)[^。！？\n]*\Z",
     re.I,
 )
 _QUALIFIED_BEHIND = re.compile(rf"[^\w\n.!?]{{0,9}}?(?:{_words(_BEHIND)})|[^\w\n.!;,]{{0,9}}\?", re.I)
@@ -82,9 +83,9 @@ _COUNTED = re.compile(
     re.I,
 )
 # A number word of another language behind a number, which would be taken for its unit; the verb of a sentence that
-# denies it.
+# denies it; "only", of which the sentence says behind the value when.
 _SCALED = re.compile(
-    r"\d\W{0,3}(?:tusen|tausend|Millionen|mil|millones|mille|mila|milioni|milhões|miljoner|duizend|miljoen|tysi\w+|milion\w*|тысяч\w*|миллион\w*)\b|\b(?:does|do|did|can|could|fails?)(?:n['’]t)?\W*\Z",
+    r"\d\W{0,3}(?:tusen|tausend|Millionen|mil|millones|mille|mila|milioni|milhões|miljoner|duizend|miljoen|tysi\w+|milion\w*|тысяч\w*|миллион\w*)\b|\b(?:does|do|did|can|could|fails?)(?:n['’]t)?\W*\Z|\bonly\W*\Z",
     re.I,
 )
 _PROPERTY = re.compile(

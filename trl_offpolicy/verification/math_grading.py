@@ -256,11 +256,26 @@ def _equation(text: str, sides: list[str]) -> Answer:
     values = sides[len(names) :]
     if names != sides[: len(names)] or (not names and not all(map(_closed, values))):
         return Answer("equation", text, tuple(sides))
+    if names and names[0][0] == "(" and (value := read(values[-1])).kind == "tuple":
+        return _in_order(names[0], value)
     if len(names) > 1 and not re.search(r"\(", names[0]):
         return Answer("list", text, tuple(Answer("named", f"{n}={values[-1]}", (read(values[-1]),), n) for n in names))
     return Answer(
         "named", text, (read(values[-1]), *([] if names else map(read, values[:-1]))), names[0] if names else ""
     )
+
+
+def _in_order(names: str, value: Answer) -> Answer:
+    """`(y,x)=(2,1)` as `(x,y)=(1,2)`."""
+    letters = names.strip("()").replace(" ", "").split(",")
+    if "".join(sorted(letters)) in string.ascii_lowercase and len(letters) == len(value.parts):
+        parts = dict(sorted(zip(letters, value.parts, strict=True)))
+        names, text = (
+            f"({','.join(parts)})",
+            f"{value.name[0]}{','.join(part.text for part in parts.values())}{value.name[1]}",
+        )
+        value = value._replace(text=text, parts=tuple(parts.values()))
+    return Answer("named", f"{names}={value.text}", (value,), names)
 
 
 def _closed(text: str) -> bool:
@@ -281,8 +296,9 @@ def _same_name(stated: str, wanted: str) -> bool:
 
 
 def _decimal(text: str, other: str, digits: str = r"\d\d?|\d{4,}") -> str:
-    """`3,25` as 3.25 beside a decimal, unless three digits make it a thousand."""
-    return text.replace(",", ".") if "." in other and re.fullmatch(rf"-?(?:\d+,(?:{digits})|0,\d+)", text) else text
+    """`3,25` as 3.25 beside a decimal or a fraction, unless three digits make it a thousand."""
+    broken = "." in other or ((value := number(other)) and value[0].denominator > 1)
+    return text.replace(",", ".") if broken and re.fullmatch(rf"-?(?:\d+,(?:{digits})|0,\d+)", text) else text
 
 
 class _Comparison:
@@ -309,6 +325,8 @@ class _Comparison:
             return True
         if re.fullmatch(r"\d+(?:-\d+)+", gold) and not words(gold):
             return False  # a score, a range or a telephone number: no difference that is to be worked out
+        if "\\pmod" in gold:
+            prediction = re.sub(r"\\bmod\{?(\w+)\}?$", r"\\pmod{\1}", prediction)
         stated, wanted = number(_decimal(prediction, gold)), number(_decimal(gold, prediction, r"\d\d|\d{4,}"))
         if stated and wanted:
             return self._close(stated, wanted)
@@ -345,7 +363,10 @@ class _Comparison:
         if "named" in kinds:
             return self._same_named(stated, wanted)
         if "\\approx" in stated.text and "\\approx" not in wanted.text:
-            return any(self.same(side, wanted.text) for side in stated.text.split("\\approx") if side)
+            sides = [side for side in stated.text.split("\\approx") if side]
+            if not _near(sides):
+                raise Unparsable  # it contradicts itself
+            return any(self.same(side, wanted.text) for side in sides)
         if "modular" in kinds:
             return self._same_modular(stated, wanted)
         if "\\hat" in stated.text + wanted.text:
@@ -458,7 +479,8 @@ class _Comparison:
         for one, other in ((stated, wanted), (wanted, stated)):
             again = self.equal if one is stated else lambda a, b: self.equal(b, a)
             items, others = (a.parts if a.kind == "list" else (a,) for a in (one, other))
-            if len(items) > 1 and other.kind != "list" and {a.kind for a in items} == {"relation"}:
+            one_set = other.kind != "list" or (re.search(r"\band\b", one.text) and "\\cup" in other.text)
+            if len(items) > 1 and one_set and {a.kind for a in items} == {"relation"}:
                 joined = sympy.Or if re.search(r"\bor\b", one.text) else And
                 whole = parse_latex(other.text, gold=other is wanted)
                 return _same_expression(joined(*(parse_latex(a.text) for a in one.parts)), whole, self.options)
@@ -515,6 +537,8 @@ class _Comparison:
                 raise Unparsable(f"whether {prediction:.60} is {gold:.60} depends on what was counted")
         if isinstance(wanted_unit, tuple) and told_unit is None and (letter := _LETTER_UNIT.fullmatch(prediction)):
             stated, told_unit = letter[1], unit(letter[2])
+        if wanted_unit is None and (thousand := re.search(r"\\text\{([KT])\}$", prediction)):
+            raise Unparsable(f"{thousand[1]} may be a unit or a number of thousands")
         degrees = "^\\circ" in prediction, "^\\circ" in gold
         if isinstance(told_unit, tuple) and degrees[1] and told_unit[1] == {"radian": 1}:
             return self.same(stated, gold) if "\\pi" in stated else False
@@ -568,7 +592,7 @@ def _unit_vectors(vector: Answer) -> str:
 def _choice(text: str) -> tuple[str, str] | None:
     """(letter, what stands behind it) of `B`, `(B)`, `\\text{(B) } 12` or `B. 12`."""
     bare = _TEXT.sub(r"\1 ", text).strip()
-    match = re.fullmatch(r"\(([A-Z])\)\.?:?\s*(.*)|([A-J])(?:[.):]\s*(.*))?", bare, re.S)
+    match = re.fullmatch(r"\(([A-Z]) ?\)\.?:?\s*(.*)|([A-J])(?:[.):]\s*(.*))?", bare, re.S)
     if (
         not match
         or re.search(r"^(?:[,;]|\(?[A-Z]\)|(?:and|or)\b)|[,;)\d] *\(?[A-J][.)]", match[2] or match[4] or "")
@@ -642,6 +666,16 @@ def _with_real_roots(parsed):
         p for p in parsed.atoms(sympy.Pow) if p.exp.is_Rational and p.exp.q > 2 and p.exp.q % 2 and p.base.is_negative
     ]
     return parsed.xreplace({p: (-1) ** p.exp.p * (-p.base) ** p.exp for p in odd})
+
+
+def _near(sides: list[str]) -> bool:
+    """Whether numbers may be roundings of each other, to a twentieth or to a whole number; names may be any."""
+    values = []
+    for side in filter(_closed, sides):
+        with contextlib.suppress(Unparsable):
+            values.append(_value(parse_latex(split_unit(side)[0]), {}))
+    values = [value for value in values if value is not None and value.is_real]
+    return all(abs(a - values[-1]) <= max(abs(a) / 20, float(values[-1]).is_integer() / 2) for a in values)
 
 
 def _same_expression(stated, wanted, options: dict) -> bool:
