@@ -60,9 +60,9 @@ def steps(monkeypatch):
 
     def in_this_process(command, env):
         run.append(command[3])
-        return SimpleNamespace(returncode=main(command[3:]))
+        return SimpleNamespace(wait=lambda: main(command[3:]))
 
-    monkeypatch.setattr(rounds, "subprocess", SimpleNamespace(run=in_this_process))
+    monkeypatch.setattr(rounds, "subprocess", SimpleNamespace(Popen=in_this_process))
     return run
 
 
@@ -210,9 +210,9 @@ def test_the_rounds_and_their_steps_are_one_group_on_wandb(here, monkeypatch, pr
     def of_its_own(command, env):
         child = process(run_step, here, command[3:], env)
         child.join()
-        return SimpleNamespace(returncode=child.exitcode)
+        return SimpleNamespace(wait=lambda: child.exitcode)
 
-    monkeypatch.setattr(rounds, "subprocess", SimpleNamespace(run=of_its_own))
+    monkeypatch.setattr(rounds, "subprocess", SimpleNamespace(Popen=of_its_own))
     monkeypatch.setenv("WANDB_DIR", str(here))
     wandb.teardown()  # it reads its environment once
     Path("train.yaml").write_text(TRAINING.replace("report_to: none\n", ""))
@@ -270,24 +270,67 @@ def test_a_loop_stops_where_it_should(here, steps, capsys):
         (["--refresh", "some"], "invalid choice: 'some'"),
         (["--max_kl", "-1"], "max_kl=-1.0; it must be above 0"),
         (["--min_entropy", "2"], "min_entropy=2.0; it is a share"),
+        (["--train_command", "acelerate launch t.py"], "but there is no program 'acelerate' here"),
+        (
+            ["--train_config", "typo.yaml"],
+            "typo.yaml, line 1: there is no option 'objectiv' (did you mean objective?)",
+        ),
+        (["--eval_config", "typo.yaml"], "typo.yaml, line 1: there is no option 'objectiv'"),
+        (
+            ["--train_config", "lora.yaml", "--train_from", "last"],
+            "lora.yaml has use_peft: a round's model is an adapter",
+        ),
     ],
 )
 def test_options_that_cannot_work(here, command, given, message):
+    Path("typo.yaml").write_text("objectiv: iw\n")
+    Path("lora.yaml").write_text("use_peft: true\n")
     result = command("loop", "--config", "loop.yaml", "--output_dir", "run", *given)
     assert result.returncode == 2 and message in result.stderr and not Path("run").exists()
 
 
-def test_a_step_that_fails_is_said_and_done_again(here, command, steps, monkeypatch):
-    Path("train.yaml").write_text(TRAINING + "objectiv: iw\n")
-    result = command("loop", "--config", "loop.yaml", "--output_dir", "run", "--rounds", 1)
-    assert result.returncode == 2 and "there is no option 'objectiv' (did you mean objective?)" in result.stderr
-    assert "round 0: `train` ended with exit code 2; its last words are above" in result.stderr
-    assert [json.loads(line).get("step") for line in Path("run/loop.jsonl").read_text().splitlines()] == [
-        None,
-        "rewrite",
-    ]
-    result = command("loop", "--config", "loop.yaml", "--output_dir", "run", "--rounds", 1, "--dry_run")
+def test_what_made_a_step_fail_can_be_mended(here, command, steps):
+    """A setting is settled by what was done with it: the rewriting's by a finished step, a training's by what it has left."""
+
+    def run(*given):
+        return command("loop", "--config", "loop.yaml", "--output_dir", "run", "--rounds", 1, *given)
+
+    def done():
+        return [json.loads(line).get("step") for line in Path("run/loop.jsonl").read_text().splitlines()]
+
+    Path("empty.jsonl").touch()
+    result = run("--dataset_name", "empty.jsonl")
+    assert result.returncode == 2 and "but that file is empty" in result.stderr and done() == [None]
+    Path("train.yaml").write_text(TRAINING + "eval_strategy: steps\n")
+    result = run()
+    assert (
+        result.returncode == 2 and "round 0: `train` ended with exit code 2; its last words are above" in result.stderr
+    )
+    assert done() == [None, "rewrite"]
+    assert "`seed` was None there and is 7 now" in run("--seed", 7).stderr
+    Path("train.yaml").write_text(TRAINING)
+    result = run("--dry_run")
     assert "round 0, rewrite (done)" in result.stdout and "round 0, train: " in result.stdout
+    assert run().returncode == 0 and done() == [None, "rewrite", "train", "gap"]
+    assert steps == ["rewrite", "rewrite", "sft", "sft", "gap"]
+    Path("second.yaml").write_text(TRAINING.replace("1.0e-3", "1.0e-4"))
+    assert "`train_config` was" in run("--train_config", "second.yaml").stderr
+    assert run("--train_config", "train.yaml", "second.yaml").returncode == 0  # of a round that has not begun
+
+
+def test_ctrl_c_lets_the_step_end(here, command, monkeypatch):
+    """It reaches the step too, which writes what it has and ends."""
+    waits = iter([KeyboardInterrupt(), 3])
+
+    def wait():
+        if isinstance(outcome := next(waits), BaseException):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(rounds, "subprocess", SimpleNamespace(Popen=lambda *_, **__: SimpleNamespace(wait=wait)))
+    result = command("loop", "--config", "loop.yaml", "--output_dir", "run")
+    assert result.returncode == 3 and "run the same command again to go on" in result.stdout
+    assert next(waits, None) is None
 
 
 def run_step(directory, argv, env=None):
@@ -325,10 +368,10 @@ def live(directory, argv, events):
         if not (child := os.fork()):
             os._exit(main(command[3:]))
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        return SimpleNamespace(returncode=code)
+        return SimpleNamespace(wait=lambda: code)
 
     Journal.append, Trainer.training_step = counted(Journal.append), counted(Trainer.training_step)
-    rounds.subprocess = SimpleNamespace(run=counted(forked))
+    rounds.subprocess = SimpleNamespace(Popen=counted(forked))
     code = main(argv)
     Path(f"{argv[-1]}.events").write_text(str(int.from_bytes(seen[:], "little")))
     sys.exit(code)

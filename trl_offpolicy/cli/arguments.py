@@ -121,7 +121,7 @@ class CommandParser(TrlParser):
             if wrong := [f"{name}{_closest(name, known)}" for name in names if name not in known]:
                 self.error(f"there is no option {' and no '.join(wrong)}")
         if path is not None:
-            self._read_config(Path(path).expanduser(), ignore_unknown=return_remaining_strings)
+            os.environ.update(self.read_config(Path(path).expanduser(), ignore_unknown=return_remaining_strings))
         try:
             *parsed, rest = self.parse_args_into_dataclasses(args, return_remaining_strings=True)
         except ValueError as error:
@@ -132,8 +132,11 @@ class CommandParser(TrlParser):
             self.error(f"{shlex.join(rest)} belongs to no option")
         return (*parsed, rest) if return_remaining_strings else tuple(parsed)
 
-    def _read_config(self, path: Path, ignore_unknown: bool) -> None:
-        """Makes what the file holds the default of its options."""
+    def read_config(self, path: Path, ignore_unknown: bool = False) -> dict[str, str]:
+        """
+        Makes what the file holds the default of its options; returns the environment variables that it sets, or raises
+        `ValueError` for what is no option or no value of one.
+        """
         import yaml
 
         try:
@@ -153,15 +156,17 @@ class CommandParser(TrlParser):
         # `--x` before its complement `--no_x`; `--help` and `--config` are no options of a file.
         actions = {a.dest: a for a in reversed(self._actions) if a.default is not argparse.SUPPRESS}
         hints = {name: hint for cls in self.dataclass_types for name, hint in get_type_hints(cls).items()}
+        environment = {}
         for key, node in root.value:
             where = f"{path}, line {key.start_mark.line + 1}"
             if key.value == "env":
-                os.environ.update(_environment(values["env"], where))
+                environment = _environment(values["env"], where)
             elif key.value in actions:
                 default = _from_yaml(actions[key.value], hints.get(key.value), node, values[key.value], where)
                 self.set_defaults_with_config(**{key.value: default})
             elif not ignore_unknown:
                 raise ValueError(f"{where}: there is no option {key.value!r}{_closest(key.value, actions)}.")
+        return environment
 
 
 # What options are called elsewhere → the names that some command here has for it, the first that it has.

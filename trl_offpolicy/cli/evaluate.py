@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..sampling.engine import EngineArguments, check_model, make_sampler
 from ..sampling.sampler import SamplerError
-from .arguments import VerifierArguments, check_before_loading, make_verifier, parser_for
+from .arguments import CommandParser, VerifierArguments, check_before_loading, make_verifier, parser_for
 
 
 MOST_UNPARSABLE = 0.25  # share of a benchmark's samples above which an evaluation says so
@@ -66,17 +66,22 @@ class RetentionArguments:
     )
 
 
+def eval_parser() -> CommandParser:
+    from ..evaluation.evaluation_config import EvaluationConfig
+
+    description = "Measure a model: sample k completions of each problem, verify them, report accuracies with intervals over problems."
+    return parser_for((EvalArguments, EvaluationConfig), "eval", description, EVAL_EXAMPLES)
+
+
 def evaluate(argv: list[str]) -> int:
     if any(arg.partition("=")[0] == "--retention" for arg in argv):
         return _retention(argv)
     from ..data.loading import load_rows
     from ..evaluation.benchmarks import PRESETS, load_benchmarks
     from ..evaluation.evaluate import evaluate as run
-    from ..evaluation.evaluation_config import EvaluationConfig
     from ..reporting import tables
 
-    description = "Measure a model: sample k completions of each problem, verify them, report accuracies with intervals over problems."
-    parser = parser_for((EvalArguments, EvaluationConfig), "eval", description, EVAL_EXAMPLES)
+    parser = eval_parser()
     arguments, config = parser.parse_args_and_config(argv)
     if arguments.preset:
         parser.set_defaults(**PRESETS[arguments.preset])  # a flag or a key of the config file wins over the preset

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,6 +12,7 @@ from ..loop.loop_config import LoopConfig
 from ..rewriting.rewrite_config import RewriteConfig
 from ..sampling.engine import EngineArguments
 from .arguments import VerifierArguments, check_before_loading, load_demonstrations, parser_for
+from .evaluate import eval_parser
 from .rewrite import RewriteArguments
 
 
@@ -121,6 +123,23 @@ def _numbers(summary: dict) -> dict[str, float]:
     return {name: x for name, x in numbers.items() if isinstance(x, int | float)}
 
 
+def _check_training(arguments: LoopArguments) -> None:
+    """Raises `ValueError` for what would fail only after a rewrite: a program that is missing, an option that is none."""
+    from ..loop.rounds import SECOND_ADAPTER, options_in
+    from .sft import sft_parser
+
+    words = shlex.split(arguments.train_command or "")
+    if words and shutil.which(words[0]) is None:
+        raise ValueError(
+            f"You passed train_command={arguments.train_command!r}, but there is no program {words[0]!r} here."
+        )
+    for file in arguments.train_config:
+        if not words or words[-1] == "sft":
+            sft_parser().read_config(Path(file).expanduser())
+        if arguments.train_from == "last" and options_in(file).get("use_peft"):
+            raise ValueError(f"{file} has use_peft: a round's model is an adapter, {SECOND_ADAPTER}")
+
+
 def _check(arguments: LoopArguments, config: RewriteConfig) -> None:
     """Raises `ValueError` for options of a rewrite that no loop can have."""
     if arguments.sampler == "openai":
@@ -140,6 +159,9 @@ def _check(arguments: LoopArguments, config: RewriteConfig) -> None:
         raise ValueError(
             f"You passed {' and '.join(map(repr, missing))} as train_config or eval_config, but there is no such file."
         )
+    _check_training(arguments)
+    if arguments.eval_config:
+        eval_parser().read_config(Path(arguments.eval_config).expanduser())
     unwanted = {
         name: getattr(config, name)
         for name, default in (

@@ -10,7 +10,7 @@ from trl import ScriptArguments
 
 from ..data.tokenization import template_kwargs
 from ..sampling.engine import TEMPLATE_KWARGS_HELP
-from .arguments import check_before_loading, last_checkpoint, parser_for
+from .arguments import CommandParser, check_before_loading, last_checkpoint, parser_for
 
 
 SFT_EXAMPLES = """\
@@ -34,17 +34,21 @@ class SFTArguments(ScriptArguments):
     )
 
 
-def sft(argv: list[str]) -> int:
+def sft_parser() -> CommandParser:
     from trl import ModelConfig
 
     from ..trainer.importance_weighted_sft_config import ImportanceWeightedSFTConfig
 
-    parser = parser_for(
+    return parser_for(
         (SFTArguments, ImportanceWeightedSFTConfig, ModelConfig),
         "sft",
         "Fine-tune on a rewritten dataset, or on any dataset that SFTTrainer takes, with an objective that weights each token.",
         SFT_EXAMPLES,
     )
+
+
+def sft(argv: list[str]) -> int:
+    parser = sft_parser()
     if {"-h", "--help"} & set(argv):
         parser.print_help()
         return 0

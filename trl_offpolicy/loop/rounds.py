@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING, fields
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,10 @@ from .loop_config import LoopConfig
 
 
 RANK = {Source.EXPERT: 0, Source.GUIDED: 1, Source.SELF: 2}  # an improved row has gone up
+SECOND_ADAPTER = (
+    "on which train_from='last' would train a second one. Pass train_from='base', with which each round trains an adapter of its own on the "
+    "initial policy, or train all weights."
+)
 # Settings of the loop that may change when it goes on.
 FREE = ("rounds", "max_kl", "min_entropy", "max_cut", "max_mentions", "benchmarks", "eval_config", "report_to")
 
@@ -94,18 +99,24 @@ class Loop:
     def open(self) -> None:
         """Begins `loop.jsonl`, or raises `ValueError` if it was begun with other settings."""
         lines = self._lines()
-        if not lines:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            write_whole(self.state, json.dumps(self.header) + "\n")
-        elif differing := differences(_flat(lines[0]["config"]), _flat(self.header["config"]), free=FREE):
-            raise ValueError(
-                f"{self.state} was begun with other settings: {differing}. Give the same ones to go on, or another output_dir."
-            )
+        if lines[1:]:
+            done = {line["round"] for line in lines[1:] if line["step"] == "train"}
+            trained = next(r for r in count() if r not in done and not self._checkpoints(r))
+            then, now = (_settled(header["config"], trained) for header in (lines[0], self.header))
+            if differing := differences(then, now, free=FREE):
+                raise ValueError(
+                    f"{self.state} was begun with other settings: {differing}. Give the same ones to go on, or another output_dir."
+                )
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        self._write([self.header, *lines[1:]])
 
     def _lines(self) -> list[dict]:
         if not self.state.exists():
             return []
         return [json.loads(line) for line in self.state.read_text().splitlines() if line]
+
+    def _write(self, lines: list[dict]) -> None:
+        write_whole(self.state, "".join(json.dumps(line) + "\n" for line in lines))
 
     def steps(self, round: int) -> list[Step]:
         """The steps of a round, in order. Those of a round after the first need the round before it."""
@@ -131,11 +142,10 @@ class Loop:
             write_whole(self.directory(step.round, "eval.yaml"), _yaml(self._evaluation(step.round)))
         if step.name == "train":
             self._make_rows(step.round)
-        code = subprocess.run(step.command, env=self._environment(step)).returncode
+        code = _ended(subprocess.Popen(step.command, env=self._environment(step)))
         if code:
             raise StepFailed(step, code)
-        with self.state.open("a") as file:
-            file.write(json.dumps({"round": step.round, "step": step.name, "command": step.command}) + "\n")
+        self._write([*self._lines(), {"round": step.round, "step": step.name, "command": step.command}])
 
     def _environment(self, step: Step) -> dict[str, str] | None:
         """
@@ -241,16 +251,13 @@ class Loop:
         if self.config.train_config:
             config = self.config.train_config[min(round, len(self.config.train_config) - 1)]
             command += ["--config", config]
-        if self.on_wandb and "report_to" not in _options(config):
+        if self.on_wandb and "report_to" not in options_in(config):
             command += ["--report_to", "wandb"]
         model = self.rewriting["model_name_or_path"]
         if round and self.config.train_from == "last":
             model = str(self.directory(round - 1, "train"))
             if (self.directory(round - 1, "train") / "adapter_config.json").exists():
-                raise ValueError(
-                    f"{model} is an adapter, which train_from='last' would train a second one on. Pass train_from='base', with which each round "
-                    "trains an adapter of its own on the initial policy, or train all weights."
-                )
+                raise ValueError(f"{model} is an adapter, {SECOND_ADAPTER}")
         directory = self.directory(round, "train")
         command += [
             "--model_name_or_path",
@@ -260,17 +267,20 @@ class Loop:
             "--output_dir",
             str(directory),
         ]
-        checkpoints = [p.parent for p in directory.glob("checkpoint-*/trainer_state.json")]
-        if checkpoints:
-            newest = max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]))
-            command += ["--resume_from_checkpoint", str(newest)]
+        if checkpoints := self._checkpoints(round):
+            command += ["--resume_from_checkpoint", str(checkpoints[-1])]
         return command
+
+    def _checkpoints(self, round: int) -> list[Path]:
+        """Those that a round's training has left, the newest last."""
+        whole = [p.parent for p in self.directory(round, "train").glob("checkpoint-*/trainer_state.json")]
+        return sorted(whole, key=lambda path: int(path.name.rpartition("-")[2]))
 
     # ---- measure ----
 
     def _evaluation(self, round: int) -> dict:
         reported = {"report_to": "wandb"} if self.on_wandb else {}
-        options = {**self.engine, **reported, **_options(self.config.eval_config)}
+        options = {**self.engine, **reported, **options_in(self.config.eval_config)}
         options |= {"model_name_or_path": str(self.directory(round, "train"))}
         if "adapter" in self._policy(round + 1):
             options |= {"model_name_or_path": self.rewriting["model_name_or_path"], **self._policy(round + 1)}
@@ -368,7 +378,7 @@ def _rows(directory: Path, columns: list[str]) -> list[dict]:
     return [row for file in files for row in pq.read_table(file, columns=columns).to_pylist()]
 
 
-def _options(file: str | None) -> dict:
+def options_in(file: str | None) -> dict:
     """What a config file says; `{}` where there is none."""
     return (yaml.safe_load(Path(file).expanduser().read_text()) if file else None) or {}
 
@@ -381,5 +391,22 @@ def _yaml(options: dict) -> str:
     return yaml.safe_dump(json.loads(json.dumps(options)), sort_keys=False, allow_unicode=True)
 
 
-def _flat(config: dict) -> dict:
-    return {**{k: v for k, v in config.items() if k != "rewriting"}, **config["rewriting"]}
+def _settled(config: dict, trained: int) -> dict:
+    """
+    The settings on which something depends that is there already, by name: those of a training once a round has left a
+    checkpoint of one, or its end (`trained` rounds have).
+    """
+    settings = {**config, **config["rewriting"]}
+    files = settings["train_config"]
+    settings["train_config"] = [files[min(round, len(files) - 1)] for round in range(trained)] if files else []
+    unsettled = ("rewriting",) if trained else ("rewriting", "train_command", "train_from")
+    return {name: value for name, value in settings.items() if name not in unsettled}
+
+
+def _ended(process: subprocess.Popen) -> int:
+    """The exit code of a step. Ctrl-C reaches it too, and it gets the time to end as it does by itself."""
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        raise
