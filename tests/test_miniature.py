@@ -19,6 +19,7 @@ import study  # noqa: E402
 from results import estimate  # noqa: E402
 
 
+IDS = [letter * 16 for letter in "abc"]
 TOY = [
     "--bases", "0", "--methods", "sft", "rft", "--learning_rates", "1e-3", "--num_train", "12", "--num_dev", "2", "--num_test", "6",
     "--num_other", "2",
@@ -124,25 +125,49 @@ def test_help_and_dry_run_are_quick(tmp_path, capsys):
 
 
 def test_rows_and_cost_of_a_one_shot(tmp_path):
-    """All three draws, or the best row of each problem; what all that drew for a model has cost, and its steps from the base on."""
+    """All draws or the best row of each problem, of the third draw as many as three rounds have sampled; tokens, and steps from the base."""
     from datasets import Dataset
 
     args = rounds.parse(["--output_dir", str(tmp_path), "--bases", "0"])
-    sources = (["expert", "self", "guided"], ["guided", "self", "expert"], ["self", "guided", "expert"])
-    drawn = {job for phase in rounds.PHASES for job in phase if isinstance(job, tuple)}
-    for number, job in enumerate(sorted(drawn)):
+    sources = (["expert", "self", "guided"], ["guided", "self", "expert"], ["self", "guided", "self"])
+    drawn = {
+        ("base", 0): 30,
+        ("base", 1): 30,
+        ("base", 2): 30,
+        ("round-0", 1): 25,
+        ("last-1", 2): 20,
+        ("base-1", 2): 33,
+    }
+    assert set(drawn) == {job for phase in rounds.PHASES for job in phase if isinstance(job, tuple)}
+    for job, tokens in drawn.items():
         directory = rounds.directory_of(args, 0, 0, job)
         (directory / "dataset").mkdir(parents=True)
-        study.write(directory / "results.json", {"tokens": 10**number})
-        rows = [{"source": source, "draw": str(job)} for source in sources[job[1]]]
-        Dataset.from_list(rows).to_parquet(directory / "dataset" / "rows.parquet")
-    for name in ("round-0", "last-1", "last-2", "base-1", "base-2"):
+        study.write(directory / "results.json", {"tokens": tokens})
+        study.write(directory / "metrics.json", {"sampling": {"tokens": tokens}})
+        rows = [{"id": i, "source": source, "draw": str(job)} for i, source in zip(IDS, sources[job[1]], strict=True)]
+        Dataset.from_list(rows).to_parquet(directory / "dataset" / "train-00000-of-00001.parquet")
+        attempt = {
+            "stage": "self",
+            "attempt": 0,
+            "verdict": "wrong",
+            "finish_reason": "stop",
+            "num_tokens": tokens // 3,
+            "log_prob": -1.0,
+        }
+        lines = [{"config": {"stages": ["self"], "num_generations": 1}}, *({"id": i, **attempt} for i in IDS)]
+        (directory / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name in ("round-0", "last-1", "last-2", "base-1", "base-2", "all", "best"):
         study.write(rounds.directory_of(args, 0, 0, name) / "trainer_state.json", {"global_step": 5})
-    best = rounds.rows_of(args, 0, 0, rounds.MODELS["best"])
-    assert best["source"][:] == ["self", "self", "guided"]
-    assert best["draw"][:] == [str(("base", number)) for number in (2, 0, 0)]
-    assert len(rounds.rows_of(args, 0, 0, rounds.MODELS["once"])) == 9
-    of = {job: 10**number for number, job in enumerate(sorted(drawn))}
-    first = of["base", 0] + of["round-0", 1]
-    assert rounds._cost(args, "last-2") == {"tokens": first + of["last-1", 2], "steps": 15}
-    assert rounds._cost(args, "base-2") == {"tokens": first + of["base-1", 2], "steps": 5}
+    # Rounds from last have sampled 30 + 25 + 20, so the third draw is at the first problem; those from base at two of them.
+    every, best = (rounds.rows_of(args, 0, 0, rounds.MODELS[name]) for name in ("all", "best"))
+    first, second, third = (str(("base", number)) for number in range(3))
+    assert every["draw"][:] == [first] * 3 + [second] * 3 + [third] + [first] * 2 and every["id"][:] == IDS * 3
+    assert best["draw"][:] == [third, first, first] and best["source"][:] == ["self", "self", "guided"]
+    assert rounds._cost(args, "last-2") == {"tokens": 75, "steps": 15} and rounds._cost(args, "all") == {
+        "tokens": 70,
+        "steps": 5,
+    }
+    assert rounds._cost(args, "base-2") == {"tokens": 88, "steps": 5} and rounds._cost(args, "best") == {
+        "tokens": 80,
+        "steps": 5,
+    }

@@ -9,14 +9,17 @@ again. On each base and for each seed, every model is trained on rows of the sam
     round 0          the base, on what the base has drawn
     from last, 1, 2  the model of the round before, on what that has drawn (`trl-offpolicy loop --train_from last`)
     from base, 1, 2  the base, on what the model of the round before has drawn (`--train_from base`)
-    one shot x 3     the base, on three draws of its own at each demonstration: as many draws and optimizer steps as three rounds
-    one shot, best   the base, on the best of those three draws: as many as the last round from base, which trains on one draw
+    one shot, all    the base, on three draws of its own at each demonstration: as many optimizer steps as three rounds from last
+    one shot, best   the base, on the best of those three draws: as many steps as the last round from base
 
-So the one shots differ from the last rounds only in who has drawn and in the schedule, which begins anew in each round. How
-many tokens each has sampled is measured. The learning rate is what the study chose for the objective, and not tuned again.
+The third draw of a one shot is at as many demonstrations as have cost what the three rounds that it is held against have
+sampled, in tokens; where it ends, "all" has the rows of the first draw again. So one shots differ from the last rounds only in
+who has drawn, and in the schedule, which begins anew in each round. The learning rate is what the study chose for the
+objective, and not tuned again.
 """
 
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -57,7 +60,8 @@ class Model(NamedTuple):
     start: str  # the model that is trained on
     draws: tuple[tuple[str, int], ...]  # who drew its rows, and in which draw
     best: bool = False  # the best row of each problem rather than all of them
-    versus: str | None = None  # what it is held against
+    one_shot: str | None = None  # what it is held against
+    budget: str | None = None  # which model's tokens its last draw must not exceed
 
 
 OWN = (("base", 0), ("base", 1), ("base", 2))
@@ -65,14 +69,14 @@ MODELS = {
     "base": Model("Base", "", ()),
     "round-0": Model("round 0", "base", OWN[:1]),
     "last-1": Model("from last, 1", "round-0", (("round-0", 1),)),
-    "last-2": Model("from last, 2", "last-1", (("last-1", 2),), versus="once"),
-    "once": Model("one shot x 3", "base", OWN),
+    "last-2": Model("from last, 2", "last-1", (("last-1", 2),), one_shot="all"),
+    "all": Model("one shot, all", "base", OWN, budget="last-2"),
     "base-1": Model("from base, 1", "base", (("round-0", 1),)),
-    "base-2": Model("from base, 2", "base", (("base-1", 2),), versus="best"),
-    "best": Model("one shot, best", "base", OWN, best=True),
+    "base-2": Model("from base, 2", "base", (("base-1", 2),), one_shot="best"),
+    "best": Model("one shot, best", "base", OWN, best=True, budget="base-2"),
 }
 # Jobs that need nothing of each other, in the order in which they are due.
-PHASES = ((*OWN, "base"), ("round-0", "once", "best"), (("round-0", 1),), ("last-1", "base-1"), (("last-1", 2), ("base-1", 2)), ("last-2", "base-2"))  # fmt: skip
+PHASES = ((*OWN, "base"), ("round-0",), (("round-0", 1),), ("last-1", "base-1"), (("last-1", 2), ("base-1", 2)), ("last-2", "base-2"), ("all", "best"))  # fmt: skip
 
 
 def name_of(args, job: str | tuple[str, int]) -> str:
@@ -90,6 +94,35 @@ def model_of(args, base: int, seed: int, name: str) -> str:
     return policy(args, base) if name == "base" else str(directory_of(args, base, seed, name))
 
 
+def tokens_of(args, base: int, seed: int, name: str) -> int:
+    """How many tokens were sampled for a model, and for those that drew for it or that it was trained on."""
+    model, draws, todo = MODELS[name], set(), [name]
+    while todo:
+        earlier = MODELS[todo.pop()]
+        todo += [*(by for by, _ in earlier.draws), *([earlier.start] if earlier.start else [])]
+        draws |= set(earlier.draws)
+    if model.budget:
+        draws.remove(model.draws[-1])
+    tokens = sum(read(directory_of(args, base, seed, draw) / "results.json")["tokens"] for draw in draws)
+    return tokens + (last_draw(args, base, seed, model)[1] if model.budget else 0)
+
+
+def last_draw(args, base: int, seed: int, model: Model) -> tuple[int, int]:
+    """At how many demonstrations the last draw of a one shot is, so that it keeps its budget, and their tokens."""
+    from trl_offpolicy.runs.run_directory import RunDirectory
+
+    *before, last = (RunDirectory(directory_of(args, base, seed, draw)) for draw in model.draws)
+    left = tokens_of(args, base, seed, model.budget) - sum(run.metrics["sampling"]["tokens"] for run in before)
+    of_problem = Counter()
+    for journal in last.journals:
+        for attempt in last.attempts(journal, texts=False):
+            of_problem[attempt.id] += attempt.num_tokens
+    ids = last.rows().to_table(["id"])["id"].to_pylist()
+    spent = np.cumsum([0] + [of_problem[i] for i in ids])
+    number = int(np.searchsorted(spent, left, side="right")) - 1
+    return number, int(spent[number])
+
+
 def rows_of(args, base: int, seed: int, model: Model):
     """The rows that a model is trained on."""
     from datasets import concatenate_datasets, load_dataset
@@ -97,10 +130,14 @@ def rows_of(args, base: int, seed: int, model: Model):
     drawn = [
         load_dataset(str(directory_of(args, base, seed, draw) / "dataset"), split="train") for draw in model.draws
     ]
+    size = len(drawn[0])
+    number = last_draw(args, base, seed, model)[0] if model.budget else size
     if not model.best:
-        return concatenate_datasets(drawn)
+        rows = [*drawn[:-1], drawn[-1].select(range(number)), drawn[0].select(range(number, size))]
+        return concatenate_datasets(rows)
     ranks = np.array([[RANK.index(source) for source in rows["source"]] for rows in drawn])
-    return concatenate_datasets(drawn).select(ranks.argmin(0) * ranks.shape[1] + np.arange(ranks.shape[1]))
+    ranks[-1, number:] = len(RANK)
+    return concatenate_datasets(drawn).select(ranks.argmin(0) * size + np.arange(size))
 
 
 # ---- jobs, as in study.py ----
@@ -169,7 +206,7 @@ def summarize(args) -> dict:
 
     result = {}
     for name, model in MODELS.items():
-        others = {"value": None, "minus_base": "base", "minus_one_shot": model.versus}
+        others = {"value": None, "minus_base": "base", "minus_one_shot": model.one_shot}
         found = {
             metric: {
                 key: compare(args, known, name, metric, other)
@@ -188,20 +225,12 @@ def summarize(args) -> dict:
 
 
 def _cost(args, name: str) -> dict:
-    """Tokens that were sampled for a model and those before it, and optimizer steps on the way from the base to it; means."""
-    draws, steps, model = set(), 0, MODELS[name]
-    todo = [name]
-    while todo:  # who drew, and who was trained on, has a cost of its own
-        earlier = MODELS[todo.pop()]
-        todo += [*{by for by, _ in earlier.draws}, *([earlier.start] if earlier.start else [])]
-        draws |= set(earlier.draws)
-    tokens = [read(directory_of(args, b, s, d) / "results.json")["tokens"] for b in args.bases for s in args.seeds for d in draws]  # fmt: skip
-    places = len(args.bases) * len(args.seeds)
-    while model.start:
+    """Tokens that were sampled for a model and those before it (mean), and optimizer steps on the way from the base to it."""
+    tokens, steps = [tokens_of(args, base, seed, name) for base in args.bases for seed in args.seeds], 0
+    while MODELS[name].start:
         state = directory_of(args, args.bases[0], args.seeds[0], name) / "trainer_state.json"
-        steps, name = steps + read(state)["global_step"], model.start
-        model = MODELS[name]
-    return {"tokens": sum(tokens) / places, "steps": steps}
+        steps, name = steps + read(state)["global_step"], MODELS[name].start
+    return {"tokens": sum(tokens) / len(tokens), "steps": steps}
 
 
 def table(results: dict) -> str:
