@@ -10,7 +10,7 @@ from itertools import count
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import POLICY, in_two_processes
+from conftest import POLICY, in_two_processes, needs_vllm
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig
 from quickstart_task import GUIDED_PROMPT, demonstrations, problems
@@ -302,6 +302,43 @@ def test_killed_and_resumed_it_is_as_if_it_had_not_been(tmp_path, process):
         trainer_of(killed, steps_per_generation=2, learning_rate=0.2).train(resume_from_checkpoint=True)
 
 
+def with_vllm(directory):
+    """Trains an adapter, then all weights, with engines in this process; what was logged, by kind."""
+    kinds = {
+        "adapter": {
+            "peft_config": LoraConfig(target_modules="all-linear"),
+            "optim": "adamw_torch",
+            "learning_rate": 0.01,
+        },
+        "all": {},
+    }
+    for kind, changes in kinds.items():
+        trainer = trainer_of(
+            directory / kind, steps_per_generation=2, use_vllm=True, precompute_behavior_log_probs=False, sampling_batch_size=8,
+            vllm_engine_kwargs={"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20}, **changes
+        )  # fmt: skip
+        trainer.train()
+        (directory / f"{kind}.json").write_text(json.dumps(logged(trainer)))
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_vllm_draws_from_the_weights_as_they_are(tmp_path, process):
+    child = process(with_vllm, tmp_path)
+    child.join()
+    assert child.exitcode == 0, child.log.read_text()[-3000:]
+    for kind in ("adapter", "all"):
+        first, second, third, fourth = json.loads((tmp_path / f"{kind}.json").read_text())
+        for drawn_now in (first, third):
+            assert drawn_now["sampling/logp_difference/max"] < 1e-4
+            assert drawn_now["weight/self"] == pytest.approx(1, abs=1e-5)
+        for trained in (second, fourth):
+            assert abs(trained["log_ratio/self"]) > 1e-5
+        versions = drawn(tmp_path / kind)
+        assert versions[0][0]["model_revision"] != versions[2][0]["model_revision"]
+    assert [path.name for path in (tmp_path / "adapter" / "_online" / "adapter-0").iterdir()] == ["2"]
+
+
 # ---- what cannot work ----
 
 REFUSED = {
@@ -324,6 +361,7 @@ REFUSED = {
     "no demonstration": ({"train_dataset": [{"problem": "2+2?", "answer": "4"}], "stages": ["self"]}, "no demonstrations"),
     "an empty prompt": ({"train_dataset": [{"problem": " ", "solution": "4"}]}, "no problem"),
     "stream": ({"train_dataset": Dataset.from_list([{"problem": "a", "solution": "b"}]).to_iterable_dataset()}, "streaming"),
+    "modules to save": ({"peft_config": LoraConfig(modules_to_save=["lm_head"]), "use_vllm": True}, "LoRA adapters alone"),
     "prompt tuning": ({"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)}, "virtual tokens"),
 }  # fmt: skip
 

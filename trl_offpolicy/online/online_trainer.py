@@ -12,6 +12,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from importlib.util import find_spec
 from itertools import chain, islice
 from math import ceil
 
@@ -25,14 +26,14 @@ from ..data.rows import Source
 from ..rewriting.attempts import journal_config
 from ..rewriting.problems import check_stages
 from ..runs.shards import Shard
-from ..sampling.log_probs import target_log_probs
+from ..sampling.log_probs import causal_lm, target_log_probs
 from ..sampling.provenance import weights_digest
 from ..trainer.data_collator import ROW_COLUMNS, TOKEN_COLUMNS
 from ..trainer.importance_weighted_sft_trainer import ImportanceWeightedSFTTrainer, kept_tokens
 from ..trainer.initial_policy import without_training
 from ..verification.verifier import as_verifier
 from .drawn_rows import Drawn, DrawnRows
-from .engines import TrainedModel
+from .engines import ColocatedEngine, TrainedModel
 from .online_config import OnlineRewriteSFTConfig
 
 
@@ -107,7 +108,7 @@ class OnlineRewriteSFTTrainer(ImportanceWeightedSFTTrainer):
         self.drawn_rows = DrawnRows(self._given_rows, args.rewriting(), self._tokenizer, as_verifier(verifier), shard)
         if self.drawn_rows.problems.plain:
             warnings.warn(PLAIN_PROMPTS, stacklevel=2)
-        self.engine = TrainedModel(self, model)
+        self.engine = (ColocatedEngine if args.use_vllm else TrainedModel)(self, model)
         self._initial = self.engine.sampler.name, self.engine.sampler.revision
         self.train_dataset_id = hub_origin(self._given_rows).get("dataset_name")
         self._buffer: list[list[list[dict]]] = []  # optimizer steps of micro-batches of examples
@@ -320,6 +321,12 @@ class OnlineRewriteSFTTrainer(ImportanceWeightedSFTTrainer):
         return self.accelerator.gather(mine).sum(0).tolist()
 
 
+def _vllm_takes(adapter) -> bool:
+    """Whether vLLM can draw with an adapter of this config."""
+    lora = getattr(adapter.peft_type, "value", adapter.peft_type) == "LORA"
+    return lora and not (adapter.modules_to_save or adapter.use_dora or adapter.bias != "none")
+
+
 def _numbers(examples: list[dict]) -> dict:
     return {_NUMBER: torch.tensor([example[_NUMBER] for example in examples])}
 
@@ -388,6 +395,18 @@ def _refuse_what_cannot_be_drawn_from(model, args, peft_config) -> None:
             raise ValueError(
                 f"You passed a peft_config of the kind {adapter.peft_type.value}, whose virtual tokens no engine here is given. Use LoRA."
             )
+        if args.use_vllm and adapter is not None and not _vllm_takes(adapter):
+            raise ValueError(
+                "vLLM draws with LoRA adapters alone: without modules_to_save, DoRA, bias or another peft type. Leave these out, or write use_vllm=False."
+            )
+    if args.use_vllm and find_spec("vllm") is None:
+        raise ModuleNotFoundError(
+            "You passed use_vllm=True, but vLLM is not installed: pip install 'trl-offpolicy[vllm]'."
+        )
+    if args.use_vllm and not (isinstance(model, str) or causal_lm(model).config._name_or_path):
+        raise ValueError(
+            "You passed use_vllm=True with a model made in memory, which vLLM cannot load. Save it, and pass the directory."
+        )
     plugin = args.deepspeed_plugin
     fsdp = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
     if fsdp or (plugin is not None and plugin.zero_stage == 3):

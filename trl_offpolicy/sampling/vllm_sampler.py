@@ -131,6 +131,34 @@ class VLLMSampler(Sampler):
         self._adapters[adapter] = number
         self.name, self.revision = adapter, adapted_revision(self.revision, adapter)
 
+    def renew_adapter(self, directory: str) -> None:
+        """
+        Draws with the LoRA adapter in `directory` from now on, and with none before it any more. A directory is a name
+        to vLLM, by which it caches prefixes: another adapter needs another one.
+        """
+        from vllm.lora.request import LoRARequest
+
+        before, self._lora = self._lora, LoRARequest(directory, 1 + max(self._adapters.values(), default=0), directory)
+        if before is not None:
+            del self._adapters[before.lora_name]
+            self.engine.remove_lora(before.lora_int_id)
+        self._adapters[directory] = self._lora.lora_int_id
+
+    def reload_weights(self, named_tensors) -> None:
+        """
+        Draws with these weights from now on; the engine must be in this process.
+
+        Args:
+            named_tensors (`Iterable[tuple[str, torch.Tensor]]`): All weights of the model, under the names that its
+                checkpoint has.
+        """
+        from vllm.platforms import current_platform
+
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors)})
+        if current_platform.is_cpu():
+            self.llm.apply_model(_pack_heads)
+        self.llm.reset_prefix_cache()
+
     def submit(self, request: Request) -> None:
         self._waiting[request.id] = self, request
 
@@ -261,6 +289,18 @@ class VLLMSampler(Sampler):
         return drawn_completion(
             output.request_id, ids, log_probs, drawn.finish_reason, self.processing_class, self.stop_token_ids, stop
         )
+
+
+def _pack_heads(model) -> None:
+    """
+    vLLM's CPU build multiplies with a copy of the LM head that it has packed when it loaded the model, and does not
+    pack anew where the head is tied to the embeddings.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
 
 
 def cpu_memory(engine_kwargs: dict[str, Any], memory) -> dict[str, float]:
