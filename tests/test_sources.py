@@ -2,17 +2,32 @@
 
 import json
 import random
+from collections import Counter
 
 import pytest
 import torch
+import yaml
 from conftest import POLICY
-from scripted import ScriptedSampler, rows
-from test_rewriter import OtherVerifier, config, rewrite
+from datasets import Dataset
+from scripted import ScriptedSampler, config, rewrite, rows, verify
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_offpolicy import DataRewriter, TransformersSampler
+from trl_offpolicy import (
+    DataRewriter,
+    ImportanceWeightedSFTConfig,
+    ImportanceWeightedSFTTrainer,
+    TransformersSampler,
+    measure_policy_gap,
+)
+from trl_offpolicy.data.formats import read_rows
 from trl_offpolicy.data.tokenization import encode_prompt
-from trl_offpolicy.sampling.sampler import Completion, SamplerError
+from trl_offpolicy.reporting import tables
+from trl_offpolicy.reporting.report import write_report
+from trl_offpolicy.rewriting.dataset_card import edited_card
+from trl_offpolicy.rewriting.hints import hint
+from trl_offpolicy.rewriting.strategies import LOOP_SETTINGS, STRATEGIES
+from trl_offpolicy.runs.run_directory import RunDirectory
+from trl_offpolicy.sampling.sampler import Completion, Request, SamplerError, SamplingParams, attempt_seed
 
 
 @pytest.fixture(scope="session")
@@ -121,10 +136,16 @@ def test_scores_are_paid_for_once(tmp_path, tokenizer):
         assert again.to_list() == whole.to_list() and not student.sampled and bool(student.asked) == asked
 
 
+def lenient(completions, answers):
+    """Another verifier, for which answers that end in the same digit are equal."""
+    ends = ((c.rstrip("}")[-1:], a[-1:]) for c, a in zip(completions, answers, strict=True))
+    return ["correct" if own == gold else "wrong" for own, gold in ends]
+
+
 def test_rows_judged_anew_are_ranked_as_those_of_a_fresh_run(tmp_path, tokenizer):
-    fresh, _ = rewrite(tmp_path / "fresh", rows(30), Student(tokenizer), verifier=OtherVerifier(), **RANKED)
+    fresh, _ = rewrite(tmp_path / "fresh", rows(30), Student(tokenizer), verifier=lenient, **RANKED)
     rewrite(tmp_path, rows(30), Student(tokenizer), **RANKED)
-    again, _ = rewrite(tmp_path, rows(30), Student(tokenizer), verifier=OtherVerifier(), rejudge=True, **RANKED)
+    again, _ = rewrite(tmp_path, rows(30), Student(tokenizer), verifier=lenient, rejudge=True, **RANKED)
     assert again.to_list() == fresh.to_list() and again["source"].count("guided") > 3
 
 
@@ -177,3 +198,264 @@ def test_scores_of_a_real_policy_are_those_of_a_forward_under_the_training_promp
         assert row["initial_log_prob"] == pytest.approx(expected, abs=1e-3)
         assert abs(row["initial_log_prob"] - sum(row["behavior_log_probs"])) > 1e-2
     assert kept
+
+
+# ---- strategies ----
+
+
+class Sums(Student):
+    """Says one of three sums, in ever other words; in a tenth of all cases it speaks of its response."""
+
+    def completion(self, request):
+        rng, prompt = random.Random(request.seed), request.prompt[-1]["content"]
+        gold = int(prompt.split("gold:")[1].split()[0])
+        answer = (
+            gold
+            if rng.random() < (self.p_guided if "Hint" in prompt or "Teacher" in prompt else self.p_self)
+            else gold + 1
+        )
+        self.sampled += 1
+        text = f"{(n := rng.randrange(3))} + {answer - n} = {answer}, says {rng.random()} \\boxed{{{answer}}}"
+        text = f"My response: {text}" if rng.random() < 0.1 else text
+        ids = [*self.processing_class(text)["input_ids"], self.processing_class.eos_token_id]
+        return Completion(request.id, text, ids, [self.score(text)] * len(ids), "stop")
+
+    def asked_for(self, problem, stage, k):
+        """The text of an attempt, and whether it is right."""
+        words = {"guided": "Teacher"}.get(stage, "Hint" if stage.startswith("guided:") else "")
+        prompt = [{"role": "user", "content": f"{problem.problem} {words}"}]
+        seed = attempt_seed(42, problem.id, stage, k)
+        text = self.completion(Request("", prompt, seed, SamplingParams())).text
+        spoils = stage.startswith("guided") and text.startswith("My response")
+        return text, verify([text], [problem.answer])[0] == "correct" and not spoils
+
+
+def naive(strategy, problem, student, k, teachers=()):
+    """(source, text) of each row that a paper's algorithm makes of a problem, in the order in which we write them."""
+
+    def right(stage, tries=k, by=student):
+        return [t for t, correct in (by.asked_for(problem, stage, i) for i in range(tries)) if correct]
+
+    def distinct(texts):
+        return list({t[t.index(" + ") - 1 : t.index(", says")]: t for t in reversed(texts)}.values())[::-1]
+
+    def first(*stages, tries=k):
+        kept = ((s, t) for s in stages for t in right(s, tries)[:1])
+        return [next(((s.partition(":")[0], t) for s, t in kept), expert)]
+
+    expert = ("expert", problem.demonstration)
+    if strategy in ("mind_the_gap", "s3ft", "star", "sdft", "iter_sft"):
+        stages = {"sdft": ["guided"], "iter_sft": ["self"], "star": ["self", "guided:answer"]}.get(
+            strategy, ["self", "guided"]
+        )
+        return first(*stages, tries=k if strategy in ("mind_the_gap", "iter_sft") else 1)
+    if strategy == "rft":
+        return [*(("self", t) for t in in_order(distinct(right("self")), right("self"))), expert]
+    if strategy == "rest_em":
+        correct, rng = right("self"), random.Random(attempt_seed(42, problem.id, "self", -1))
+        drawn = [correct.pop(rng.randrange(len(correct))) for _ in list(correct)]
+        return [("self", t) for t in in_order(distinct(drawn), drawn)[:2]] or [expert]
+    found = [(s.partition(":")[0], t) for s in ("self", "guided") for t in right(s)]
+    found += [("teacher", t) for name, by in teachers for t in right(f"teacher:{name}", by=by)]
+    return [max([*found, expert], key=lambda each: student.score(each[1]))]
+
+
+def in_order(some, all_of_them):
+    return [text for text in all_of_them if text in some]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_preset_equals_its_paper(tmp_path, tokenizer, strategy):
+    data, settings = rows(40), {k: v for k, v in STRATEGIES[strategy].items() if k not in LOOP_SETTINGS}
+    student, big = Sums(tokenizer, p_self=0.2, p_guided=0.4), Sums(tokenizer, p_self=0.6)
+    teachers = {"big": big} if strategy == "grape" else {}
+    given = {"max_per_problem": 2} if strategy == "rest_em" else {}
+    args = config(
+        tmp_path, **{"num_generations": 5, **settings, "strategy": strategy, "min_guided_length": 0.0, **given}
+    )
+    rewriter = DataRewriter("scripted", args, sampler=student, verifier=verify, teachers=teachers)
+    rewritten = rewriter.rewrite(data)
+    k = args.num_generations
+    problems = list(read_rows(data, solve_prompt=args.solve_prompt))
+    expected = [(p.id, *row) for p in problems for row in naive(strategy, p, student, k, teachers.items())]
+    got = [(row["id"], row["source"], row["completion"][0]["content"]) for row in rewritten]
+    assert got == expected
+    several = settings.get("keep") == "all"
+    assert ("candidate" in rewritten.features) == several and len({row[0] for row in got}) == 40
+    if several:
+        counted = Counter(row["id"] for row in rewritten)
+        assert rewritten["candidate"] == [
+            i for row_id in dict.fromkeys(rewritten["id"]) for i in range(counted[row_id])
+        ]
+        assert Counter(rewriter.metrics["rows"]) == Counter(rewritten["source"]) and max(counted.values()) > 1
+    for row in rewritten:
+        if row["source"] == "guided":
+            hinted = f"The final answer is {row['answer']}." in row["behavior_prompt"][0]["content"]
+            assert hinted == (strategy == "star") and "Hint" not in row["prompt"][0]["content"]
+    told = yaml.safe_load((tmp_path / "run" / "run_config.yaml").read_text())
+    assert told["strategy"] == strategy and told | settings == told
+    # A resume draws nothing and comes to the same rows.
+    idle = Sums(tokenizer)
+    again = DataRewriter("scripted", args, sampler=idle, verifier=verify, teachers=teachers).rewrite(data)
+    assert again.to_list() == rewritten.to_list() and not idle.sampled and not idle.asked
+
+
+def test_min_correct_takes_no_lucky_solution(tmp_path, tokenizer):
+    student, options = Sums(tokenizer, p_self=0.4), {"selection": "random", "min_guided_length": 0.0}
+    rewritten, _ = rewrite(tmp_path, rows(30), student, min_correct=3, **options)
+    for row, problem in zip(rewritten, read_rows(rows(30)), strict=True):
+        correct = sum(student.asked_for(problem, "self", k)[1] for k in range(4))
+        assert (row["source"] == "self") == (correct >= 3) and row["self_correct"] == correct
+    for wrong, why in (({}, "stops at the first"), ({"min_correct": 5, "selection": "random"}, "never be correct")):
+        with pytest.raises(ValueError, match=why):
+            config(tmp_path, **{"min_correct": 2, **wrong})
+
+
+def test_a_ladder_of_hints_stops_at_the_weakest_that_works(tmp_path, tokenizer):
+    kinds = ["full", "answer", "first_steps"]
+    student = Sums(tokenizer, p_self=0.1, p_guided=0.3)
+    rewritten, metrics = rewrite(
+        tmp_path, rows(40), student, hint_kind=kinds, min_guided_length=0.0, num_generations=2
+    )
+    stages = ["self", "guided:answer", "guided:first_steps", "guided"]
+    assert list(metrics["stages"]) == stages
+    reached = []
+    for row, problem in zip(rewritten, read_rows(rows(40)), strict=True):
+        found = (s for s in stages for k in range(2) if student.asked_for(problem, s, k)[1])
+        stage = next(found, "expert")
+        reached.append(stage)
+        assert row["source"] == stage.partition(":")[0]
+        if row["source"] == "guided":
+            shown = row["behavior_prompt"][0]["content"]
+            words = {"guided:answer": "final answer is", "guided:first_steps": "It begins so", "guided": "Teacher"}
+            assert words[stage] in shown
+    counted = Counter(reached)
+    assert {s: metrics["stages"][s]["rows"] for s in stages} == {s: counted[s] for s in stages} and min(
+        counted.values()
+    )
+    assert metrics["yield"]["guided"] == sum(counted[s] for s in stages[1:])
+    shown = {row[0]: row[-1] for row in tables.rewriting(metrics)[1]}
+    assert all(shown[stage].endswith("%") for stage in stages[1:]) and shown["self"] == ""
+
+
+def test_hints_are_cut_from_the_reference_by_rule():
+    solution = "48/2 = <<48/2=24>>24 clips in May.\nThat makes 48+24 = 72 clips.\nSo it is 72.\n#### 72"
+    (problem,) = read_rows([{"problem": "How many?", "solution": solution, "answer": "72"}])
+    assert hint(problem, "answer") == "The final answer is 72."
+    assert hint(problem, "first_steps") == "It begins so:\n48/2 = 24 clips in May."
+    assert hint(problem, "outline") == "Its steps, without their results:\n48/2\nThat makes 48+24\nSo it is …."
+    (problem,) = read_rows([{"problem": "How many?", "solution": "It is one and one more", "answer": "2"}])
+    assert hint(problem, "first_steps") == "It begins so:\nIt is one …"
+
+
+def test_answers_alone_are_hints_enough(tmp_path, tokenizer):
+    """STaR needs no demonstrations; what else has a guided stage is refused by name."""
+    data = [{"problem": f"problem {i} gold:{i} ?", "answer": str(i)} for i in range(20)]
+    preset = {k: v for k, v in STRATEGIES["star"].items() if k not in LOOP_SETTINGS}
+    rewritten, metrics = rewrite(tmp_path, data, Sums(tokenizer, p_guided=0.6), **preset)
+    assert Counter(rewritten["source"])["guided"] > 5 and metrics["unsolved"] == 20 - len(rewritten) > 0
+    with pytest.raises(ValueError, match="strategy='grape', that is stages=.* no demonstrations"):
+        rewrite(tmp_path / "grape", data, Sums(tokenizer), strategy="grape", **STRATEGIES["grape"])
+
+
+# ---- teachers ----
+
+
+class Named(Sums):
+    name, revision = "someone/big", "7"
+
+
+def test_teachers_come_last_and_their_rows_say_who_wrote_them(tmp_path, tokenizer):
+    """Of two teachers the first one's attempts come first; tokens that the student shares are kept, their log-probs only if asked for."""
+    student, options = Sums(tokenizer, p_self=0.1, p_guided=0.1), {"min_guided_length": 0.0, "num_generations": 2}
+    for asked in (False, True):
+        teachers = {"a": Named(tokenizer, p_self=0.5), "b": Named(tokenizer, p_self=0.9)}
+        args = config(tmp_path / str(asked), teacher_log_probs=asked, **options)
+        rewriter = DataRewriter("scripted", args, sampler=student, verifier=verify, teachers=teachers)
+        rewritten = rewriter.rewrite(rows(40))
+        for row, problem in zip(rewritten, read_rows(rows(40)), strict=True):
+            stages = {"self": student, "guided": student, "teacher:a": teachers["a"], "teacher:b": teachers["b"]}
+            drawn = ((s, *by.asked_for(problem, s, k)) for s, by in stages.items() for k in range(2))
+            stage, text = next(((s, t) for s, t, right in drawn if right), ("expert", problem.demonstration))
+            assert (row["source"], row["completion"][0]["content"]) == (stage.partition(":")[0], text)
+            if row["source"] == "teacher":
+                assert (row["model"], row["model_revision"], row["behavior_prompt"]) == ("someone/big", "7", [])
+                assert row["completion_ids"] and bool(row["behavior_log_probs"]) == asked
+        assert rewriter.metrics["yield"]["teacher"] == rewritten["source"].count("teacher") > 3
+    header = RunDirectory(tmp_path / "True" / "run").config
+    assert header["teachers"]["a"] == {"model": "someone/big", "revision": "7"}
+    assert header["stages"] == ["self", "guided", "teacher:a", "teacher:b"]
+
+
+def test_of_a_teacher_with_other_tokens_the_text_is_enough(tmp_path, tokenizer):
+    big = Named(tokenizer, p_self=0.9)
+    big.processing_class = AutoTokenizer.from_pretrained(POLICY)
+    big.processing_class.add_tokens(["clever"])
+    args = {"num_generations": 2, "stages": ["teacher"]}
+    with pytest.raises(ValueError, match="has another tokenizer, so its log-probs are of other tokens"):
+        rewriter(tmp_path, tokenizer, {"big": big}, teacher_log_probs=True, **args).rewrite(rows(10))
+    with pytest.warns(UserWarning, match="'big' .* text alone, without completion_ids and behavior_log_probs"):
+        rewritten = rewriter(tmp_path / "a", tokenizer, {"big": big}, **args).rewrite(rows(10))
+    assert rewritten["source"].count("teacher") > 5 and not any(rewritten["completion_ids"])
+    with pytest.raises(ValueError, match="stages=.*'teacher'.* and no teacher"):
+        rewriter(tmp_path, tokenizer, None, **args)
+
+
+def rewriter(tmp_path, tokenizer, teachers, **kwargs):
+    args = config(tmp_path, **kwargs)
+    return DataRewriter("scripted", args, sampler=Sums(tokenizer), verifier=verify, teachers=teachers)
+
+
+def test_a_teacher_that_does_not_answer_is_not_wrong(tmp_path, tokenizer):
+    """Its attempts are errors, which the run says and the next one tries again."""
+
+    class Silent(Named):
+        def completion(self, request):
+            return Completion(request.id, "", [], [], "error", "no answer")
+
+    args = {"num_generations": 2, "min_guided_length": 0.0}
+    run = rewriter(tmp_path, tokenizer, {"big": Silent(tokenizer)}, **args)
+    run.rewrite(rows(15))
+    assert run.metrics["undrawn"] == run.metrics["verdicts"]["error"] > 0
+    whole = rewriter(tmp_path / "whole", tokenizer, {"big": Named(tokenizer)}, **args).rewrite(rows(15))
+    again = rewriter(tmp_path, tokenizer, {"big": Named(tokenizer)}, **args)
+    assert again.rewrite(rows(15)).to_list() == whole.to_list() and not again.metrics["undrawn"]
+
+
+# ---- several rows for a problem ----
+
+
+@pytest.mark.parametrize("objective", ["iw", {"self": "iw", "teacher": "dft", "expert": "nll"}])
+def test_several_rows_for_a_problem_and_those_of_teachers_go_wherever_others_go(tmp_path, tiny_model, objective):
+    tokenizer = AutoTokenizer.from_pretrained(POLICY)
+    kept = {"num_generations": 4, "keep": "all", "keep_demonstration": True, "select_across": "max_initial_log_prob"}
+    run = rewriter(tmp_path, tokenizer, {"big": Named(tokenizer, p_self=0.5)}, **kept)
+    rewritten = run.rewrite(rows(6))
+    assert {"self", "teacher", "expert"} <= set(rewritten["source"]) and len(rewritten) > 12
+    settings = {"report_to": "none", "use_cpu": True, "bf16": False, "max_steps": 1, "save_strategy": "no"}
+    trained = ImportanceWeightedSFTTrainer(
+        tiny_model,
+        ImportanceWeightedSFTConfig(str(tmp_path / "o"), objective=objective, **settings),
+        train_dataset=rewritten,
+        processing_class=tokenizer,
+    )
+    trained.train()
+    assert trained.train_sources == Counter(rewritten["source"])
+    if objective == "iw":
+        gap = measure_policy_gap(tiny_model, rewritten, tokenizer)
+        assert gap["teacher"]["rows"] == rewritten["source"].count("teacher") and gap["total"]["rows"] == len(
+            rewritten
+        )
+        page = write_report([str(tmp_path / "run")], str(tmp_path / "report")).read_text()
+        assert "teacher:big" in page
+        directory = RunDirectory(tmp_path / "run")
+        card = str(edited_card(None, directory, "me/rows", {"default": {}}, {}))
+        assert "| teacher | " in card and "someone/big" in card and "`teacher`" in card
+        assert sum(directory.sources.values()) == len(rewritten) and "expert" not in directory.counts.stages
+        assert (
+            rewriter(tmp_path, tokenizer, {"big": Named(tokenizer)}, **kept).rows_so_far(
+                rows(6), tmp_path / "r.parquet"
+            )
+            == 6
+        )
+        assert Dataset.from_parquet(str(tmp_path / "r.parquet")).to_list() == rewritten.to_list()

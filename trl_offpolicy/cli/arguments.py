@@ -6,7 +6,8 @@ import os
 import re
 import shlex
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -88,8 +89,9 @@ class CommandParser(TrlParser):
     flag or key that is no option (with the closest one) and for a value of the wrong type (with file and line).
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, presets: Mapping[str, dict] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        self.presets = presets or {}
         self.add_argument(
             "--config",
             metavar="FILE",
@@ -120,6 +122,7 @@ class CommandParser(TrlParser):
             names = dict.fromkeys(arg.partition("=")[0] for arg in args if arg.startswith("--") and arg != "--")
             if wrong := [f"{name}{_closest(name, known)}" for name in names if name not in known]:
                 self.error(f"there is no option {' and no '.join(wrong)}")
+        self._take_preset(args, path)
         if path is not None:
             os.environ.update(self.read_config(Path(path).expanduser(), ignore_unknown=return_remaining_strings))
         try:
@@ -131,6 +134,20 @@ class CommandParser(TrlParser):
         if rest and not return_remaining_strings:
             self.error(f"{shlex.join(rest)} belongs to no option")
         return (*parsed, rest) if return_remaining_strings else tuple(parsed)
+
+    def _take_preset(self, args: list[str], path: str | None) -> None:
+        """Makes the settings of the preset that `strategy` names the defaults of their options; all else wins over them."""
+        import yaml
+
+        given = " ".join(args).replace("--strategy=", "--strategy ").split()
+        named = [given[i + 1] for i, arg in enumerate(given[:-1]) if arg == "--strategy"]
+        if path is not None and not named and self.presets:
+            with suppress(OSError, ValueError, yaml.YAMLError):  # `read_config` says what is wrong with the file
+                values = yaml.safe_load(Path(path).expanduser().read_text())
+                named = [values["strategy"]] if isinstance(values, dict) and "strategy" in values else []
+        preset = self.presets.get(named[-1], {}) if named else {}
+        known = {action.dest for action in self._actions}
+        self.set_defaults_with_config(**{name: value for name, value in preset.items() if name in known})
 
     def read_config(self, path: Path, ignore_unknown: bool = False) -> dict[str, str]:
         """
@@ -269,9 +286,12 @@ def _scalar(action: argparse.Action, written: str, value, where: str):
     return converted
 
 
-def parser_for(types, command: str, description: str, examples: str) -> CommandParser:
+def parser_for(
+    types, command: str, description: str, examples: str, presets: Mapping[str, dict] | None = None
+) -> CommandParser:
     return CommandParser(
         types,
+        presets=presets,
         prog=f"trl-offpolicy {command}",
         description=description,
         epilog=examples,

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from ..data.whole_file import write_whole
 from ..loop.loop_config import LoopConfig
+from ..rewriting.dry_run import shown_strategy
 from ..rewriting.rewrite_config import RewriteConfig
+from ..rewriting.strategies import STRATEGIES
 from ..sampling.engine import EngineArguments
 from .arguments import VerifierArguments, check_before_loading, load_demonstrations, parser_for
 from .evaluate import eval_parser
@@ -39,11 +41,13 @@ def loop(argv: list[str]) -> int:
     from ..runs.run_log import wandb_run
 
     description = "Rewrite with the newest policy, train on the rows, measure, and again: each step is a command in a process of its own."
-    parser = parser_for((LoopArguments, RewriteConfig), "loop", description, LOOP_EXAMPLES)
+    parser = parser_for((LoopArguments, RewriteConfig), "loop", description, LOOP_EXAMPLES, STRATEGIES)
     arguments, config = parser.parse_args_and_config(argv)
     print(f"output_dir: {config.output_dir}", flush=True)
     _check(arguments, config)
-    rewriting = given(arguments, config)
+    # A round's command would else take the strategy's value of what was given as its default.
+    preset = STRATEGIES.get(config.strategy or "", {})
+    rewriting = given(arguments, config) | {name: getattr(config, name) for name in preset if hasattr(config, name)}
     for name in ("output_dir", "dry_run", *(f.name for f in fields(LoopConfig))):
         rewriting.pop(name, None)
     shared = {f.name for cls in (EngineArguments, VerifierArguments) for f in fields(cls)} - {"model_name_or_path"}
@@ -56,6 +60,8 @@ def loop(argv: list[str]) -> int:
         lambda: load_demonstrations(arguments, config.answer_column),
     )
     if config.dry_run:
+        if config.strategy is not None:
+            print(shown_strategy(config, arguments))
         for step in rounds.steps(0):
             print(f"round 0, {step.name}{' (done)' if step.done else ''}: {shlex.join(step.command)}")
         print(
@@ -162,6 +168,10 @@ def _check(arguments: LoopArguments, config: RewriteConfig) -> None:
     _check_training(arguments)
     if arguments.eval_config:
         eval_parser().read_config(Path(arguments.eval_config).expanduser())
+    if config.keep == "all" and arguments.refresh == "unsolved":
+        raise ValueError(
+            "You passed keep='all' with refresh='unsolved', which carries one row of each solved problem over. Pass refresh='all'."
+        )
     unwanted = {
         name: getattr(config, name)
         for name, default in (

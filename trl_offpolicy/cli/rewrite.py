@@ -5,11 +5,13 @@ import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 from ..data.redaction import redacted
 from ..rewriting.rewrite_config import RewriteConfig
+from ..rewriting.strategies import STRATEGIES
 from ..runs.run_counts import summary
-from ..sampling.engine import EngineArguments, check_model, make_sampler
+from ..sampling.engine import EngineArguments, check_model, make_sampler, make_teachers, read_teachers
 from ..sampling.sampler import SamplerError
 from .arguments import (
     DemonstrationArguments,
@@ -36,6 +38,8 @@ examples:
       --base_url http://node1:8000/v1 http://node2:8000/v1          # two `vllm serve M`; the key is OPENAI_API_KEY, if they want one
   trl-offpolicy rewrite --model_name_or_path M --dataset_name D --output_dir runs/agent-d --stages guided \\
       --rewriter_adapter runs/agent                # every row is retold by a trained agent (`trl-offpolicy agent`)
+  trl-offpolicy rewrite --model_name_or_path M --dataset_name D --output_dir runs/grape --strategy grape \\
+      --teacher big=http://node3:8000/v1           # of all that is right, what M finds likeliest; --dry_run shows the preset
 
 An interrupted run resumes: run the same command again.
 """
@@ -52,10 +56,16 @@ class RewriteArguments(DemonstrationArguments, EngineArguments, VerifierArgument
             "under which it is served."
         },
     )
+    teacher: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Other models that draw in the stage `teacher`: NAME=MODEL (with --sampler transformers), or NAME=URL of a server that "
+            "calls it NAME; several: one after another."
+        },
+    )
 
 
 def rewrite(argv: list[str]) -> int:
-    from ..rewriting.problems import check_stages
     from ..rewriting.push import refusals
     from ..rewriting.rewriter import DataRewriter
 
@@ -64,33 +74,27 @@ def rewrite(argv: list[str]) -> int:
         "rewrite",
         "Rewrite demonstrations: the model's own correct solution, else its retelling of the reference, else the demonstration.",
         REWRITE_EXAMPLES,
+        STRATEGIES,
     )
     arguments, config = parser.parse_args_and_config(argv)
     print(f"output_dir: {config.output_dir}", flush=True)
     samples = not config.dry_run or config.probe > 0
     if samples:
         check_before_loading(config.output_dir, config.report_to)
-    template = arguments.chat_template_path
-    if template is not None and not template.endswith((".jinja", ".j2")):
-        raise ValueError(
-            f"You passed chat_template_path={template!r}; training takes a file for a template only if its name ends in .jinja or .j2. Rename it."
-        )
-    dataset = load_demonstrations(arguments, config.answer_column)
-    # Wrong rows or columns are reported before minutes go into loading a model.
-    check_stages(dataset.column_names, config)
-    adapter = arguments.rewriter_adapter
-    if adapter is not None and "guided" not in config.stages:
-        raise ValueError(
-            f"You passed rewriter_adapter={adapter!r} with stages={config.stages}: it draws in the stage `guided`."
-        )
-    verifier = make_verifier(arguments)
+    dataset, named = _checked_dataset(arguments, config), read_teachers(arguments.teacher)
+    verifier, adapter = make_verifier(arguments), arguments.rewriter_adapter
+    teachers: dict = {name: SimpleNamespace(name=model) for name, model in named.items()}  # enough for a dry run
     sampler = make_sampler(arguments, adapter) if samples else None
+    if samples:
+        teachers = make_teachers(arguments, named, config.teacher_log_probs)
     agent = sampler.with_adapter(adapter) if sampler is not None and adapter is not None else None
     tokenizer = None if samples else check_model(arguments)
-    rewriter = DataRewriter(arguments.model_name_or_path, config, sampler, verifier, tokenizer, agent)
+    rewriter = DataRewriter(arguments.model_name_or_path, config, sampler, verifier, tokenizer, agent, teachers)
     try:
         # The servers' addresses are private: they may name machines and hold passwords.
         given = {k: v for k, v in vars(arguments).items() if v is not None and k != "base_url"}
+        if named:
+            given["teacher"] = [name if "://" in model else f"{name}={model}" for name, model in named.items()]
         rewritten = rewriter.rewrite(dataset, given)
     except (KeyboardInterrupt, SamplerError) as error:
         journal = rewriter.shard.file(rewriter.output_dir, "journal.jsonl")
@@ -108,7 +112,7 @@ def rewrite(argv: list[str]) -> int:
         )
         return 2 if status in (400, 401, 403, 404) else 3
     finally:
-        for engine in (agent, sampler):
+        for engine in (agent, sampler, *(teachers.values() if samples else ())):
             if engine is not None:
                 engine.close()
     if rewritten is None:
@@ -139,6 +143,24 @@ def rewrite(argv: list[str]) -> int:
         )
     )
     return 0
+
+
+def _checked_dataset(arguments: RewriteArguments, config: RewriteConfig):
+    """The rows; wrong ones, and options that do not go together, are reported before minutes go into loading a model."""
+    from ..rewriting.problems import check_stages
+
+    template, adapter = arguments.chat_template_path, arguments.rewriter_adapter
+    if template is not None and not template.endswith((".jinja", ".j2")):
+        raise ValueError(
+            f"You passed chat_template_path={template!r}; training takes a file for a template only if its name ends in .jinja or .j2. Rename it."
+        )
+    dataset = load_demonstrations(arguments, config.answer_column)
+    check_stages(dataset.column_names, config)
+    if adapter is not None and "guided" not in config.stages:
+        raise ValueError(
+            f"You passed rewriter_adapter={adapter!r} with stages={config.stages}: it draws in the stage `guided`."
+        )
+    return dataset
 
 
 def _train_command(model: str, template: str | None, config: RewriteConfig, metrics: dict, trained_on: str) -> str:

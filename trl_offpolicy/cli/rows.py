@@ -98,9 +98,13 @@ def rows(argv: list[str]) -> int:
     output = run.path / "rows_so_far"
     output.mkdir(exist_ok=True)
     drawn_by, agent = _drawn_by(run)
+    teachers: dict = {
+        name: SimpleNamespace(name=of["model"], revision=of["revision"])
+        for name, of in run.config.get("teachers", {}).items()
+    }
     for shard in map(Shard.of_file, run.journals):
         config = RewriteConfig(**options | {"shard": str(shard), "push_to_hub": False})
-        rewriter = DataRewriter(drawn_by.name, config, sampler=drawn_by, guided_sampler=agent)
+        rewriter = DataRewriter(drawn_by.name, config, sampler=drawn_by, guided_sampler=agent, teachers=teachers)
         count = rewriter.rows_so_far(dataset, output / shard.parquet)
         print(f"{count:,} of {len(shard.rows(len(dataset))):,} rows are settled: {output / shard.parquet}")
     return 0

@@ -44,7 +44,7 @@ PROBLEM_COLUMNS = ("prompt", "problem", "question")
 _TAKEN = {
     "prompt", "completion", "id", "source", "answer", "num_sampled", "num_correct", "self_sampled", "self_correct", "completion_ids", "behavior_log_probs",
     "model", "model_revision", "temperature", "top_p", "top_k", "behavior_prompt", "messages", "conversations", "text", "input_ids", "labels", "attention_mask", "seq_lengths",
-    "completion_mask", "assistant_masks", "weight", "reward", "initial_log_prob",
+    "completion_mask", "assistant_masks", "weight", "reward", "initial_log_prob", "candidate",
 }  # fmt: skip
 
 
@@ -253,13 +253,18 @@ def tell_missing_answers(rows: Iterable[dict], column: str, instead: str) -> Ite
         )
 
 
-def guided_prompt(problem: Problem, template: str = GUIDED_PROMPT, clean: bool = True) -> list[dict[str, str]] | str:
+def guided_prompt(
+    problem: Problem, template: str = GUIDED_PROMPT, clean: bool = True, hint: str | None = None
+) -> list[dict[str, str]] | str:
     """
     A problem's own prompt with its last user turn, or its text, replaced by `template`, which holds the problem and
-    the reference ([`clean_reference`]).
+    the reference ([`clean_reference`]), or a `hint` in its place.
     """
-    reference = clean_reference(problem.demonstration) if clean else problem.demonstration
-    text = fill(template, problem=problem.problem, solution=reference)
+    if hint is None:
+        reference = clean_reference(problem.demonstration) if clean else problem.demonstration
+        text = fill(template, problem=problem.problem, solution=reference)
+    else:
+        text = fill(template, problem=problem.problem, hint=hint)
     if isinstance(problem.prompt, str):
         return text
     last = max(i for i, turn in enumerate(problem.prompt) if turn["role"] == "user")
@@ -347,10 +352,11 @@ def output_features(
     answer_column: str = "answer",
     chat_template_kwargs: dict[str, Any] | None = None,
     ranked: bool = False,
+    several: bool = False,
 ):
     """
-    `datasets.Features` of the output: ours (with `initial_log_prob` where candidates are `ranked` by it), then the
-    carried columns with the type they came in.
+    `datasets.Features` of the output: ours (with `initial_log_prob` where candidates are `ranked` by it, and
+    `candidate` where a problem may have `several` rows), then the carried columns with the type they came in.
     """
     from datasets import Dataset, Features, List, Value
 
@@ -377,6 +383,7 @@ def output_features(
         "top_k": Value("int32"),
         "behavior_prompt": turns,
         **({"initial_log_prob": Value("float32")} if ranked else {}),
+        **({"candidate": Value("int32")} if several else {}),
     }
     carried = (
         {new: input_features[old] for old, new in carried_columns(columns, answer_column).items()}

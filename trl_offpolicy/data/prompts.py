@@ -27,6 +27,19 @@ Teacher's solution (for reference):
 
 Now solve the problem in your own way:"""
 
+# The same with less than the reference: an outline of it, its first steps, or its answer.
+HINT_PROMPT = """\
+You are given a problem and a hint at its solution. Solve the problem step by step in your own way, so that every step \
+follows from the problem and the steps before it. Do not mention the hint. Put your final answer within \\boxed{}.
+
+Problem:
+{problem}
+
+Hint:
+{hint}
+
+Now solve the problem:"""
+
 # The rewriting agent's judge (arXiv 2602.11220, in our words); the base model itself is asked, where the answer is
 # right.
 REASONING_PROMPT = """\

@@ -16,7 +16,7 @@ row (0 in `expert` rows), `self_sampled` and `self_correct` of the stage `self` 
 
 import hashlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from json.encoder import encode_basestring_ascii as _quote
@@ -24,11 +24,22 @@ from typing import Any
 
 
 class Source(StrEnum):
-    """Where a row's completion comes from ("Mind the Gap", section 3.2)."""
+    """Where a row's completion comes from ("Mind the Gap", section 3.2, and other models)."""
 
     SELF = "self"
     GUIDED = "guided"
     EXPERT = "expert"
+    TEACHER = "teacher"
+
+
+def source_of(stage: str) -> Source:
+    """The source of the rows that a stage gives: of `guided:answer`, which shows a hint, and `teacher:big` the first word."""
+    return Source(stage.partition(":")[0])
+
+
+def sources_of(stages: Iterable[str]) -> list[Source]:
+    """The sources that the rows of a run with these stages may have; teachers only where there are some."""
+    return [source for source in Source if source != Source.TEACHER or source in map(source_of, stages)]
 
 
 class Verdict(StrEnum):

@@ -24,6 +24,10 @@ LEAKS = (
     r"\bthe\s+solution\s+(?:says|states|suggests|tells|mentions|explains|provided|given above)\b",
     r"\b(?:(?:in|using)\s+(?:my|your)\s+own\s+(?:words|way)|(?:my|your)\s+own\s+(?:[\w-]+\s+)?solution)\b",
     r"\b(?:teacher|tutor)s?\b",
+    # What an instruction-tuned model says of its prompt (the phrases of arXiv 2402.13669's code)
+    r"\breference\s+answers?\b",
+    r"\b(?:my|your)\s+(?:own\s+)?response\b",
+    r"\bnow\s+it['’]s\s+your\s+turn\b|\A\s*your\s+turn\b",
     # German, French, Spanish, Portuguese, Italian
     r"\b(?:Musterlösung|Referenzlösung|(?:gegebene|vorgegebene|angegebene)n?\s+Lösung|Lösung\s+de[sr]\s+Lehr\w+|laut\s+(?:der\s+)?Lösung)\b",
     r"\b(?:solution\s+(?:du\s+professeur|de\s+l['’]enseignante?|de\s+référence|fournie|proposée)|d['’]après\s+(?:la\s+solution|le\s+corrigé))\b",
@@ -56,6 +60,18 @@ def copy_ratio(text: str, reference: str, n: int = 4) -> float | None:
     """
     own = ngrams(text, n)
     return (own & ngrams(reference, n)).total() / own.total() if own else None
+
+
+_EQUATION = re.compile(r"[-+*/().\d]*[-+*/][-+*/().\d]*=[-.\d]*\d")
+
+
+def normal_form(text: str) -> tuple[str, ...]:
+    """
+    What two solutions have in common that count as one: the equations of plain numbers that they write down, in order
+    (as rejection sampling fine-tuning tells solutions apart, arXiv 2308.01825), or their words where there are none.
+    """
+    plain = re.sub(r"[\s,$€£\\]", "", text).translate(str.maketrans("×·÷−", "**/-"))
+    return tuple(_EQUATION.findall(plain)) or tuple(text.casefold().split())
 
 
 def find_leak(text: str, known: str = "", phrases: Sequence[str] = ()) -> str | None:

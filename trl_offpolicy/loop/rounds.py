@@ -26,7 +26,7 @@ import yaml
 
 from ..data.formats import demonstration
 from ..data.prompts import contents
-from ..data.rows import Rejection, Source
+from ..data.rows import Rejection, Source, sources_of
 from ..data.text_statistics import leaks_hint
 from ..data.whole_file import write_whole
 from ..runs.journal import differences
@@ -35,7 +35,7 @@ from ..runs.run_log import wandb_group
 from .loop_config import LoopConfig
 
 
-RANK = {Source.EXPERT: 0, Source.GUIDED: 1, Source.SELF: 2}  # an improved row has gone up
+RANK = {Source.EXPERT: 0, Source.TEACHER: 1, Source.GUIDED: 2, Source.SELF: 3}  # an improved row has gone up
 SECOND_ADAPTER = (
     "on which train_from='last' would train a second one. Pass train_from='base', with which each round trains an adapter of its own on the "
     "initial policy, or train all weights."
@@ -294,17 +294,19 @@ class Loop:
         sampled, cut = (
             sum(each[name] for each in run.metrics["stages"].values()) for name in ("sampled", "truncated")
         )
-        rows = _rows(self.rows(round), ["id", "source"])
+        rows = _problems(self.rows(round))
         found = {
             "round": round,
-            "sources": {str(source): sum(row["source"] == source for row in rows) for source in Source},
+            "sources": {
+                s: sum(row["source"] == s for row in rows) for s in map(str, sources_of(run.config["stages"]))
+            },
             "sampled": sampled,
             "cut": cut / sampled if sampled else None,
             "mentions": _mentions(run),
             **_draws(run),
         }
         if round:
-            earlier = {row["id"]: RANK[Source(row["source"])] for row in _rows(self.rows(round - 1), ["id", "source"])}
+            earlier = {row["id"]: RANK[Source(row["source"])] for row in _problems(self.rows(round - 1))}
             found["improved"] = sum(RANK[Source(row["source"])] > earlier[row["id"]] for row in rows)
         if (file := self.directory(round, "gap") / "forgetting.json").exists():
             found["forgetting"] = json.loads(file.read_text())
@@ -381,6 +383,12 @@ def _rows(directory: Path, columns: list[str]) -> list[dict]:
 def options_in(file: str | None) -> dict:
     """What a config file says; `{}` where there is none."""
     return (yaml.safe_load(Path(file).expanduser().read_text()) if file else None) or {}
+
+
+def _problems(directory: Path) -> list[dict]:
+    """Id and source of each problem's row, of several the first."""
+    rows = _rows(directory, ["id", "source"])
+    return [row for row, before in zip(rows, [{"id": None}, *rows], strict=False) if row["id"] != before["id"]]
 
 
 def _contents(files: list[str]) -> list[str]:

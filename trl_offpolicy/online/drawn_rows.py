@@ -105,7 +105,7 @@ class DrawnRows:
         return Drawn(rows, 0, self._no_counts(), 0.0)
 
     def _no_counts(self) -> RunCounts:
-        return RunCounts(self.args.stages, self.args.max_completion_length)
+        return RunCounts(self.args.drawn_stages(), self.args.max_completion_length)
 
     def draw(
         self,
@@ -127,7 +127,7 @@ class DrawnRows:
             finish (`Callable`, *optional*): Called with the rows before they are kept; returns those that are.
         """
         problems, began = self.problems.select(np.array(numbers)), self.clock()
-        problems.memory.recall(self._known.pop(version, []), self.args.stages)
+        problems.memory.recall(self._known.pop(version, []), self.args.drawn_stages())
         counts = self._no_counts()
         scheduler = Scheduler(self._asked(problems, asked, counts), len(numbers), self.args, counts)
 

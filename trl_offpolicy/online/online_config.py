@@ -10,6 +10,7 @@ from ..trainer.importance_weighted_sft_config import ImportanceWeightedSFTConfig
 # What a rewrite has and online training has not: it makes no dataset.
 _OF_A_RUN = {
     "shard", "dry_run", "probe", "rejudge", "accept_failed", "hub_dataset_id", "push_attempts", "push_every", "wandb_log_artifacts",
+    "keep", "max_per_problem", "keep_demonstration", "strategy", "teacher_log_probs",
 }  # fmt: skip
 _OF_TRAINING = {f.name for f in fields(ImportanceWeightedSFTConfig)}  # `seed` and the like: one flag for both
 REWRITING = [f for f in fields(RewriteConfig) if f.name not in _OF_A_RUN | _OF_TRAINING]

@@ -27,7 +27,7 @@ from .page import Page
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442")  # Okabe and Ito
 STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
 MARKERS = "osD^vPX*"
-HATCHES = ("", "///", "...")
+HATCHES = ("", "///", "...", "xx")
 SAMPLES = 20
 TRAINING = {
     "loss": "Loss that was minimised",
@@ -148,12 +148,12 @@ def _sources(labels: list[str], counts: list[dict]) -> bytes:
     for place, of_sources in enumerate(counts):
         left, total = 0.0, max(1, of_sources.get("total", sum(of_sources.values())))
         for i, source in enumerate(Source):
-            share = of_sources[source] / total
+            share = of_sources.get(source, 0) / total
             kind = {
                 "color": COLOURS[i],
                 "hatch": HATCHES[i],
                 "edgecolor": "white",
-                "label": str(source) if not place else None,
+                "label": str(source) if not place and any(source in of for of in counts) else None,
             }
             axis.barh(place, share, left=left, **kind)
             if share > 0.06:

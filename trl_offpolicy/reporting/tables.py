@@ -160,10 +160,13 @@ def rewriting(metrics: dict) -> Table:
 
     for stage, of in metrics["stages"].items():
         accepted = number(of["correct"] / of["sampled"] if of["sampled"] else None, ".1%")
-        rows.append([stage, f"{left:,}", f"{of['sampled']:,}", accepted, f"{counts[stage]:,}", share(counts[stage])])
-        left -= counts[stage]
+        kept = of["rows"] if "rows" in of else counts[stage]
+        copied = number(of["copied"] / kept if kept and "copied" in of else None, ".1%")
+        rows.append([stage, f"{left:,}", f"{of['sampled']:,}", accepted, f"{kept:,}", share(kept), copied])
+        left -= kept
     if "unsolved" in metrics:  # no demonstrations to fall back to
-        rows.append(["unsolved", f"{left:,}", "", "", "", share(left)])
+        rows.append(["unsolved", f"{left:,}", "", "", "", share(left), ""])
     else:
-        rows.append(["expert", f"{left:,}", "", "", f"{counts['expert']:,}", share(counts["expert"])])
-    return ["stage", "rows that reach it", "attempts", "correct attempts", "rows kept", "share of all rows"], rows
+        rows.append(["expert", f"{left:,}", "", "", f"{counts['expert']:,}", share(counts["expert"]), ""])
+    header = ["stage", "rows that reach it", "attempts", "correct attempts", "rows kept", "share of all rows"]
+    return [*header, "copied 4-grams"], rows

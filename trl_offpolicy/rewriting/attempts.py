@@ -4,25 +4,33 @@ with all rows of its run, and online training with those of its next steps.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
 
-from ..data.rows import Problem, Source, Verdict, reference_digest
+from ..data.rows import Problem, Source, Verdict, reference_digest, source_of
 from ..runs.journal import Attempt, Journal, Result
 from ..sampling.provenance import template_digest
 from ..sampling.sampler import FAILED, Completion, Request, Sampler, SamplerError, attempt_seed
 from ..verification.drawing import Asked, Drawing
 from ..verification.verdict_queue import Judged
 from ..verification.verifier import Verifier, describe
-from .candidate_scores import scored
+from .candidate_scores import score_demonstrations, scored
 from .guided_filters import reject_guided
 from .problems import Problems
 from .rewrite_config import RewriteConfig
 from .scheduler import Draw, Scheduler, Speculation
+from .teachers import same_tokens
 
 
 def journal_config(
-    args: RewriteConfig, plain: bool, verifier: Verifier, sampler: Sampler, guided_sampler: Sampler | None = None
+    args: RewriteConfig,
+    plain: bool,
+    verifier: Verifier,
+    sampler: Sampler,
+    guided_sampler: Sampler | None = None,
+    teachers: Mapping[str, Sampler] = MappingProxyType({}),
 ) -> dict:
     """
     On what an attempt and its verdict depend: a journal's first line. `plain`: whether the prompts are plain texts.
@@ -30,6 +38,9 @@ def journal_config(
     config = {"journal_format": 2, "model": sampler.name, "model_revision": sampler.revision, **args.identity()}
     if guided_sampler is not None:
         config |= {"rewriter_adapter": guided_sampler.name, "rewriter_revision": guided_sampler.revision}
+    config["stages"] = args.drawn_stages(teachers)
+    if teachers:
+        config["teachers"] = {name: {"model": t.name, "revision": t.revision} for name, t in teachers.items()}
     config |= {"chat_template": template_digest(sampler.processing_class), "verifier": describe(verifier)}
     return config | ({"plain_prompts": "asked as they are"} if plain else {})  # older journals asked these as messages
 
@@ -47,6 +58,7 @@ class Attempts:
 
     def __init__(self, args: RewriteConfig, sampler_of: Callable[[str], Sampler], version: int = 0):
         self.args, self.sampler_of, self.version = args, sampler_of, version
+        self._shared: dict[str, bool] = {}
 
     def draw(
         self,
@@ -68,7 +80,7 @@ class Attempts:
         Raises:
             SamplerError: The engine cannot go on, or not one attempt of a new journal could be drawn.
         """
-        counts, sampler = scheduler.counts, drawing.samplers[0]
+        counts, sampler, student = scheduler.counts, drawing.samplers[0], self.sampler_of(Source.SELF)
         # A server tells of tokens when an attempt is finished: it takes several of each slot to know its rate.
         speculation = Speculation(sampler.slots, 1024 if sampler.drawn_tokens is None else 32)
 
@@ -88,7 +100,8 @@ class Attempts:
             results = []
             try:
                 if self.args.ranks:
-                    attempts = scored(of, attempts, problems, self.sampler_of(Source.SELF))
+                    attempts = scored(of, attempts, problems, student)
+                    self._score_demonstrations(batch, problems, journal)
             finally:  # they are drawn, whatever became of their scores
                 for attempt in attempts:
                     entry = attempt.entry()
@@ -117,30 +130,52 @@ class Attempts:
         ):  # no reason to keep all demonstrations
             raise SamplerError(f"not one of {counts.failed:,} attempts could be drawn; the last one: {judged.reason}")
 
+    def _score_demonstrations(self, batch: list[Judged], problems: Problems, journal: Journal) -> None:
+        """Those of problems whose first attempts these are, where demonstrations compete."""
+        if self.args.competes and problems.have_demonstrations:
+            states = {judged.item.state.id: judged.item.state for judged in batch}
+            states = {name: state for name, state in states.items() if state.demonstration is None}
+            of = [state.problem for state in states.values()]
+            found = score_demonstrations(of, problems, self.sampler_of(Source.SELF), journal)
+            for state, result in zip(states.values(), found, strict=True):
+                state.demonstration = result
+
+    def _shares_tokens(self, stage: str) -> bool:
+        """Whether what a teacher's stage draws has the student's token ids; comparing vocabularies takes a while."""
+        if stage not in self._shared:
+            self._shared[stage] = same_tokens(self.sampler_of(stage), self.sampler_of(Source.SELF))
+        return self._shared[stage]
+
     def _asked(self, draw: Draw, problems: Problems) -> Asked:
         args, problem = self.args, draw.state.problem
         seed = attempt_seed(args.seed, problem.id, draw.stage, draw.attempt, self.version)
         prompt = problems.prompt(problem, draw.stage)
-        request = Request(draw.id, prompt, seed, args.sampling_params(), args.chat_template_kwargs)  # type: ignore[arg-type]
+        # Variables of the student's chat template are none of a teacher's.
+        given: Any = args.chat_template_kwargs if source_of(draw.stage) != Source.TEACHER else None
+        request = Request(draw.id, prompt, seed, args.sampling_params(), given)
         return Asked(draw, request, self.sampler_of(draw.stage), problem.answer, problem.extra)
 
     def attempt(
         self, problem: Problem, stage: str, attempt: int, completion: Completion, verdict: Verdict, reason: str
     ) -> Attempt:
         """An attempt with its verdict, and why a guided one is not kept though it is correct."""
-        judged_on = verdict == Verdict.CORRECT and stage == Source.GUIDED
+        guided = source_of(stage) == Source.GUIDED
+        judged_on = verdict == Verdict.CORRECT and guided
         found = reject_guided(completion.text, problem, self.args) if judged_on else None
         rejected, reason = found or ("", reason)
         log_probs, ids = completion.log_probs, completion.completion_ids
+        if source_of(stage) == Source.TEACHER:
+            ids = ids if self._shares_tokens(stage) else []
+            log_probs = log_probs if ids and self.args.teacher_log_probs else []
         if not log_probs and verdict == Verdict.CORRECT and stage == Source.SELF and self.args.ranks:
             raise ValueError(
                 f"You passed selection='max_log_prob', but {self.sampler_of(stage).name} returned no log-probs for {completion.id}. Use another engine, "
                 "or selection='random'."
             )
         log_prob = round(sum(log_probs) / len(log_probs), 6) if log_probs else None
-        reference = reference_digest(problem.demonstration) if stage == Source.GUIDED else 0
+        reference = reference_digest(problem.demonstration) if guided else 0
         attempted = Attempt(
-            problem.id, stage, attempt, verdict, completion.finish_reason, len(ids), log_prob, reference, rejected,
+            problem.id, stage, attempt, verdict, completion.finish_reason, len(completion.completion_ids), log_prob, reference, rejected,
             version=self.version, reason=reason,
         )  # fmt: skip
         if (verdict == Verdict.CORRECT and not rejected) or self.args.keep_rejected:

@@ -8,11 +8,10 @@ all others it takes one forward, of those that may be kept, and the sum is in th
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain
 
-from ..data.rows import Problem, Source
+from ..data.rows import Problem, Source, Verdict, reference_digest
 from ..data.tokenization import encode_prompt, encode_target, template_kwargs
-from ..runs.journal import Attempt, Journal
+from ..runs.journal import Attempt, Journal, Result
 from ..sampling.sampler import Sampler
 from .problems import CHUNK, Problems
 
@@ -49,6 +48,21 @@ def scored(of: Sequence[Problem], attempts: list[Attempt], problems: Problems, s
     return attempts
 
 
+def score_demonstrations(
+    of: Sequence[Problem], problems: Problems, student: Sampler, journal: Journal
+) -> list[Result]:
+    """The scores of the demonstrations of these problems, each of which is a line of the journal now."""
+    attempts = [
+        Attempt(
+            problem.id, str(Source.EXPERT), 0, Verdict.CORRECT, "stop", 0, None, reference_digest(problem.demonstration),
+            text=problems.expert_text(problem),
+        )
+        for problem in of
+    ]  # fmt: skip
+    attempts = scored(of, attempts, problems, student)
+    return [a.result(journal.append(replace(a, text=None).entry())) for a in attempts]
+
+
 def _target(problem: Problem, attempt: Attempt, problems: Problems, student: Sampler) -> tuple[list[int], list[int]]:
     """The ids of the prompt that is trained on, and of what the attempt would be trained on."""
     tokenizer, kwargs = student.processing_class, template_kwargs(problems.args.chat_template_kwargs)
@@ -61,21 +75,27 @@ def _target(problem: Problem, attempt: Attempt, problems: Problems, student: Sam
 def score_known(journal: Journal, problems: Problems, student: Sampler) -> None:
     """
     Appends a line with its score for each attempt that may be kept and has none: it was drawn when nothing was ranked,
-    or the engine failed before the score was told.
+    or the engine failed before the score was told. Likewise for the demonstrations of problems that were begun, where
+    they compete.
     """
+    competes = problems.args.competes and problems.have_demonstrations
     for start in range(0, len(problems), CHUNK):
-        known = [
-            list(chain.from_iterable(map(dict.values, of.values()))) for of in problems.memory.known(start, CHUNK)
-        ]
-        due = [[r for r in of if r.accepted and r.initial_mean != r.initial_mean] for of in known]
-        if not any(due):
+        known = problems.memory.known(start, CHUNK)
+        due = [[r for r in _results(of) if r.accepted and r.initial_mean != r.initial_mean] for of in known]
+        bare = [competes and bool(of) and Source.EXPERT not in of for of in known]
+        if not any(due) and not any(bare):
             continue
-        pairs = [
-            (problem, Attempt.of(journal.read(result.offset)))
-            for problem, results in zip(problems.read(start, CHUNK), due, strict=True)
-            for result in results
-        ]
-        of, attempts = zip(*pairs, strict=True)
-        for attempt in scored(of, list(attempts), problems, student):
+        chunk = list(problems.read(start, CHUNK))
+        of = [problem for problem, results in zip(chunk, due, strict=True) for _ in results]
+        attempts = [Attempt.of(journal.read(result.offset)) for results in due for result in results]
+        for attempt in scored(of, attempts, problems, student):
             if attempt.initial_tokens:
                 journal.append(attempt.entry())
+        score_demonstrations(
+            [p for p, is_bare in zip(chunk, bare, strict=True) if is_bare], problems, student, journal
+        )
+
+
+def _results(of_problem: dict[str, dict[int, Result]]) -> list[Result]:
+    """What is known of the attempts at a problem; not the score of its demonstration, which may be out of reach."""
+    return [r for stage, results in of_problem.items() if stage != Source.EXPERT for r in results.values()]

@@ -1,8 +1,9 @@
 """The card of a rewritten dataset, within whatever else the card says."""
 
-from ..cards import bibtex, fence, link, template_path
+from ..cards import bibtex, fence, link, public_name, template_path
 from ..data.rows import REJECTIONS, Verdict
 from ..runs.run_directory import RunDirectory
+from .strategies import STRATEGIES
 
 
 # Where each config's Parquet files are.
@@ -32,6 +33,10 @@ def edited_card(card, run: RunDirectory, repo_id: str, parts: dict[str, dict], s
         run=run,
         config=run.config,
         settings=run.settings,
+        teachers={
+            name: (public_name(of["model"]), of["revision"]) for name, of in run.config.get("teachers", {}).items()
+        },
+        strategy=STRATEGIES.get(run.settings.get("strategy"), {}),
         num_rows=num_rows,
         source=link(run.settings.get("dataset_name"), "datasets/", run.source_on_hub),
         model=link(run.config["model"], "", run.model_on_hub),

@@ -9,6 +9,7 @@ from ..data.tokenization import encode_prompt
 from ..runs.journal import Attempt
 from ..runs.run_counts import RunCounts, cut_advice
 from .rewrite_config import RewriteConfig
+from .strategies import LOOP_SETTINGS, STRATEGIES
 
 
 def shown_prompt(
@@ -30,6 +31,21 @@ def shown_prompt(
             "unparsable. Ask for it in the prompt (solve_prompt, guided_prompt), or pass another verifier."
         )
     return "\n".join(parts)
+
+
+def shown_strategy(args: RewriteConfig, loop=None) -> str:
+    """
+    All settings of the preset that `args`, and those of a `loop` if there is one, were made from, and which of them
+    something else was given for.
+    """
+    lines = [f"---- strategy {args.strategy} ----"]
+    for name, value in STRATEGIES[args.strategy or ""].items():
+        of_loop = name in LOOP_SETTINGS
+        now = getattr(loop if of_loop else args, name, value)
+        lines.append(f"{name}: {now}" + (f" (given; the strategy has {value})" if now != value else ""))
+        if of_loop and loop is None:
+            lines[-1] += " (heeded by `trl-offpolicy loop`)"
+    return "\n".join(lines)
 
 
 def probe_report(

@@ -20,10 +20,10 @@ def reject_guided(text: str, problem: Problem, args: RewriteConfig) -> tuple[Rej
     The first reason not to keep a guided attempt that was verified as correct, and what is wrong in words; `None` if
     it is kept.
     """
-    reference = clean_reference(problem.demonstration)
+    reference = clean_reference(problem.demonstration or "")  # there is none where only the answer was a hint
     if args.reject_mentions:
         # Words that the problem or the reference itself uses, such as a teacher with 30 pencils, are no mention.
-        known = f"{problem.problem}\n{problem.demonstration}"
+        known = f"{problem.problem}\n{problem.demonstration or ''}"
         if leak := find_leak(text, known, args.mention_phrases):
             return Rejection.MENTION, f"mentions what it was shown: {leak!r:.100}"
     if args.reject_calculator_marks and (mark := CALCULATOR_MARK.search(text)):

@@ -1,23 +1,38 @@
 """The rows that come out of a run: for each problem the kept attempt, else its demonstration, as Parquet."""
 
 import glob
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..cards import public_name
-from ..data.demonstrations import CALCULATOR_MARK, asks_for_box, has_box, in_asked_form
+from ..data.demonstrations import CALCULATOR_MARK, asks_for_box, clean_reference, has_box, in_asked_form
 from ..data.formats import as_completion, carried_columns, output_features
 from ..data.loading import batched, media_columns
 from ..data.prompts import contents
 from ..data.rows import Problem, Source, Verdict, storable
+from ..data.text_statistics import copy_ratio, normal_form
 from ..runs.journal import JournalReader
 from ..runs.shards import RUN_KEY
 from ..sampling.sampler import Sampler
 from .problems import Problems
 from .rewrite_config import RewriteConfig
 from .scheduler import Outcome
+
+
+class Written(NamedTuple):
+    """
+    What is to say of rows: the problems that have none, for they were not solved and have no demonstration; how many
+    demonstrations were put into the form that is asked for, or are not in it; by guided stage, the sum over its
+    problems of the share of 4-grams that the row has from the reference; and the number of rows by source.
+    """
+
+    unsolved: list[dict]
+    expert_format: dict[str, int]
+    copied: dict[str, float]
+    rows: dict[str, int]
 
 
 def write_rows(
@@ -27,10 +42,10 @@ def write_rows(
     journal: JournalReader,
     sampler_of: Callable[[str], Sampler],
     run: str = "",
-) -> tuple[list[dict], dict[str, int]]:
+) -> Written:
     """
     Writes the rows that have an outcome, in the order they came in, to a file that is not yet in its place; carried
-    columns as they are stored in the dataset.
+    columns as they are stored in the dataset. Of a run that keeps all, the rows of a problem stand together.
 
     Args:
         file (`Path`): Parquet.
@@ -41,8 +56,7 @@ def write_rows(
         run (`str`, *optional*): By which the parts of one run know each other.
 
     Returns:
-        `tuple[list[dict], dict[str, int]]`: The problems that have no row, for they were not solved and have no
-        demonstration; and how many demonstrations were put into the form that is asked for, or are not in it.
+        [`Written`]: What there is to say of them.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -50,18 +64,21 @@ def write_rows(
     from datasets.table import embed_table_storage
 
     unsolved: list[dict] = []
+    written, copied = Counter[str](), defaultdict[str, float](float)
     args, whole = problems.args, problems.stored
     carried = carried_columns(whole.column_names, args.answer_column)
     given: Any = args.chat_template_kwargs  # a mapping, whatever it was written as
-    features = output_features(whole.features, whole.column_names, args.answer_column, given, args.ranks)
+    features = output_features(
+        whole.features, whole.column_names, args.answer_column, given, args.ranks, args.keep == "all"
+    )
     ours = Features({name: features[name] for name in features if name not in carried.values()})
     schema = features.arrow_schema
     schema = schema.with_metadata({**schema.metadata, RUN_KEY: run.encode()})
     stored = whole.select_columns(list(carried)).with_format("arrow")
     media = media_columns(whole)
     reshaped, experts = bool(args.sampling_params().reshaping), Counter[str]()
-    ends: dict[str, Any] = {source: sampler_of(source).stop_token_ids if args.stop else None for source in Source}
-    drawn_by: dict[str, dict] = {source: _drawn_by(sampler_of(source), args) for source in Source}
+    ends = cache(lambda stage: sampler_of(stage).stop_token_ids if args.stop else None)
+    drawn_by = cache(lambda stage: _drawn_by(sampler_of(stage), args))
     with pq.ParquetWriter(file, schema) as writer:
         for chunk in batched(enumerate(problems.read()), 100 if media else 1000):
             solved, rows = [], []
@@ -71,15 +88,21 @@ def write_rows(
                     continue
                 if problem.demonstration is None and outcome.source == Source.EXPERT:
                     unsolved.append(_unsolved(problem, problems))
-                else:
+                    continue
+                candidates = _candidates(problem, outcome, args, partial(_kept, problem, journal=journal, ends=ends))
+                for number, (candidate, kept) in enumerate(candidates):
                     solved.append(i)
-                    kept = _kept(problem, outcome, journal, ends[outcome.source])
                     # Drawn from a reshaped distribution, a token's log μ is not the model's log-prob: better none than
                     # a wrong one.
                     log_probs = {"behavior_log_probs": []} if reshaped else {}
-                    row = _row(problem, outcome, problems, kept) | drawn_by[outcome.source] | log_probs
-                    row["initial_log_prob"] = kept["initial_log_prob"]
+                    row = _row(problem, candidate, problems, kept) | drawn_by(candidate.stage) | log_probs
+                    row |= {"initial_log_prob": kept["initial_log_prob"], "candidate": number}
                     rows.append({name: row[name] for name in ours})
+                    written[str(candidate.source)] += 1
+                    if candidate.source == Source.GUIDED and not number:
+                        copied[candidate.stage] += (
+                            copy_ratio(kept["text"], clean_reference(problem.demonstration or "")) or 0
+                        )
             if not rows:
                 continue
             experts.update(
@@ -91,7 +114,31 @@ def write_rows(
                 table = table.append_column(name, column)
             table = pa.Table.from_arrays(table.columns, schema=schema)
             writer.write_table(embed_table_storage(table) if media else table)
-    return unsolved, {how: experts[how] for how in ("boxed", "marks_removed", "not_as_asked")}
+    return Written(
+        unsolved, {how: experts[how] for how in ("boxed", "marks_removed", "not_as_asked")}, copied, written
+    )
+
+
+def _candidates(
+    problem: Problem, outcome: Outcome, args: RewriteConfig, kept: Callable[[Outcome], dict]
+) -> list[tuple[Outcome, dict]]:
+    """What becomes a row each: the outcome; of a run that keeps all, what of its others has another normal form."""
+    if args.keep == "one":
+        return [(outcome, kept(outcome))]
+    outcomes, others = (
+        [],
+        [o for o in (outcome, *outcome.others) if o.source != Source.EXPERT or problem.demonstration],
+    )
+    seen: set[tuple] = set()
+    for each in others:
+        form = normal_form((content := kept(each))["text"])
+        if form not in seen and (not args.max_per_problem or len(outcomes) < args.max_per_problem):
+            outcomes.append((each, content))
+            seen.add(form)
+    if args.keep_demonstration and problem.demonstration and all(o.source != Source.EXPERT for o, _ in outcomes):
+        expert = Outcome(Source.EXPERT, self_sampled=outcome.self_sampled, self_correct=outcome.self_correct)
+        outcomes.append((expert, kept(expert)))
+    return outcomes
 
 
 def _drawn_by(sampler: Sampler, args: RewriteConfig) -> dict:
@@ -101,19 +148,21 @@ def _drawn_by(sampler: Sampler, args: RewriteConfig) -> dict:
     return drawn_by | ({"chat_template_kwargs": args.chat_template_kwargs} if args.chat_template_kwargs else {})
 
 
-def _kept(problem: Problem, outcome: Outcome, journal: JournalReader, ends: list[int] | None) -> dict:
+def _kept(problem: Problem, outcome: Outcome, journal: JournalReader, ends: Callable[[str], list[int] | None]) -> dict:
     """
     Text, token ids and log-probs of the completion that a row holds, and its `initial_log_prob`: an attempt's, or the
-    demonstration, which has none. `ends` are the ids that end a turn, where a run has stop texts.
+    demonstration, which has none. `ends` gives the ids that end a turn in a stage, where a run has stop texts.
     """
     kept: dict[str, Any] = {"text": problem.demonstration, "completion_ids": [], "behavior_log_probs": []}
-    if outcome.offset < 0:
-        return {**kept, "initial_log_prob": None}
-    attempt = {"id": problem.id, "stage": outcome.source, "attempt": outcome.attempt, "verdict": Verdict.CORRECT}
+    if outcome.source == Source.EXPERT:
+        score = journal.read(outcome.offset) if outcome.offset >= 0 else {}
+        return {**kept, "initial_log_prob": score.get("initial_log_prob")}
+    attempt = {"id": problem.id, "stage": outcome.stage, "attempt": outcome.attempt, "verdict": Verdict.CORRECT}
     kept = journal.read(outcome.offset, attempt, kept)
     own = sum(kept["behavior_log_probs"]) if outcome.source == Source.SELF and kept["behavior_log_probs"] else None
-    kept = {"initial_log_prob": own, **kept}
-    if ends is not None and kept["completion_ids"] and kept["completion_ids"][-1] not in ends:
+    kept = {"initial_log_prob": own, "completion_ids": [], "behavior_log_probs": [], **kept}
+    ending = ends(outcome.stage)
+    if ending is not None and kept["completion_ids"] and kept["completion_ids"][-1] not in ending:
         # It ended with a stop text, which is no end of turn: trained on as text, to which the chat template adds one.
         kept = {**kept, "completion_ids": [], "behavior_log_probs": []}
     return kept
@@ -138,7 +187,7 @@ def _row(problem: Problem, outcome: Outcome, problems: Problems, kept: dict) -> 
         **{name: getattr(outcome, name) for name in ("num_sampled", "num_correct", "self_sampled", "self_correct")},
         "completion_ids": kept["completion_ids"],
         "behavior_log_probs": kept["behavior_log_probs"],
-        "behavior_prompt": problems.prompt(problem, outcome.source) if guided else prompt[:0],
+        "behavior_prompt": problems.prompt(problem, outcome.stage) if guided else prompt[:0],
     }
 
 

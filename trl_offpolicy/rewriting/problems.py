@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from ..data.control_tokens import ControlTokens
+from ..data.demonstrations import asks_for_box, in_asked_form
 from ..data.formats import (
     ASKED,
     FORMATS,
@@ -21,10 +22,11 @@ from ..data.formats import (
 )
 from ..data.loading import as_dataset, iterate
 from ..data.prompts import contents
-from ..data.rows import Problem, Source, Verdict
+from ..data.rows import Problem, Source, Verdict, source_of
 from ..runs.run_counts import RunCounts
 from ..runs.run_memory import RunMemory
 from ..verification.verifier import Verifier
+from .hints import hint
 from .rewrite_config import RewriteConfig
 
 
@@ -101,7 +103,7 @@ class Problems:
                 f"The row with the problem {problem.problem!r:.100} has {' and '.join(given)}, with which its prompt would be rendered in "
                 "training but not in sampling. Write what the model needs to know into a system turn, and use `dataset.remove_columns`."
             )
-        texts = contents(problem.prompt) + [problem.demonstration] * (Source.GUIDED in self.args.stages)
+        texts = contents(problem.prompt) + [problem.demonstration or ""] * (Source.GUIDED in self.args.stages)
         return set().union(*map(self._control.within, texts))
 
     def read(self, first: int = 0, count: int | None = None) -> Iterator[Problem]:
@@ -112,10 +114,17 @@ class Problems:
 
     def prompt(self, problem: Problem, stage: str) -> list[dict[str, str]] | str:
         """What the model is asked for a problem in this stage."""
-        args = self.args
-        guided = stage == Source.GUIDED
-        asked = guided_prompt(problem, args.guided_prompt, args.clean_reference) if guided else problem.prompt
-        return self._control.prompt(asked)
+        args, kind = self.args, stage.partition(":")[2]
+        if source_of(stage) != Source.GUIDED:
+            return self._control.prompt(problem.prompt)
+        shown = guided_prompt(problem, args.hint_prompt, hint=hint(problem, kind)) if kind else None
+        return self._control.prompt(shown or guided_prompt(problem, args.guided_prompt, args.clean_reference))
+
+    def expert_text(self, problem: Problem) -> str | None:
+        """The demonstration as an `expert` row has it."""
+        if problem.demonstration is None or self.args.expert_format == "keep" or not asks_for_box(problem.prompt):
+            return problem.demonstration
+        return in_asked_form(problem.demonstration, problem.answer)
 
     def known(self) -> Iterator[tuple[str, Problem | None, bool, dict]]:
         """
@@ -175,9 +184,17 @@ def check_stages(columns: list[str], args: RewriteConfig) -> None:
             f"You passed system_prompt={args.system_prompt!r:.100}, which stands before `solve_prompt`; but the dataset has the columns {columns}, "
             "so its rows have prompts of their own. Write the system turn into them."
         )
-    if find_format(columns, args.answer_column)[1] is None and Source.GUIDED in args.stages:
+    if find_format(columns, args.answer_column)[1] is not None:
+        return
+    there = f"but the dataset has the columns {columns} and no demonstrations"
+    of_strategy = f"strategy={args.strategy!r}, that is " if args.strategy else ""
+    named = f"name the demonstrations' column as one of {', '.join(dict.fromkeys(pair[1] for pair in FORMATS))}"
+    if Source.GUIDED in args.stages and args.hint_kind != ["answer"]:
         raise ValueError(
-            f"You passed stages={args.stages}, but the dataset has the columns {columns} and no demonstrations, which the stage `guided` "
-            "retells. Write stages=['self'] (--stages self), and what the model does not solve is listed in unsolved.jsonl; or name the "
-            f"demonstrations' column as one of {', '.join(dict.fromkeys(pair[1] for pair in FORMATS))}."
+            f"You passed {of_strategy}stages={args.stages}, {there}, which the stage `guided` retells. Write stages=['self'] (--stages self), and "
+            f"what the model does not solve is listed in unsolved.jsonl; or {named}."
+        )
+    if args.keep_demonstration:
+        raise ValueError(
+            f"You passed {of_strategy}keep_demonstration=True, {there}. Write keep_demonstration=False (--keep_demonstration False), or {named}."
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from ..data.rows import Problem
+from ..data.rows import Problem, Source
 from ..data.whole_file import partial_file
 from ..runs.journal import Attempt, Journal, read_header
 from ..sampling.sampler import Completion
@@ -38,7 +38,7 @@ def rejudge(
         `int`: How many attempts were left out because they have no text.
     """
     old, lost = Journal(path, read_header(path)), 0  # nobody else writes to it meanwhile
-    problems.memory.recall(old.entries(texts=False), problems.args.stages)
+    problems.memory.recall(old.entries(texts=False), config["stages"])
     try:
         with partial_file(path) as partial:
             new = Journal(partial, config)
@@ -68,7 +68,8 @@ def _append_judged(
     as_attempt: Callable[..., Attempt],
 ) -> int:
     """Appends attempts of another journal with verdicts of this verifier; returns how many have no text."""
-    cut = [attempt for _, attempt in attempts if attempt.finish_reason == "length"]  # which no verifier is shown
+    # What was cut, and the scores of demonstrations, no verifier is shown.
+    cut = [attempt for _, attempt in attempts if attempt.finish_reason == "length" or attempt.stage == Source.EXPERT]
     whole = [(p, a) for p, a in attempts if a.finish_reason == "stop" and a.text is not None]
     for attempt in cut:
         journal.append(attempt.entry())
@@ -77,6 +78,7 @@ def _append_judged(
     for (problem, old), completion, verdict in zip(whole, completions, judgements, strict=True):
         new = as_attempt(problem, old.stage, old.attempt, completion, *verdict)
         # Its log-probs are rounded, and their mean was taken before that.
-        scores = {name: getattr(old, name) for name in ("log_prob", "initial_log_prob", "initial_tokens")}
+        names = ("log_prob", "num_tokens", "initial_log_prob", "initial_tokens")
+        scores = {name: getattr(old, name) for name in names}
         journal.append(replace(new, **scores).entry())
     return len(attempts) - len(cut) - len(whole)

@@ -1,14 +1,21 @@
 """Configuration of `DataRewriter`."""
 
 import re
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any
 
 from ..data import prompts
 from ..runs.run_config import RunConfig
 from ..sampling.sampler import LATER
+from .strategies import STRATEGIES
 
 
 STAGES = ("self", "guided")
+# How much of the reference a guided prompt shows, the weakest hint first.
+HINT_KINDS = ("answer", "first_steps", "outline", "full")
+ACROSS = ("first_stage", "max_initial_log_prob")
+KEEPS = ("one", "all")
 SELECTIONS = ("first", "random", "max_log_prob")
 EXPERT_FORMATS = ("keep", "boxed")
 # What decides which guided attempts are kept, and the value with which it does nothing: what rewrites did before there
@@ -23,6 +30,11 @@ GUIDED_FILTERS = {
     "max_guided_copy": 1.0,
     "check_arithmetic": False,
 }
+
+
+def default_of(setting: Field) -> Any:
+    """The value of a dataclass's field that is not given."""
+    return setting.default if setting.default_factory is MISSING else setting.default_factory()
 
 
 @dataclass(kw_only=True)
@@ -80,7 +92,7 @@ class RewriteConfig(HubOptions, RunConfig):
         max_completion_length (`int`, *optional*, defaults to `2048`): Tokens of one attempt. One that is cut here is
             never kept.
         stages (`list[str]`, *optional*, defaults to `["self", "guided"]`): Stages in order; the demonstration is
-            always the last resort.
+            always the last resort. `teacher` comes last where there are teachers and it is not named.
         selection (`str`, *optional*, defaults to `"first"`): `first` stops at the first correct attempt; `random`
             draws all K and keeps a random correct one: the same distribution of rows at a higher price, with the pass
             rate `num_correct / num_sampled`. `max_log_prob` draws all K and keeps the correct one with the highest
@@ -89,6 +101,24 @@ class RewriteConfig(HubOptions, RunConfig):
             stage, so that a retelling is not preferred for copying the reference that it was shown. The criterion is
             GRAPE's (arXiv 2502.04194); kept rows are then likelier than a sample of the model. The sum is the column
             `initial_log_prob` of the rows. In stages other than `self` it takes one forward of each correct attempt.
+        select_across (`str`, *optional*, defaults to `"first_stage"`): `first_stage` keeps what the first stage with a
+            correct attempt gives. With `max_initial_log_prob` (GRAPE, arXiv 2502.04194) every stage draws K, and all
+            correct attempts and the demonstration compete: kept is the one with the highest mean log π_0 per token
+            under the prompt that is trained on.
+        min_correct (`int`, *optional*, defaults to `1`): A problem has `self` rows only where at least so many of its
+            K attempts are correct, so that a lucky solution is not kept. More than 1 needs all K: another `selection`
+            than `first`.
+        keep (`str`, *optional*, defaults to `"one"`): `all` draws all K and makes a row of every correct attempt of the
+            stage that gives the row (of every stage with `select_across`), as rejection sampling fine-tuning (arXiv
+            2308.01825) and ReST-EM (arXiv 2312.06585) do: rows with the same `id`, numbered by `candidate`, in the
+            order in which `selection` prefers them. Of those with the same equations
+            ([`~data.text_statistics.normal_form`]) the first is kept. Every id still occurs.
+        max_per_problem (`int`, *optional*, defaults to `0`): With `keep="all"`, at most so many rows for a problem; 0
+            for no limit.
+        keep_demonstration (`bool`, *optional*, defaults to `False`): With `keep="all"`, the demonstration is one more
+            row of each problem, the last.
+        strategy (`str`, *optional*): The name of the preset that other fields were taken from, which is only noted
+            ([`~rewriting.strategies`]).
         max_concurrent_attempts (`int`, *optional*, defaults to `4`): With `first`, at most this many attempts of one
             problem at a time, and more than one only where other problems leave the engine free slots. Rows do not
             depend on it; 1 never draws a token on speculation.
@@ -101,6 +131,14 @@ class RewriteConfig(HubOptions, RunConfig):
             False}`. They are a column of the rows, so that training and `gap` render with them too; `eval` takes them
             with its own `--chat_template_kwargs`.
         guided_prompt (`str`, *optional*): The digest-and-retell prompt, with `{problem}` and `{solution}`.
+        hint_kind (`list[str]`, *optional*, defaults to `["full"]`): What the guided stage shows of the reference:
+            `full`, all of it, in `guided_prompt`; or less of it, in `hint_prompt`: `outline` (each step up to its first
+            equals sign), `first_steps` (the first third of the steps) or `answer` (the gold answer, as STaR's
+            rationalisation, arXiv 2203.14465). Several are tried one after another, the weakest first, with K attempts
+            each, and the first that works is kept ([`~rewriting.hints`]).
+        hint_prompt (`str`, *optional*): The prompt with `{problem}` and `{hint}` for hints that are not `full`.
+        teacher_log_probs (`bool`, *optional*, defaults to `False`): Rows of teachers hold `behavior_log_probs`, the
+            teacher's own, which needs the student's tokenizer. Else μ is unknown there, and `expert_weighting` applies.
         clean_reference (`bool`, *optional*, defaults to `True`): Show references in the guided prompt without GSM8K's
             calculator marks (`<<32+16=48>>`) and its last line (`#### 48`), which retellings copy.
         reject_mentions (`bool`, *optional*, defaults to `True`): Do not keep a guided attempt that speaks of the
@@ -166,7 +204,8 @@ class RewriteConfig(HubOptions, RunConfig):
         default=2048, metadata={"help": "Tokens of one attempt. One that is cut here is never kept."}
     )
     stages: list[str] = field(
-        default_factory=lambda: list(STAGES), metadata={"help": "Stages in order: self, guided, or one of them."}
+        default_factory=lambda: list(STAGES),
+        metadata={"help": "Stages in order: self, guided, teacher, or some of them."},
     )
     selection: str = field(
         default="first",
@@ -236,6 +275,59 @@ class RewriteConfig(HubOptions, RunConfig):
     push_every: int = field(
         default=0, metadata={"help": "Push the attempts so far every so many rows of a long run; 0: only at the end."}
     )
+    select_across: str = field(
+        kw_only=True,
+        default="first_stage",
+        metadata={
+            "help": "first_stage: the first stage with a correct attempt gives the row. max_initial_log_prob: all stages draw K; kept is "
+            "what the model finds likeliest under the prompt that is trained on, the demonstration included (GRAPE).",
+            "choices": ACROSS,
+        },
+    )
+    min_correct: int = field(
+        kw_only=True,
+        default=1,
+        metadata={
+            "help": "self rows only where so many of the K attempts are correct; needs another selection than first."
+        },
+    )
+    keep: str = field(
+        kw_only=True,
+        default="one",
+        metadata={
+            "help": "one: a row for each problem. all: a row for each correct attempt with other equations, numbered by `candidate`.",
+            "choices": KEEPS,
+        },
+    )
+    max_per_problem: int = field(
+        kw_only=True, default=0, metadata={"help": "keep all: at most so many rows for a problem; 0: no limit."}
+    )
+    keep_demonstration: bool = field(
+        kw_only=True, default=False, metadata={"help": "keep all: the demonstration is one more row of each problem."}
+    )
+    hint_kind: list[str] = field(
+        kw_only=True,
+        default_factory=lambda: ["full"],
+        metadata={
+            "help": "What the guided stage shows of the reference: full, outline, first_steps, answer; several: the weakest first.",
+            "choices": HINT_KINDS,
+        },
+    )
+    hint_prompt: str = field(
+        kw_only=True,
+        default=prompts.HINT_PROMPT,
+        metadata={"help": "Prompt with {problem} and {hint}, for hints other than full."},
+    )
+    teacher_log_probs: bool = field(
+        kw_only=True,
+        default=False,
+        metadata={"help": "Rows of teachers hold the teacher's log-probs; needs the student's tokenizer."},
+    )
+    strategy: str | None = field(
+        kw_only=True,
+        default=None,
+        metadata={"help": "Preset of settings, each of which may be given beside it.", "choices": tuple(STRATEGIES)},
+    )
     probe: int = field(
         kw_only=True,
         default=0,
@@ -251,14 +343,15 @@ class RewriteConfig(HubOptions, RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        unknown = [s for s in self.stages if s not in STAGES]
-        if unknown or len(set(self.stages)) != len(self.stages):
+        known = [*STAGES, "teacher"]
+        if any(s not in known for s in self.stages) or len(set(self.stages)) != len(self.stages):
             raise ValueError(
-                f"You passed stages={self.stages}; use each of {list(STAGES)} at most once (the demonstration is always the last resort)."
+                f"You passed stages={self.stages}; use each of {known} at most once (the demonstration is always the last resort)."
             )
         if self.selection not in SELECTIONS:
             raise ValueError(f"You passed selection={self.selection!r}; use one of {list(SELECTIONS)}.")
-        self.check_at_least(max_concurrent_attempts=1, push_every=0, probe=0)
+        self.check_at_least(max_concurrent_attempts=1, push_every=0, probe=0, min_correct=1, max_per_problem=0)
+        self._check_candidates()
         for name in ("min_guided_length", "max_guided_copy"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"You passed {name}={getattr(self, name)}; it is a share, from 0 to 1.")
@@ -274,6 +367,8 @@ class RewriteConfig(HubOptions, RunConfig):
                 raise ValueError(
                     f"You passed {phrase!r} in mention_phrases, which is found in every text; leave it out."
                 )
+        if self.strategy is not None and self.strategy not in STRATEGIES:
+            raise ValueError(f"You passed strategy={self.strategy!r}; use one of {list(STRATEGIES)}.")
         if self.expert_format not in EXPERT_FORMATS:
             raise ValueError(f"You passed expert_format={self.expert_format!r}; use one of {list(EXPERT_FORMATS)}.")
         if self.num_generations > 65535:
@@ -295,10 +390,63 @@ class RewriteConfig(HubOptions, RunConfig):
             )
         prompts.check(self.guided_prompt, "guided_prompt", "problem", "solution")
 
+    def _check_candidates(self) -> None:
+        """Raises `ValueError` for settings of what is kept that are none, or do not go together."""
+        for name, values in (("select_across", ACROSS), ("keep", KEEPS)):
+            if getattr(self, name) not in values:
+                raise ValueError(f"You passed {name}={getattr(self, name)!r}; use one of {list(values)}.")
+        if self.min_correct > 1 and self.selection == "first" and self.keep == "one" and not self.competes:
+            raise ValueError(
+                f"You passed min_correct={self.min_correct} with selection='first', which stops at the first correct attempt and so never knows of "
+                "more. Pass selection='random' or 'max_log_prob', which draw all K."
+            )
+        if self.min_correct > self.num_generations:
+            raise ValueError(
+                f"You passed min_correct={self.min_correct} with num_generations={self.num_generations}: so many can never be correct."
+            )
+        if self.keep == "one" and (
+            given := {n: v for n in ("max_per_problem", "keep_demonstration") if (v := getattr(self, n))}
+        ):
+            raise ValueError(f"You passed {given}, which belong to keep='all'; pass that too, or leave them out.")
+        wrong = [kind for kind in self.hint_kind if kind not in HINT_KINDS]
+        if wrong or not self.hint_kind or len(set(self.hint_kind)) != len(self.hint_kind):
+            raise ValueError(f"You passed hint_kind={self.hint_kind}; use each of {list(HINT_KINDS)} at most once.")
+        if self.hint_kind != ["full"] and "guided" not in self.stages:
+            raise ValueError(
+                f"You passed hint_kind={self.hint_kind} with stages={self.stages}: hints are shown in the stage `guided`."
+            )
+        prompts.check(self.hint_prompt, "hint_prompt", "problem", "hint")
+
+    @property
+    def competes(self) -> bool:
+        """Whether the candidates of all stages and the demonstration compete."""
+        return self.select_across != "first_stage"
+
     @property
     def ranks(self) -> bool:
         """Whether candidates are ranked by log π_0 under the prompt that is trained on."""
-        return self.selection == "max_log_prob"
+        return self.selection == "max_log_prob" or self.competes
+
+    def drawn_stages(self, teachers: Iterable[str] = ()) -> list[str]:
+        """
+        The stages by the names that attempts have: with hints, a guided stage of its own for each kind, the weakest
+        first (`guided:answer`; `guided` is the one that shows all), and one for each teacher (`teacher:big`).
+
+        Raises:
+            ValueError: There is a stage `teacher` and no teacher.
+        """
+        if "teacher" in self.stages and not teachers:
+            raise ValueError(
+                f"You passed stages={self.stages} and no teacher: name one, teachers={{'big': OpenAISampler(...)}} in Python or --teacher big=URL."
+            )
+        kinds = [kind for kind in HINT_KINDS if kind in self.hint_kind]
+        names = {
+            "self": ["self"],
+            "guided": ["guided" if kind == "full" else f"guided:{kind}" for kind in kinds],
+            "teacher": [f"teacher:{name}" for name in teachers],
+        }
+        named = self.stages if "teacher" in self.stages else [*self.stages, "teacher"]
+        return [name for stage in named for name in names[stage]]
 
     def identity(self) -> dict:
         """
@@ -306,12 +454,20 @@ class RewriteConfig(HubOptions, RunConfig):
         resume.
         """
         used = self.settings()
-        del used["expert_format"]
+        if not self.competes:  # else the demonstration is scored as it is written
+            del used["expert_format"]
+        for name in ("strategy", *self.kept()):
+            used.pop(name, None)
         if self.control_tokens != "escape":  # else the prompts are others
             del used["control_tokens"]
         # Without filters a run is what it was before there were any, and its journal is continued.
         without = [n for n, off in GUIDED_FILTERS.items() if "guided" not in self.stages or used[n] == off]
         return {name: value for name, value in used.items() if name not in without}
+
+    def kept(self) -> dict:
+        """The settings, as far as they are given, that say which of the attempts become rows; any journal has them all."""
+        names = ("min_correct", "keep", "max_per_problem", "keep_demonstration")
+        return {f.name: v for f in fields(self) if f.name in names and (v := getattr(self, f.name)) != default_of(f)}
 
     def settings(self) -> dict:
         """The fields on which the rows depend."""
@@ -320,8 +476,15 @@ class RewriteConfig(HubOptions, RunConfig):
             "accept_failed",
         }  # fmt: skip
         # Journals from before these were there do not name them.
-        later = {*LATER, "system_prompt", "chat_template_kwargs"}
-        free |= {f.name for f in fields(self) if f.name in later and getattr(self, f.name) == f.default}
+        later = {
+            *LATER, "system_prompt", "chat_template_kwargs", "select_across", "min_correct", "keep", "max_per_problem", "keep_demonstration",
+            "hint_kind", "teacher_log_probs", "strategy",
+        }  # fmt: skip
+        free |= {f.name for f in fields(self) if f.name in later and getattr(self, f.name) == default_of(f)}
+        free |= {"hint_prompt"} if self.hint_kind == ["full"] else set()
+        free -= STRATEGIES.get(
+            self.strategy or "", {}
+        ).keys()  # a preset's own settings are said even if at their default
         elsewhere = ("push_", "hub_", "wandb_")  # a token must not get into the journal
         return {
             f.name: getattr(self, f.name)

@@ -25,7 +25,7 @@ import numpy as np
 from ..cards import versions
 from ..data.formats import PLAIN_PROMPTS
 from ..data.loading import hub_origin
-from ..data.rows import Source
+from ..data.rows import Source, source_of, sources_of
 from ..data.tokenization import template_kwargs
 from ..data.whole_file import partial_file, write_whole
 from ..runs.journal import Attempt, Journal, JournalReader, differences, read_attempts, read_header
@@ -42,13 +42,14 @@ from ..verification.drawing import Drawing
 from ..verification.verifier import as_verifier
 from .attempts import Attempts, journal_config
 from .candidate_scores import check_can_score, score_known
-from .dry_run import probe_report, shown_prompt
-from .output_rows import load_rows, write_rows
+from .dry_run import probe_report, shown_prompt, shown_strategy
+from .output_rows import Written, load_rows, write_rows
 from .problems import Problems
 from .push import open_repo, push_run
 from .rejudge import rejudge
 from .rewrite_config import RewriteConfig
 from .scheduler import Outcome, Scheduler
+from .teachers import check_teacher
 
 
 class DataRewriter:
@@ -65,6 +66,8 @@ class DataRewriter:
         processing_class (`PreTrainedTokenizerBase`, *optional*): Tokenizer of the default sampler.
         guided_sampler ([`~trl_offpolicy.sampling.Sampler`], *optional*): Who draws in the guided stage, such as a
             trained rewriting agent, `sampler.with_adapter("me/agent")`; by default `sampler`.
+        teachers (`dict[str, Sampler]`, *optional*): Other models by a name for each, which draw in the stage `teacher`:
+            up to K attempts of each, one teacher after another.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class DataRewriter:
         verifier=None,
         processing_class=None,
         guided_sampler: Sampler | None = None,
+        teachers: dict[str, Sampler] | None = None,
     ):
         if not isinstance(args, RewriteConfig):
             raise ValueError(
@@ -86,6 +90,8 @@ class DataRewriter:
             )
         self.model, self.args, self.processing_class = model, args, processing_class
         self.sampler, self.guided_sampler = (s if s is None else as_sampler(s) for s in (sampler, guided_sampler))
+        self.teachers = {name: as_sampler(teacher) for name, teacher in (teachers or {}).items()}
+        self.stages = args.drawn_stages(self.teachers)
         self.verifier = verifier if verifier is None else as_verifier(verifier)
         self.output_dir, self.shard = Path(args.output_dir), Shard.parse(args.shard)
         self.metrics: dict = {}
@@ -139,6 +145,7 @@ class DataRewriter:
         journal, config = self._open_journal(problems)
         made = problems.memory.digest + json.dumps(config)
         made += self.args.expert_format if self.args.expert_format != "keep" else ""
+        made += json.dumps(kept) if (kept := self.args.kept()) else ""
         run = hashlib.blake2b(made.encode(), digest_size=16).hexdigest()
         part = "" if self.shard.count == 1 else f"-{self.shard.index}"
         try:
@@ -154,9 +161,9 @@ class DataRewriter:
                 log = self.shard.file(self.output_dir, "metrics.jsonl")
                 scheduler = self._run(problems, journal, logged, self.args, log)
                 with partial_file(self.output_dir / self.shard.parquet) as file:
-                    unsolved, put = write_rows(file, problems, scheduler.outcome, journal, self._sampler_of, run)
-                    self.metrics["expert_format"] = put
-                    self._list_unsolved(problems, unsolved)
+                    written = write_rows(file, problems, scheduler.outcome, journal, self._sampler_of, run)
+                    self._note(written)
+                    self._list_unsolved(problems, written.unsolved)
                     self.metrics["seconds"] = round(time.monotonic() - began, 2)
                     metrics = self.shard.file(self.output_dir, "metrics.json")
                     write_whole(metrics, json.dumps(self.metrics, indent=1) + "\n")
@@ -179,7 +186,7 @@ class DataRewriter:
         """
         problems = self._problems(dataset)
         journal = JournalReader(self.shard.file(self.output_dir, "journal.jsonl"))
-        problems.memory.recall(journal.entries(texts=False), self.args.stages)
+        problems.memory.recall(journal.entries(texts=False), self.stages)
         counts, still_open = self._counts(), set()
         scheduler = Scheduler(problems.known(), len(problems), self.args, counts)
         while draw := scheduler.next(speculate=False):
@@ -190,11 +197,11 @@ class DataRewriter:
 
         try:
             with partial_file(Path(file)) as partial:
-                unsolved, _ = write_rows(partial, problems, outcome_of, journal, self._sampler_of)
+                written = write_rows(partial, problems, outcome_of, journal, self._sampler_of)
                 partial.replace(file)
         finally:
             journal.close()
-        return counts.rows.total() - len(unsolved)
+        return counts.rows.total() - len(written.unsolved)
 
     def push_to_hub(
         self,
@@ -242,14 +249,14 @@ class DataRewriter:
         `metrics.jsonl`, if it is wanted.
         """
         memory, counts = problems.memory, self._counts()
-        memory.recall(journal.entries(texts=False), args.stages)
-        if args.ranks and memory.unscored:
+        memory.recall(journal.entries(texts=False), self.stages)
+        if args.ranks and memory.num_known and (memory.unscored or args.competes):
             score_known(journal, problems, self.sampler)
-            memory.recall(journal.entries(texts=False), args.stages)
+            memory.recall(journal.entries(texts=False), self.stages)
         if path is not None and memory.num_known:
             counts.recall_aborted(path)
         scheduler = Scheduler(problems.checked(self.verifier, counts), len(problems), args, counts)
-        others = () if self.guided_sampler is None else (self.guided_sampler,)
+        others = [*([] if self.guided_sampler is None else [self.guided_sampler]), *self.teachers.values()]
         drawing = Drawing(self.verifier, self.sampler, *others, counts=counts.engine)
         log = RunLog(path, len(problems), memory.num_known, counts, drawing.drawn_tokens, logged)
         push = PeriodicPush(lambda: push_run(self.output_dir, args, finished=False), args.push_every, args.hub_token)
@@ -268,6 +275,15 @@ class DataRewriter:
             push.close()
         self.metrics = counts.metrics()
         return scheduler
+
+    def _note(self, written: Written) -> None:
+        """What the rows tell, for `metrics.json`."""
+        self.metrics["expert_format"] = written.expert_format
+        for stage in self.stages:
+            if source_of(stage) == Source.GUIDED:
+                self.metrics["stages"][stage]["copied"] = round(written.copied.get(stage, 0.0), 6)
+        if self.args.keep == "all":
+            self.metrics["rows"] = {str(source): written.rows.get(source, 0) for source in sources_of(self.stages)}
 
     def _list_unsolved(self, problems: Problems, unsolved: list[dict]) -> None:
         path = self.shard.file(self.output_dir, "unsolved.jsonl")
@@ -324,17 +340,23 @@ class DataRewriter:
             from ..verification.math_verifier import MathVerifier
 
             self.verifier = MathVerifier()
-        if self.args.ranks and set(self.args.stages) - {Source.SELF}:
+        if self.args.ranks and (set(self.stages) - {Source.SELF} or self.args.competes):
             check_can_score(self.sampler)
+        for name, teacher in self.teachers.items():
+            check_teacher(name, teacher, self.sampler, self.args.teacher_log_probs)
 
     def _sampler_of(self, stage: str) -> Sampler:
-        return self.guided_sampler if stage == Source.GUIDED and self.guided_sampler is not None else self.sampler
+        if (source := source_of(stage)) == Source.TEACHER:
+            return self.teachers[stage.partition(":")[2]]
+        return self.guided_sampler if source == Source.GUIDED and self.guided_sampler is not None else self.sampler
 
     def _counts(self) -> RunCounts:
-        return RunCounts(self.args.stages, self.args.max_completion_length)
+        return RunCounts(self.stages, self.args.max_completion_length)
 
     def _identity(self, problems: Problems) -> dict:
-        return journal_config(self.args, problems.plain, self.verifier, self.sampler, self.guided_sampler)
+        """On what an attempt and its verdict depend: a journal's first line."""
+        engines = self.sampler, self.guided_sampler, self.teachers
+        return journal_config(self.args, problems.plain, self.verifier, *engines)
 
     def _open_journal(self, problems: Problems) -> tuple[Journal, dict]:
         config = self._identity(problems)
@@ -393,13 +415,15 @@ class DataRewriter:
         if not total:
             print(f"shard {self.shard} has no rows")  # noqa: T201
             return
+        if self.args.strategy is not None:
+            print(shown_strategy(self.args))  # noqa: T201
         first, tokenizer = next(problems.read()), self._tokenizer()
-        for stage in self.args.stages:
+        for stage in self.stages:
             prompt, given = problems.prompt(first, stage), template_kwargs(self.args.chat_template_kwargs)
             print(shown_prompt(f"first prompt of stage {stage}", prompt, tokenizer, given, self.verifier))  # noqa: T201
-        most = total * len(self.args.stages) * self.args.num_generations
+        most = total * len(self.stages) * self.args.num_generations
         print(  # noqa: T201
-            f"---- estimate ----\n{total:,} rows; at most {most:,} attempts ({len(self.args.stages)} stages x K = {self.args.num_generations}), "
+            f"---- estimate ----\n{total:,} rows; at most {most:,} attempts ({len(self.stages)} stages x K = {self.args.num_generations}), "
             f"{most * self.args.max_completion_length:,} tokens if each ran to max_completion_length = {self.args.max_completion_length}.\n"
             f"gold answer of the first row: {first.answer!r}"
         )

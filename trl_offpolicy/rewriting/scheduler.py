@@ -7,15 +7,18 @@ So the rows are those of drawing one attempt after another, whatever the order i
 first *finished* one instead would favour short answers.
 """
 
+import math
 import random
+from array import array
 from collections import OrderedDict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 
-from ..data.rows import Problem, Source
+from ..data.rows import Problem, Source, source_of
 from ..runs.journal import Result
 from ..runs.run_counts import RunCounts
 from ..sampling.sampler import FAILED, attempt_seed
@@ -25,16 +28,31 @@ from .rewrite_config import RewriteConfig
 class Outcome(NamedTuple):
     """
     What a problem became; `offset` is the place in the journal of the kept `attempt`, or -1; `self_…` are the numbers
-    of the stage `self`.
+    of the stage `self`, `others` the further candidates of a run that keeps all, the best first.
     """
 
-    source: str
+    stage: str
     offset: int = -1
     num_sampled: int = 0
     num_correct: int = 0
     attempt: int = 0
     self_sampled: int = 0
     self_correct: int = 0
+    others: tuple["Outcome", ...] = ()
+
+    @property
+    def source(self) -> Source:
+        return source_of(self.stage)
+
+
+class Candidate(NamedTuple):
+    """A correct attempt, and how many were made and were correct in its stage."""
+
+    stage: str
+    attempt: int
+    result: Result
+    num_sampled: int
+    num_correct: int
 
 
 @dataclass(slots=True, eq=False)
@@ -51,6 +69,8 @@ class ProblemState:
     queued: bool = False
     sampled: bool = False  # whether this run draws for it, or the journal knows it all
     of_self: tuple[int, int] = (0, 0)  # attempts that the stage `self` took, and how many of them were correct
+    candidates: list[Candidate] = field(default_factory=list)  # of all stages so far, where they compete
+    demonstration: Result | None = None  # the score of the demonstration, where it competes and that is known
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +94,8 @@ class Scheduler:
         problems (`Iterable[tuple[str, Problem | None, bool, dict]]`): Ids and problems in order, whether each can be
             sampled at all, and what [`~runs.run_memory.RunMemory`] has of it.
         total (`int`): How many they are.
-        args ([`RewriteConfig`]): Stages, K, selection, seed and how far to speculate.
-        counts ([`RunCounts`]): Where everything is counted.
+        args ([`RewriteConfig`]): K, selection, seed and how far to speculate.
+        counts ([`RunCounts`]): Where everything is counted; it names the stages.
     """
 
     def __init__(
@@ -87,17 +107,26 @@ class Scheduler:
     ):
         self.args, self.counts = args, counts
         self._fresh = enumerate(problems)
-        self._all_needed = args.selection != "first"
+        self._stages = list(counts.stages)
+        self._all_needed = args.selection != "first" or args.competes or args.keep == "all"
         self._ready: deque[ProblemState] = deque()
         self._open: OrderedDict[int, ProblemState] = OrderedDict()
-        self._sources = [*args.stages, str(Source.EXPERT)]
+        self._sources = [*self._stages, str(Source.EXPERT)]
+        self._others: dict[int, array] = {}  # by row, of each further candidate: what an outcome has, five numbers
         numbers = ("num_sampled", "num_correct", "attempt", "self_sampled", "self_correct")
-        types = [("source", "u1"), ("offset", "i8"), *((name, "u2") for name in numbers)]
+        types = [("stage", "u1"), ("offset", "i8"), *((name, "u2") for name in numbers)]
         self._outcomes = np.zeros(total, types)  # 19 bytes a row
 
     def outcome(self, row: int) -> Outcome:
-        source, *rest = self._outcomes[row].item()
-        return Outcome(self._sources[source], *rest)
+        stage, *rest = self._outcomes[row].item()
+        outcome, more = Outcome(self._sources[stage], *rest), iter(self._others.get(row, ()))
+        others = (
+            outcome._replace(
+                stage=self._sources[stage], offset=offset, attempt=k, num_sampled=sampled, num_correct=correct
+            )
+            for offset, stage, k, sampled, correct in zip(*[more] * 5, strict=True)
+        )
+        return outcome._replace(others=tuple(others))
 
     def next(self, speculate: bool = True) -> Draw | None:
         """
@@ -119,7 +148,7 @@ class Scheduler:
         if more and self._all_needed:  # a prompt's attempts one after another: an engine's prefix cache likes that
             state.queued = True
             self._ready.appendleft(state)
-        return Draw(state, self.args.stages[state.stage], attempt)
+        return Draw(state, self._stages[state.stage], attempt)
 
     @property
     def open_rows(self) -> int:
@@ -145,7 +174,7 @@ class Scheduler:
         most, counts = self.args.num_generations, self.counts
         rest = [0.0]  # of a problem that is through with all stages but the last 0, 1, …
         rates = []
-        for stage in reversed(self.args.stages):
+        for stage in reversed(self._stages):
             rates.insert(0, (counts.stages[stage].correct + 1) / (counts.stages[stage].sampled + 2))
             rest.insert(0, self._expected(most, rates[0], rest[0]))
         left = (len(self._outcomes) - counts.rows.total() - len(self._open)) * rest[0]
@@ -161,13 +190,16 @@ class Scheduler:
         none does.
         """
         in_vain = (1 - rate) ** tries
-        return (tries if self._all_needed else (1 - in_vain) / rate) + in_vain * rest
+        needed = tries if self._all_needed else (1 - in_vain) / rate
+        return needed + (rest if self.args.competes else in_vain * rest)
 
     def _due(self) -> ProblemState | None:
         """A problem that waits for its next attempt, else a fresh one; `None` when all are under way or settled."""
         while not self._ready and (item := next(self._fresh, None)):
             row, (row_id, problem, can_be_sampled, known) = item
             state = ProblemState(row, row_id, problem, known)
+            for result in known.get(Source.EXPERT, {}).values():
+                state.demonstration = result
             self._open[row] = state
             if can_be_sampled:
                 self._enter_next_stage(state)
@@ -209,7 +241,7 @@ class Scheduler:
         """
         The attempts that can still matter and are neither known nor under way, in the order in which they are due.
         """
-        if state.stage == len(self.args.stages):
+        if state.stage == len(self._stages):
             return []
         known = state.results.keys() | state.in_flight
         return [k for k in range(self._horizon(state)) if k not in known]
@@ -222,8 +254,8 @@ class Scheduler:
 
     def _advance(self, state: ProblemState) -> None:
         """Settles the stage if all that matters is known; else sees to it that an attempt is drawn or under way."""
-        if state.stage == len(self.args.stages):
-            self._settle(state, Outcome(Source.EXPERT))
+        if state.stage == len(self._stages):
+            self._settle(state, *self._best(state))
             return
         horizon, stage, results = self._horizon(state), self._stage_name(state), state.results
         if any(k not in results for k in range(horizon)):
@@ -237,21 +269,48 @@ class Scheduler:
         for result in counted:
             self.counts.add(stage, result)
         self.counts.fixed_k += self.args.num_generations
-        correct = [result for result in counted if result.accepted]
-        num_sampled = sum(result.finish_reason not in FAILED for result in counted)
+        correct = [k for k, result in enumerate(counted) if result.accepted]
+        numbers = sum(result.finish_reason not in FAILED for result in counted), len(correct)
         if stage == Source.SELF:
-            state.of_self = num_sampled, len(correct)
-        if correct:
-            kept = select(correct, self.args.selection, (self.args.seed, state.id, stage, -1))
-            self._settle(state, Outcome(stage, kept.offset, num_sampled, len(correct), counted.index(kept)))
+            state.of_self = numbers
+            if len(correct) < self.args.min_correct:
+                correct = []
+        state.candidates += (Candidate(stage, k, counted[k], *numbers) for k in correct)
+        if correct and not self.args.competes:
+            self._settle(state, *self._ranked(state))
         else:
             self._enter_next_stage(state)
 
-    def _settle(self, state: ProblemState, outcome: Outcome) -> None:
-        state.stage = len(self.args.stages)
+    def _ranked(self, state: ProblemState) -> list[Outcome]:
+        """The candidates of a problem that are kept, the best first."""
+        stage = state.candidates[0].stage
+        results = [candidate.result for candidate in state.candidates]
+        selection = "max_log_prob" if self.args.competes else self.args.selection
+        places = ranked(results, selection, (self.args.seed, state.id, stage, -1))
+        places = places if self.args.keep == "all" else places[:1]
+        found = [state.candidates[place] for place in places]
+        return [Outcome(c.stage, c.result.offset, c.num_sampled, c.num_correct, c.attempt) for c in found]
+
+    def _best(self, state: ProblemState) -> list[Outcome]:
+        """What is kept of a problem that is through with all stages."""
+        outcomes, expert, mean = self._ranked(state) if state.candidates else [], Outcome(Source.EXPERT), -math.inf
+        if state.demonstration is not None:
+            expert, mean = expert._replace(offset=state.demonstration.offset), _known(state.demonstration.initial_mean)
+        means = {c.result.offset: _known(c.result.initial_mean) for c in state.candidates}
+        # A demonstration that is likelier than some candidates stands before them; of equals, it comes last.
+        better = [o for o in outcomes if means[o.offset] >= mean]
+        return [*better, expert, *outcomes[len(better) :]] if self.args.keep == "all" else [*better, expert][:1]
+
+    def _settle(self, state: ProblemState, outcome: Outcome, *others: Outcome) -> None:
+        state.stage = len(self._stages)
         outcome = outcome._replace(self_sampled=state.of_self[0], self_correct=state.of_self[1])
-        self._outcomes[state.row] = (self._sources.index(outcome.source), *outcome[1:])
-        self.counts.rows[outcome.source] += 1
+        self._outcomes[state.row] = (self._sources.index(outcome.stage), *outcome[1:-1])
+        if others:
+            numbers = (
+                (o.offset, self._sources.index(o.stage), o.attempt, o.num_sampled, o.num_correct) for o in others
+            )
+            self._others[state.row] = array("q", chain.from_iterable(numbers))
+        self.counts.rows[outcome.stage] += 1
         self.counts.undrawn_rows += not state.sampled
         del self._open[state.row]
 
@@ -309,13 +368,20 @@ class Speculation:
         return tokens / seconds if tokens >= self.enough * 2 ** (level - 1) and seconds > 0 else None
 
 
-def select(correct: list[Result], selection: str, key: tuple) -> Result:
+def _known(mean: float) -> float:
+    """A candidate that could not be scored comes last."""
+    return -math.inf if math.isnan(mean) else mean
+
+
+def ranked(correct: list[Result], selection: str, key: tuple) -> list[int]:
     """
-    The attempt that is kept of the `correct` ones, which are in index order; `key` is what [`attempt_seed`] takes.
+    The places of the `correct` attempts, which are in index order, the one that is to be kept first; `key` is what
+    [`attempt_seed`] takes.
     """
-    if selection == "max_log_prob":
-        known = [result for result in correct if result.initial_mean == result.initial_mean]
-        return max(known or correct[:1], key=lambda result: result.initial_mean)  # the lowest index among equals
+    places = list(range(len(correct)))
+    if selection == "max_log_prob":  # of equals the lowest index first, and those that could not be scored last
+        return sorted(places, key=lambda place: -_known(correct[place].initial_mean))
     if selection == "random":
-        return correct[random.Random(attempt_seed(*key)).randrange(len(correct))]
-    return correct[0]
+        rng = random.Random(attempt_seed(*key))
+        return [places.pop(rng.randrange(len(places))) for _ in correct]
+    return places

@@ -113,7 +113,9 @@ def in_words(counts: Counter) -> str:
 
 def _judged(run: RunDirectory, counts: Counter) -> dict[str, list[Signed]]:
     """By problem, the attempts that were right or wrong; counts those that are left out."""
-    first, most = run.settings["selection"] == "first", run.settings["num_generations"]
+    settings, most = run.settings, run.settings["num_generations"]
+    drew_all = settings.get("keep", "one") == "all" or "select_across" in run.config
+    first = settings["selection"] == "first" and not drew_all
     judged = {}
     for journal, ids in run.ids.items():
         attempts: dict[str, dict[int, tuple[int, dict]]] = {}
@@ -122,7 +124,7 @@ def _judged(run: RunDirectory, counts: Counter) -> dict[str, list[Signed]]:
                 continue
             if entry["stage"] == Source.SELF:  # of two lines for the same attempt, the later one wins
                 attempts.setdefault(entry["id"], {})[entry["attempt"]] = offset, entry
-            else:
+            elif entry["stage"] != Source.EXPERT:  # the score of a demonstration is no attempt
                 counts["other_stage"] += 1
         for row_id, drawn in attempts.items():
             right = [k for k in drawn if drawn[k][1]["verdict"] == Verdict.CORRECT]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from ..data.rows import REJECTIONS, Rejection, Source, Verdict
+from ..data.rows import REJECTIONS, Rejection, Source, Verdict, source_of, sources_of
 from ..sampling.sampler import FAILED
 from .journal import Attempt, Result
 
@@ -46,7 +46,7 @@ class RunCounts:
         self.fixed_k = 0  # what the usual script draws: K for every problem that reaches a stage
         self.late_ends = self.late_tokens = 0  # see `cut_advice`
         self.undrawn = 0  # attempts that a row lacks, and that the same run again may draw
-        self.rows: Counter = Counter()  # that are settled, by source
+        self.rows: Counter = Counter()  # that are settled, by the stage that gave them, or `expert`
         self.undrawn_rows = 0  # of these, those for which this process drew nothing
         self.golds: Counter = Counter()  # gold answers that cannot be compared with, by verdict
         self.drawn = self.failed = 0  # attempts that this process has journaled
@@ -108,7 +108,10 @@ class RunCounts:
 
     @property
     def by_source(self) -> dict[str, int]:
-        return {str(source): self.rows[source] for source in Source}
+        rows = {str(source): 0 for source in sources_of(self.stages)}
+        for stage, number in self.rows.items():
+            rows[source_of(stage)] += number
+        return rows
 
     @property
     def sampling(self) -> dict[str, int]:
@@ -131,7 +134,10 @@ class RunCounts:
             "undrawn": self.undrawn,
             "sampling": self.sampling,
             "stages": {
-                stage: {name: getattr(counts, name) for name in ("sampled", "correct", "truncated")}
+                stage: {
+                    **{name: getattr(counts, name) for name in ("sampled", "correct", "truncated")},
+                    "rows": self.rows[stage],
+                }
                 for stage, counts in self.stages.items()
             },
             # Beyond the attempts that settled something; this depends on the engine's speed, the numbers above do not.
@@ -242,7 +248,7 @@ def shown(line: dict) -> str:
     left = line["eta_seconds"]
     parts = [] if left is None else [f"{tqdm.format_interval(left)} left"]
     parts += [f"{line['drawn']:,} tokens", f"{line['tokens_per_second']:,.0f} tok/s"]
-    parts += [f"{source} {line[source] / max(1, line['rows']):.1%}" for source in map(str, Source)]
+    parts += [f"{source} {line[source] / max(1, line['rows']):.1%}" for source in map(str, Source) if source in line]
     for stage in (name.removeprefix("acceptance/") for name in line if name.startswith("acceptance/")):
         cut = f", {line[f'truncated/{stage}']:.0%} cut" if line[f"truncated/{stage}"] else ""
         parts.append(f"{stage} accepts {line[f'acceptance/{stage}']:.0%}{cut}")
@@ -296,7 +302,11 @@ def summary(metrics: dict, limit: int) -> Iterator[str]:
     """
     counts = dict(metrics["yield"])
     total = counts.pop("total")
-    yield f"{total:,} rows: " + ", ".join(f"{n:,} {source} ({n / max(1, total):.1%})" for source, n in counts.items())
+    what = f"{total:,} rows: "
+    if several := metrics.get("rows"):
+        counts, what = several, f"{sum(several.values()):,} rows of {total:,} problems: "
+        total = sum(several.values())
+    yield what + ", ".join(f"{n:,} {source} ({n / max(1, total):.1%})" for source, n in counts.items())
     if unsolved := metrics.get("unsolved"):
         yield f"{unsolved:,} problems have no correct attempt and no demonstration, so no row: unsolved.jsonl lists them"
     sampling, unused = metrics["sampling"], metrics["speculation"]
@@ -308,6 +318,8 @@ def summary(metrics: dict, limit: int) -> Iterator[str]:
     for stage, of_stage in metrics["stages"].items():
         drawn = max(1, of_stage["sampled"])
         shares = f"{of_stage['correct'] / drawn:.1%} accepted, {of_stage['truncated'] / drawn:.1%} cut"
+        if of_stage.get("copied") and of_stage["rows"]:
+            shares += f"; {of_stage['copied'] / of_stage['rows']:.1%} of its rows' 4-grams are the reference's"
         yield f"  {stage}: {of_stage['sampled']:,} attempts, {shares}"
     if advice := cut_advice(sampling, limit):
         yield advice

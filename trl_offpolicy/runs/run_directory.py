@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from ..cards import is_hub_id
-from ..data.rows import Source
+from ..data.rows import Source, sources_of
 from ..sampling.sampler import FAILED, PLAIN
 from .journal import Attempt, read_attempts, read_header
 from .run_counts import RunCounts
@@ -123,7 +123,8 @@ class RunDirectory:
 
     def attempts(self, journal: Path, texts: bool = True) -> Iterator[Attempt]:
         """Those in one of its journals, at problems in `ids`."""
-        return read_attempts(journal, self.ids[journal], texts)
+        attempts = read_attempts(journal, self.ids[journal], texts)
+        return (attempt for attempt in attempts if attempt.stage != Source.EXPERT)  # the score of a demonstration
 
     def first_attempts(self, texts: bool = True) -> Iterator[Attempt]:
         """
@@ -176,7 +177,12 @@ class RunDirectory:
     def sources(self) -> dict[str, int]:
         """How many rows come from where."""
         found = Counter(self.rows().to_table(columns=["source"])["source"].to_pylist() if self.row_files else ())
-        return {str(source): found[source] for source in Source}
+        return {str(source): found[source] for source in sources_of(self.config["stages"])}
+
+    def rows_of(self, stage: str) -> int:
+        """How many rows a stage gave; of several that show hints, or several teachers, each by itself."""
+        of = self.metrics.get("stages", {}).get(stage, {})
+        return of["rows"] if "rows" in of else self.sources[stage]
 
     @property
     def num_untried(self) -> int:
@@ -234,6 +240,8 @@ def _without_paths(text: str, on_hub: dict[str, bool | None]) -> tuple[str, list
         if name in PLACES and value is not None:
             known = on_hub.get(name)
             is_local = not (is_hub_id(value) if known is None else known)
+        elif name == "teacher":  # NAME=MODEL, or the name of one that was served
+            is_local = not all(is_hub_id(teacher.partition("=")[2] or "served") for teacher in value)
         else:  # such as {"download_dir": "/data/models"}
             holds_path = re.search(r"""(?:^|["':=\s])(?:~|\.{0,2})/\w""", str(value))
             is_local = name.endswith("_kwargs") and holds_path is not None

@@ -106,10 +106,10 @@ class RunMemory:
         reference was another than the row's demonstration is now: where they matter they are drawn again. Of two lines
         for the same attempt, the later one wins.
         """
-        self._stages, packed = stages, bytearray()
+        self._stages, packed = [*stages, str(Source.EXPERT)], bytearray()
         stage, verdict, finish_reason, rejected = (
             {name: i for i, name in enumerate(names)}
-            for names in (stages, self._VERDICTS, self._FINISH_REASONS, self._REJECTIONS)
+            for names in (self._stages, self._VERDICTS, self._FINISH_REASONS, self._REJECTIONS)
         )
         for offset, e in entries:  # as they are: a million `Attempt`s take some seconds to make
             if e["finish_reason"] in FAILED:

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..data.redaction import redacted
 from ..data.tokenization import json_mapping
 from .loading import ModelNotFound, load_config, load_processing_class, loading
-from .sampler import check_positive
+from .sampler import Sampler, check_positive
 
 
 TEMPLATE_METADATA = {
@@ -165,3 +166,47 @@ def make_sampler(arguments: EngineArguments, second_adapter: str | None = None):
 
         check_dtype(arguments.dtype)
         return TransformersSampler(model, batch_size=arguments.batch_size or 64, model_init_kwargs=init, **given)
+
+
+def make_teachers(arguments: EngineArguments, teachers: dict[str, str], log_probs: bool) -> dict[str, Sampler]:
+    """
+    The engines of other models, by name: where the model is served, or which it is.
+
+    Args:
+        arguments ([`EngineArguments`]): Those of the student.
+        teachers (`dict[str, str]`): What [`read_teachers`] has read.
+        log_probs (`bool`): Whether their token ids and log-probs are wanted, and not their texts alone.
+    """
+    made: dict[str, Sampler] = {}
+    for name, model in teachers.items():
+        if "://" in model:
+            from .openai_sampler import OpenAISampler
+
+            options: dict[str, Any] = {"batch_size": arguments.batch_size or 128, "text_only": not log_probs}
+            given = {k: v for k in ("request_timeout", "give_up_after") if (v := getattr(arguments, k)) is not None}
+            made[name] = OpenAISampler(name, model, **options, **given)
+        elif arguments.sampler == "transformers":
+            from .transformers_sampler import TransformersSampler
+
+            with loading(model):
+                init = {"dtype": arguments.dtype, "trust_remote_code": arguments.trust_remote_code}
+                made[name] = TransformersSampler(model, batch_size=arguments.batch_size or 64, model_init_kwargs=init)
+        else:
+            raise ValueError(
+                f"You passed teacher {name}={model} with sampler={arguments.sampler!r}: this process holds one such engine. Serve the teacher "
+                f"(`vllm serve {model} --served-model-name {name}`) and pass {name}=http://host:8000/v1, or use --sampler transformers."
+            )
+    return made
+
+
+def read_teachers(given: list[str] | None) -> dict[str, str]:
+    """`NAME=MODEL` or `NAME=URL` of each teacher as a mapping; `ValueError` if one is neither, or a name comes twice."""
+    pairs = [teacher.partition("=") for teacher in given or ()]
+    if wrong := ["".join(pair) for pair in pairs if not (pair[0] and pair[2])]:
+        raise ValueError(
+            f"You passed teacher {redacted(wrong[0])!r}; write NAME=MODEL (Hub id or directory) or NAME=URL of a server that calls the model NAME."
+        )
+    names = [name for name, _, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"You passed the teachers {names}; each needs a name of its own.")
+    return {name: model for name, _, model in pairs}

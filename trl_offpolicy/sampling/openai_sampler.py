@@ -114,6 +114,8 @@ class OpenAISampler(Sampler):
             included.
         give_up_after (`float`, *optional*, defaults to `300.0`): Seconds of failures without a single answer after
             which `poll` raises, unless a server is still at work.
+        text_only (`bool`, *optional*, defaults to `False`): Ask with messages, which the servers render, whatever else
+            they can do: completions have no token ids, and no tokenizer of the model is needed here.
 
     Raises:
         ModuleNotFoundError: The `openai` SDK is not installed.
@@ -131,6 +133,7 @@ class OpenAISampler(Sampler):
         batch_size: int = 128,
         request_timeout: float = 600.0,
         give_up_after: float = 300.0,
+        text_only: bool = False,
     ):
         needs("openai", "openai", "OpenAISampler")
         check_positive(batch_size=batch_size, request_timeout=request_timeout, give_up_after=give_up_after)
@@ -163,7 +166,7 @@ class OpenAISampler(Sampler):
         self._thread = threading.Thread(target=self._loop.run_forever, name="openai-sampler", daemon=True)
         self._thread.start()
         try:
-            self._wait(self._connect())
+            self._wait(self._connect(DIALECTS[1:] if text_only else DIALECTS))
             if self._dialect == "token_ids":
                 self.processing_class = load_processing_class(model, processing_class, revision=revision)
                 self._vocabulary = _vocabulary(model, revision, self.processing_class)
@@ -184,7 +187,8 @@ class OpenAISampler(Sampler):
                         "; nor does it take `top_k`, `min_p` and `repetition_penalty`: if its defaults or the model's generation "
                         "config set one, rows are not drawn from the model alone. Start the server without such defaults"
                     )
-                warnings.warn(f"{self._servers[0].url} {message}.", stacklevel=2)
+                if self._dialect == "chat" or not text_only:
+                    warnings.warn(f"{self._servers[0].url} {message}.", stacklevel=2)
         except BaseException:
             self.close()
             raise
@@ -462,8 +466,8 @@ class OpenAISampler(Sampler):
         client = openai.AsyncOpenAI(base_url=url, api_key=self._key, timeout=timeout, http_client=http_client)
         return _Server(client, shown(url), self.batch_size)
 
-    async def _connect(self) -> None:
-        """Greets all servers and settles the best dialect that those who answer have in common."""
+    async def _connect(self, dialects: tuple[str, ...]) -> None:
+        """Greets all servers and settles the best of the dialects that those who answer have in common."""
         greetings = (self._patiently(self._greet, server) for server in self._servers)
         errors = await asyncio.gather(*greetings, return_exceptions=True)
         messages = [
@@ -479,14 +483,14 @@ class OpenAISampler(Sampler):
             raise SamplerError(f"no server answers. {'; '.join(messages)}")
         if messages:
             warnings.warn(f"Not every server answers; starting with {len(there)}. {'; '.join(messages)}", stacklevel=2)
-        self._dialect = await self._common_dialect(there)
+        self._dialect = await self._common_dialect(there, dialects)
         for server in self._servers:
             server.ready = server in there
             if not server.ready:
                 server.reviving = self._loop.create_task(self._revive(server))
 
-    async def _common_dialect(self, servers: list[_Server]) -> str:
-        for dialect in DIALECTS:
+    async def _common_dialect(self, servers: list[_Server], dialects: tuple[str, ...]) -> str:
+        for dialect in dialects:
             canaries = (self._patiently(self._ask, server, CANARY, [1, 2, 3], dialect) for server in servers)
             answers = await asyncio.gather(*canaries, return_exceptions=True)
             failed = [(s, a) for s, a in zip(servers, answers, strict=True) if isinstance(a, BaseException)]
