@@ -175,8 +175,14 @@ def _pieces(text: str, bracketed: bool) -> list[str]:
     return [p for piece in pieces for p in ([piece] if _one_number(piece) else _split(piece, ","))]
 
 
+_THOUSANDS = re.compile(r"^-?[1-9]\d{0,2}(?:,\d{3})+(?!\d)")
+
+
 def _one_number(text: str) -> bool:
+    """A number with or without a name, or times something: no comma in it separates two."""
     name, _, value = text.rpartition("=")
+    if (thousands := _THOUSANDS.match(value)) and "," not in value[thousands.end() :]:
+        return not name or bool(_NAME.fullmatch(name))
     return number(split_unit(value)[0]) is not None and (not name or bool(_NAME.fullmatch(name)))
 
 
@@ -595,7 +601,7 @@ def _choice(text: str) -> tuple[str, str] | None:
     match = re.fullmatch(r"\(([A-Z]) ?\)\.?:?\s*(.*)|([A-J])(?:[.):]\s*(.*))?", bare, re.S)
     if (
         not match
-        or re.search(r"^(?:[,;]|\(?[A-Z]\)|(?:and|or)\b)|[,;)\d] *\(?[A-J][.)]", match[2] or match[4] or "")
+        or re.search(r"^(?:[,;^!+*/=<>]|\(?[A-Z]\)|(?:and|or)\b)|[,;)\d] *\(?[A-J][.)]", match[2] or match[4] or "")
         or (match[4] and "=" in text)
     ):
         return None  # `(C)(D)` are two
@@ -637,6 +643,7 @@ def _sympy(text: str):
     # letters that latex2sympy takes for e, the imaginary unit or the gamma function
     text = re.sub(r"(?<![\\A-Za-z])([EeI](?=_)|I(?![A-Za-z]))", r"\\mathcal{\1}", text)
     text = re.sub(r"\\(?:gamma|Gamma(?! ?\())(?![A-Za-z])", lambda m: f"\\mathcal{{{m[0][1]}}}", text)
+    text = _THOUSANDS.sub(lambda m: m[0].replace(",", ""), text)
     text = normalize_latex(text, _LATEX)
     try:
         return latex2sympy(
@@ -655,6 +662,9 @@ def parse_latex(text: str, gold: bool = False):
     parsed = None if re.search(r"['\"]|\\prime|\\[lc]?dots|(?<![\w^.])\d+ [\d.]", text) else _sympy(text)
     if parsed is None or (hasattr(parsed, "has") and parsed.has(sympy.nan, sympy.zoo)):
         raise UnparsableGold if gold else Unparsable
+    if isinstance(parsed, sympy.Basic):  # `dy/dx` of a letter, which is not 0: y is a function of x
+        whole = {d: sympy.Symbol(str(d), real=True) for d in parsed.atoms(sympy.Derivative) if d.expr.is_Symbol}
+        parsed = parsed.xreplace({d: symbol for d, symbol in whole.items() if d.expr not in d.variables})
     return _with_real_roots(parsed)
 
 
