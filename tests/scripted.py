@@ -4,11 +4,13 @@ Rewrites by a sampler that stands in for a model: what it says depends on the re
 
 import os
 import random
+import re
 import signal
 
 from trl_offpolicy import DataRewriter, RewriteConfig
 from trl_offpolicy.data import prompts
 from trl_offpolicy.data.formats import read_rows
+from trl_offpolicy.data.rows import Verdict
 from trl_offpolicy.runs.journal import Journal
 from trl_offpolicy.sampling.sampler import Completion, Request, SamplingParams, attempt_seed
 
@@ -119,3 +121,20 @@ def naive(data, args, sampler):
                 break
         results.append((problem.id, *outcome))
     return results
+
+
+class OtherVerifier:
+    """Takes what is near enough for some texts, refuses what is right in others, and cannot compare with multiples of seven."""
+
+    def verify(self, completions, answers):
+        said = [
+            int(re.search(r"\\boxed{(\d+)}$", text)[1]) - int(answer)
+            for text, answer in zip(completions, answers, strict=True)
+        ]
+        return [
+            "correct" if off in (0, 1, 2)[len(text) % 2 :] else "wrong"
+            for off, text in zip(said, completions, strict=True)
+        ]
+
+    def check_answers(self, answers):
+        return [Verdict.CORRECT if int(answer) % 7 else Verdict.UNPARSABLE for answer in answers]

@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import POLICY
 from datasets import Dataset, load_dataset
-from scripted import ScriptedSampler, config, naive, rewrite, rewrite_rows, rows, verify
+from scripted import OtherVerifier, ScriptedSampler, config, naive, rewrite, rewrite_rows, rows, verify
 
 from trl_offpolicy import DataRewriter, RewriteConfig, TransformersSampler
 from trl_offpolicy.data import prompts
@@ -720,23 +720,6 @@ class Remembering(ScriptedSampler):
     def submit(self, request):
         self.asked.append(request.id)
         super().submit(request)
-
-
-class OtherVerifier:
-    """Takes what is near enough for some texts, refuses what is right in others, and cannot compare with multiples of seven."""
-
-    def verify(self, completions, answers):
-        said = [
-            int(re.search(r"\\boxed{(\d+)}$", text)[1]) - int(answer)
-            for text, answer in zip(completions, answers, strict=True)
-        ]
-        return [
-            "correct" if off in (0, 1, 2)[len(text) % 2 :] else "wrong"
-            for off, text in zip(said, completions, strict=True)
-        ]
-
-    def check_answers(self, answers):
-        return [Verdict.CORRECT if int(answer) % 7 else Verdict.UNPARSABLE for answer in answers]
 
 
 @pytest.mark.parametrize(

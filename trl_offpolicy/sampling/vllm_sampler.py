@@ -138,11 +138,12 @@ class VLLMSampler(Sampler):
         """
         from vllm.lora.request import LoRARequest
 
-        before, self._lora = self._lora, LoRARequest(directory, 1 + max(self._adapters.values(), default=0), directory)
+        number = 1 + max(self._adapters.values(), default=0)
+        before, self._lora = self._lora, LoRARequest(directory, number, directory)
         if before is not None:
             del self._adapters[before.lora_name]
             self.engine.remove_lora(before.lora_int_id)
-        self._adapters[directory] = self._lora.lora_int_id
+        self._adapters[directory] = number
 
     def reload_weights(self, named_tensors) -> None:
         """
