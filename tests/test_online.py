@@ -353,6 +353,7 @@ REFUSED = {
     "deadline": ({"refresh_deadline": 0}, "refresh_deadline=0; it must be above 0"),
     "staleness": ({"max_staleness": -1}, "max_staleness=-1"),
     "stages": ({"stages": ["retell"]}, "use each of"),
+    "a teacher": ({"stages": ["self", "teacher"]}, "Leave out `teacher`"),
     "parallel": ({"vllm_tensor_parallel_size": 2}, "write 1"),
     "fsdp": ({"fsdp": True}, "FSDP shards the weights"),
     "nothing": ({"train_dataset": []}, "has no rows"),

@@ -7,10 +7,10 @@ from ..sampling.sampler import PLAIN, check_positive
 from ..trainer.importance_weighted_sft_config import ImportanceWeightedSFTConfig
 
 
-# What a rewrite has and online training has not: it makes no dataset.
+# What a rewrite has and online training has not: it makes no dataset, a row for each problem, and only the policy draws.
 _OF_A_RUN = {
     "shard", "dry_run", "probe", "rejudge", "accept_failed", "hub_dataset_id", "push_attempts", "push_every", "wandb_log_artifacts",
-    "keep", "max_per_problem", "keep_demonstration", "strategy", "teacher_log_probs",
+    "keep", "max_per_problem", "keep_demonstration", "strategy", "teacher_log_probs", "select_across",
 }  # fmt: skip
 _OF_TRAINING = {f.name for f in fields(ImportanceWeightedSFTConfig)}  # `seed` and the like: one flag for both
 REWRITING = [f for f in fields(RewriteConfig) if f.name not in _OF_A_RUN | _OF_TRAINING]
@@ -116,6 +116,10 @@ class OnlineRewriteSFTConfig(RewritingFields, ImportanceWeightedSFTConfig):  # t
             raise ValueError(
                 f"You passed {', '.join(f'{name}={value}' for name, value in reshaped.items())}, but online rows are drawn from the policy itself: "
                 f"a token's log-prob is log μ only with {', '.join(f'{name}={PLAIN[name]:g}' for name in reshaped)}. Leave it out."
+            )
+        if "teacher" in self.stages:
+            raise ValueError(
+                f"You passed stages={self.stages}, but online rows are the policy's own. Leave out `teacher`; `trl-offpolicy rewrite` asks teachers."
             )
         self._refuse_what_needs_all_rows_first()
         if self.vllm_mode != "colocate":

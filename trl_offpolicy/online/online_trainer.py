@@ -283,11 +283,12 @@ class OnlineRewriteSFTTrainer(ImportanceWeightedSFTTrainer):
 
     # ---- what is told ----
 
-    def _count_sources(self, sources: list[str], asked: list[bool]) -> None:
-        counted = Counter(source for source, first in zip(sources, asked, strict=True) if first)
-        total = self._sum([counted[source] for source in Source])
-        for source, number in zip(Source, total, strict=True):
-            self.train_sources[str(source)] += round(number)
+    def _count_sources(self, of_rows: list[str], asked: list[bool]) -> None:
+        counted = Counter(source for source, first in zip(of_rows, asked, strict=True) if first)
+        sources = (*self.args.stages, str(Source.EXPERT))
+        total = self._sum([counted[source] for source in sources])
+        for source, number in zip(sources, total, strict=True):
+            self.train_sources[source] += round(number)
             self._metrics["train"][f"online/{source}"].append(number / max(1, sum(total)))
         self.num_train_rows = self.train_sources.total()
 
