@@ -853,3 +853,15 @@ def test_a_server_tells_log_probs_of_texts_or_is_refused(serve, sample):
     others = serve(fault=lambda body: {"prompt_logprobs": [None, {"1": {"logprob": -0.5}}]})
     with pytest.raises(SamplerError, match="none of this prompt"):
         sample(others).token_log_probs(asked)
+
+
+def test_text_alone_needs_no_tokenizer_of_the_model(serve, sample):
+    """As a teacher is asked: a server that could take token ids is sent messages, and calls its model what nobody here can load."""
+    server = serve(name="nobody/knows")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sampler = OpenAISampler("nobody/knows", server.url, text_only=True)
+    completions = drain(sampler, requests(3))
+    sampler.close()
+    assert all(c.text and not c.completion_ids for c in completions.values()) and sampler.processing_class is None
+    assert all("messages" in body for body in server.seen)

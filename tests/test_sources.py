@@ -16,17 +16,23 @@ from trl_offpolicy import (
     DataRewriter,
     ImportanceWeightedSFTConfig,
     ImportanceWeightedSFTTrainer,
+    RewriteConfig,
     TransformersSampler,
     measure_policy_gap,
 )
+from trl_offpolicy.cli.arguments import parser_for
+from trl_offpolicy.cli.loop import LoopArguments
+from trl_offpolicy.cli.rewrite import RewriteArguments
 from trl_offpolicy.data.formats import read_rows
 from trl_offpolicy.data.tokenization import encode_prompt
 from trl_offpolicy.reporting import tables
 from trl_offpolicy.reporting.report import write_report
 from trl_offpolicy.rewriting.dataset_card import edited_card
+from trl_offpolicy.rewriting.dry_run import shown_strategy
 from trl_offpolicy.rewriting.hints import hint
 from trl_offpolicy.rewriting.strategies import LOOP_SETTINGS, STRATEGIES
 from trl_offpolicy.runs.run_directory import RunDirectory
+from trl_offpolicy.sampling.engine import make_teachers, read_teachers
 from trl_offpolicy.sampling.sampler import Completion, Request, SamplerError, SamplingParams, attempt_seed
 
 
@@ -459,3 +465,66 @@ def test_several_rows_for_a_problem_and_those_of_teachers_go_wherever_others_go(
             == 6
         )
         assert Dataset.from_parquet(str(tmp_path / "r.parquet")).to_list() == rewritten.to_list()
+
+
+# ---- on the command line ----
+
+
+def settings_of(argv, command="rewrite"):
+    """What the command's parser makes of these arguments."""
+    types = (LoopArguments if command == "loop" else RewriteArguments, RewriteConfig)
+    needed = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o"]
+    return parser_for(types, command, "", "", STRATEGIES).parse_args_and_config([*needed, *argv])
+
+
+@pytest.mark.parametrize("named", [["--strategy", "rft"], ["--strategy=rft"], None])
+def test_what_is_given_beside_a_strategy_wins(tmp_path, named):
+    """A flag over the config file, both over the strategy, which wins over our defaults."""
+    file = tmp_path / "c.yaml"
+    file.write_text("num_generations: 3\nkeep_demonstration: false\n" + ("" if named else "strategy: rft\n"))
+    _, config = settings_of([*(named or []), "--config", str(file), "--num_generations", "5"])
+    found = config.stages, config.keep, config.keep_demonstration, config.num_generations, config.strategy
+    assert found == (["self"], "all", False, 5, "rft")
+    assert config.settings()["keep_demonstration"] is False  # said, so that run_config.yaml makes the same run
+    assert not {"strategy", "keep", "keep_demonstration"} & config.identity().keys()
+    with pytest.raises(ValueError, match="strategy.*invalid choice"):
+        settings_of(["--strategy", "rtf"])
+
+
+def test_a_loop_takes_its_settings_of_a_strategy():
+    arguments, config = settings_of(["--strategy", "iter_sft", "--rounds", "2"], "loop")
+    assert (arguments.train_from, arguments.refresh, config.stages) == ("last", "all", ["self"])
+    arguments, _ = settings_of(["--strategy", "iter_sft", "--train_from", "base"], "loop")
+    assert arguments.train_from == "base"
+    shown = shown_strategy(config, arguments)
+    assert "train_from: base (given; the strategy has last)" in shown and "refresh: all" in shown
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [(["big"], "NAME=MODEL"), (["=m"], "NAME=MODEL"), (["a=m", "a=http://h/v1"], "name of its own")],
+)  # fmt: skip
+def test_teachers_that_cannot_be_read(given, why):
+    with pytest.raises(ValueError, match=why):
+        read_teachers(given)
+
+
+def test_a_teacher_that_is_no_server_needs_an_engine_that_can_be_there_twice():
+    arguments, _ = settings_of(["--sampler", "vllm", "--teacher", "big=some/model"])
+    assert read_teachers(arguments.teacher) == {"big": "some/model"}
+    with pytest.raises(ValueError, match="one such engine.*vllm serve some/model --served-model-name big"):
+        make_teachers(arguments, read_teachers(arguments.teacher), log_probs=False)
+
+
+def test_what_a_teacher_wrote_can_be_retold(tmp_path, tokenizer):
+    """Where demonstrations are answers alone: a first run has teachers write solutions, a second one has them retold."""
+    solved = rewriter(tmp_path / "a", tokenizer, {"big": Named(tokenizer, p_self=0.9)}, stages=["teacher"]).rewrite(
+        rows(20)
+    )
+    told, _ = rewrite(tmp_path / "b", solved, Sums(tokenizer, p_self=0.0, p_guided=0.9), max_guided_copy=1.0)
+    assert told["input_completion"] == solved["completion"] and told["input_source"] == solved["source"]
+    retold = [row for row in told if row["source"] == "guided" and row["input_source"] == "teacher"]
+    assert len(retold) > 5
+    for row in retold:
+        shown = row["input_completion"][0]["content"]
+        assert "says" in shown and shown in row["behavior_prompt"][-1]["content"]

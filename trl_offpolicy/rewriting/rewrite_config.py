@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import Any
 
 from ..data import prompts
@@ -453,10 +453,10 @@ class RewriteConfig(HubOptions, RunConfig):
         The fields on which an attempt, or whether it is kept, depends; the rest may change between a run and its
         resume.
         """
-        used = self.settings()
+        used = replace(self, strategy=None).settings()  # whatever its settings are called together
         if not self.competes:  # else the demonstration is scored as it is written
             del used["expert_format"]
-        for name in ("strategy", *self.kept()):
+        for name in self.kept():
             used.pop(name, None)
         if self.control_tokens != "escape":  # else the prompts are others
             del used["control_tokens"]
