@@ -208,13 +208,13 @@ def vllm_server(policy, shared):
     return json.loads(started.read_text())["url"]
 
 
-def serve_vllm(policy, log):
+def serve_vllm(policy, log, *options):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", policy, "--host", "127.0.0.1", "--port", str(port),
-        "--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20), "--no-enable-chunked-prefill",
+        "--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20), "--no-enable-chunked-prefill", *options,
     ]  # fmt: skip
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)

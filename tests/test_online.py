@@ -4,13 +4,14 @@ import json
 import os
 import shutil
 import signal
+import urllib.request
 import warnings
 from itertools import count
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import POLICY, in_two_processes, needs_vllm
+from conftest import POLICY, in_two_processes, needs_vllm, serve_vllm
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig
 from quickstart_task import GUIDED_PROMPT, demonstrations, problems
@@ -339,6 +340,27 @@ def test_vllm_draws_from_the_weights_as_they_are(tmp_path, process):
     assert [path.name for path in (tmp_path / "adapter" / "_online" / "adapter-0").iterdir()] == ["2"]
 
 
+@needs_vllm
+@pytest.mark.slow
+def test_a_server_is_given_each_version_of_the_adapter(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+    server = serve_vllm(POLICY, tmp_path / "log", "--enable-lora", "--max-lora-rank", "8", "--max-loras", "2")
+    try:
+        trainer = trainer_of(
+            tmp_path, steps_per_generation=2, use_vllm=True, vllm_mode="server", vllm_server_base_url=server["url"], sampling_batch_size=8,
+            precompute_behavior_log_probs=False, peft_config=LoraConfig(target_modules="all-linear"), optim="adamw_torch", learning_rate=0.01,
+        )  # fmt: skip
+        trainer.train()
+        first, second, third, fourth = logged(trainer)
+        assert [entry["weight/self"] for entry in (first, third)] == pytest.approx([1, 1], abs=1e-5)
+        assert max(entry["sampling/logp_difference/max"] for entry in (first, third)) < 1e-4
+        assert abs(second["log_ratio/self"]) > 1e-5 < abs(fourth["log_ratio/self"])
+        models = json.load(urllib.request.urlopen(f"{server['url']}/models"))["data"]
+        assert [m["id"] for m in models] == [POLICY, trainer.engine.loaded]
+    finally:
+        os.killpg(server["group"], signal.SIGKILL)
+
+
 # ---- what cannot work ----
 
 REFUSED = {
@@ -353,6 +375,11 @@ REFUSED = {
     "deadline": ({"refresh_deadline": 0}, "refresh_deadline=0; it must be above 0"),
     "staleness": ({"max_staleness": -1}, "max_staleness=-1"),
     "stages": ({"stages": ["retell"]}, "use each of"),
+    "a server of nothing": ({"use_vllm": True, "vllm_mode": "server"}, "a server has an URL"),
+    "a server without an adapter": (
+        {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": "http://localhost:1"},
+        "not all weights",
+    ),
     "a teacher": ({"stages": ["self", "teacher"]}, "Leave out `teacher`"),
     "parallel": ({"vllm_tensor_parallel_size": 2}, "write 1"),
     "fsdp": ({"fsdp": True}, "FSDP shards the weights"),

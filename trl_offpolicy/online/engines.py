@@ -1,9 +1,13 @@
 """The engines that draw from a model while it is trained."""
 
 import contextlib
+import json
 import os
 import shutil
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from accelerate.utils import is_peft_model
@@ -11,6 +15,7 @@ from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import ensure_master_addr_port
 
 from ..sampling.log_probs import causal_lm
+from ..sampling.openai_sampler import OpenAISampler
 from ..sampling.provenance import hub_commit, weights_digest
 from ..sampling.sampler import Sampler
 from ..sampling.transformers_sampler import TransformersSampler
@@ -35,20 +40,23 @@ class TrainedModel:
             self.sampler.name = given
             self.sampler.revision = hub_commit(given, revision) or self.sampler.revision
 
+    def renew(self, version: int) -> None:
+        """Every process calls this before it draws: from now on with the weights after `version` optimizer steps."""
+        if version:
+            self.sampler.revision = weights_digest(causal_lm(self.trainer.model).named_parameters())
+
     @contextlib.contextmanager
-    def drawing(self, version: int) -> Iterator[Sampler]:
-        """The sampler, with the weights that the model has after `version` optimizer steps."""
+    def drawing(self) -> Iterator[Sampler]:
+        """The sampler, ready to draw."""
         trainer = self.trainer
         with (
             unwrap_model_for_generation(
                 trainer.model_wrapped,
                 trainer.accelerator,
                 gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
-            ) as model,
+            ),
             trainer.accelerator.autocast(),
         ):
-            if version:
-                self.sampler.revision = weights_digest(model.named_parameters())
             yield self.sampler
 
 
@@ -96,20 +104,93 @@ class ColocatedEngine:
             self.sampler = VLLMSampler(name, trainer._tokenizer, **given_options)
 
     def _write_adapter(self, version: int) -> str:
-        directory = self.adapters / str(version)
-        self.trainer.model.save_pretrained(directory)
-        return str(directory)
+        return write_adapter(self.trainer.model, self.adapters, version)
 
-    @contextlib.contextmanager
-    def drawing(self, version: int) -> Iterator[Sampler]:
-        """The sampler, with the weights that the model has after `version` optimizer steps."""
+    def renew(self, version: int) -> None:
+        """Every process calls this before it draws: from now on with the weights after `version` optimizer steps."""
         model = self.trainer.model
         if is_peft_model(model):
-            for file in self.adapters.glob("*"):
-                shutil.rmtree(file)
             self.sampler.renew_adapter(self._write_adapter(version))
         else:
             self.sampler.reload_weights((name, p.detach()) for name, p in model.named_parameters())
         if version:
             self.sampler.revision = weights_digest(model.named_parameters())
+
+    @contextlib.contextmanager
+    def drawing(self) -> Iterator[Sampler]:
+        """The sampler, ready to draw."""
         yield self.sampler
+
+
+class ServedEngine:
+    """
+    A `vllm serve` that is given the LoRA adapter that is trained, under a new name for each version: it reads an
+    adapter whose name it knows at every request again, and keeps the prefixes of the one before. Started with
+
+        VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve MODEL --enable-lora --max-lora-rank RANK --max-loras 2
+
+    where it sees the directory of the training.
+
+    Args:
+        trainer ([`OnlineRewriteSFTTrainer`]): It trains an adapter.
+        given (`str` or `PreTrainedModel`): The model as the trainer was given it: the server has it under this name.
+
+    Raises:
+        SamplerError: The server does not answer.
+        ValueError: It does not serve the model, or takes no adapters.
+    """
+
+    def __init__(self, trainer, given):
+        self.trainer, self.url = trainer, f"{trainer.args.vllm_server_base_url.rstrip('/').removesuffix('/v1')}/v1"
+        self.adapters = (trainer.drawn_rows.directory / "adapter").absolute()
+        self.model = given if isinstance(given, str) else causal_lm(given).config._name_or_path
+        self.sampler: Sampler = self._sampler(self.model)
+        self.sampler.revision = weights_digest(causal_lm(trainer.model).named_parameters())
+        self.loaded: str | None = None
+
+    def _sampler(self, served_model_name: str) -> OpenAISampler:
+        size = self.trainer.args.sampling_batch_size
+        options = {} if size is None else {"batch_size": size}
+        return OpenAISampler(self.model, self.url, self.trainer._tokenizer, served_model_name, **options)
+
+    def renew(self, version: int) -> None:
+        """Every process calls this before it draws: from now on with the weights after `version` optimizer steps."""
+        revision = weights_digest(self.trainer.model.named_parameters())
+        name, before, self.loaded = f"online-{revision}", self.loaded, f"online-{revision}"
+        if name != before and self.trainer.accelerator.is_main_process:
+            directory = write_adapter(self.trainer.model, self.adapters, version)
+            if before is not None:
+                self._ask("unload_lora_adapter", lora_name=before)
+            self._ask("load_lora_adapter", lora_name=name, lora_path=directory)
+        self.trainer.accelerator.wait_for_everyone()
+        self.sampler.close()
+        self.sampler = self._sampler(name)
+        self.sampler.revision = revision
+
+    @contextlib.contextmanager
+    def drawing(self) -> Iterator[Sampler]:
+        """The sampler, ready to draw."""
+        yield self.sampler
+
+    def _ask(self, what: str, **content: str) -> None:
+        headers = {
+            "Content-Type": "application/json",
+            "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', '').strip() or 'EMPTY'}",
+        }
+        request = urllib.request.Request(f"{self.url}/{what}", json.dumps(content).encode(), headers)
+        try:
+            urllib.request.urlopen(request, timeout=600).close()
+        except urllib.error.HTTPError as error:
+            said = error.read().decode(errors="replace")
+            raise ValueError(
+                f"{request.full_url} says {error.code} to {content}: {said:.500} Start the server with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and "
+                "--enable-lora, where it sees that directory."
+            ) from error
+
+
+def write_adapter(model, directory: Path, version: int) -> str:
+    """Writes the adapter of a version of the policy, and removes the one before it; the directory that it is in."""
+    for earlier in directory.glob("*"):
+        shutil.rmtree(earlier)
+    model.save_pretrained(directory / str(version))
+    return str(directory / str(version))

@@ -51,7 +51,9 @@ class OnlineRewriteSFTConfig(RewritingFields, ImportanceWeightedSFTConfig):  # t
             chooses.
         use_vllm (`bool`, *optional*, defaults to `False`): Draw with vLLM; else with the model that is trained.
         vllm_mode (`str`, *optional*, defaults to `"colocate"`): `colocate` runs an engine in each process of the
-            training. GRPO's name, as are the next ones.
+            training; `server` asks the one at `vllm_server_base_url`, which is given the LoRA adapter that is trained
+            ([`~online.engines.ServedEngine`]). GRPO's names, as are the next ones.
+        vllm_server_base_url (`str`, *optional*): Where that server is, for example `"http://localhost:8000"`.
         vllm_gpu_memory_utilization (`float`, *optional*, defaults to `0.3`): Share of the GPU's memory for vLLM.
         vllm_max_model_length (`int`, *optional*): vLLM's context, if less than the model's.
         vllm_tensor_parallel_size (`int`, *optional*, defaults to `1`): GPUs that share vLLM's model; 1 is what works.
@@ -82,7 +84,13 @@ class OnlineRewriteSFTConfig(RewritingFields, ImportanceWeightedSFTConfig):  # t
     use_vllm: bool = field(default=False, metadata={"help": "Draw with vLLM, else with the model that is trained."})
     vllm_mode: str = field(
         default="colocate",
-        metadata={"help": "colocate: vLLM in the processes of the training.", "choices": ("colocate",)},
+        metadata={
+            "help": "colocate: vLLM in the processes of the training. server: a vllm serve that is given the adapter that is trained.",
+            "choices": ("colocate", "server"),
+        },
+    )
+    vllm_server_base_url: str | None = field(
+        default=None, metadata={"help": "server: where it is, for example http://localhost:8000."}
     )
     vllm_gpu_memory_utilization: float = field(
         default=0.3, metadata={"help": "Share of the GPU's memory that vLLM may take."}
@@ -122,8 +130,13 @@ class OnlineRewriteSFTConfig(RewritingFields, ImportanceWeightedSFTConfig):  # t
                 f"You passed stages={self.stages}, but online rows are the policy's own. Leave out `teacher`; `trl-offpolicy rewrite` asks teachers."
             )
         self._refuse_what_needs_all_rows_first()
-        if self.vllm_mode != "colocate":
-            raise ValueError(f"You passed vllm_mode={self.vllm_mode!r}; use 'colocate'.")
+        if self.vllm_mode not in ("colocate", "server"):
+            raise ValueError(f"You passed vllm_mode={self.vllm_mode!r}; use 'colocate' or 'server'.")
+        if self.use_vllm and (self.vllm_mode == "server") != (self.vllm_server_base_url is not None):
+            raise ValueError(
+                f"You passed vllm_mode={self.vllm_mode!r} with vllm_server_base_url={self.vllm_server_base_url!r}; a server has an URL, and an engine in "
+                "this process has none."
+            )
         if self.vllm_tensor_parallel_size != 1:
             raise ValueError(
                 f"You passed vllm_tensor_parallel_size={self.vllm_tensor_parallel_size}, but with vllm_mode='colocate' each process draws its own rows, "

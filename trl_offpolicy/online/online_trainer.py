@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import chain, islice
 from math import ceil
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -33,7 +34,7 @@ from ..trainer.importance_weighted_sft_trainer import ImportanceWeightedSFTTrain
 from ..trainer.initial_policy import without_training
 from ..verification.verifier import as_verifier
 from .drawn_rows import Drawn, DrawnRows
-from .engines import ColocatedEngine, TrainedModel
+from .engines import ColocatedEngine, ServedEngine, TrainedModel
 from .online_config import OnlineRewriteSFTConfig
 
 
@@ -108,7 +109,8 @@ class OnlineRewriteSFTTrainer(ImportanceWeightedSFTTrainer):
         self.drawn_rows = DrawnRows(self._given_rows, args.rewriting(), self._tokenizer, as_verifier(verifier), shard)
         if self.drawn_rows.problems.plain:
             warnings.warn(PLAIN_PROMPTS, stacklevel=2)
-        self.engine = (ColocatedEngine if args.use_vllm else TrainedModel)(self, model)
+        engines: dict[str, Any] = {"colocate": ColocatedEngine, "server": ServedEngine}
+        self.engine = (engines[args.vllm_mode] if args.use_vllm else TrainedModel)(self, model)
         self._initial = self.engine.sampler.name, self.engine.sampler.revision
         self.train_dataset_id = hub_origin(self._given_rows).get("dataset_name")
         self._buffer: list[list[list[dict]]] = []  # optimizer steps of micro-batches of examples
@@ -233,8 +235,10 @@ class OnlineRewriteSFTTrainer(ImportanceWeightedSFTTrainer):
                 f"The checkpoint is of step {self.state.global_step}, whose rows the policy of step {version} has drawn, and {drawn_rows.file(version)} is "
                 "not there. Put it back, or resume from an older checkpoint."
             )
+        if any(self._sum([drawn is None])):  # also where another process has its rows already
+            self.engine.renew(version)
         if drawn is None:
-            with self.engine.drawing(version) as sampler:
+            with self.engine.drawing() as sampler:
                 drawn = drawn_rows.draw(
                     version, numbers, asked, sampler, args.refresh_deadline,
                     lambda rows: self._with_own_log_probs_of(rows, difference),
@@ -400,7 +404,16 @@ def _refuse_what_cannot_be_drawn_from(model, args, peft_config) -> None:
             raise ValueError(
                 "vLLM draws with LoRA adapters alone: without modules_to_save, DoRA, bias or another peft type. Leave these out, or write use_vllm=False."
             )
-    if args.use_vllm and find_spec("vllm") is None:
+    colocated, adapted = (
+        args.use_vllm and args.vllm_mode == "colocate",
+        hasattr(model, "active_peft_config") or peft_config,
+    )
+    if args.use_vllm and not (colocated or adapted):
+        raise ValueError(
+            "You passed vllm_mode='server' without an adapter, but a server is given the adapter that is trained, not all weights. Train one "
+            "(peft_config=LoraConfig(...)), or write vllm_mode='colocate'."
+        )
+    if colocated and find_spec("vllm") is None:
         raise ModuleNotFoundError(
             "You passed use_vllm=True, but vLLM is not installed: pip install 'trl-offpolicy[vllm]'."
         )
