@@ -131,7 +131,11 @@ def prompt_of(row):
 def test_unsolved_rows_are_asked_again_and_the_others_carried_over(here, steps):
     """The second copy of a problem keeps its id, whichever of the two is asked again."""
     config = Path("loop.yaml").read_text().replace("num_generations: 2", "num_generations: 1")
-    Path("loop.yaml").write_text(config)
+    general = [
+        {"prompt": [{"role": "user", "content": f"A box holds {n} pens. B adds 2. How many?"}]} for n in range(9)
+    ]
+    Path("general.jsonl").write_text("".join(json.dumps(row) + "\n" for row in general))
+    Path("loop.yaml").write_text(config + "replay_dataset: general.jsonl\nreplay_share: 0.2\n")
     assert (
         loop("--output_dir", "run", "--rounds", 2, "--refresh", "unsolved", "--train_from", "last", "--seed", 5) == 0
     )
@@ -154,6 +158,14 @@ def test_unsolved_rows_are_asked_again_and_the_others_carried_over(here, steps):
     assert found["improved"] == better and found["sources"] == dict(
         Counter({"self": 0, "guided": 0, "expert": 0}) | Counter(row["source"] for row in after)
     ) | {source: 0 for source in rank if source not in {row["source"] for row in after}}
+    # both rounds are trained on the initial policy's answers to general prompts too
+    replay = rows_of("run/round-0/rewrite/replay").to_list()
+    assert len(replay) == 2 and {row["source"] for row in replay} == {"replay"}
+    assert {row["model_revision"] for row in replay} == {row["model_revision"] for row in before}
+    for directory, rows in (("run/round-0/rewrite", before), ("run/round-1", after)):
+        assert rows_of(f"{directory}/with_replay").to_list() == replay + rows
+        trained = json.loads(Path(f"{directory.removesuffix('/rewrite')}/train/trainer_state.json").read_text())
+        assert any("nll/replay" in entry for entry in trained["log_history"])
     # training goes on from the round before
     assert any(
         not torch.equal(a, b)

@@ -132,7 +132,7 @@ def rewrite(argv: list[str]) -> int:
         )
         print(_command_for(argv, missing[0]))
         return 0
-    trained_on = f"{config.output_dir}/dataset"
+    trained_on = f"{config.output_dir}/{'with_replay' if config.replay_share else 'dataset'}"
     if config.push_to_hub:
         trained_on = pushed(rewriter.push_to_hub, config.output_dir, config.hub_dataset_id, config.hub_token)
         if trained_on is None:

@@ -30,6 +30,7 @@ class Source(StrEnum):
     GUIDED = "guided"
     EXPERT = "expert"
     TEACHER = "teacher"
+    REPLAY = "replay"  # the policy's answer to a general prompt, beside a run's rows
 
 
 def source_of(stage: str) -> Source:
@@ -39,7 +40,8 @@ def source_of(stage: str) -> Source:
 
 def sources_of(stages: Iterable[str]) -> list[Source]:
     """The sources that the rows of a run with these stages may have; teachers only where there are some."""
-    return [source for source in Source if source != Source.TEACHER or source in map(source_of, stages)]
+    used = {Source.SELF, Source.GUIDED, Source.EXPERT, *map(source_of, stages)}
+    return [source for source in Source if source in used]
 
 
 class Verdict(StrEnum):

@@ -29,6 +29,8 @@ from ..data.prompts import contents
 from ..data.rows import Rejection, Source, sources_of
 from ..data.text_statistics import leaks_hint
 from ..data.whole_file import write_whole
+from ..rewriting.replay import put_together
+from ..rewriting.rewrite_config import REPLAY
 from ..runs.journal import differences
 from ..runs.run_directory import RunDirectory
 from ..runs.run_log import wandb_group
@@ -142,6 +144,10 @@ class Loop:
             write_whole(self.directory(step.round, "eval.yaml"), _yaml(self._evaluation(step.round)))
         if step.name == "train":
             self._make_rows(step.round)
+            if step.round and self._trained_on(step.round) != self.rows(step.round):
+                put_together(
+                    self.rows(step.round), self.directory(0, "rewrite") / "replay", self._trained_on(step.round)
+                )
         code = _ended(subprocess.Popen(step.command, env=self._environment(step)))
         if code:
             raise StepFailed(step, code)
@@ -188,6 +194,8 @@ class Loop:
             "seed": seed,
             "output_dir": str(self.directory(round, "rewrite")),
         }
+        if round:  # replay rows are the initial policy's: those of round 0
+            options = {name: value for name, value in options.items() if name not in REPLAY}
         if self._carries(round):
             options = {k: v for k, v in options.items() if k not in LOADING}
             options["dataset_name"] = str(self._write_unsolved(round))
@@ -210,6 +218,12 @@ class Loop:
         return (
             self.directory(round, "dataset") if self._carries(round) else self.directory(round, "rewrite") / "dataset"
         )
+
+    def _trained_on(self, round: int) -> Path:
+        """The directory of a round's rows, with the replay rows if there are any."""
+        if not self.rewriting.get("replay_share"):
+            return self.rows(round)
+        return self.directory(round, "with_replay") if round else self.directory(0, "rewrite") / "with_replay"
 
     def _carries(self, round: int) -> bool:
         """Whether a round keeps the self rows of the one before."""
@@ -263,7 +277,7 @@ class Loop:
             "--model_name_or_path",
             model,
             "--dataset_name",
-            str(self.rows(round)),
+            str(self._trained_on(round)),
             "--output_dir",
             str(directory),
         ]

@@ -27,7 +27,7 @@ from .page import Page
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442")  # Okabe and Ito
 STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
 MARKERS = "osD^vPX*"
-HATCHES = ("", "///", "...", "xx")
+HATCHES = ("", "///", "...", "xx", "++")
 SAMPLES = 20
 TRAINING = {
     "loss": "Loss that was minimised",

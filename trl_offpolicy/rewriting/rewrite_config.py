@@ -31,6 +31,9 @@ GUIDED_FILTERS = {
     "check_arithmetic": False,
 }
 
+# Settings of what is drawn beside a run's rows; no attempt at a problem depends on them.
+REPLAY = {"replay_share", "replay_dataset"}
+
 
 def default_of(setting: Field) -> Any:
     """The value of a dataclass's field that is not given."""
@@ -108,10 +111,10 @@ class RewriteConfig(HubOptions, RunConfig):
         min_correct (`int`, *optional*, defaults to `1`): A problem has `self` rows only where at least so many of its
             K attempts are correct, so that a lucky solution is not kept. More than 1 needs all K: another `selection`
             than `first`.
-        keep (`str`, *optional*, defaults to `"one"`): `all` draws all K and makes a row of every correct attempt of the
-            stage that gives the row (of every stage with `select_across`), as rejection sampling fine-tuning (arXiv
-            2308.01825) and ReST-EM (arXiv 2312.06585) do: rows with the same `id`, numbered by `candidate`, in the
-            order in which `selection` prefers them. Of those with the same equations
+        keep (`str`, *optional*, defaults to `"one"`): `all` draws all K and makes a row of every correct attempt of
+            the stage that gives the row (of every stage with `select_across`), as rejection sampling fine-tuning
+            (arXiv 2308.01825) and ReST-EM (arXiv 2312.06585) do: rows with the same `id`, numbered by `candidate`, in
+            the order in which `selection` prefers them. Of those with the same equations
             ([`~data.text_statistics.normal_form`]) the first is kept. Every id still occurs.
         max_per_problem (`int`, *optional*, defaults to `0`): With `keep="all"`, at most so many rows for a problem; 0
             for no limit.
@@ -132,13 +135,15 @@ class RewriteConfig(HubOptions, RunConfig):
             with its own `--chat_template_kwargs`.
         guided_prompt (`str`, *optional*): The digest-and-retell prompt, with `{problem}` and `{solution}`.
         hint_kind (`list[str]`, *optional*, defaults to `["full"]`): What the guided stage shows of the reference:
-            `full`, all of it, in `guided_prompt`; or less of it, in `hint_prompt`: `outline` (each step up to its first
+            `full`, all of it, in `guided_prompt`; or less of it, in `hint_prompt`: `outline` (each step up to its
+                first
             equals sign), `first_steps` (the first third of the steps) or `answer` (the gold answer, as STaR's
             rationalisation, arXiv 2203.14465). Several are tried one after another, the weakest first, with K attempts
             each, and the first that works is kept ([`~rewriting.hints`]).
         hint_prompt (`str`, *optional*): The prompt with `{problem}` and `{hint}` for hints that are not `full`.
         teacher_log_probs (`bool`, *optional*, defaults to `False`): Rows of teachers hold `behavior_log_probs`, the
-            teacher's own, which needs the student's tokenizer. Else μ is unknown there, and `expert_weighting` applies.
+            teacher's own, which needs the student's tokenizer. Else μ is unknown there, and `expert_weighting`
+            applies.
         clean_reference (`bool`, *optional*, defaults to `True`): Show references in the guided prompt without GSM8K's
             calculator marks (`<<32+16=48>>`) and its last line (`#### 48`), which retellings copy.
         reject_mentions (`bool`, *optional*, defaults to `True`): Do not keep a guided attempt that speaks of the
@@ -164,6 +169,11 @@ class RewriteConfig(HubOptions, RunConfig):
             `allow`.
         answer_column (`str`, *optional*, defaults to `"answer"`): Gold final answers; where it has none, the
             demonstration's last box or GSM8K's `####` is taken.
+        replay_share (`float`, *optional*, defaults to `0.0`): Share of replay rows among all rows that are trained on:
+            the model's own answers to general prompts, unverified but finished, against forgetting. They are in
+            `output_dir/replay`, and together with the rows in `output_dir/with_replay`; `dataset` stays what it is.
+        replay_dataset (`str`, *optional*): The general prompts: a file, a directory or a Hub dataset with `messages`,
+            `prompt` or the like. Those that are asked, and their draws, depend on `seed`.
         seed (`int`, *optional*, defaults to `42`): Seed of the run; each attempt has a seed of its own derived from
             it.
         shard (`str`, *optional*, defaults to `"0/1"`): `i/n` does the i-th of n blocks of rows (i from 0 to n - 1),
@@ -267,6 +277,16 @@ class RewriteConfig(HubOptions, RunConfig):
             "choices": EXPERT_FORMATS,
         },
     )
+    replay_share: float = field(
+        kw_only=True,
+        default=0.0,
+        metadata={"help": "Share of rows that are the model's own answers to the prompts of replay_dataset."},
+    )
+    replay_dataset: str | None = field(
+        kw_only=True,
+        default=None,
+        metadata={"help": "General prompts, against forgetting: a file, a directory or a Hub dataset."},
+    )
     answer_column: str = field(default="answer", metadata={"help": "Column with gold final answers."})
     wandb_log_artifacts: bool = field(
         default=False, metadata={"help": "Log the rewritten dataset to W&B as an artifact."}
@@ -369,6 +389,12 @@ class RewriteConfig(HubOptions, RunConfig):
                 )
         if self.strategy is not None and self.strategy not in STRATEGIES:
             raise ValueError(f"You passed strategy={self.strategy!r}; use one of {list(STRATEGIES)}.")
+        if not 0 <= self.replay_share < 1:
+            raise ValueError(f"You passed replay_share={self.replay_share}; it is a share, at least 0 and below 1.")
+        if self.replay_share and self.replay_dataset is None:
+            raise ValueError(
+                f"You passed replay_share={self.replay_share} without replay_dataset: name a dataset of general prompts that the model is to answer."
+            )
         if self.expert_format not in EXPERT_FORMATS:
             raise ValueError(f"You passed expert_format={self.expert_format!r}; use one of {list(EXPERT_FORMATS)}.")
         if self.num_generations > 65535:
@@ -456,7 +482,7 @@ class RewriteConfig(HubOptions, RunConfig):
         used = replace(self, strategy=None).settings()  # whatever its settings are called together
         if not self.competes:  # else the demonstration is scored as it is written
             del used["expert_format"]
-        for name in self.kept():
+        for name in (*REPLAY, *self.kept()):
             used.pop(name, None)
         if self.control_tokens != "escape":  # else the prompts are others
             del used["control_tokens"]
@@ -465,7 +491,9 @@ class RewriteConfig(HubOptions, RunConfig):
         return {name: value for name, value in used.items() if name not in without}
 
     def kept(self) -> dict:
-        """The settings, as far as they are given, that say which of the attempts become rows; any journal has them all."""
+        """
+        The settings, as far as they are given, that say which of the attempts become rows; any journal has them all.
+        """
         names = ("min_correct", "keep", "max_per_problem", "keep_demonstration")
         return {f.name: v for f in fields(self) if f.name in names and (v := getattr(self, f.name)) != default_of(f)}
 
@@ -485,6 +513,7 @@ class RewriteConfig(HubOptions, RunConfig):
         free -= STRATEGIES.get(
             self.strategy or "", {}
         ).keys()  # a preset's own settings are said even if at their default
+        free |= set() if self.replay_share else REPLAY
         elsewhere = ("push_", "hub_", "wandb_")  # a token must not get into the journal
         return {
             f.name: getattr(self, f.name)

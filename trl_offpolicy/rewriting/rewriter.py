@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from ..cards import versions
+from ..data.control_tokens import ControlTokens
 from ..data.formats import PLAIN_PROMPTS
 from ..data.loading import hub_origin
 from ..data.rows import Source, source_of, sources_of
@@ -47,6 +48,7 @@ from .output_rows import Written, load_rows, write_rows
 from .problems import Problems
 from .push import open_repo, push_run
 from .rejudge import rejudge
+from .replay import ReplayPrompt, draw_replay, num_replay_rows, put_together, replay_prompts, write_replay
 from .rewrite_config import RewriteConfig
 from .scheduler import Outcome, Scheduler
 from .teachers import check_teacher
@@ -124,6 +126,7 @@ class DataRewriter:
                 number), or `output_dir` holds the attempts of another configuration.
         """
         problems = self._problems(dataset)
+        general = self._replay_prompts(problems) if self.args.replay_share else []
         if problems.plain:
             warnings.warn(PLAIN_PROMPTS, stacklevel=2)
         if self.args.dry_run:
@@ -164,6 +167,8 @@ class DataRewriter:
                     written = write_rows(file, problems, scheduler.outcome, journal, self._sampler_of, run)
                     self._note(written)
                     self._list_unsolved(problems, written.unsolved)
+                    if general:
+                        self._draw_replay(general, sum(written.rows.values()), file)
                     self.metrics["seconds"] = round(time.monotonic() - began, 2)
                     metrics = self.shard.file(self.output_dir, "metrics.json")
                     write_whole(metrics, json.dumps(self.metrics, indent=1) + "\n")
@@ -293,6 +298,25 @@ class DataRewriter:
             self.metrics["unsolved"] = len(unsolved)
             write_whole(path, "".join(json.dumps(row) + "\n" for row in unsolved))
 
+    def _replay_prompts(self, problems: Problems) -> list[ReplayPrompt]:
+        control = ControlTokens(self._tokenizer(), self.args.control_tokens)
+        return replay_prompts(self.args.replay_dataset, problems.plain, control)
+
+    def _draw_replay(self, prompts: list[ReplayPrompt], num_rows: int, rows_file: Path) -> None:
+        """Replay rows for this shard's so many rows, which are in a file that is not yet in its place."""
+        own = prompts[self.shard.index :: self.shard.count]
+        wanted = num_replay_rows(self.args.replay_share, num_rows)
+        journal = self.shard.file(self.output_dir, "replay.jsonl")
+        rows, counts = draw_replay(own, wanted, self.sampler, self.args, journal)
+        write_replay(rows, rows_file, self.output_dir / "replay" / self.shard.parquet)
+        self.metrics["replay"] = {name: counts[name] for name in ("rows", "cut", "empty", "failed")}
+        if len(rows) < wanted:
+            warnings.warn(
+                f"There are {len(rows):,} replay rows and not {wanted:,}: {self.args.replay_dataset} has too few prompts ({len(own):,}), of which the "
+                f"answers to {counts['cut']:,} were cut at max_completion_length and to {counts['empty']:,} empty.",
+                stacklevel=3,
+            )
+
     def _publish(self, file: Path, run: str, logged) -> None:
         """Moves the rows to their place; the last shard sums up, and logs the artifact if asked to."""
         self.missing_shards = publish(file, self.output_dir, self.shard, run)
@@ -300,6 +324,9 @@ class DataRewriter:
             logged.summary.update(self.metrics)
         if self.missing_shards:
             return
+        if self.args.replay_share:
+            with publish_lock(self.output_dir):
+                put_together(*(self.output_dir / name for name in ("dataset", "replay", "with_replay")))
         if self.shard.count > 1:
             files = [shard.file(self.output_dir, "metrics.json") for shard in self.shard.siblings()]
             if all(file.exists() for file in files):

@@ -341,6 +341,11 @@ def summary(metrics: dict, limit: int) -> Iterator[str]:
     ):
         if metrics[name]:
             yield f"{metrics[name]:,} {what}"
+    if replay := metrics.get("replay"):
+        why = ", ".join(f"{replay[name]:,} {name}" for name in ("cut", "empty", "failed") if replay[name])
+        yield f"{replay['rows']:,} replay rows: replay/, and together with the rows with_replay/" + (
+            f" (left out: {why})" if why else ""
+        )
     trouble = [f"{metrics['verdicts'][name]:,} {name}" for name in ("timeout", "error") if metrics["verdicts"][name]]
     if trouble:
         yield f"attempts that could not be judged: {', '.join(trouble)} (reasons in the journal)"

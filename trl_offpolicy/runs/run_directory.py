@@ -223,7 +223,15 @@ class RunDirectory:
 
 
 # Settings that name a place: a Hub id, or something on a disk.
-PLACES = ("model_name_or_path", "dataset_name", "rewriter_adapter", "adapter", "data_files", "chat_template_path")
+PLACES = (
+    "model_name_or_path",
+    "dataset_name",
+    "rewriter_adapter",
+    "adapter",
+    "data_files",
+    "chat_template_path",
+    "replay_dataset",
+)
 
 
 def _without_paths(text: str, on_hub: dict[str, bool | None]) -> tuple[str, list[str]]:
