@@ -26,12 +26,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import yaml
+
+from trl_offpolicy.runs.run_config import STEP
 
 
 class Method(NamedTuple):
@@ -74,7 +77,7 @@ _PAPER = {
         "warmup_steps": 0.1, "adam_beta2": 0.95, "weight_decay": 0.01, "max_length": 2048, "gradient_checkpointing": True,
         "save_steps": 50, "save_total_limit": 1, "logging_steps": 1,
     },
-    "evaluation": {"sampler": "vllm", "preset": "paper", "greedy": True},
+    "evaluation": {"preset": "paper", "greedy": True},
     "expected_length": 600, "device_tflops": 312.0,
 }  # fmt: skip
 PRESETS = {
@@ -91,7 +94,7 @@ PRESETS = {
             "num_train_epochs": 2, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 4, "lr_scheduler_type": "cosine",
             "warmup_steps": 0.1, "max_length": 1024, "save_steps": 50, "save_total_limit": 1, "logging_steps": 5,
         },
-        "evaluation": {"sampler": "vllm", "num_generations": 4, "max_completion_length": 512, "greedy": True},
+        "evaluation": {"num_generations": 4, "max_completion_length": 512, "greedy": True},
         "expected_length": 250, "device_tflops": 312.0,
     },
     "cpu": {
@@ -112,7 +115,8 @@ PRESETS = {
         "expected_length": 250, "device_tflops": 0.15,
     },
 }  # fmt: skip
-ENGINE = ("sampler", "dtype", "max_model_len", "gpu_memory_utilization", "engine_kwargs", "trust_remote_code")
+# Options of the rewrite that say with which engine; the other commands get them too. The last three are vLLM's.
+ENGINE = ("sampler", "dtype", "trust_remote_code", "max_model_len", "gpu_memory_utilization", "engine_kwargs")
 SIZES = {"math500": 500, "minerva_math": 272, "olympiadbench": 674, "aime24": 30, "amc23": 40, "gsm8k": 1319}
 GENERAL = Path(__file__).with_name("reproduce_general.jsonl")  # questions that have nothing to do with the task
 # Settings that may change when a run goes on.
@@ -275,8 +279,17 @@ class Experiment:
 
         file = self.run / "reproduce.json"
         settings = {"model_name_or_path": self.model, **self.settings}
-        if file.exists() and (differing := differences(json.loads(file.read_text()), settings, free=FREE)):
-            raise ValueError(f"{file} was begun with other settings: {differing}. Pass another --output_dir.")
+        # What nothing has come of yet may still be mended.
+        begun = {
+            "rewriting": "rewrite/journal*.jsonl", "training": "seed-*/*/train/checkpoint-*", "evaluation": "*/eval/journal*.jsonl",
+        }  # fmt: skip
+        trained = any(self.run.glob("seed-*/*/train/trainer_state.json"))
+        free = [name for name, files in begun.items() if not any(self.run.glob(files))]
+        free = [name for name in free if name != "training" or not trained]
+        if file.exists():
+            found, now = (flat(each, free) for each in (json.loads(file.read_text()), settings))
+            if differing := differences(found, now, free=()):
+                raise ValueError(f"{file} was begun with other settings: {differing}. Pass another --output_dir.")
         self.run.mkdir(parents=True, exist_ok=True)
         write_whole(file, json.dumps(settings, indent=1) + "\n")
 
@@ -293,7 +306,7 @@ class Experiment:
             self._make_rows(
                 next(m.rows for m in METHODS.values() if str(self.rows(m.rows)) == step.options["dataset_name"])
             )
-        run_command(self.command(step), self._check_budget)
+        run_command(self.command(step), self._check_budget)  # raises if it fails
 
     def command(self, step: Step) -> list[str]:
         """Writes the step's options to their file."""
@@ -349,6 +362,16 @@ class Experiment:
 def dev_accuracy(results: Path) -> float:
     (result,) = json.loads(results.read_text())["benchmarks"].values()
     return next(value for name, value in result.items() if name.startswith("avg@") and "_" not in name)
+
+
+def flat(settings: dict, free: list[str]) -> dict:
+    """Settings and the options within them by name, but for those that may change."""
+    found = {}
+    for name, value in settings.items():
+        if name in (*FREE, *free):
+            continue
+        found |= {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, dict) else {name: value}
+    return found
 
 
 # ---- rows ----
@@ -458,7 +481,7 @@ def short_name(benchmark: str) -> str:
 
 def run_command(command: list[str], check) -> None:
     """Runs a command; `check` is called every few seconds and may raise, which interrupts it as ctrl-C does."""
-    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
+    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHED} | {STEP: "1"}
     process = subprocess.Popen(command, start_new_session=True, env=environment)
     try:
         while True:
@@ -526,6 +549,9 @@ def estimate(experiment: Experiment, steps: list[Step]) -> str:
         if step.kind == "gap":
             scored += settings["num_train"] * (length + 150)
     said = f"some {sampled:,.0f} tokens sampled, {trained:,.0f} trained on, {scored:,.0f} scored"
+    if settings["rewriting"].get("sampler") == "vllm":
+        starts = sum(step.kind in ("rewrite", "eval") for step in steps)
+        said += f"; vLLM starts {starts} times, which takes a minute or more each and is not counted"
     if size is None:
         return f"{said}; the model's size is not known here, so neither are hours"
     flops = 2 * size * sampled / 0.15 + (4 if lora else 6) * size * trained / 0.4 + 2 * size * scored / 0.4
@@ -563,9 +589,11 @@ def settings_of(args: argparse.Namespace) -> dict:
         split, config = args.dataset_split or "train", args.dataset_config
         settings["data"] = {"dataset_name": args.dataset_name, "dataset_split": split}
         settings["data"] |= {"dataset_config": config} if config else {}
-    for name in ("rewriting", "training", "evaluation"):
-        if file := getattr(args, name):
-            settings[name] = settings[name] | (yaml.safe_load(Path(file).read_text()) or {})
+    for name, options in options_of(args).items():
+        preset = settings[name]
+        if options.get("sampler", "vllm") != "vllm":
+            preset = {key: value for key, value in preset.items() if key not in ENGINE[-3:]}
+        settings[name] = preset | options
     if len(settings["learning_rates"]) > 1 and not settings["num_dev"]:
         raise ValueError(
             f"You passed {len(settings['learning_rates'])} learning rates and no development problems to choose one by; pass --num_dev."
@@ -578,6 +606,22 @@ def settings_of(args: argparse.Namespace) -> dict:
         if settings[name] < least:
             raise ValueError(f"You passed --{name} {settings[name]}; it must be at least {least}.")
     return settings
+
+
+def options_of(args: argparse.Namespace) -> dict[str, dict]:
+    """What the files of options hold; `ValueError`, with the line, for what the command does not know."""
+    from trl_offpolicy.cli.evaluate import eval_parser
+    from trl_offpolicy.cli.rewrite import rewrite_parser
+    from trl_offpolicy.cli.sft import sft_parser
+
+    found = {}
+    for name, parser in (("rewriting", rewrite_parser), ("training", sft_parser), ("evaluation", eval_parser)):
+        if file := getattr(args, name):
+            if not Path(file).is_file():
+                raise ValueError(f"You passed --{name} {file}, but there is no such file.")
+            parser().read_config(Path(file))
+            found[name] = yaml.safe_load(Path(file).read_text())
+    return found
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -624,6 +668,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if os.environ.get("RANK", "0") != "0":  # under `accelerate launch` one process leads; its steps start their own
         return 0
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's word is taken as ctrl-C
     try:
         experiment = Experiment(args)
         print(f"output_dir: {experiment.run}", flush=True)
@@ -646,7 +692,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"reproduce.py: a step ended with exit code {error.returncode}: {shlex.join(error.cmd)}\nMend that, then run the same command again.", file=sys.stderr)  # fmt: skip
         return 3 if error.returncode == 3 else 2
     except (KeyboardInterrupt, OutOfBudget) as reason:
-        print(f"\nstopped: {reason or 'ctrl-C'}. Run the same command again to go on.", file=sys.stderr)
+        print(f"\nstopped: {str(reason) or 'interrupted'}. Run the same command again to go on.", file=sys.stderr)
         return 3
     from reproduce_page import write_page
 

@@ -23,13 +23,7 @@ REWRITING = {
 }
 TRAINING = {"max_steps": 1, "per_device_train_batch_size": 4, "disable_tqdm": True, "use_peft": False}
 EVALUATING = {"num_generations": 2, "max_completion_length": 60, "solve_prompt": "{problem}"}
-ENGINE = {
-    "sampler": "transformers",
-    "dtype": "float32",
-    "max_model_len": None,
-    "gpu_memory_utilization": None,
-    "engine_kwargs": None,
-}
+ENGINE = {"sampler": "transformers", "dtype": "float32"}
 
 
 @pytest.fixture
@@ -205,3 +199,32 @@ def test_bad_input_is_refused_before_anything_is_loaded(here, options, said, cap
     assert run(*options) == 2
     assert said in capsys.readouterr().err
     assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("learning_rat: 1", "training.yaml, line 1: there is no option 'learning_rat' (did you mean learning_rate?)"),
+        ("- a", "must hold options"),
+        ("a: [", "is not YAML"),
+        (None, "no such file"),
+    ],
+)
+def test_a_file_of_options_is_read_before_anything_is_done(here, content, said, capsys):
+    Path("training.yaml").unlink() if content is None else Path("training.yaml").write_text(content)
+    assert run("--dry_run") == 2
+    assert said in capsys.readouterr().err
+
+
+def test_options_that_a_step_refused_can_be_mended(here, commands, capsys, monkeypatch):
+    done, failing = commands
+    failing.append("rewrite")
+    assert run() == 3
+    assert "interrupted" in capsys.readouterr().err
+    Path("rewriting.yaml").write_text(yaml.safe_dump(REWRITING | ENGINE | {"seed": 5}))
+    failing.append("general")
+    assert run() == 3 and done == ["rewrite"]
+    Path("rewriting.yaml").write_text(yaml.safe_dump(REWRITING | ENGINE | {"seed": 6}))
+    capsys.readouterr()
+    assert run() == 2
+    assert "`rewriting.seed` was 5 there and is 6 now" in capsys.readouterr().err

@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 3
     except KeyboardInterrupt:
-        print("\nstopped before anything was sampled.", file=sys.stderr)
+        print("\nstopped before anything was sampled; run the same command again.", file=sys.stderr)
         return 3
     except SamplerError as error:  # no server answers
         print(f"trl-offpolicy {argv[0]}: {redacted(str(error))}", file=sys.stderr)

@@ -17,6 +17,7 @@ from typing import Union, get_args, get_origin, get_type_hints
 from trl import TrlParser
 
 from ..data.tokenization import json_mapping
+from ..runs.run_config import STEP
 
 
 @dataclass(kw_only=True)
@@ -365,6 +366,12 @@ def check_before_loading(output_dir: str, report_to: str = "none") -> None:
     except OSError as error:
         raise ValueError(f"You passed output_dir={output_dir!r}, where nothing can be written: {error}.") from error
     check_wandb(report_to)
+
+
+def say_next(command: str) -> None:
+    """Prints the command that usually follows this one, unless this is a step of a loop or an experiment."""
+    if STEP not in os.environ:
+        print(command)
 
 
 def last_checkpoint(resume: str | None, output_dir: str) -> str | None:

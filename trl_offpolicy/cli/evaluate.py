@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..sampling.engine import EngineArguments, check_model, make_sampler
 from ..sampling.sampler import SamplerError
-from .arguments import CommandParser, VerifierArguments, check_before_loading, make_verifier, parser_for
+from .arguments import CommandParser, VerifierArguments, check_before_loading, make_verifier, parser_for, say_next
 
 
 MOST_UNPARSABLE = 0.25  # share of a benchmark's samples above which an evaluation says so
@@ -122,7 +122,7 @@ def evaluate(argv: list[str]) -> int:
     if not (Path(config.output_dir) / "results.json").exists():
         print(f"shard {config.shard} is done; results.json appears with the last of them")
         return 0
-    print(report_command(config.output_dir))
+    say_next(report_command(config.output_dir))
     return 0
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from ..data import prompts
 from ..data.control_tokens import HELP, MODES
 from ..sampling.engine import TEMPLATE_KWARGS_HELP, TEMPLATE_METADATA, check_dtype, read_template
-from .arguments import DatasetArguments, check_before_loading, load_dataset, parser_for
+from .arguments import DatasetArguments, check_before_loading, load_dataset, parser_for, say_next
 from .evaluate import report_command
 
 
@@ -79,7 +79,7 @@ def gap(argv: list[str]) -> int:
         model_init_kwargs=init,
     )
     print(tables.markdown(tables.policy_gap(result)) + "\n" + tables.markdown(tables.texts(result)), end="")
-    print(report_command(arguments.output_dir))
+    say_next(report_command(arguments.output_dir))
     return 0
 
 

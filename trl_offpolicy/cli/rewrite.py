@@ -14,12 +14,14 @@ from ..runs.run_counts import summary
 from ..sampling.engine import EngineArguments, check_model, make_sampler, make_teachers, read_teachers
 from ..sampling.sampler import SamplerError
 from .arguments import (
+    CommandParser,
     DemonstrationArguments,
     VerifierArguments,
     check_before_loading,
     load_demonstrations,
     make_verifier,
     parser_for,
+    say_next,
 )
 from .push import pushed
 
@@ -65,17 +67,16 @@ class RewriteArguments(DemonstrationArguments, EngineArguments, VerifierArgument
     )
 
 
+def rewrite_parser() -> CommandParser:
+    description = "Rewrite demonstrations: the model's own correct solution, else its retelling of the reference, else the demonstration."
+    return parser_for((RewriteArguments, RewriteConfig), "rewrite", description, REWRITE_EXAMPLES, STRATEGIES)
+
+
 def rewrite(argv: list[str]) -> int:
     from ..rewriting.push import refusals
     from ..rewriting.rewriter import DataRewriter
 
-    parser = parser_for(
-        (RewriteArguments, RewriteConfig),
-        "rewrite",
-        "Rewrite demonstrations: the model's own correct solution, else its retelling of the reference, else the demonstration.",
-        REWRITE_EXAMPLES,
-        STRATEGIES,
-    )
+    parser = rewrite_parser()
     arguments, config = parser.parse_args_and_config(argv)
     print(f"output_dir: {config.output_dir}", flush=True)
     samples = not config.dry_run or config.probe > 0
@@ -137,11 +138,8 @@ def rewrite(argv: list[str]) -> int:
         trained_on = pushed(rewriter.push_to_hub, config.output_dir, config.hub_dataset_id, config.hub_token)
         if trained_on is None:
             return 3
-    print(
-        _train_command(
-            arguments.model_name_or_path, arguments.chat_template_path, config, rewriter.metrics, trained_on
-        )
-    )
+    model, template = arguments.model_name_or_path, arguments.chat_template_path
+    say_next(_train_command(model, template, config, rewriter.metrics, trained_on))
     return 0
 
 

@@ -9,7 +9,7 @@ from ..rewriting.rewrite_config import RewriteConfig
 from ..runs.run_directory import RunDirectory
 from ..runs.shards import Shard
 from ..sampling.engine import read_template
-from .arguments import DemonstrationArguments, load_demonstrations, parser_for
+from .arguments import DemonstrationArguments, load_demonstrations, parser_for, say_next
 
 
 ROWS_EXAMPLES = """\
@@ -126,8 +126,10 @@ def _signed_rows(given: RowsArguments) -> int:
     )
     print(f"attempts left out: {in_words(counts)}")
     command = ["trl-offpolicy", "sft", "--model_name_or_path", RunDirectory(given.run_dir).config["model"]]
-    command += ["--dataset_name", given.output_dir, "--objective", "topr"]
-    print(shlex.join([*command, "--output_dir", f"{given.run_dir.rstrip('/')}-topr"]))
+    # The paper's rate; what is pushed down forgives a high one less than what is learned.
+    command += ["--dataset_name", given.output_dir, "--objective", "topr", "--learning_rate", "5e-7"]
+    command += ["--lr_scheduler_type", "constant"]
+    say_next(shlex.join([*command, "--output_dir", f"{given.run_dir.rstrip('/')}-topr"]))
     return 0
 
 

@@ -5,12 +5,13 @@ import shlex
 import sys
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from trl import ScriptArguments
 
 from ..data.tokenization import template_kwargs
 from ..sampling.engine import TEMPLATE_KWARGS_HELP
-from .arguments import CommandParser, check_before_loading, last_checkpoint, parser_for
+from .arguments import CommandParser, check_before_loading, last_checkpoint, parser_for, say_next
 
 
 SFT_EXAMPLES = """\
@@ -67,7 +68,7 @@ def sft(argv: list[str]) -> int:
     script_args.chat_template_kwargs = template_kwargs(script_args.chat_template_kwargs)
     resume = last_checkpoint(args.resume_from_checkpoint, args.output_dir)
     try:
-        _train(script_args, args, model_args, resume)
+        rewritten = _train(script_args, args, model_args, resume)
     except KeyboardInterrupt:
         print("\nstopped; run the same command with --resume_from_checkpoint last to go on from the last checkpoint.")
         return 3
@@ -75,11 +76,14 @@ def sft(argv: list[str]) -> int:
         print(f"Model saved to {args.output_dir}.")
         command = ["trl-offpolicy", "eval", "--model_name_or_path", args.output_dir, "--benchmarks", "math500"]
         command += ["--output_dir", f"{args.output_dir.rstrip('/')}-eval"]
-        print(f"{shlex.join(command)}    # or gsm8k, or a file of your own problems")
+        # With these it refuses to ask in other words than the model was trained with.
+        command += ["--train_dataset", script_args.dataset_name] if rewritten else []
+        say_next(f"{shlex.join(command)}    # or gsm8k, or a file of your own problems")
     return 0
 
 
-def _train(script_args, args, model_args, resume: str | None) -> None:
+def _train(script_args, args, model_args, resume: str | None) -> bool:
+    """Trains and saves; whether the rows are a rewrite's on this disk, whose prompts `eval` can compare its own with."""
     from trl import get_peft_config, get_quantization_config
 
     from ..data.loading import load_rows
@@ -124,6 +128,7 @@ def _train(script_args, args, model_args, resume: str | None) -> None:
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.end()
+    return "completion_ids" in (train_dataset.column_names or ()) and Path(script_args.dataset_name).exists()
 
 
 def _as_expert_rows(dataset, text_field: str):

@@ -257,7 +257,9 @@ def check_training_format(processing_class, questions: list[Question], tokenizer
         problem, asked_problem = row.get("problem") or row.get("question"), questions[0].problem
         if problem and asked_problem:
             expected = trained[-1]["content"].replace(problem, asked_problem, 1)
-            _same(asked[-1]["content"], expected, "The words around the problem are others than in training")
+            wanted = trained[-1]["content"].replace(problem, "{problem}", 1)
+            what = f"The words around the problem are others than in training (solve_prompt={wanted!r:.300})"
+            _same(asked[-1]["content"], expected, what)
 
 
 def _same(ours, theirs, what: str) -> None:

@@ -32,6 +32,7 @@ from ..data.whole_file import write_whole
 from ..rewriting.replay import put_together
 from ..rewriting.rewrite_config import REPLAY
 from ..runs.journal import differences
+from ..runs.run_config import STEP
 from ..runs.run_directory import RunDirectory
 from ..runs.run_log import wandb_group
 from .loop_config import LoopConfig
@@ -153,13 +154,13 @@ class Loop:
             raise StepFailed(step, code)
         self._write([*self._lines(), {"round": step.round, "step": step.name, "command": step.command}])
 
-    def _environment(self, step: Step) -> dict[str, str] | None:
+    def _environment(self, step: Step) -> dict[str, str]:
         """
-        With W&B, what makes each step a run of its own in the loop's group, the same one when it is run again; else
-        `None`, this process's own.
+        This process's own; with W&B, also what makes each step a run of its own in the loop's group, the same one when
+        it is run again.
         """
         if not self.on_wandb:
-            return None
+            return os.environ | {STEP: "1"}
         group, name = wandb_group(self.output_dir), f"round-{step.round}-{step.name}"
         run = {
             "WANDB_RUN_GROUP": group,
@@ -167,7 +168,7 @@ class Loop:
             "WANDB_NAME": name,
             "WANDB_RESUME": "allow",
         }
-        return os.environ | run
+        return os.environ | run | {STEP: "1"}
 
     @property
     def on_wandb(self) -> bool:

@@ -12,6 +12,10 @@ from ..sampling.sampler import SamplingParams
 from .shards import Shard
 
 
+# An environment variable, set for the steps of a loop or an experiment: these know themselves which command follows.
+STEP = "TRL_OFFPOLICY_STEP"
+
+
 @dataclass
 class RunConfig:
     """

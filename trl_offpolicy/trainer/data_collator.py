@@ -194,7 +194,7 @@ def _checked_reward(reward, index: int, objective: str | None, has_log_probs: bo
     reward = math.nan if reward is None else float(reward)
     if objective == "topr" and not abs(reward) > 0:
         raise ValueError(
-            f"Row {index} has the reward {reward}, and objective='topr' needs one above 0 (to be learned) or below (to be unlearned). Train on what "
+            f"Row {index} has {'no reward' if math.isnan(reward) else 'the reward 0'}, and objective='topr' needs one above 0 (to be learned) or below (to be unlearned). Train on what "
             "`trl-offpolicy rows RUN --keep all` writes, or choose topr for the sources that have rewards only: objective={'self': 'topr', 'expert': "
             f"'nll'}}: {text!r:.200}"
         )
