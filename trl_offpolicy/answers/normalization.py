@@ -62,7 +62,7 @@ _REWRITES = [
         (rf"((?<![\\A-Za-z])[A-Za-z]|\\(?:{GREEK}))\s*_\s*(\{{[^{{}}]*\}}|\{{\\text\s*\{{[^{{}}]*\}}\s*\}}|\\[A-Za-z]+|\w)", lambda m: f"{m[1]}_{{{_plain(m[2])}}}"),
         (r"(?!^),?\s*(?:\\text\{[^{}]*\})?\s*\b[a-z]\s*\\in\s*\\mathbb\{[A-Z]\}$", ""),
         (r"\\\{\s*[a-z](?:\s*\\in\s*\\mathbb\{R\})?\s*[|:]([^{}|]*)\\\}", r"\1"),
-        (r"^\\text\s*\{[^{}]*(?:\bis|\bare|:|=)\s*\}\s*(?=\S)|\s*\\text\s*\{\s*(?:for (?:all|every|any)|only)\b.*$", ""),
+        (r"^\\text\s*\{(?! *[A-J]:)[^{}]*(?:\bis|\bare|:|=)\s*\}\s*(?=\S)|\s*\\text\s*\{\s*(?:for (?:all|every|any)|only)\b.*$", ""),
         (r"\s*\\text\s*\{\s*\((?:since|because|as|where|i\.e\.)\b.*\)\s*\}?$", ""),
         (rf"^(\\text\s*\{{ *)?\b((?i:{NUMBER_WORD})) (?=[a-z])", lambda m: f"{m[1] or ''}{NUMBER_WORDS[m[2].casefold()]} "),
         (r"(?<=\d) ?([个個只名位人条件张本元块次种枚円台](?:(?![不没错吗么吧呢万亿])[\u4e00-\u9fff]){0,4}|[개명원])$", r"\\text{ \1}"),

@@ -356,7 +356,8 @@ class _Comparison:
         bare = [re.sub(r"(?<!\d) | (?![\d.])", "", _TEXT.sub(r"\1", answer.text)) for answer in (stated, wanted)]
         if bare[0] == bare[1]:
             return True
-        choices = _choice(stated.text), _choice(wanted.text)
+        small = re.fullmatch(r"(?:option )?\([a-j]\)", stated.text)
+        choices = _choice(stated.text.upper() if small else stated.text), _choice(wanted.text)
         if any(choices) and (verdict := self._same_choice(stated, wanted, *choices)) is not None:
             return verdict
         times = _time(stated.text), _time(wanted.text)
@@ -597,7 +598,7 @@ def _unit_vectors(vector: Answer) -> str:
 
 def _choice(text: str) -> tuple[str, str] | None:
     """(letter, what stands behind it) of `B`, `(B)`, `\\text{(B) } 12` or `B. 12`."""
-    bare = _TEXT.sub(r"\1 ", text).strip()
+    bare = re.sub(r"^(?:answer|option|choice):? ?(?=\(?[A-J]\b)", "", _TEXT.sub(r"\1 ", text).strip(), flags=re.I)
     match = re.fullmatch(r"\(([A-Z]) ?\)\.?:?\s*(.*)|([A-J])(?:[.):]\s*(.*))?", bare, re.S)
     if (
         not match
