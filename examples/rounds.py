@@ -22,7 +22,7 @@ REWRITING = {
     "solve_prompt": "{problem}",
 }
 TRAINING = {
-    "objective": "iw", "learning_rate": 1e-3, "num_train_epochs": 1, "per_device_train_batch_size": 16, "use_cpu": True, "bf16": False,
+    "objective": "iw", "learning_rate": 3e-4, "num_train_epochs": 1, "per_device_train_batch_size": 16, "use_cpu": True, "bf16": False,
     "dtype": "float32", "report_to": "none", "disable_tqdm": True, "logging_steps": 10,
 }  # fmt: skip
 EVALUATING = {"num_generations": 4, "max_completion_length": 192, "solve_prompt": "{problem}"}

@@ -177,20 +177,35 @@ def test_unsolved_rows_are_asked_again_and_the_others_carried_over(here, steps):
 def test_reasons_to_stop(tmp_path):
     first = {"round": 0, "cut": 0.1, "mentions": None, "entropy": 1.0, "forgetting": {"kl_per_token": 0.01}}
 
-    def reason(config=None, **changed):
-        loop = Loop(tmp_path, config or LoopConfig(), {}, {}, None)
-        return loop.reason_to_stop([first, {**first, "round": 1, "improved": 3, **changed}])
+    def collapse(config=None, **changed):
+        return Loop(tmp_path, config or LoopConfig(), {}, {}, None).collapse([first, {**first, **changed}])
 
-    assert reason() is None
+    def reason(config=None, **changed):
+        return Loop(tmp_path, config or LoopConfig(), {}, {}, None).reason_to_stop({**first, "improved": 3, **changed})
+
+    assert collapse() is reason() is None
+    assert "60% of the attempts were cut at the limit, in round 0 10%" in collapse(cut=0.6)
+    assert "75% of the correct guided attempts mention the reference, in round 0 0%" in collapse(mentions=0.75)
+    assert collapse(LoopConfig(max_mentions=0.75), mentions=0.75) is None
+    assert "fell from 1.000 to 0.200 nats" in collapse(entropy=0.2)
+    assert collapse(LoopConfig(min_entropy=0.1), entropy=0.2) is None
     assert "no row came from a better source" in reason(improved=0)
-    assert "60% of the attempts were cut at the limit, in round 0 10%" in reason(cut=0.6)
-    assert "75% of the correct guided attempts mention the reference, in round 0 0%" in reason(mentions=0.75)
-    assert reason(LoopConfig(max_mentions=0.75), mentions=0.75) is None
-    assert "fell from 1.000 to 0.200 nats" in reason(entropy=0.2)
-    assert reason(LoopConfig(min_entropy=0.1), entropy=0.2) is None
     above = reason(LoopConfig(max_kl=0.05), forgetting={"kl_per_token": 0.06})
     assert "0.060 nats per token, above max_kl=0.05" in above
     assert reason(LoopConfig(max_kl=0.05), forgetting={"kl_per_token": 0.04}) is None
+
+
+def test_a_policy_that_collapses_is_not_trained_on(here, steps, capsys):
+    """Its training in round 0 makes it write without an end: every attempt of round 1 is cut, and all rows are demonstrations."""
+    Path("train.yaml").write_text(TRAINING.replace("1.0e-3", "1.0"))
+    assert loop("--output_dir", "run", "--rounds", 2, "--refresh", "unsolved") == 0
+    out = capsys.readouterr().out
+    assert "stopped before the training of round 1: 100% of the attempts were cut at the limit, in round 0 " in out
+    assert (
+        steps == ["rewrite", "sft", "gap", "rewrite"]
+        and len(json.loads(Path("run/rounds.json").read_text())["rounds"]) == 2
+    )
+    assert loop("--output_dir", "run", "--rounds", 2, "--refresh", "unsolved") == 0 and len(steps) == 4
 
 
 def test_retellings_that_mention_the_reference_are_counted_whether_or_not_they_are_rejected(tmp_path):

@@ -87,17 +87,23 @@ def _run(rounds, wanted: int, logged) -> int:
     """All rounds that are wanted, or until one gives a reason to stop; each is logged to the W&B run, if there is one."""
     summaries: list[dict] = []
     for number in range(wanted):
+        reason = None
         for step in rounds.steps(number):
             if not step.done:
                 print(f"round {number}, {step.name}: {shlex.join(step.command)}", flush=True)
                 rounds.run(step)
+            if step.name == "rewrite" and (reason := rounds.collapse([*summaries, rounds.summary(number)])):
+                break
         summaries.append(rounds.summary(number))
         write_whole(rounds.output_dir / "rounds.json", json.dumps({"rounds": summaries}, indent=1) + "\n")
         print(_sentence(summaries[-1]), flush=True)
         if logged is not None and number >= logged.step:  # below it are the rounds that were logged before a restart
             logged.log(_numbers(summaries[-1]), step=number)
-        if number + 1 < wanted and (reason := rounds.reason_to_stop(summaries)):
-            print(f"stopped after round {number}: {reason}.")
+        where = "before the training of" if reason else "after"
+        if number + 1 < wanted:
+            reason = reason or rounds.reason_to_stop(summaries[-1])
+        if reason:
+            print(f"stopped {where} round {number}: {reason}.")
             if logged is not None:
                 logged.summary["stopped"] = reason
             break

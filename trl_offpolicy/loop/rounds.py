@@ -143,15 +143,13 @@ class Loop:
             write_whole(self.directory(step.round, "rewrite.yaml"), _yaml(self._rewriting(step.round)))
         if step.name == "eval":
             write_whole(self.directory(step.round, "eval.yaml"), _yaml(self._evaluation(step.round)))
-        if step.name == "train":
-            self._make_rows(step.round)
-            if step.round and self._trained_on(step.round) != self.rows(step.round):
-                put_together(
-                    self.rows(step.round), self.directory(0, "rewrite") / "replay", self._trained_on(step.round)
-                )
+        if step.name == "train" and step.round and self._trained_on(step.round) != self.rows(step.round):
+            put_together(self.rows(step.round), self.directory(0, "rewrite") / "replay", self._trained_on(step.round))
         code = _ended(subprocess.Popen(step.command, env=self._environment(step)))
         if code:
             raise StepFailed(step, code)
+        if step.name == "rewrite":
+            self._make_rows(step.round)
         self._write([*self._lines(), {"round": step.round, "step": step.name, "command": step.command}])
 
     def _environment(self, step: Step) -> dict[str, str]:
@@ -304,7 +302,7 @@ class Loop:
         return {**options, "benchmarks": self.config.benchmarks, "output_dir": str(self.directory(round, "eval"))}
 
     def summary(self, round: int) -> dict:
-        """What a finished round came to, from its files."""
+        """What a round came to whose rows are there, from its files."""
         run = RunDirectory(self.directory(round, "rewrite"))
         sampled, cut = (
             sum(each[name] for each in run.metrics["stages"].values()) for name in ("sampled", "truncated")
@@ -333,12 +331,9 @@ class Loop:
             }
         return found
 
-    def reason_to_stop(self, rounds: list[dict]) -> str | None:
-        """Why no further round should follow, in words; `None` if one should."""
+    def collapse(self, rounds: list[dict]) -> str | None:
+        """Why nothing should be trained on the rows of the last of these rounds, in words; `None` if it should."""
         first, last = rounds[0], rounds[-1]
-        kl = last.get("forgetting", {}).get("kl_per_token")
-        if self.config.max_kl is not None and kl is not None and kl > self.config.max_kl:
-            return f"KL(π_0‖π) on the task's prompts is {kl:.3f} nats per token, above max_kl={self.config.max_kl:g}"
         if last["cut"] and last["cut"] > self.config.max_cut >= (first["cut"] or 0) and last is not first:
             return f"{last['cut']:.0%} of the attempts were cut at the limit, in round 0 {first['cut'] or 0:.0%}"
         told, first_told = last.get("mentions"), first.get("mentions") or 0
@@ -350,6 +345,13 @@ class Loop:
             and last["entropy"] < self.config.min_entropy * first["entropy"]
         ):
             return f"the draws' -log π per token fell from {first['entropy']:.3f} to {last['entropy']:.3f} nats"
+        return None
+
+    def reason_to_stop(self, last: dict) -> str | None:
+        """Why no further round should follow this one, in words; `None` if one should."""
+        kl = last.get("forgetting", {}).get("kl_per_token")
+        if self.config.max_kl is not None and kl is not None and kl > self.config.max_kl:
+            return f"KL(π_0‖π) on the task's prompts is {kl:.3f} nats per token, above max_kl={self.config.max_kl:g}"
         if last.get("improved") == 0:
             return "no row came from a better source than in the round before"
         return None
