@@ -52,6 +52,7 @@ if __name__ == "__main__":
         "loop", "--config", write(directory / "rewriting.yaml", REWRITING), "--train_config", write(directory / "training.yaml", TRAINING),
         "--eval_config", write(directory / "evaluating.yaml", EVALUATING), "--model_name_or_path", POLICY,
         "--dataset_name", directory / "demonstrations.jsonl", "--benchmarks", directory / "test.jsonl",
+        "--min_entropy", 0.1,  # a policy this small is soon sure of what it writes
         "--rounds", args.rounds, "--train_from", args.train_from, "--output_dir", directory / "loop",
     ]  # fmt: skip
     command = list(map(str, command))

@@ -1,5 +1,6 @@
 """Rounds of rewriting and training, and the divergence that they measure, with the embedded policy and the real commands."""
 
+import hashlib
 import json
 import mmap
 import os
@@ -107,7 +108,8 @@ def test_each_round_is_drawn_by_the_policy_that_the_last_one_trained(here, steps
     page = Path("page/report.md").read_text()
     shown = [line.split(" | ")[0] for line in page.split("## Yield")[0].splitlines() if line.startswith("| ")]
     assert shown == ["| round", "| ---", "| 0", "| 1"] and f"{found[1]['forgetting']['kl_per_token']:.4f} [" in page
-    assert "</svg>" in Path("page/figures/rounds-0.svg").read_text() and Path("page/figures/rounds-0-KL.svg").exists()
+    names = {"rounds-0.svg", *(f"rounds-0-{name}.svg" for name in ("KL", "entropy", "length"))}
+    assert names <= {file.name for file in Path("page/figures").iterdir()} and "| mentions |" in page
     capsys.readouterr()
     assert loop("--output_dir", "run", "--rounds", 2) == 0 and len(steps) == 6
     assert loop("--output_dir", "run", "--rounds", 2, "--refresh", "unsolved") == 2
@@ -172,6 +174,25 @@ def test_unsolved_rows_are_asked_again_and_the_others_carried_over(here, steps):
         for a, b in zip(weights("run/round-0/train").values(), weights("run/round-1/train").values(), strict=True)
     )
     assert "run/round-0/train" in json.loads(Path("run/loop.jsonl").read_text().splitlines()[5])["command"]
+
+
+def test_each_round_trains_an_adapter_on_the_same_policy(here, steps):
+    Path("train.yaml").write_text(
+        TRAINING.replace("1.0e-3", "1.0e-2") + "use_peft: true\nlora_target_modules: all-linear\n"
+    )
+    before = file_digest(POLICY)
+    assert loop("--output_dir", "run", "--rounds", 2, "--num_generations", 1) == 0
+    first, second = (rows_of(f"run/round-{r}/rewrite/dataset") for r in (0, 1))
+    drew = [{row["model_revision"] for row in rows if row["source"] == "self"} for rows in (first, second)]
+    assert drew[0] and drew[1] and not drew[0] & drew[1] and file_digest(POLICY) == before
+    for r in (0, 1):
+        adapter = json.loads(Path(f"run/round-{r}/train/adapter_config.json").read_text())
+        assert adapter["base_model_name_or_path"] == POLICY
+        assert not Path(f"run/round-{r}/train/model.safetensors").exists()
+
+
+def file_digest(directory):
+    return hashlib.sha256((Path(directory) / "model.safetensors").read_bytes()).hexdigest()
 
 
 def test_reasons_to_stop(tmp_path):

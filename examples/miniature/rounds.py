@@ -237,7 +237,10 @@ def table(results: dict) -> str:
     from trl_offpolicy.reporting.tables import markdown
 
     def cell(found: dict | None, sign: str = "") -> str:
-        return f"{100 * found['mean']:{sign}.1f} ± {100 * found['half']:.1f}" if found else ""
+        if not found:
+            return ""
+        half = f" ± {100 * found['half']:.1f}" if found["half"] else ""  # of one base and seed, a share has none
+        return f"{100 * found['mean']:{sign}.1f}{half}"
 
     rows = []
     for name, of in results["models"].items():

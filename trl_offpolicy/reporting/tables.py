@@ -140,14 +140,25 @@ def rounds(rounds: list[dict]) -> Table:
         shares = [f"{count / total:.1%}" for count in each["sources"].values()]
         kl, improved = each.get("forgetting", {}), each.get("improved")
         line = [str(each["round"]), *shares, "" if improved is None else f"{improved:,}", f"{each['sampled']:,}"]
-        line += [number(each["cut"], ".1%"), number(each["entropy"], ".3f"), number(each["length"], ".0f")]
+        line += [number(each["cut"], ".1%"), number(each.get("mentions"), ".1%")]
+        line += [number(each["entropy"], ".3f"), number(each["length"], ".0f")]
         line.append(number(kl.get("kl_per_token"), ".4f", kl.get("kl_per_token_ci95")))
         for name in benchmarks:
             scores = each.get("accuracy", {}).get(name, {})
             metric = next((m for m in scores if m.startswith("avg@") and "_" not in m), "")
             line.append(number(scores.get(metric), ".1%", scores.get(f"{metric}_ci95")))
         rows.append(line)
-    header = ["round", *rounds[0]["sources"], "rows improved", "attempts", "cut", "-log π", "tokens", "KL(π_0‖π)"]
+    header = [
+        "round",
+        *rounds[0]["sources"],
+        "rows improved",
+        "attempts",
+        "cut",
+        "mentions",
+        "-log π",
+        "tokens",
+        "KL(π_0‖π)",
+    ]
     return [*header, *benchmarks], rows
 
 
