@@ -384,7 +384,7 @@ def test_known_attempts_equal_the_journal(tmp_path):
         entry |= {"reason": 'a "reason": {', "text": "x"}
         values = [entry[k] for k in ("verdict", "finish_reason", "num_tokens")]
         mean = entry["log_prob"] if stage == "self" else -0.75 if "initial_tokens" in entry else None
-        result = (journal.append(entry), *values, mean, entry.get("rejected", ""))
+        result = (journal.append(entry), *values, mean, entry.get("rejected", ""), 0)
         if entry["finish_reason"] in ("stop", "length"):  # what failed is not known
             num_known += 1
             if entry.get("reference") != 8:  # nor is what had another reference

@@ -212,6 +212,8 @@ def test_scores_of_a_real_policy_are_those_of_a_forward_under_the_training_promp
 class Sums(Student):
     """Says one of three sums, in ever other words; in a tenth of all cases it speaks of its response."""
 
+    spoils = 0.1
+
     def completion(self, request):
         rng, prompt = random.Random(request.seed), request.prompt[-1]["content"]
         gold = int(prompt.split("gold:")[1].split()[0])
@@ -222,7 +224,7 @@ class Sums(Student):
         )
         self.sampled += 1
         text = f"{(n := rng.randrange(3))} + {answer - n} = {answer}, says {rng.random()} \\boxed{{{answer}}}"
-        text = f"My response: {text}" if rng.random() < 0.1 else text
+        text = f"My response: {text}" if rng.random() < self.spoils else text
         ids = [*self.processing_class(text)["input_ids"], self.processing_class.eos_token_id]
         return Completion(request.id, text, ids, [self.score(text)] * len(ids), "stop")
 
@@ -368,7 +370,7 @@ def test_answers_alone_are_hints_enough(tmp_path, tokenizer):
 
 
 class Named(Sums):
-    name, revision = "someone/big", "7"
+    name, revision, spoils = "someone/big", "7", 0.0
 
 
 def test_teachers_come_last_and_their_rows_say_who_wrote_them(tmp_path, tokenizer):
@@ -514,6 +516,70 @@ def test_a_teacher_that_is_no_server_needs_an_engine_that_can_be_there_twice():
     assert read_teachers(arguments.teacher) == {"big": "some/model"}
     with pytest.raises(ValueError, match="one such engine.*vllm serve some/model --served-model-name big"):
         make_teachers(arguments, read_teachers(arguments.teacher), log_probs=False)
+
+
+def test_the_guided_stage_retells_a_teacher(tmp_path, tokenizer):
+    """Its first correct solution, else the demonstration; what no retelling is kept of, stays the teacher's; also after a resume."""
+    options = {"reference_from": "teacher", "num_generations": 2, "min_guided_length": 0.0, "max_guided_copy": 1.0}
+    teachers = {"a": Named(tokenizer, p_self=0.3), "b": Named(tokenizer, p_self=0.5)}
+
+    def run(student):
+        args = config(tmp_path, **options)
+        return DataRewriter("scripted", args, sampler=student, verifier=verify, teachers=teachers)
+
+    student = Sums(tokenizer, p_self=0.1, p_guided=0.4)
+    first = run(student)
+    rewritten = first.rewrite(rows(40))
+    assert list(first.metrics["stages"]) == ["self", "teacher:a", "teacher:b", "guided"]
+    kinds = Counter()
+    for row, problem in zip(rewritten, read_rows(rows(40)), strict=True):
+        own = [t for k in range(2) for t, right in [student.asked_for(problem, "self", k)] if right]
+        taught = [
+            t
+            for n, by in teachers.items()
+            for k in range(2)
+            for t, ok in [by.asked_for(problem, f"teacher:{n}", k)]
+            if ok
+        ]
+        retold = [t for k in range(2) for t, right in [student.asked_for(problem, "guided", k)] if right]
+        expected = next(
+            ((s, found[0]) for s, found in (("self", own), ("guided", retold), ("teacher", taught)) if found),
+            ("expert", problem.demonstration),
+        )
+        assert (row["source"], row["completion"][0]["content"]) == expected
+        if row["source"] == "guided":
+            assert (taught or [problem.demonstration])[0] in row["behavior_prompt"][0]["content"]
+        kinds[row["source"], bool(taught)] += 1
+    assert min(kinds["guided", True], kinds["guided", False], kinds["teacher", True]) > 0
+    idle = Sums(tokenizer)
+    assert run(idle).rewrite(rows(40)).to_list() == rewritten.to_list() and not idle.sampled
+    # Without the teacher's attempts, which are drawn again, those that retold them still hold; with other ones they would not.
+    journal = tmp_path / "run" / "journal.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(line for line in lines if '"stage":"teacher' not in line))
+    idle = Sums(tokenizer)
+    assert run(idle).rewrite(rows(40)).to_list() == rewritten.to_list() and not idle.sampled
+    journal.write_text("".join(line for line in lines if '"stage":"teacher' not in line))
+    others = {name: Named(tokenizer, p_self=0.0) for name in teachers}
+    idle = Sums(tokenizer, p_self=0.1, p_guided=0.4)
+    run_with_others = DataRewriter(
+        "scripted", config(tmp_path, **options), sampler=idle, verifier=verify, teachers=others
+    )
+    again = run_with_others.rewrite(rows(40))
+    assert "teacher" not in again["source"] and idle.sampled
+    for row in again:
+        if row["source"] == "guided":
+            assert row["solution"] in row["behavior_prompt"][0]["content"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [({}, "reference_from='teacher' and no teacher"), ({"stages": ["self"]}, "`guided` retells it"),
+     ({"select_across": "max_initial_log_prob"}, "would depend on it"), ({"rejudge": True}, "would depend on it")],
+)  # fmt: skip
+def test_what_does_not_go_with_a_teacher_as_reference(tmp_path, tokenizer, wrong, why):
+    with pytest.raises(ValueError, match=why):
+        rewriter(tmp_path, tokenizer, None, reference_from="teacher", **wrong)
 
 
 def test_what_a_teacher_wrote_can_be_retold(tmp_path, tokenizer):

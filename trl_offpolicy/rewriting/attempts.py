@@ -45,6 +45,16 @@ def journal_config(
     return config | ({"plain_prompts": "asked as they are"} if plain else {})  # older journals asked these as messages
 
 
+def shown_problem(draw: Draw, journal: Journal) -> Problem:
+    """The problem of a draw; of a guided one that retells a teacher's solution, with that for its demonstration."""
+    state: Any = draw.state
+    if state.reference is None or source_of(draw.stage) != Source.GUIDED:
+        return state.problem
+    if state.shown is None:
+        state.shown = replace(state.problem, demonstration=journal.read(state.reference.result.offset)["text"])
+    return state.shown
+
+
 class Attempts:
     """
     The attempts at problems, with the settings that they have in common.
@@ -89,10 +99,10 @@ class Attempts:
             draw = scheduler.next(speculate=drawing.sampling < most)
             if draw is not None and draw.state.problem is None:  # begun before a resume
                 (draw.state.problem,) = problems.read(draw.state.row, 1)
-            return None if draw is None else self._asked(draw, problems)
+            return None if draw is None else self._asked(draw, shown_problem(draw, journal), problems)
 
         def record(batch: list[Judged]) -> list[Result]:
-            of = [judged.item.state.problem for judged in batch]
+            of = [shown_problem(judged.item, journal) for judged in batch]
             attempts = [
                 self.attempt(problem, draw.stage, draw.attempt, completion, verdict, reason)
                 for problem, (draw, completion, verdict, reason) in zip(of, batch, strict=True)
@@ -146,8 +156,8 @@ class Attempts:
             self._shared[stage] = same_tokens(self.sampler_of(stage), self.sampler_of(Source.SELF))
         return self._shared[stage]
 
-    def _asked(self, draw: Draw, problems: Problems) -> Asked:
-        args, problem = self.args, draw.state.problem
+    def _asked(self, draw: Draw, problem: Problem, problems: Problems) -> Asked:
+        args = self.args
         seed = attempt_seed(args.seed, problem.id, draw.stage, draw.attempt, self.version)
         prompt = problems.prompt(problem, draw.stage)
         # Variables of the student's chat template are none of a teacher's.
@@ -174,6 +184,8 @@ class Attempts:
             )
         log_prob = round(sum(log_probs) / len(log_probs), 6) if log_probs else None
         reference = reference_digest(problem.demonstration) if guided else 0
+        if self.args.reference_from == "teacher" and source_of(stage) == Source.TEACHER:
+            reference = reference_digest(completion.text)
         attempted = Attempt(
             problem.id, stage, attempt, verdict, completion.finish_reason, len(completion.completion_ids), log_prob, reference, rejected,
             version=self.version, reason=reason,

@@ -3,6 +3,7 @@
 import glob
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,13 +96,16 @@ def write_rows(
                     # Drawn from a reshaped distribution, a token's log μ is not the model's log-prob: better none than
                     # a wrong one.
                     log_probs = {"behavior_log_probs": []} if reshaped else {}
-                    row = _row(problem, candidate, problems, kept) | drawn_by(candidate.stage) | log_probs
+                    shown = problem
+                    if candidate.source == Source.GUIDED and candidate.reference >= 0:
+                        shown = replace(problem, demonstration=journal.read(candidate.reference)["text"])
+                    row = _row(shown, candidate, problems, kept) | drawn_by(candidate.stage) | log_probs
                     row |= {"initial_log_prob": kept["initial_log_prob"], "candidate": number}
                     rows.append({name: row[name] for name in ours})
                     written[str(candidate.source)] += 1
                     if candidate.source == Source.GUIDED and not number:
                         copied[candidate.stage] += (
-                            copy_ratio(kept["text"], clean_reference(problem.demonstration or "")) or 0
+                            copy_ratio(kept["text"], clean_reference(shown.demonstration or "")) or 0
                         )
             if not rows:
                 continue

@@ -49,7 +49,7 @@ def rejudge(
                     (problem, Attempt.of(old.read(result.offset)))
                     for problem, stages in zip(chunk, problems.memory.known(start, CHUNK), strict=True)
                     for result in chain.from_iterable(results.values() for results in stages.values())
-                    if problem.id not in odd
+                    if problem.id not in odd and not result.reference
                 ]
                 lost += _append_judged(new, attempts, verifier, as_attempt)
             new.close()

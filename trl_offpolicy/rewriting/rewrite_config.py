@@ -14,6 +14,7 @@ from .strategies import STRATEGIES
 STAGES = ("self", "guided")
 # How much of the reference a guided prompt shows, the weakest hint first.
 HINT_KINDS = ("answer", "first_steps", "outline", "full")
+REFERENCES = ("demonstration", "teacher")
 ACROSS = ("first_stage", "max_initial_log_prob")
 KEEPS = ("one", "all")
 SELECTIONS = ("first", "random", "max_log_prob")
@@ -140,6 +141,10 @@ class RewriteConfig(HubOptions, RunConfig):
             equals sign), `first_steps` (the first third of the steps) or `answer` (the gold answer, as STaR's
             rationalisation, arXiv 2203.14465). Several are tried one after another, the weakest first, with K attempts
             each, and the first that works is kept ([`~rewriting.hints`]).
+        reference_from (`str`, *optional*, defaults to `"demonstration"`): With `teacher`, the stage `teacher` comes before
+            `guided`, which retells the first teacher's correct solution (or the demonstration, where no teacher has
+            one); if no retelling is kept, the teacher's solution is. For demonstrations that are answers without
+            reasoning.
         hint_prompt (`str`, *optional*): The prompt with `{problem}` and `{hint}` for hints that are not `full`.
         teacher_log_probs (`bool`, *optional*, defaults to `False`): Rows of teachers hold `behavior_log_probs`, the
             teacher's own, which needs the student's tokenizer. Else μ is unknown there, and `expert_weighting`
@@ -333,6 +338,14 @@ class RewriteConfig(HubOptions, RunConfig):
             "choices": HINT_KINDS,
         },
     )
+    reference_from: str = field(
+        kw_only=True,
+        default="demonstration",
+        metadata={
+            "help": "What the guided stage retells: the demonstration, or a teacher's correct solution where there is one.",
+            "choices": REFERENCES,
+        },
+    )
     hint_prompt: str = field(
         kw_only=True,
         default=prompts.HINT_PROMPT,
@@ -418,7 +431,7 @@ class RewriteConfig(HubOptions, RunConfig):
 
     def _check_candidates(self) -> None:
         """Raises `ValueError` for settings of what is kept that are none, or do not go together."""
-        for name, values in (("select_across", ACROSS), ("keep", KEEPS)):
+        for name, values in (("select_across", ACROSS), ("keep", KEEPS), ("reference_from", REFERENCES)):
             if getattr(self, name) not in values:
                 raise ValueError(f"You passed {name}={getattr(self, name)!r}; use one of {list(values)}.")
         if self.min_correct > 1 and self.selection == "first" and self.keep == "one" and not self.competes:
@@ -441,6 +454,16 @@ class RewriteConfig(HubOptions, RunConfig):
             raise ValueError(
                 f"You passed hint_kind={self.hint_kind} with stages={self.stages}: hints are shown in the stage `guided`."
             )
+        if self.reference_from == "teacher":
+            if "guided" not in self.stages:
+                raise ValueError(
+                    f"You passed reference_from='teacher' with stages={self.stages}: the stage `guided` retells it."
+                )
+            if self.competes or self.rejudge:
+                other = "select_across" if self.competes else "rejudge"
+                raise ValueError(
+                    f"You passed reference_from='teacher' with {other}={getattr(self, other)!r}; what is retold would depend on it. Leave out one of them."
+                )
         prompts.check(self.hint_prompt, "hint_prompt", "problem", "hint")
 
     @property
@@ -461,9 +484,11 @@ class RewriteConfig(HubOptions, RunConfig):
         Raises:
             ValueError: There is a stage `teacher` and no teacher.
         """
-        if "teacher" in self.stages and not teachers:
+        from_teacher = self.reference_from == "teacher"
+        if ("teacher" in self.stages or from_teacher) and not teachers:
+            passed = "reference_from='teacher'" if from_teacher else f"stages={self.stages}"
             raise ValueError(
-                f"You passed stages={self.stages} and no teacher: name one, teachers={{'big': OpenAISampler(...)}} in Python or --teacher big=URL."
+                f"You passed {passed} and no teacher: name one, teachers={{'big': OpenAISampler(...)}} in Python or --teacher big=URL."
             )
         kinds = [kind for kind in HINT_KINDS if kind in self.hint_kind]
         names = {
@@ -472,6 +497,9 @@ class RewriteConfig(HubOptions, RunConfig):
             "teacher": [f"teacher:{name}" for name in teachers],
         }
         named = self.stages if "teacher" in self.stages else [*self.stages, "teacher"]
+        if from_teacher:
+            named = [stage for stage in named if stage != "teacher"]
+            named.insert(named.index("guided"), "teacher")
         return [name for stage in named for name in names[stage]]
 
     def identity(self) -> dict:
@@ -506,7 +534,7 @@ class RewriteConfig(HubOptions, RunConfig):
         # Journals from before these were there do not name them.
         later = {
             *LATER, "system_prompt", "chat_template_kwargs", "select_across", "min_correct", "keep", "max_per_problem", "keep_demonstration",
-            "hint_kind", "teacher_log_probs", "strategy",
+            "hint_kind", "teacher_log_probs", "strategy", "reference_from",
         }  # fmt: skip
         free |= {f.name for f in fields(self) if f.name in later and getattr(self, f.name) == default_of(f)}
         free |= {"hint_prompt"} if self.hint_kind == ["full"] else set()

@@ -28,7 +28,7 @@ from .rewrite_config import RewriteConfig
 class Outcome(NamedTuple):
     """
     What a problem became; `offset` is the place in the journal of the kept `attempt`, or -1; `self_…` are the numbers
-    of the stage `self`, `others` the further candidates of a run that keeps all, the best first.
+    of the stage `self`, `reference` the place of the teacher's attempt that was retold, or -1, `others` the further candidates of a run that keeps all, the best first.
     """
 
     stage: str
@@ -38,6 +38,7 @@ class Outcome(NamedTuple):
     attempt: int = 0
     self_sampled: int = 0
     self_correct: int = 0
+    reference: int = -1
     others: tuple["Outcome", ...] = ()
 
     @property
@@ -70,6 +71,8 @@ class ProblemState:
     sampled: bool = False  # whether this run draws for it, or the journal knows it all
     of_self: tuple[int, int] = (0, 0)  # attempts that the stage `self` took, and how many of them were correct
     candidates: list[Candidate] = field(default_factory=list)  # of all stages so far, where they compete
+    reference: Candidate | None = None  # the teacher's solution that the guided stage retells
+    shown: Problem | None = None  # the problem with that solution in the place of its demonstration, when it is known
     demonstration: Result | None = None  # the score of the demonstration, where it competes and that is known
 
 
@@ -112,6 +115,7 @@ class Scheduler:
         self._ready: deque[ProblemState] = deque()
         self._open: OrderedDict[int, ProblemState] = OrderedDict()
         self._sources = [*self._stages, str(Source.EXPERT)]
+        self._references: dict[int, int] = {}  # by row: the place of the teacher's attempt that it retells
         self._others: dict[int, array] = {}  # by row, of each further candidate: what an outcome has, five numbers
         numbers = ("num_sampled", "num_correct", "attempt", "self_sampled", "self_correct")
         types = [("stage", "u1"), ("offset", "i8"), *((name, "u2") for name in numbers)]
@@ -119,7 +123,8 @@ class Scheduler:
 
     def outcome(self, row: int) -> Outcome:
         stage, *rest = self._outcomes[row].item()
-        outcome, more = Outcome(self._sources[stage], *rest), iter(self._others.get(row, ()))
+        outcome = Outcome(self._sources[stage], *rest)._replace(reference=self._references.get(row, -1))
+        more = iter(self._others.get(row, ()))
         others = (
             outcome._replace(
                 stage=self._sources[stage], offset=offset, attempt=k, num_sampled=sampled, num_correct=correct
@@ -199,7 +204,7 @@ class Scheduler:
             row, (row_id, problem, can_be_sampled, known) = item
             state = ProblemState(row, row_id, problem, known)
             for result in known.get(Source.EXPERT, {}).values():
-                state.demonstration = result
+                state.demonstration = None if result.reference else result
             self._open[row] = state
             if can_be_sampled:
                 self._enter_next_stage(state)
@@ -248,8 +253,17 @@ class Scheduler:
 
     def _enter_next_stage(self, state: ProblemState) -> None:
         state.stage += 1
+        if state.reference is not None:  # one teacher's solution is enough
+            while source_of(self._stage_name(state)) == Source.TEACHER:
+                state.stage += 1
         state.in_flight = set()
-        state.results = state.known.pop(self._stage_name(state), {})
+        known, shown = (
+            state.known.pop(self._stage_name(state), {}),
+            state.reference.result.reference if state.reference else 0,
+        )
+        if source_of(self._stage_name(state)) == Source.GUIDED:
+            known = {k: result for k, result in known.items() if result.reference == shown}
+        state.results = known
         self._advance(state)
 
     def _advance(self, state: ProblemState) -> None:
@@ -276,19 +290,26 @@ class Scheduler:
             if len(correct) < self.args.min_correct:
                 correct = []
         state.candidates += (Candidate(stage, k, counted[k], *numbers) for k in correct)
-        if correct and not self.args.competes:
+        if correct and source_of(stage) == Source.TEACHER and self.args.reference_from == "teacher":
+            state.reference = state.candidates[
+                ranked([counted[k] for k in correct], self.args.selection, (self.args.seed, state.id, stage, -1))[0]
+            ]
+            self._enter_next_stage(state)
+        elif correct and not self.args.competes:
             self._settle(state, *self._ranked(state))
         else:
             self._enter_next_stage(state)
 
     def _ranked(self, state: ProblemState) -> list[Outcome]:
         """The candidates of a problem that are kept, the best first."""
-        stage = state.candidates[0].stage
-        results = [candidate.result for candidate in state.candidates]
+        # Where a teacher's solution was retold, the retellings go before it.
+        retold = [c for c in state.candidates if c.stage != state.reference.stage] if state.reference else []
+        candidates = retold or state.candidates
+        stage, results = candidates[0].stage, [candidate.result for candidate in candidates]
         selection = "max_log_prob" if self.args.competes else self.args.selection
         places = ranked(results, selection, (self.args.seed, state.id, stage, -1))
         places = places if self.args.keep == "all" else places[:1]
-        found = [state.candidates[place] for place in places]
+        found = [candidates[place] for place in places]
         return [Outcome(c.stage, c.result.offset, c.num_sampled, c.num_correct, c.attempt) for c in found]
 
     def _best(self, state: ProblemState) -> list[Outcome]:
@@ -304,7 +325,9 @@ class Scheduler:
     def _settle(self, state: ProblemState, outcome: Outcome, *others: Outcome) -> None:
         state.stage = len(self._stages)
         outcome = outcome._replace(self_sampled=state.of_self[0], self_correct=state.of_self[1])
-        self._outcomes[state.row] = (self._sources.index(outcome.stage), *outcome[1:-1])
+        self._outcomes[state.row] = (self._sources.index(outcome.stage), *outcome[1:-2])
+        if state.reference is not None and outcome.source == Source.GUIDED:
+            self._references[state.row] = state.reference.result.offset
         if others:
             numbers = (
                 (o.offset, self._sources.index(o.stage), o.attempt, o.num_sampled, o.num_correct) for o in others

@@ -40,7 +40,8 @@ _TEXTS = b',"reason":'  # where a line's texts and token ids begin, nine tenths 
 class Result(NamedTuple):
     """
     How an attempt ended; `offset` is its place in the journal, `initial_mean` as of its [`Attempt`] (NaN: not known),
-    `rejected` the [`~data.rows.Rejection`] for which it is not kept though it is correct.
+    `rejected` the [`~data.rows.Rejection`] for which it is not kept though it is correct, `reference` as of its attempt
+    where that is not the digest of its row's demonstration.
     """
 
     offset: int
@@ -49,6 +50,7 @@ class Result(NamedTuple):
     num_tokens: int
     initial_mean: float
     rejected: str = ""
+    reference: int = 0
 
     @property
     def accepted(self) -> bool:
@@ -70,7 +72,9 @@ class Attempt:
     finish_reason: str
     num_tokens: int
     log_prob: float | None  # mean over its tokens, under the prompt that was really used
-    reference: int = 0  # digest of the reference that its prompt showed, above 0 in the stage `guided`
+    # Digest of the reference that its prompt showed, above 0 in the stage `guided`; of a teacher's attempt that may be
+    # the reference, of its own text.
+    reference: int = 0
     rejected: str = ""  # the `Rejection` for which it is not kept though it is correct
     # log π_0 of its text under the prompt that is trained on, and of how many tokens that is the sum: where candidates
     # are ranked by it, in stages other than `self`, whose `log_prob` is its mean.
@@ -94,7 +98,7 @@ class Attempt:
     def result(self, offset: int) -> Result:
         """What is remembered of it while the run goes on; `offset` is its line's."""
         mean = initial_mean(self.stage, self.log_prob, self.initial_log_prob, self.initial_tokens)
-        return Result(offset, self.verdict, self.finish_reason, self.num_tokens, mean, self.rejected)
+        return Result(offset, self.verdict, self.finish_reason, self.num_tokens, mean, self.rejected, self.reference)
 
 
 def initial_mean(stage: str, log_prob: float | None, initial_log_prob: float | None, initial_tokens: int) -> float:

@@ -10,7 +10,17 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.rows import Problem, Rejection, Source, Verdict, copy_id, number_copies, reference_digest, split_id
+from ..data.rows import (
+    Problem,
+    Rejection,
+    Source,
+    Verdict,
+    copy_id,
+    number_copies,
+    reference_digest,
+    source_of,
+    split_id,
+)
 from ..data.whole_file import partial_file
 from ..sampling.sampler import FAILED
 from .journal import Result, initial_mean
@@ -102,10 +112,15 @@ class RunMemory:
 
     def recall(self, entries: Iterable[tuple[int, dict]], stages: list[str]) -> None:
         """
-        Takes the `entries` of the journal of a run with these stages, each with its offset. Not known are attempts that failed, and guided ones whose
-        reference was another than the row's demonstration is now: where they matter they are drawn again. Of two lines
-        for the same attempt, the later one wins.
+        Takes the `entries` of the journal of a run with these stages, each with its offset. Not known are attempts
+        that failed, and guided ones whose reference was another than the row's demonstration is now: where they matter
+        they are drawn again. Where teachers come first, they may have retold a teacher's solution: the scheduler knows.
+        Of two lines for the same attempt, the later one wins.
         """
+        order = [source_of(stage) for stage in stages]
+        self._of_any_reference = (
+            Source.GUIDED in order[order.index(Source.TEACHER) :] if Source.TEACHER in order else False
+        )
         self._stages, packed = [*stages, str(Source.EXPERT)], bytearray()
         stage, verdict, finish_reason, rejected = (
             {name: i for i, name in enumerate(names)}
@@ -148,9 +163,10 @@ class RunMemory:
     def _known(self, rows: Iterable[tuple], copy: int, references: tuple[int, int]) -> dict[str, dict[int, Result]]:
         found: dict[str, dict[int, Result]] = {}
         for _, of, stage, attempt, verdict, reason, num_tokens, mean, offset, reference, rejected in rows:
-            if of == copy and reference in references:
+            if of == copy and (reference in references or self._of_any_reference):
                 names = self._VERDICTS[verdict], self._FINISH_REASONS[reason]
-                result = Result(offset, *names, num_tokens, mean, self._REJECTIONS[rejected])
+                other = reference if reference not in references else 0
+                result = Result(offset, *names, num_tokens, mean, self._REJECTIONS[rejected], other)
                 found.setdefault(self._stages[stage], {})[attempt] = result
         return found
 
