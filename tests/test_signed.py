@@ -110,7 +110,9 @@ def test_rewards_and_objectives_that_do_not_go_together_are_refused(tmp_path, ti
         with pytest.raises(ValueError, match=f"Row 1 has the reward -1.0, and objective='{named}' does not look at"):
             first_batch(data, objective=objective)
     for rows in (demonstrations(), data.remove_columns("reward"), data.map(lambda _: {"reward": 0.0})):
-        with pytest.raises(ValueError, match="Row 0 has (no reward|the reward 0), and objective='topr' needs one above 0"):
+        with pytest.raises(
+            ValueError, match="Row 0 has (no reward|the reward 0), and objective='topr' needs one above 0"
+        ):
             first_batch(rows)
     with pytest.raises(ValueError, match="Row 1 has the reward -1.0 but no `behavior_log_probs`"):
         first_batch(data.remove_columns("behavior_log_probs"))
