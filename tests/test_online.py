@@ -10,12 +10,12 @@ from itertools import count
 
 import pyarrow.parquet as pq
 import pytest
+import scripted
 import torch
 from conftest import POLICY, in_two_processes, needs_vllm, serve_vllm
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig
 from quickstart_task import GUIDED_PROMPT, demonstrations, problems
-from scripted import kill_after_attempts
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from trl_offpolicy import (
@@ -28,6 +28,9 @@ from trl_offpolicy import (
 )
 from trl_offpolicy.data.tokenization import encode_prompt
 from trl_offpolicy.online.drawn_rows import DrawnRows
+from trl_offpolicy.runs.shards import Shard
+from trl_offpolicy.sampling.sampler import as_sampler
+from trl_offpolicy.verification.verifier import as_verifier
 
 
 DRAWN = {"num_generations": 2, "max_completion_length": 40, "guided_prompt": GUIDED_PROMPT}
@@ -200,6 +203,37 @@ def test_an_adapter_draws_as_it_is_trained(tmp_path):
 # ---- late, stale, twice ----
 
 
+class Stuck(scripted.ScriptedSampler):
+    """Never finishes an attempt at every third problem; the seconds pass when nothing else is left."""
+
+    seconds = 0
+
+    def poll(self):
+        never = [r for r in self.pending if int(r.prompt[-1]["content"].split("problem ")[1].split()[0]) % 3 == 0]
+        self.pending = [r for r in self.pending if r not in never]
+        finished = super().poll() if self.pending else []
+        self.pending += never
+        self.seconds += not finished
+        return finished
+
+
+def test_an_attempt_that_never_ends_ends_at_the_deadline(tmp_path, monkeypatch):
+    """Its problem takes the demonstration; what has an outcome by then is what it is without a deadline."""
+    sampler, data = Stuck(), scripted.rows(30)
+    monkeypatch.setattr(DrawnRows, "clock", lambda self: sampler.seconds)
+    options = {"num_generations": 4, "max_completion_length": 50}
+    verifier = as_verifier(scripted.verify)
+    online = DrawnRows(Dataset.from_list(data), RewriteConfig(str(tmp_path / "a"), **options), None, verifier, Shard())
+    online.open({}, 0)
+    found = online.draw(0, list(range(30)), [True] * 30, as_sampler(sampler), seconds=0.5)
+    whole, _ = scripted.rewrite(tmp_path / "b", data, **options)
+    ours, theirs = found.rows.to_pylist(), whole.to_list()
+    assert [row["id"] for row in ours] == [row["id"] for row in theirs] and not sampler.pending
+    other = [i for i in range(30) if ours[i] != theirs[i]]
+    assert all("demonstration" in ours[i]["completion"][0]["content"] for i in [*other, *range(0, 30, 3)])
+    assert 10 <= found.late < 30 and len(other) <= found.late
+
+
 def test_what_is_not_in_at_the_deadline_takes_its_demonstration(tmp_path, monkeypatch):
     seconds = count()
     monkeypatch.setattr(DrawnRows, "clock", lambda self: next(seconds))  # one passes at each token
@@ -229,6 +263,9 @@ def test_trained_once_more_it_is_another_training(tmp_path):
     trainer = trainer_of(tmp_path, 4)
     trainer.train()
     with pytest.raises(ValueError, match="`model_revision` was"):
+        trainer.train()
+    (tmp_path / "_online" / "journal-00000-of-00002.jsonl").touch()
+    with pytest.raises(ValueError, match="another number of processes; this one has 1"):
         trainer.train()
 
 
@@ -271,7 +308,7 @@ class KilledBefore(TrainerCallback):
 def go_on(directory, attempts=None, step=None):
     """Trains from the last checkpoint, until so many more attempts are journaled or before that step, where it is killed."""
     if attempts is not None:
-        kill_after_attempts(attempts)
+        scripted.kill_after_attempts(attempts)
     trainer = trainer_of(
         directory, steps_per_generation=2, save_strategy="steps", save_steps=1, callbacks=[KilledBefore(step)]
     )

@@ -354,6 +354,17 @@ def test_retry_after_is_a_number_or_a_date():
     assert retry_after(TimeoutError()) is None
 
 
+def test_poll_returns_when_it_is_over_though_a_server_never_answers(serve, sample):
+    sampler = sample(serve(fault=after_canary(lambda body: "hang" if body["seed"] % 2 else None)))
+    for request in requests(4):
+        sampler.submit(request)
+    answered = set()
+    sampler.over = lambda: len(answered) == 2
+    while not sampler.over():
+        answered |= {completion.id for completion in sampler.poll()}
+    assert answered == {"r0", "r2"} and sampler.poll() == []
+
+
 @pytest.mark.parametrize("part", ["reasoning_content", "reasoning", "thinking", "unheard_of"])
 def test_what_a_server_takes_apart_is_no_row(serve, sample, part):
     """The reasoning beside the content: nobody can say what the model wrote. Where ids come along, they say it."""

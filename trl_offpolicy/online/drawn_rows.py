@@ -21,7 +21,7 @@ from ..rewriting.rewrite_config import RewriteConfig
 from ..rewriting.scheduler import Scheduler
 from ..runs.journal import Journal
 from ..runs.run_counts import RunCounts
-from ..runs.shards import Shard
+from ..runs.shards import Shard, journals_in
 from ..sampling.sampler import Sampler
 from ..verification.drawing import Drawing
 from ..verification.verifier import Verifier
@@ -63,10 +63,17 @@ class DrawnRows:
         Opens the journal of a training with this `config`, which goes on at the version `first`.
 
         Raises:
-            ValueError: The journal is another training's (names each setting that differs), or is being written to.
+            ValueError: The journal is another training's (names each setting that differs), or is being written to, or
+                there are those of another number of processes.
         """
         (self.directory / "rows").mkdir(parents=True, exist_ok=True)
         path = self.shard.file(self.directory, "journal.jsonl")
+        ours = {shard.file(self.directory, "journal.jsonl") for shard in self.shard.siblings()}
+        if others := [path.name for path in journals_in(self.directory) if path not in ours]:
+            raise ValueError(
+                f"{self.directory} holds {others[0]}, of a training on another number of processes; this one has {self.shard.count}. Use as many as it "
+                "had, choose another `output_dir`, or delete that directory."
+            )
         self.journal = Journal(path, config, overwrite=self.args.overwrite)
         if self.journal.overwritten:
             for file in (self.directory / "rows").glob(self.file(0).name.replace(f"{0:08d}", "*")):
