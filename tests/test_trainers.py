@@ -486,13 +486,13 @@ def test_what_is_done_with_a_weight_or_a_source_is_said(tmp_path, tiny_model, to
         trainer(rewritten(tokenizer).map(lambda _: {"weight": 2.0}))
     with pytest.raises(ValueError, match=r"weight_column='wight', but the training rows have the columns \['prompt'"):
         trainer(data, weight_column="wight")
-    unknown = rewritten(tokenizer).map(lambda row: {"source": row["source"].replace("expert", "teacher")})
+    unknown = rewritten(tokenizer).map(lambda row: {"source": row["source"].replace("expert", "friend")})
     for rows in (unknown, unknown.to_iterable_dataset()):
         with pytest.warns(
-            UserWarning, match="`source` holds 'teacher', which is none of self, guided, expert"
+            UserWarning, match="`source` holds 'friend', which is none of self, guided, expert, teacher, replay"
         ) as said:
             first_loss(trainer(rows))
-        assert len({str(w.message) for w in said if "teacher" in str(w.message)}) == 1
+        assert len({str(w.message) for w in said if "friend" in str(w.message)}) == 1
     with pytest.warns(UserWarning, match="chooses by source, but the dataset has no column `source`"):
         trainer(demonstrations(), objective={"self": "iw"})
 
@@ -1196,7 +1196,7 @@ def test_rows_without_a_target_and_vllms_whole_vocabulary(tmp_path, tiny_model, 
             {"objective": "dtf"},
             "use one of \\['nll', 'dft', 'p_alpha', 'iw', 'iw_sequence', 'pear', 'psft', 'asft', 'eaft', 'threshold', 'topr'\\]",
         ),
-        ({"objective": {"self": "iw", "teacher": "nll"}}, "\\['teacher'\\] is no source"),
+        ({"objective": {"self": "iw", "friend": "nll"}}, "\\['friend'\\] is no source"),
         ({"objective": "iw_sequence", "packing": True, "packing_strategy": "wrapped"}, "cuts examples in two"),
         (
             {"objective": "iw_sequence", "packing": True, "packing_strategy": "bfd_split"},
