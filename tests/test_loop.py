@@ -7,6 +7,7 @@ import os
 import random
 import shlex
 import signal
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -379,6 +380,18 @@ def test_ctrl_c_lets_the_step_end(here, command, monkeypatch):
     result = command("loop", "--config", "loop.yaml", "--output_dir", "run")
     assert result.returncode == 3 and "run the same command again to go on" in result.stdout
     assert next(waits, None) is None
+
+
+def test_sigterm_reaches_the_step_as_ctrl_c(tmp_path):
+    """Of a loop that a scheduler ends, no step goes on by itself."""
+    script = (
+        "import os, signal, sys, time\n"
+        "try:\n    os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    open('stopped', 'w').close(); sys.exit(3)\n"
+    )
+    with pytest.raises(KeyboardInterrupt), rounds.terminable():
+        rounds._ended(subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path))
+    assert (tmp_path / "stopped").exists()
 
 
 def run_step(directory, argv, env=None):

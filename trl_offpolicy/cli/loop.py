@@ -37,7 +37,7 @@ class LoopArguments(LoopConfig, RewriteArguments):
 
 
 def loop(argv: list[str]) -> int:
-    from ..loop.rounds import Loop, StepFailed, given
+    from ..loop.rounds import Loop, StepFailed, given, terminable
     from ..runs.run_log import wandb_run
 
     description = "Rewrite with the newest policy, train on the rows, measure, and again: each step is a command in a process of its own."
@@ -71,7 +71,8 @@ def loop(argv: list[str]) -> int:
     check_before_loading(config.output_dir, config.report_to)
     rounds.open()
     try:
-        with wandb_run(config.report_to, rounds.output_dir, "loop", rounds.header["config"]) as logged:
+        settings = rounds.header["config"]
+        with terminable(), wandb_run(config.report_to, rounds.output_dir, "loop", settings) as logged:
             return _run(rounds, arguments.rounds, logged)
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to go on.")

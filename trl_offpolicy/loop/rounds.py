@@ -13,9 +13,12 @@ checkpoint, or from its beginning, which with the same seed is the same.
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from itertools import count
 from pathlib import Path
@@ -428,10 +431,36 @@ def _settled(config: dict, trained: int) -> dict:
     return {name: value for name, value in settings.items() if name not in unsettled}
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as a scheduler or `kill` sends it to this process alone."""
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM raises `Terminated` here; only a process's main thread can say so."""
+
+    def terminate(*_) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _ended(process: subprocess.Popen) -> int:
-    """The exit code of a step. Ctrl-C reaches it too, and it gets the time to end as it does by itself."""
+    """
+    The exit code of a step. Ctrl-C reaches it too, SIGTERM is handed on as one; it gets the time to end as it does by
+    itself.
+    """
     try:
         return process.wait()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
+        if isinstance(stopped, Terminated):
+            process.send_signal(signal.SIGINT)
         process.wait()
         raise
