@@ -28,6 +28,7 @@ from trl_offpolicy import (
 )
 from trl_offpolicy.data.tokenization import encode_prompt
 from trl_offpolicy.online.drawn_rows import DrawnRows
+from trl_offpolicy.online.online_config import REWRITING
 from trl_offpolicy.runs.shards import Shard
 from trl_offpolicy.sampling.sampler import as_sampler
 from trl_offpolicy.verification.verifier import as_verifier
@@ -429,6 +430,16 @@ REFUSED = {
     "modules to save": ({"peft_config": LoraConfig(modules_to_save=["lm_head"]), "use_vllm": True}, "LoRA adapters alone"),
     "prompt tuning": ({"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)}, "virtual tokens"),
 }  # fmt: skip
+
+
+def test_what_a_rewrite_can_do_is_done_or_not_offered():
+    """Whoever adds a setting to a rewrite has to say here that online training follows it, or leave it out there."""
+    assert {f.name for f in REWRITING} == {
+        "num_generations", "max_completion_length", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop", "solve_prompt",
+        "system_prompt", "chat_template_kwargs", "control_tokens", "overwrite", "stages", "selection", "max_concurrent_attempts", "keep_rejected",
+        "guided_prompt", "clean_reference", "reject_mentions", "mention_phrases", "reject_calculator_marks", "min_guided_length",
+        "reject_other_form", "max_guided_copy", "check_arithmetic", "expert_format", "answer_column", "min_correct", "hint_kind", "hint_prompt",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)
