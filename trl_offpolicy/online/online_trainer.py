@@ -45,7 +45,7 @@ _DECIDES = (
     "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
     "max_grad_norm", "bf16", "fp16", "data_seed", "train_sampling_strategy", "shuffle_dataset", "max_length", "truncation_mode",
     "completion_only_loss", "assistant_only_loss", "objective", "clip_min", "clip_max", "clip_mode", "expert_weighting", "weight_column", "alpha",
-    "beta", "precompute_behavior_log_probs", "max_staleness",
+    "beta", "gamma", "tau", "threshold_mode", "threshold_policy", "precompute_behavior_log_probs", "max_staleness",
 )  # fmt: skip
 _NUMBER = "row"  # the data loader's column
 DOUBTFUL = 0.1  # nats per token between an engine's log-probs and the trainer's; two implementations in bfloat16 differ by 0.03
