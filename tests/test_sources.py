@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from conftest import POLICY
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from scripted import ScriptedSampler, config, rewrite, rows, verify
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -24,6 +24,7 @@ from trl_offpolicy.cli.arguments import parser_for
 from trl_offpolicy.cli.loop import LoopArguments
 from trl_offpolicy.cli.rewrite import RewriteArguments
 from trl_offpolicy.data.formats import read_rows
+from trl_offpolicy.data.text_statistics import copy_ratio, ngrams
 from trl_offpolicy.data.tokenization import encode_prompt
 from trl_offpolicy.reporting import tables
 from trl_offpolicy.reporting.report import write_report
@@ -344,6 +345,18 @@ def test_a_ladder_of_hints_stops_at_the_weakest_that_works(tmp_path, tokenizer):
     assert metrics["yield"]["guided"] == sum(counted[s] for s in stages[1:])
     shown = {row[0]: row[-1] for row in tables.rewriting(metrics)[1]}
     assert all(shown[stage].endswith("%") for stage in stages[1:]) and shown["self"] == ""
+    for stage in stages[1:]:  # against a count of the rows' own texts
+        of = [
+            (row, copy_ratio(row["completion"][0]["content"], row["solution"]))
+            for row, s in zip(rewritten, reached, strict=True)
+            if s == stage
+        ]
+        sizes = [ngrams(row["completion"][0]["content"], 4).total() for row, _ in of]
+        copied = sum(ratio * size for (_, ratio), size in zip(of, sizes, strict=True))
+        assert (
+            metrics["stages"][stage]["copied"] == round(copied)
+            and metrics["stages"][stage]["ngrams"] == sum(sizes) > 0
+        )
 
 
 def test_hints_are_cut_from_the_reference_by_rule():
@@ -594,3 +607,18 @@ def test_what_a_teacher_wrote_can_be_retold(tmp_path, tokenizer):
     for row in retold:
         shown = row["input_completion"][0]["content"]
         assert "says" in shown and shown in row["behavior_prompt"][-1]["content"]
+
+
+def test_shards_have_the_rows_of_the_whole(tmp_path, tokenizer):
+    """Candidates of all stages, several rows for a problem, scores and teachers, in one run and in two shards of another."""
+    options = {"num_generations": 3, "keep": "all", "max_per_problem": 3, "select_across": "max_initial_log_prob"}
+    whole = rewriter(tmp_path / "whole", tokenizer, {"big": Named(tokenizer)}, **options)
+    rows_of_whole = whole.rewrite(rows(15)).to_list()
+    for shard in ("1/2", "0/2"):
+        rewriter(tmp_path, tokenizer, {"big": Named(tokenizer)}, shard=shard, **options).rewrite(rows(15))
+    parts = load_dataset(str(tmp_path / "run" / "dataset"), split="train")
+    assert parts.to_list() == rows_of_whole and len(parts) > 20
+    told = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert {k: told[k] for k in ("rows", "yield", "stages")} == {
+        k: whole.metrics[k] for k in ("rows", "yield", "stages")
+    }

@@ -58,8 +58,14 @@ def copy_ratio(text: str, reference: str, n: int = 4) -> float | None:
     """
     Share of the text's n-grams that the reference holds too (as often); `None` for a text of fewer than `n` tokens.
     """
+    copied, own = copied_ngrams(text, reference, n)
+    return copied / own if own else None
+
+
+def copied_ngrams(text: str, reference: str, n: int = 4) -> tuple[int, int]:
+    """How many of the text's n-grams the reference holds too (as often), and how many it has."""
     own = ngrams(text, n)
-    return (own & ngrams(reference, n)).total() / own.total() if own else None
+    return (own & ngrams(reference, n)).total(), own.total()
 
 
 _EQUATION = re.compile(r"[-+*/().\d]*[-+*/][-+*/().\d]*=[-.\d]*\d")

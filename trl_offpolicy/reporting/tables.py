@@ -172,7 +172,7 @@ def rewriting(metrics: dict) -> Table:
     for stage, of in metrics["stages"].items():
         accepted = number(of["correct"] / of["sampled"] if of["sampled"] else None, ".1%")
         kept = of["rows"] if "rows" in of else counts[stage]
-        copied = number(of["copied"] / kept if kept and "copied" in of else None, ".1%")
+        copied = number(of["copied"] / of["ngrams"] if of.get("ngrams") else None, ".1%")
         rows.append([stage, f"{left:,}", f"{of['sampled']:,}", accepted, f"{kept:,}", share(kept), copied])
         left -= kept
     if "unsolved" in metrics:  # no demonstrations to fall back to

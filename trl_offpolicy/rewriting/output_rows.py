@@ -14,7 +14,7 @@ from ..data.formats import as_completion, carried_columns, output_features
 from ..data.loading import batched, media_columns
 from ..data.prompts import contents
 from ..data.rows import Problem, Source, Verdict, storable
-from ..data.text_statistics import copy_ratio, normal_form
+from ..data.text_statistics import copied_ngrams, normal_form
 from ..runs.journal import JournalReader
 from ..runs.shards import RUN_KEY
 from ..sampling.sampler import Sampler
@@ -26,13 +26,13 @@ from .scheduler import Outcome
 class Written(NamedTuple):
     """
     What is to say of rows: the problems that have none, for they were not solved and have no demonstration; how many
-    demonstrations were put into the form that is asked for, or are not in it; by guided stage, the sum over its
-    problems of the share of 4-grams that the row has from the reference; and the number of rows by source.
+    demonstrations were put into the form that is asked for, or are not in it; by guided stage, how many
+    4-grams its rows have, and how many of them are the reference's; and the number of rows by source.
     """
 
     unsolved: list[dict]
     expert_format: dict[str, int]
-    copied: dict[str, float]
+    copied: dict[str, Counter]
     rows: dict[str, int]
 
 
@@ -65,7 +65,7 @@ def write_rows(
     from datasets.table import embed_table_storage
 
     unsolved: list[dict] = []
-    written, copied = Counter[str](), defaultdict[str, float](float)
+    written, copied = Counter[str](), defaultdict[str, Counter](Counter)
     args, whole = problems.args, problems.stored
     carried = carried_columns(whole.column_names, args.answer_column)
     given: Any = args.chat_template_kwargs  # a mapping, whatever it was written as
@@ -104,9 +104,9 @@ def write_rows(
                     rows.append({name: row[name] for name in ours})
                     written[str(candidate.source)] += 1
                     if candidate.source == Source.GUIDED and not number:
-                        copied[candidate.stage] += (
-                            copy_ratio(kept["text"], clean_reference(shown.demonstration or "")) or 0
-                        )
+                        reference = clean_reference(shown.demonstration or "")
+                        shared, own = copied_ngrams(kept["text"], reference)
+                        copied[candidate.stage].update(copied=shared, ngrams=own)
             if not rows:
                 continue
             experts.update(

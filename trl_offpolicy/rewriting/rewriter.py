@@ -286,7 +286,8 @@ class DataRewriter:
         self.metrics["expert_format"] = written.expert_format
         for stage in self.stages:
             if source_of(stage) == Source.GUIDED:
-                self.metrics["stages"][stage]["copied"] = round(written.copied.get(stage, 0.0), 6)
+                counted = written.copied.get(stage, {})
+                self.metrics["stages"][stage] |= {name: counted.get(name, 0) for name in ("copied", "ngrams")}
         if self.args.keep == "all":
             self.metrics["rows"] = {str(source): written.rows.get(source, 0) for source in sources_of(self.stages)}
 

@@ -318,8 +318,8 @@ def summary(metrics: dict, limit: int) -> Iterator[str]:
     for stage, of_stage in metrics["stages"].items():
         drawn = max(1, of_stage["sampled"])
         shares = f"{of_stage['correct'] / drawn:.1%} accepted, {of_stage['truncated'] / drawn:.1%} cut"
-        if of_stage.get("copied") and of_stage["rows"]:
-            shares += f"; {of_stage['copied'] / of_stage['rows']:.1%} of its rows' 4-grams are the reference's"
+        if of_stage.get("ngrams"):
+            shares += f"; {of_stage['copied'] / of_stage['ngrams']:.1%} of its rows' 4-grams are the reference's"
         yield f"  {stage}: {of_stage['sampled']:,} attempts, {shares}"
     if advice := cut_advice(sampling, limit):
         yield advice
