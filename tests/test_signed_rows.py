@@ -146,3 +146,12 @@ def test_the_command_says_what_it_wrote_and_left_out(tmp_path, command):
     for options in (["--keep", "all"], ["--positive_share", 0.5]):
         refused = command("rows", tmp_path / "run", *options)
         assert refused.returncode == 2 and "--keep all" in refused.stderr
+
+
+@pytest.mark.parametrize("name", ["", "dataset", "with_replay"])
+def test_the_runs_own_rows_are_not_written_over(tmp_path, name):
+    run(tmp_path, 10)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.parquet")}
+    with pytest.raises(ValueError, match="where the run's own rows are"):
+        write_signed_rows(tmp_path, tmp_path / name)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.parquet")} == before

@@ -383,7 +383,9 @@ def last_checkpoint(resume: str | None, output_dir: str) -> str | None:
     if resume != "last":
         return resume
     if not os.path.isdir(output_dir) or (checkpoint := get_last_checkpoint(output_dir)) is None:
-        raise ValueError(f"You passed resume_from_checkpoint='last', but there is no checkpoint in {output_dir!r}.")
+        raise ValueError(
+            f"You passed resume_from_checkpoint='last', but there is no checkpoint in {output_dir!r}. Leave it out to begin."
+        )
     return checkpoint
 
 

@@ -130,6 +130,8 @@ def load_rows(
         return rows.to_iterable_dataset() if streaming else rows
     if not path.is_dir() and (path.suffix in builders or dataset_name.startswith((".", "/", "~"))):
         raise FileNotFoundError(f"You passed {named}={dataset_name!r}, but there is no such file or directory.")
+    if not data_files and (path / "dataset").is_dir() and any(path.glob("journal*.jsonl")):
+        dataset_name = str(path / "dataset")  # of a rewrite's directory the rows, not everything that was made of them
     where = {"data_files": data_files} if data_files else {}
     return load_text_dataset(
         dataset_name, dataset_split, streaming, name=dataset_config, revision=dataset_revision, **where

@@ -1,6 +1,7 @@
 """Configuration of `DataRewriter`."""
 
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import Any
@@ -404,6 +405,11 @@ class RewriteConfig(HubOptions, RunConfig):
             raise ValueError(f"You passed strategy={self.strategy!r}; use one of {list(STRATEGIES)}.")
         if not 0 <= self.replay_share < 1:
             raise ValueError(f"You passed replay_share={self.replay_share}; it is a share, at least 0 and below 1.")
+        if self.replay_dataset is not None and not self.replay_share:
+            warnings.warn(
+                f"You passed replay_dataset={self.replay_dataset!r} with replay_share=0: nothing is replayed. A share such as 0.05 asks its prompts.",
+                stacklevel=3,
+            )
         if self.replay_share and self.replay_dataset is None:
             raise ValueError(
                 f"You passed replay_share={self.replay_share} without replay_dataset: name a dataset of general prompts that the model is to answer."
@@ -490,6 +496,8 @@ class RewriteConfig(HubOptions, RunConfig):
             raise ValueError(
                 f"You passed {passed} and no teacher: name one, teachers={{'big': OpenAISampler(...)}} in Python or --teacher big=URL."
             )
+        if self.teacher_log_probs and not teachers:
+            raise ValueError("You passed teacher_log_probs=True and no teacher whose they could be; leave it out.")
         kinds = [kind for kind in HINT_KINDS if kind in self.hint_kind]
         names = {
             "self": ["self"],

@@ -95,6 +95,10 @@ def write_signed_rows(
     chosen = _chosen(judged, max_per_problem, positive_share, seed)
     counts["not_chosen"] = sum(map(len, judged.values())) - sum(map(len, chosen.values()))
     directory = Path(output_dir).expanduser()
+    if directory.resolve() in {(run.path / name).resolve() for name in ("", "dataset", "replay", "with_replay")}:
+        raise ValueError(
+            f"You passed output_dir={str(output_dir)!r}, where the run's own rows are; pass another one, such as {run.path / 'signed'}."
+        )
     directory.mkdir(parents=True, exist_ok=True)
     with partial_file(directory / Shard().parquet) as file:
         _write(file, run, chosen, counts)
