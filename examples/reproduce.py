@@ -34,6 +34,7 @@ from typing import NamedTuple
 
 import yaml
 
+from trl_offpolicy.loop.rounds import heed_interrupts
 from trl_offpolicy.runs.run_config import STEP
 
 
@@ -482,7 +483,7 @@ def short_name(benchmark: str) -> str:
 def run_command(command: list[str], check) -> None:
     """Runs a command; `check` is called every few seconds and may raise, which interrupts it as ctrl-C does."""
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCHED} | {STEP: "1"}
-    process = subprocess.Popen(command, start_new_session=True, env=environment)
+    process = subprocess.Popen(command, start_new_session=True, env=environment, preexec_fn=heed_interrupts)
     try:
         while True:
             try:

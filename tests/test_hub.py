@@ -648,7 +648,7 @@ def test_no_token_anywhere_and_one_group(tmp_path, hub):
     assert done.returncode == 0, done.stderr
     last = done.stdout.splitlines()[-1]
     assert (
-        last.startswith("WANDB_RUN_GROUP=study WANDB_LOG_MODEL=end accelerate launch")
+        last.startswith("WANDB_RUN_GROUP=study WANDB_LOG_MODEL=end trl-offpolicy sft")
         and "--dataset_name me/out" in last
     )
     assert hub.repos["datasets", "me/out"].private and same(

@@ -60,7 +60,7 @@ def steps(monkeypatch):
     """Runs the steps in this process, and lists the command and round of each."""
     run = []
 
-    def in_this_process(command, env):
+    def in_this_process(command, env, **_):
         run.append(command[3])
         return SimpleNamespace(wait=lambda: main(command[3:]))
 
@@ -256,7 +256,7 @@ def test_the_rounds_and_their_steps_are_one_group_on_wandb(here, monkeypatch, pr
     """Real W&B files, written offline: one run of the loop, and one of each step, in the same project."""
     import wandb
 
-    def of_its_own(command, env):
+    def of_its_own(command, env, **_):
         child = process(run_step, here, command[3:], env)
         child.join()
         return SimpleNamespace(wait=lambda: child.exitcode)
@@ -390,7 +390,9 @@ def test_sigterm_reaches_the_step_as_ctrl_c(tmp_path):
         "except KeyboardInterrupt:\n    open('stopped', 'w').close(); sys.exit(3)\n"
     )
     with pytest.raises(KeyboardInterrupt), rounds.terminable():
-        rounds._ended(subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path))
+        rounds._ended(
+            subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, preexec_fn=rounds.heed_interrupts)
+        )
     assert (tmp_path / "stopped").exists()
 
 
@@ -424,7 +426,7 @@ def live(directory, argv, events):
 
         return call
 
-    def forked(command, env):
+    def forked(command, env, **_):
         sys.stdout.flush()
         if not (child := os.fork()):
             os._exit(main(command[3:]))

@@ -500,9 +500,7 @@ def test_command_line_ctrl_c_kill_and_resume(tmp_path, demonstrations_file, comm
     done = command("rewrite", "--model_name_or_path", POLICY, *args, *more)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0] == f"output_dir: {tmp_path}/run" and lines[-1].startswith(
-        "accelerate launch -m trl_offpolicy.cli sft"
-    )
+    assert lines[0] == f"output_dir: {tmp_path}/run" and lines[-1].startswith("trl-offpolicy sft")
     assert journal.read_bytes().startswith(before) and "resuming" in done.stderr
     resumed = load_dataset(str(tmp_path / "run" / "dataset"), split="train")
     assert len(set(resumed["id"])) == 60 and list(resumed["num_ops"]) == [1, 2, 3, 4, 5, 6] * 10

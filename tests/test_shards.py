@@ -176,7 +176,7 @@ def test_command_line_says_what_is_missing_and_what_comes_next(tmp_path, command
         outs.append(done.stdout.splitlines())
     assert "shard 1/2 is done; still missing: 0/2" in outs[0][-2]
     assert outs[0][-1].startswith("trl-offpolicy rewrite --model_name_or_path") and outs[0][-1].endswith("--shard 0/2")
-    assert "--shard 1/2" not in outs[0][-1] and outs[1][-1].startswith("accelerate launch -m trl_offpolicy.cli sft")
+    assert "--shard 1/2" not in outs[0][-1] and outs[1][-1].startswith("trl-offpolicy sft")
     args = RewriteConfig(str(tmp_path / "whole" / "run"), num_generations=2, max_completion_length=60)
     DataRewriter(POLICY, args).rewrite(Dataset.from_json(str(tmp_path / "demos.jsonl")))
     same = ("id", "source", "completion", "completion_ids", "num_sampled", "num_correct")

@@ -148,7 +148,7 @@ class Loop:
             write_whole(self.directory(step.round, "eval.yaml"), _yaml(self._evaluation(step.round)))
         if step.name == "train" and step.round and self._trained_on(step.round) != self.rows(step.round):
             put_together(self.rows(step.round), self.directory(0, "rewrite") / "replay", self._trained_on(step.round))
-        code = _ended(subprocess.Popen(step.command, env=self._environment(step)))
+        code = _ended(subprocess.Popen(step.command, env=self._environment(step), preexec_fn=heed_interrupts))
         if code:
             raise StepFailed(step, code)
         if step.name == "rewrite":
@@ -433,6 +433,11 @@ def _settled(config: dict, trained: int) -> dict:
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, as a scheduler or `kill` sends it to this process alone."""
+
+
+def heed_interrupts() -> None:
+    """A job that a shell begins in the background ignores SIGINT, and so would its steps, which end by it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @contextmanager
