@@ -282,11 +282,9 @@ class Experiment:
         settings = {"model_name_or_path": self.model, **self.settings}
         # What nothing has come of yet may still be mended.
         begun = {
-            "rewriting": "rewrite/journal*.jsonl", "training": "seed-*/*/train/checkpoint-*", "evaluation": "*/eval/journal*.jsonl",
+            "rewriting": "rewrite/journal*.jsonl", "training": "seed-*/*/train/**/trainer_state.json", "evaluation": "*/eval/journal*.jsonl",
         }  # fmt: skip
-        trained = any(self.run.glob("seed-*/*/train/trainer_state.json"))
         free = [name for name, files in begun.items() if not any(self.run.glob(files))]
-        free = [name for name in free if name != "training" or not trained]
         if file.exists():
             found, now = (flat(each, free) for each in (json.loads(file.read_text()), settings))
             if differing := differences(found, now, free=()):
@@ -307,7 +305,7 @@ class Experiment:
             self._make_rows(
                 next(m.rows for m in METHODS.values() if str(self.rows(m.rows)) == step.options["dataset_name"])
             )
-        run_command(self.command(step), self._check_budget)  # raises if it fails
+        run_command(self.command(step), self._check_budget)
 
     def command(self, step: Step) -> list[str]:
         """Writes the step's options to their file."""
@@ -683,8 +681,9 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{len(due)} steps to do; {step.name}", flush=True)
             experiment._check_budget()
             experiment.do(step)
+            in_use = {experiment._model_of(each) for each in experiment.needed()}
             for other in [s for s in experiment.steps() if s.kind == "sft" and experiment.done(s)]:
-                if not any(experiment._model_of(s) == experiment._model_of(other) for s in experiment.needed()):
+                if experiment._model_of(other) not in in_use:
                     experiment.clean(other)
     except (ValueError, FileNotFoundError) as error:
         print(f"reproduce.py: {error}", file=sys.stderr)
