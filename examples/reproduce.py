@@ -26,7 +26,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +33,7 @@ from typing import NamedTuple
 
 import yaml
 
-from trl_offpolicy.loop.rounds import heed_interrupts
+from trl_offpolicy.loop.rounds import heed_interrupts, terminable
 from trl_offpolicy.runs.run_config import STEP
 
 
@@ -667,8 +666,6 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if os.environ.get("RANK", "0") != "0":  # under `accelerate launch` one process leads; its steps start their own
         return 0
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's word is taken as ctrl-C
     try:
         experiment = Experiment(args)
         print(f"output_dir: {experiment.run}", flush=True)
@@ -676,15 +673,16 @@ def main(argv: list[str] | None = None) -> int:
             show_plan(experiment)
             return 0
         experiment.open()
-        while due := experiment.needed():  # when the learning rates are chosen, others are due
-            step = due[0]
-            print(f"{len(due)} steps to do; {step.name}", flush=True)
-            experiment._check_budget()
-            experiment.do(step)
-            in_use = {experiment._model_of(each) for each in experiment.needed()}
-            for other in [s for s in experiment.steps() if s.kind == "sft" and experiment.done(s)]:
-                if experiment._model_of(other) not in in_use:
-                    experiment.clean(other)
+        with terminable():  # a scheduler's word is taken as ctrl-C
+            while due := experiment.needed():  # when the learning rates are chosen, others are due
+                step = due[0]
+                print(f"{len(due)} steps to do; {step.name}", flush=True)
+                experiment._check_budget()
+                experiment.do(step)
+                in_use = {experiment._model_of(each) for each in experiment.needed()}
+                for other in [s for s in experiment.steps() if s.kind == "sft" and experiment.done(s)]:
+                    if experiment._model_of(other) not in in_use:
+                        experiment.clean(other)
     except (ValueError, FileNotFoundError) as error:
         print(f"reproduce.py: {error}", file=sys.stderr)
         return 2

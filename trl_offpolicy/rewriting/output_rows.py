@@ -79,7 +79,7 @@ def write_rows(
     media = media_columns(whole)
     reshaped, experts = bool(args.sampling_params().reshaping), Counter[str]()
     ends = cache(lambda stage: sampler_of(stage).stop_token_ids if args.stop else None)
-    drawn_by = cache(lambda stage: _drawn_by(sampler_of(stage), args))
+    drawn_by = cache(lambda stage: provenance_columns(sampler_of(stage), args))
     with pq.ParquetWriter(file, schema) as writer:
         for chunk in batched(enumerate(problems.read()), 100 if media else 1000):
             solved, rows = [], []
@@ -145,7 +145,7 @@ def _candidates(
     return outcomes
 
 
-def _drawn_by(sampler: Sampler, args: RewriteConfig) -> dict:
+def provenance_columns(sampler: Sampler, args: RewriteConfig) -> dict:
     """The columns that say who drew a completion, and how."""
     drawn_by = {"model": public_name(sampler.name), "model_revision": sampler.revision}
     drawn_by |= {name: getattr(args, name) for name in ("temperature", "top_p", "top_k")}

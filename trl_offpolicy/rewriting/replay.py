@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..cards import public_name
 from ..data.control_tokens import ControlTokens
 from ..data.formats import ASKED, as_completion, own_prompt
 from ..data.loading import load_rows, plain_rows
@@ -26,6 +25,7 @@ from ..runs.journal import Journal
 from ..sampling.provenance import template_digest
 from ..sampling.sampler import FAILED, Completion, Request, Sampler, attempt_seed
 from ..verification.drawing import Asked, Drawing
+from .output_rows import provenance_columns
 from .rewrite_config import RewriteConfig
 
 
@@ -178,11 +178,8 @@ def _row(each: ReplayPrompt, entry: dict, sampler: Sampler, args: RewriteConfig)
         **numbers,
         "completion_ids": ids,
         "behavior_log_probs": log_probs,
-        "model": public_name(sampler.name),
-        "model_revision": sampler.revision,
-        **{name: getattr(args, name) for name in ("temperature", "top_p", "top_k")},
+        **provenance_columns(sampler, args),
         "behavior_prompt": each.prompt[:0],
-        "chat_template_kwargs": args.chat_template_kwargs,
     }
 
 
