@@ -167,6 +167,46 @@ def test_shards_are_pushed_as_one(tmp_path, hub):
     assert same(fresh("me/out"), out) and not names & set(hub.files("me/out"))
 
 
+def test_what_is_trained_on_is_what_is_pushed(tmp_path, hub):
+    """The replay rows too, which stand beside those of the run; of both shards, and counted on the card."""
+    general = tmp_path / "general.jsonl"
+    general.write_text("".join(json.dumps({"prompt": [{"role": "user", "content": f"Tell of gold:{n} "}]}) + "\n" for n in range(40)))  # fmt: skip
+    data, replay = source_dataset(hub), {"replay_dataset": str(general), "replay_share": 0.25}
+    for shard in ("0/2", "1/2"):
+        run = rewriter(tmp_path, shard=shard, **replay)
+        run.rewrite(data)
+    run.push_to_hub("me/out")
+    trained_on = load_dataset(str(tmp_path / "run" / "with_replay"), split="train")
+    assert trained_on.num_rows == 40 and same(fresh("me/out"), trained_on)
+    card = DatasetCard.load("me/out").text
+    assert "| replay | 10 | 25.0 % |" in card and "30 demonstrations of [me/source]" in card
+    assert "10 rows of source `replay`, against forgetting" in card and str(tmp_path) not in card
+    assert not any("replay" in path for path in hub.files("me/out"))
+    (tmp_path / "run" / "replay" / "train-00001-of-00002.parquet").unlink()
+    with pytest.raises(ValueError, match="replay_share=0.25 and no .*00001-of-00002.parquet: its replay rows are not drawn"):  # fmt: skip
+        run.push_to_hub("me/out")
+
+
+def test_several_rows_for_a_problem_are_pushed_like_others(tmp_path, hub, command):
+    options = {"keep": "all", "num_generations": 6, "max_per_problem": 3, "keep_demonstration": True}
+    run = rewriter(tmp_path, **options)
+    out = run.rewrite(source_dataset(hub))
+    run.push_to_hub("me/out")
+    assert same(fresh("me/out"), out) and out.num_rows > 60 and set(out["candidate"]) >= {0, 1}
+    assert set(fresh("me/out", "attempts")["id"]) == set(out["id"])
+    card = DatasetCard.load("me/out").text
+    assert f"{out.num_rows} rows for 30 demonstrations of [me/source]" in card
+    assert "at most 3 of a problem; the demonstration is one more row of each problem." in card
+    for source, count in Counter(out["source"]).items():
+        assert f"| {source} | {count} | {100 * count / out.num_rows:.1f} % |" in card
+    solved = {row["id"] for row in out if row["source"] == "self"}
+    assert f"| self | 30 | {len(solved)} ({100 * len(solved) / 30:.1f} %) |" in card
+    # Its signed rows are no run, and are refused as such.
+    assert command("rows", tmp_path / "run", "--keep", "all", "--output_dir", tmp_path / "run/signed").returncode == 0
+    refused = command("push", tmp_path / "run/signed", "--hub_dataset_id", "me/signed")
+    assert refused.returncode == 2 and "signed', which has no journal: it is no run" in refused.stderr
+
+
 def test_attempts_of_rows_that_have_gone_are_not_counted(tmp_path, hub):
     """A run whose dataset shrank says what a run of the smaller one says, finished or under way."""
     data = Dataset.from_list(rows(40))

@@ -1,7 +1,7 @@
 """The card of a rewritten dataset, within whatever else the card says."""
 
 from ..cards import bibtex, fence, link, public_name, template_path
-from ..data.rows import REJECTIONS, Verdict
+from ..data.rows import REJECTIONS, Source, Verdict
 from ..runs.run_directory import RunDirectory
 from .strategies import STRATEGIES
 
@@ -27,6 +27,7 @@ def edited_card(card, run: RunDirectory, repo_id: str, parts: dict[str, dict], s
     from huggingface_hub import DatasetCard, DatasetCardData
 
     name, num_rows = repo_id.split("/")[-1], sum(run.sources.values())
+    num_replay = run.sources.get(Source.REPLAY, 0)
     ours = DatasetCard.from_template(
         DatasetCardData(),
         template_path=template_path("dataset_card"),
@@ -38,6 +39,8 @@ def edited_card(card, run: RunDirectory, repo_id: str, parts: dict[str, dict], s
         },
         strategy=STRATEGIES.get(run.settings.get("strategy"), {}),
         num_rows=num_rows,
+        num_replay=num_replay,
+        replay_dataset=link(run.settings.get("replay_dataset"), "datasets/"),
         source=link(run.settings.get("dataset_name"), "datasets/", run.source_on_hub),
         model=link(run.config["model"], "", run.model_on_hub),
         rewriter=link(run.config.get("rewriter_adapter"), ""),

@@ -30,7 +30,8 @@ LONGEST_WAIT = 300  # seconds, whatever the Hub asks for
 
 def push_run(output_dir: str | Path, options: HubOptions, commit_message: str | None = None, finished: bool = True):
     """
-    Pushes what `DataRewriter` wrote, in one commit: config `default` (the rows), config `attempts` and the card.
+    Pushes what `DataRewriter` wrote, in one commit: config `default` (the rows, and the replay rows if there are
+    any), config `attempts` and the card.
 
     Args:
         output_dir (`str` or `Path`): The run directory.
@@ -58,6 +59,11 @@ def push_run(output_dir: str | Path, options: HubOptions, commit_message: str | 
             f"You passed output_dir={str(output_dir)!r}, which has no `dataset`: its rewrite is not finished, or a shard is missing. Run "
             "the rewrite again to finish it, then push."
         )
+    if missing := [file for file in run.replay_files if not file.exists()]:
+        raise ValueError(
+            f"You passed output_dir={str(output_dir)!r}, which has replay_share={run.settings['replay_share']} and no {missing[0]}: its replay rows are "
+            "not drawn. Run the rewrite again to finish it, then push."
+        )
     if finished and not options.accept_failed and (undrawn := run.metrics.get("undrawn", 0)):
         raise ValueError(
             f"The engine failed at {undrawn:,} attempts of {str(output_dir)!r}, so rows may have fallen back to their demonstration that need "
@@ -67,7 +73,8 @@ def push_run(output_dir: str | Path, options: HubOptions, commit_message: str | 
     revision = options.hub_revision
     source = _source_card(api, run.settings["dataset_name"] if run.source_on_hub else None)
     with tempfile.TemporaryDirectory() as folder:
-        content = {"default": run.row_files, "attempts": _attempt_files(run, folder) if options.push_attempts else []}
+        rows = [*run.replay_files, *run.row_files]  # all that is trained on, in the order of with_replay/
+        content = {"default": rows, "attempts": _attempt_files(run, folder) if options.push_attempts else []}
         parts = {
             name: _named(FOLDERS[name], paths) for name, paths in content.items() if finished or name == "attempts"
         }

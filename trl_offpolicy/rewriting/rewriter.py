@@ -334,7 +334,8 @@ class DataRewriter:
                 total = summed([json.loads(file.read_text()) for file in files])
                 write_whole(self.output_dir / "metrics.json", json.dumps(total, indent=1) + "\n")
         if logged is not None and self.args.wandb_log_artifacts:
-            paths = [self.output_dir / name for name in ("dataset", "run_config.yaml", "metrics.json")]
+            trained_on = "with_replay" if self.args.replay_share else "dataset"
+            paths = [self.output_dir / name for name in (trained_on, "run_config.yaml", "metrics.json")]
             log_artifact(logged, "dataset", [path for path in paths if path.exists()])
 
     def _load(self):

@@ -167,6 +167,16 @@ class RunDirectory:
 
     # ---- rows ----
 
+    @property
+    def replay_files(self) -> list[Path]:
+        """
+        Parquet files of the replay rows that are trained on beside the rows, one for each of theirs; empty where there
+        are none.
+        """
+        if not self.settings.get("replay_share"):  # what is there is of another time
+            return []
+        return [self.path / "replay" / file.name for file in self.row_files]
+
     def rows(self):
         """The rows, as a `pyarrow.dataset.Dataset`; `None` as long as the run is not finished."""
         import pyarrow.dataset as ds
@@ -175,9 +185,22 @@ class RunDirectory:
 
     @cached_property
     def sources(self) -> dict[str, int]:
-        """How many rows come from where."""
+        """How many rows come from where, replay rows included."""
+        import pyarrow.parquet as pq
+
         found = Counter(self.rows().to_table(columns=["source"])["source"].to_pylist() if self.row_files else ())
-        return {str(source): found[source] for source in sources_of(self.config["stages"])}
+        counts = {str(source): found[source] for source in sources_of(self.config["stages"])}
+        replay = (
+            {str(Source.REPLAY): sum(pq.read_metadata(file).num_rows for file in files)}
+            if (files := self.replay_files)
+            else {}
+        )
+        return counts | replay
+
+    @property
+    def num_problems(self) -> int:
+        """How many problems have a row; `keep="all"` gives some of them several."""
+        return len(set(self.rows().to_table(columns=["id"])["id"].to_pylist())) if self.row_files else 0
 
     def rows_of(self, stage: str) -> int:
         """How many rows a stage gave; of several that show hints, or several teachers, each by itself."""
