@@ -309,6 +309,17 @@ def test_a_preset_equals_its_paper(tmp_path, tokenizer, strategy):
     assert again.to_list() == rewritten.to_list() and not idle.sampled and not idle.asked
 
 
+def test_what_chooses_among_equal_attempts_is_refused(tmp_path):
+    """At temperature 0 all K are the same; a run that stops at the first correct one is told so, and goes on."""
+    for several in ({"selection": "random"}, {"selection": "max_log_prob"}, {"keep": "all"}, {"min_correct": 2, "selection": "random"}):  # fmt: skip
+        with pytest.raises(ValueError, match="num_generations=4: all attempts .* are the same, so .* does nothing"):
+            config(tmp_path, temperature=0, **several)
+        config(tmp_path, temperature=0, num_generations=1, **several | ({"min_correct": 1} if "min_correct" in several else {}))  # fmt: skip
+    with pytest.warns(UserWarning, match="so where the first is not kept none is") as said:
+        config(tmp_path, temperature=0).identity()
+    assert len(said) == 1 and said[0].filename.endswith("scripted.py")
+
+
 def test_min_correct_takes_no_lucky_solution(tmp_path, tokenizer):
     student, options = Sums(tokenizer, p_self=0.4), {"selection": "random", "min_guided_length": 0.0}
     rewritten, _ = rewrite(tmp_path, rows(30), student, min_correct=3, **options)

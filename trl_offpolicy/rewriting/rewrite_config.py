@@ -3,7 +3,8 @@
 import re
 import warnings
 from collections.abc import Iterable
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from copy import copy
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
 from ..data import prompts
@@ -449,6 +450,15 @@ class RewriteConfig(HubOptions, RunConfig):
             raise ValueError(
                 f"You passed min_correct={self.min_correct} with num_generations={self.num_generations}: so many can never be correct."
             )
+        if self.temperature == 0 and self.num_generations > 1:
+            equal = f"You passed temperature=0 with num_generations={self.num_generations}: all attempts of a stage at a problem are the same"
+            several = [f for f in fields(self) if f.name in ("selection", "keep", "min_correct")]
+            if given := [f"{f.name}={v!r}" for f in several if (v := getattr(self, f.name)) != f.default]:
+                raise ValueError(
+                    f"{equal}, so {' and '.join(given)}, which needs different ones, does nothing. Pass a temperature above 0, or leave it out and "
+                    "pass num_generations=1."
+                )
+            warnings.warn(f"{equal}, so where the first is not kept none is. Pass num_generations=1.", stacklevel=4)
         if self.keep == "one" and (
             given := {n: v for n in ("max_per_problem", "keep_demonstration") if (v := getattr(self, n))}
         ):
@@ -515,7 +525,9 @@ class RewriteConfig(HubOptions, RunConfig):
         The fields on which an attempt, or whether it is kept, depends; the rest may change between a run and its
         resume.
         """
-        used = replace(self, strategy=None).settings()  # whatever its settings are called together
+        unnamed = copy(self)
+        unnamed.strategy = None  # whatever its settings are called together
+        used = unnamed.settings()
         if not self.competes:  # else the demonstration is scored as it is written
             del used["expert_format"]
         for name in (*REPLAY, *self.kept()):

@@ -190,12 +190,9 @@ class RunDirectory:
 
         found = Counter(self.rows().to_table(columns=["source"])["source"].to_pylist() if self.row_files else ())
         counts = {str(source): found[source] for source in sources_of(self.config["stages"])}
-        replay = (
-            {str(Source.REPLAY): sum(pq.read_metadata(file).num_rows for file in files)}
-            if (files := self.replay_files)
-            else {}
-        )
-        return counts | replay
+        if files := self.replay_files:
+            counts[str(Source.REPLAY)] = sum(pq.read_metadata(file).num_rows for file in files)
+        return counts
 
     @property
     def num_problems(self) -> int:
