@@ -12,7 +12,7 @@ from ..rewriting.rewrite_config import RewriteConfig
 from ..rewriting.strategies import STRATEGIES
 from ..runs.run_counts import summary
 from ..sampling.engine import EngineArguments, check_model, make_sampler, make_teachers, read_teachers
-from ..sampling.sampler import SamplerError
+from ..sampling.sampler import SamplerError, cannot_draw_hinted
 from .arguments import (
     CommandParser,
     DemonstrationArguments,
@@ -158,6 +158,8 @@ def _checked_dataset(arguments: RewriteArguments, config: RewriteConfig):
         raise ValueError(
             f"You passed rewriter_adapter={adapter!r} with stages={config.stages}: it draws in the stage `guided`."
         )
+    if config.hinted and arguments.sampler != "transformers":
+        raise cannot_draw_hinted(f"--sampler {arguments.sampler}")
     return dataset
 
 

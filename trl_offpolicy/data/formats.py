@@ -44,7 +44,7 @@ PROBLEM_COLUMNS = ("prompt", "problem", "question")
 _TAKEN = {
     "prompt", "completion", "id", "source", "answer", "num_sampled", "num_correct", "self_sampled", "self_correct", "completion_ids", "behavior_log_probs",
     "model", "model_revision", "temperature", "top_p", "top_k", "behavior_prompt", "messages", "conversations", "text", "input_ids", "labels", "attention_mask", "seq_lengths",
-    "completion_mask", "assistant_masks", "weight", "reward", "initial_log_prob", "candidate",
+    "completion_mask", "assistant_masks", "weight", "reward", "initial_log_prob", "candidate", "hint_beta",
 }  # fmt: skip
 
 
@@ -353,10 +353,12 @@ def output_features(
     chat_template_kwargs: dict[str, Any] | None = None,
     ranked: bool = False,
     several: bool = False,
+    hinted: bool = False,
 ):
     """
-    `datasets.Features` of the output: ours (with `initial_log_prob` where candidates are `ranked` by it, and
-    `candidate` where a problem may have `several` rows), then the carried columns with the type they came in.
+    `datasets.Features` of the output: ours (with `initial_log_prob` where candidates are `ranked` by it, `candidate`
+    where a problem may have `several` rows, and `hint_beta` with `hinted` decoding), then the carried columns with the
+    type they came in.
     """
     from datasets import Dataset, Features, List, Value
 
@@ -384,6 +386,7 @@ def output_features(
         "behavior_prompt": turns,
         **({"initial_log_prob": Value("float32")} if ranked else {}),
         **({"candidate": Value("int32")} if several else {}),
+        **({"hint_beta": Value("float32")} if hinted else {}),
     }
     carried = (
         {new: input_features[old] for old, new in carried_columns(columns, answer_column).items()}

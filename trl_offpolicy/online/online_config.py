@@ -8,10 +8,11 @@ from ..trainer.importance_weighted_sft_config import ImportanceWeightedSFTConfig
 
 
 # What a rewrite has and online training has not: it makes no dataset, a row for each problem, and only the policy draws.
+# It computes log μ by a forward under the prompt that was drawn with, which is not that of a mixture of two.
 _OF_A_RUN = {
     "shard", "dry_run", "probe", "rejudge", "accept_failed", "hub_dataset_id", "push_attempts", "push_every", "wandb_log_artifacts",
     "keep", "max_per_problem", "keep_demonstration", "strategy", "teacher_log_probs", "select_across", "reference_from", "replay_share",
-    "replay_dataset",
+    "replay_dataset", "guided_decoding", "hint_beta",
 }  # fmt: skip
 _OF_TRAINING = {f.name for f in fields(ImportanceWeightedSFTConfig)}  # `seed` and the like: one flag for both
 REWRITING = [f for f in fields(RewriteConfig) if f.name not in _OF_A_RUN | _OF_TRAINING]

@@ -163,6 +163,8 @@ class Attempts:
         # Variables of the student's chat template are none of a teacher's.
         given: Any = args.chat_template_kwargs if source_of(draw.stage) != Source.TEACHER else None
         request = Request(draw.id, prompt, seed, args.sampling_params(), given)
+        if args.hinted and source_of(draw.stage) == Source.GUIDED:
+            request = replace(request, unhinted_prompt=problems.prompt(problem, Source.SELF), hint_beta=args.hint_beta)
         return Asked(draw, request, self.sampler_of(draw.stage), problem.answer, problem.extra)
 
     def attempt(
@@ -186,9 +188,10 @@ class Attempts:
         reference = reference_digest(problem.demonstration) if guided else 0
         if self.args.reference_from == "teacher" and source_of(stage) == Source.TEACHER:
             reference = reference_digest(completion.text)
+        own = completion.unhinted_log_probs or []
         attempted = Attempt(
             problem.id, stage, attempt, verdict, completion.finish_reason, len(completion.completion_ids), log_prob, reference, rejected,
-            version=self.version, reason=reason,
+            round(sum(own), 6) if own else None, len(own), version=self.version, reason=reason,
         )  # fmt: skip
         if (verdict == Verdict.CORRECT and not rejected) or self.args.keep_rejected:
             log_probs = [round(x, 6) for x in log_probs]

@@ -3,7 +3,8 @@ How likely the student finds a candidate under the prompt that it will be traine
 
 A candidate's own log μ does not tell it where its prompt was another: a copy of the reference is likely under a prompt
 that holds the reference. Attempts of the stage `self` were drawn under the very prompt, so their log μ is log π_0; of
-all others it takes one forward, of those that may be kept, and the sum is in the journal.
+all others it takes one forward, of those that may be kept, and the sum is in the journal (`guided_decoding="hinted"`
+knows it from the draw).
 """
 
 from collections.abc import Sequence
@@ -38,7 +39,11 @@ def scored(of: Sequence[Problem], attempts: list[Attempt], problems: Problems, s
     Raises:
         SamplerError: The engine cannot go on.
     """
-    due = [i for i, attempt in enumerate(attempts) if attempt.stage != Source.SELF and attempt.result(0).accepted]
+    due = [
+        i
+        for i, attempt in enumerate(attempts)
+        if attempt.stage != Source.SELF and attempt.result(0).accepted and not attempt.initial_tokens
+    ]
     pairs = [_target(of[i], attempts[i], problems, student) for i in due]
     attempts = list(attempts)
     for i, found in zip(due, student.token_log_probs(pairs) if pairs else (), strict=True):

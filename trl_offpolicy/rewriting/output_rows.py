@@ -70,7 +70,7 @@ def write_rows(
     carried = carried_columns(whole.column_names, args.answer_column)
     given: Any = args.chat_template_kwargs  # a mapping, whatever it was written as
     features = output_features(
-        whole.features, whole.column_names, args.answer_column, given, args.ranks, args.keep == "all"
+        whole.features, whole.column_names, args.answer_column, given, args.ranks, args.keep == "all", args.hinted
     )
     ours = Features({name: features[name] for name in features if name not in carried.values()})
     schema = features.arrow_schema
@@ -192,6 +192,7 @@ def _row(problem: Problem, outcome: Outcome, problems: Problems, kept: dict) -> 
         "completion_ids": kept["completion_ids"],
         "behavior_log_probs": kept["behavior_log_probs"],
         "behavior_prompt": problems.prompt(problem, outcome.stage) if guided else prompt[:0],
+        "hint_beta": problems.args.hint_beta if guided and problems.args.hinted else None,
     }
 
 

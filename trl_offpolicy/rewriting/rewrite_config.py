@@ -9,7 +9,7 @@ from typing import Any
 
 from ..data import prompts
 from ..runs.run_config import RunConfig
-from ..sampling.sampler import LATER
+from ..sampling.sampler import LATER, PLAIN
 from .strategies import STRATEGIES
 
 
@@ -17,6 +17,7 @@ STAGES = ("self", "guided")
 # How much of the reference a guided prompt shows, the weakest hint first.
 HINT_KINDS = ("answer", "first_steps", "outline", "full")
 REFERENCES = ("demonstration", "teacher")
+DECODINGS = ("plain", "hinted")
 ACROSS = ("first_stage", "max_initial_log_prob")
 KEEPS = ("one", "all")
 SELECTIONS = ("first", "random", "max_log_prob")
@@ -147,6 +148,13 @@ class RewriteConfig(HubOptions, RunConfig):
             `guided`, which retells the first teacher's correct solution (or the demonstration, where no teacher has
             one); if no retelling is kept, the teacher's solution is. For demonstrations that are answers without
             reasoning.
+        guided_decoding (`str`, *optional*, defaults to `"plain"`): `plain` draws guided attempts from p, what the model
+            says with the reference before it. `hinted` (arXiv 2602.12222) draws each token from p^(1−λ)·q^λ, where q is
+            what the model says under the prompt that is trained on, and λ = clip(`hint_beta`·H(p)/ln V, 0, 1) for a
+            vocabulary of V: where the model is not sure of the retelling, it goes on as it would by itself.
+            `behavior_log_probs` are those of the mixture, and a column `hint_beta` says so. It takes the engine
+            `transformers` and twice the forwards.
+        hint_beta (`float`, *optional*, defaults to `1.0`): β of `guided_decoding="hinted"`; 0 is `plain`.
         hint_prompt (`str`, *optional*): The prompt with `{problem}` and `{hint}` for hints that are not `full`.
         teacher_log_probs (`bool`, *optional*, defaults to `False`): Rows of teachers hold `behavior_log_probs`, the
             teacher's own, which needs the student's tokenizer. Else μ is unknown there, and `expert_weighting`
@@ -348,6 +356,20 @@ class RewriteConfig(HubOptions, RunConfig):
             "choices": REFERENCES,
         },
     )
+    guided_decoding: str = field(
+        kw_only=True,
+        default="plain",
+        metadata={
+            "help": "plain: guided attempts are drawn from the model with the reference before it. hinted: where it is unsure there, as it "
+            "would go on under the prompt that is trained on (sampler transformers).",
+            "choices": DECODINGS,
+        },
+    )
+    hint_beta: float = field(
+        kw_only=True,
+        default=1.0,
+        metadata={"help": "guided_decoding hinted: the higher, the more in the model's own voice; 0: plain."},
+    )
     hint_prompt: str = field(
         kw_only=True,
         default=prompts.HINT_PROMPT,
@@ -438,7 +460,8 @@ class RewriteConfig(HubOptions, RunConfig):
 
     def _check_candidates(self) -> None:
         """Raises `ValueError` for settings of what is kept that are none, or do not go together."""
-        for name, values in (("select_across", ACROSS), ("keep", KEEPS), ("reference_from", REFERENCES)):
+        of = {"select_across": ACROSS, "keep": KEEPS, "reference_from": REFERENCES, "guided_decoding": DECODINGS}
+        for name, values in of.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"You passed {name}={getattr(self, name)!r}; use one of {list(values)}.")
         if self.min_correct > 1 and self.selection == "first" and self.keep == "one" and not self.competes:
@@ -481,6 +504,33 @@ class RewriteConfig(HubOptions, RunConfig):
                     f"You passed reference_from='teacher' with {other}={getattr(self, other)!r}; what is retold would depend on it. Leave out one of them."
                 )
         prompts.check(self.hint_prompt, "hint_prompt", "problem", "hint")
+        self._check_decoding()
+
+    def _check_decoding(self) -> None:
+        """Raises `ValueError` for settings with which guided attempts cannot be drawn as `guided_decoding` says."""
+        self.hint_beta = float(self.hint_beta)
+        if not 0 <= self.hint_beta < float("inf"):
+            raise ValueError(f"You passed hint_beta={self.hint_beta}; it must be a number of at least 0.")
+        if self.guided_decoding == "plain":
+            if self.hint_beta != 1.0:
+                raise ValueError(
+                    f"You passed hint_beta={self.hint_beta} with guided_decoding='plain', which does not use it; write guided_decoding='hinted'."
+                )
+            return
+        if "guided" not in self.stages:
+            raise ValueError(
+                f"You passed guided_decoding='hinted' with stages={self.stages}: it is how the stage `guided` draws. Leave it out, or add the stage."
+            )
+        if reshaping := self.sampling_params().reshaping:
+            raise ValueError(
+                f"You passed guided_decoding='hinted' with {', '.join(f'{name}={value}' for name, value in reshaping.items())}; it mixes the model's "
+                f"own distributions. Write {', '.join(f'{name}={PLAIN[name]}' for name in reshaping)}, or guided_decoding='plain'."
+            )
+
+    @property
+    def hinted(self) -> bool:
+        """Whether guided attempts are drawn from a mixture of two distributions."""
+        return self.guided_decoding == "hinted"
 
     @property
     def competes(self) -> bool:
@@ -554,10 +604,11 @@ class RewriteConfig(HubOptions, RunConfig):
         # Journals from before these were there do not name them.
         later = {
             *LATER, "system_prompt", "chat_template_kwargs", "select_across", "min_correct", "keep", "max_per_problem", "keep_demonstration",
-            "hint_kind", "teacher_log_probs", "strategy", "reference_from",
+            "hint_kind", "teacher_log_probs", "strategy", "reference_from", "guided_decoding",
         }  # fmt: skip
         free |= {f.name for f in fields(self) if f.name in later and getattr(self, f.name) == default_of(f)}
         free |= {"hint_prompt"} if self.hint_kind == ["full"] else set()
+        free |= set() if self.hinted else {"hint_beta"}
         free -= STRATEGIES.get(
             self.strategy or "", {}
         ).keys()  # a preset's own settings are said even if at their default

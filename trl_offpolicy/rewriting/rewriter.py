@@ -38,6 +38,7 @@ from ..sampling.sampler import (
     PLAIN,
     Sampler,
     as_sampler,
+    cannot_draw_hinted,
 )
 from ..verification.drawing import Drawing
 from ..verification.verifier import as_verifier
@@ -94,6 +95,7 @@ class DataRewriter:
         self.sampler, self.guided_sampler = (s if s is None else as_sampler(s) for s in (sampler, guided_sampler))
         self.teachers = {name: as_sampler(teacher) for name, teacher in (teachers or {}).items()}
         self.stages = args.drawn_stages(self.teachers)
+        self._check_decoding()
         self.verifier = verifier if verifier is None else as_verifier(verifier)
         self.output_dir, self.shard = Path(args.output_dir), Shard.parse(args.shard)
         self.metrics: dict = {}
@@ -347,6 +349,18 @@ class DataRewriter:
             return load_rows((partial if self.missing_shards else self.output_dir / "dataset") / self.shard.parquet)
 
     # ---- set-up ----
+
+    def _check_decoding(self) -> None:
+        """`ValueError` if these engines cannot draw guided attempts as `guided_decoding` says."""
+        if not self.args.hinted:
+            return
+        if self.guided_sampler is not None:
+            raise ValueError(
+                f"You passed guided_decoding='hinted' with the rewriting agent {self.guided_sampler.name}, but both prompts are to be read by the model "
+                "that is trained. Leave out one of them."
+            )
+        if self.sampler is not None and not self.sampler.draws_hinted:
+            raise cannot_draw_hinted(repr(self.sampler))
 
     def _tokenizer(self):
         """That of the prompts, which does not need the model; `None` where an engine does not say which."""

@@ -211,7 +211,7 @@ def _write(file: Path, run: RunDirectory, chosen: dict[str, list[Signed]], count
 
 
 # Columns of a run's rows that say something of the completion that is replaced.
-OF_ANOTHER_COMPLETION = ("candidate", "initial_log_prob")
+OF_ANOTHER_COMPLETION = ("candidate", "initial_log_prob", "hint_beta")
 
 
 def _problems(run: RunDirectory, wanted: dict) -> Iterator[dict]:

@@ -77,7 +77,8 @@ class Attempt:
     reference: int = 0
     rejected: str = ""  # the `Rejection` for which it is not kept though it is correct
     # log π_0 of its text under the prompt that is trained on, and of how many tokens that is the sum: where candidates
-    # are ranked by it, in stages other than `self`, whose `log_prob` is its mean.
+    # are ranked by it, in stages other than `self`, whose `log_prob` is its mean; always with
+    # `guided_decoding="hinted"`, whose `log_prob` is that of the mixture.
     initial_log_prob: float | None = None
     initial_tokens: int = 0
     version: int = 0  # optimizer steps that the policy had been trained for when it drew this, in online training

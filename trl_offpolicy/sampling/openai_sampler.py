@@ -31,6 +31,7 @@ from .sampler import (
     Sampler,
     SamplerError,
     SamplingParams,
+    cannot_draw_hinted,
     check_positive,
     drawn_completion,
     needs,
@@ -220,6 +221,8 @@ class OpenAISampler(Sampler):
     # ---- the four calls ----
 
     def submit(self, request: Request) -> None:
+        if request.unhinted_prompt is not None:
+            raise cannot_draw_hinted(repr(self))
         ids: Any = None
         if self._dialect == "chat":
             params, usual = request.params, SamplingParams()

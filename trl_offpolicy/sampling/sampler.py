@@ -73,6 +73,10 @@ class Request:
     """
     One completion to draw for the conversation `prompt`, rendered with `chat_template_kwargs`, or for a plain text,
     which is not rendered; the same `seed` draws the same completion again.
+
+    With an `unhinted_prompt`, each token is drawn from p^(1−λ)·q^λ, normalised: p is the model's distribution after
+    `prompt`, q that after `unhinted_prompt`, and λ = clip(`hint_beta`·H(p)/ln V, 0, 1) with the entropy H and V tokens
+    in the vocabulary (arXiv 2602.12222). Only a sampler that `draws_hinted` takes it.
     """
 
     id: str
@@ -80,6 +84,8 @@ class Request:
     seed: int
     params: SamplingParams
     chat_template_kwargs: dict[str, Any] | None = None
+    unhinted_prompt: list[dict[str, str]] | str | None = None
+    hint_beta: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +95,8 @@ class Completion:
     `completion_ids` end with the end-of-turn token when `finish_reason` is `"stop"`, or with the one that completes a
     stop text, and `log_probs` holds the model's own log-probability (temperature 1, whole vocabulary) of each of them;
     `text` is their decoding ([`~data.turns.turn_text`]), up to a stop text (half a surrogate pair, which some servers
-    write, is a `?`: nothing could store it). `finish_reason` is `"length"` when the limit cut the completion. When
+    write, is a `?`: nothing could store it). For a request with an `unhinted_prompt`, `log_probs` are of the mixture that
+    the tokens were drawn from, and `unhinted_log_probs` of the model after that prompt. `finish_reason` is `"length"` when the limit cut the completion. When
     there is none, `error` says why: `"refused"` if the prompt cannot be asked (longer than the context, say), whatever
     the seed; `"error"` if the engine failed this once.
     """
@@ -100,6 +107,7 @@ class Completion:
     log_probs: list[float]
     finish_reason: str
     error: str | None = None
+    unhinted_log_probs: list[float] | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "text", storable(self.text))
@@ -124,6 +132,8 @@ class Sampler:
     # The tokenizer that renders its prompts, if it is known, and the ids that end a turn.
     processing_class: Any = None
     stop_token_ids: list[int] = []
+    # Whether it takes requests with an `unhinted_prompt`.
+    draws_hinted: bool = False
     # Asked while it draws: once this is true, `poll` returns though nothing may be finished. An engine that cannot stop
     # on the way need not ask.
     over: Callable[[], bool] = staticmethod(lambda: False)
@@ -204,6 +214,14 @@ def needs(package: str, extra: str, what: str):
         raise ModuleNotFoundError(
             f"{what} needs {package}, which is not installed: pip install 'trl-offpolicy[{extra}]'."
         ) from error
+
+
+def cannot_draw_hinted(engine: str) -> ValueError:
+    """The error of an engine that is not to draw a token from two distributions."""
+    return ValueError(
+        f"You passed guided_decoding='hinted' with the engine {engine}, which cannot draw a token from what the model says after two prompts. Use "
+        "TransformersSampler (--sampler transformers), or guided_decoding='plain'."
+    )
 
 
 def check_positive(**numbers: float | None) -> None:

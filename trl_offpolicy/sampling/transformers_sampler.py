@@ -9,7 +9,9 @@ the ratios are printed by `benchmarks/sampling_transformers.py`.
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from transformers import (
@@ -43,8 +45,29 @@ from .sampler import (
 )
 
 
+def hinted_scores(hinted: torch.Tensor, unhinted: torch.Tensor, beta: float) -> torch.Tensor:
+    """
+    log(p^(1−λ)·q^λ) up to a constant of each row, with λ = clip(β·H(p)/ln V, 0, 1): where the model that sees the hint
+    is sure of the next token it decides, and where it is not, the model without the hint does (arXiv 2602.12222).
+
+    Args:
+        hinted, unhinted (`torch.Tensor`): Logits of p and of q, float, of shape (rows, vocabulary).
+        beta (`float`): β, at least 0; with 0 the result is `hinted`.
+
+    Returns:
+        `torch.Tensor`: Of the same shape.
+    """
+    log_p, log_q = (scores.log_softmax(-1).clamp(min=-1e9) for scores in (hinted, unhinted))  # -inf would give 0·inf
+    entropy = -(log_p.exp() * log_p).sum(-1, keepdim=True)  # (rows, 1), nats
+    weight = (beta * entropy / math.log(hinted.shape[-1])).clamp(0.0, 1.0)
+    return hinted + weight * (log_q - log_p)
+
+
 class _SeededDraw(LogitsProcessor):
-    """Chooses the next token of each row from the row's own random stream, and notes the model's log-prob of it."""
+    """
+    Chooses the next token of each row from the row's own random stream, and notes the log-prob of it; with a `beta`
+    the second half of the batch are the same rows after the prompts without a hint.
+    """
 
     def __init__(
         self,
@@ -54,6 +77,7 @@ class _SeededDraw(LogitsProcessor):
         device,
         stop: list[int],
         room: list[int],
+        beta: float | None = None,
     ):
         # (steps, rows): the numbers of a row depend on its seed and on nothing else
         streams = [
@@ -61,8 +85,9 @@ class _SeededDraw(LogitsProcessor):
             for s in seeds
         ]
         self.uniform = torch.stack(streams, dim=1).to(device)
-        self.params, self.prompt_length = params, max(map(len, prompts))
+        self.params, self.prompt_length = params, _longest(prompts)
         self.log_probs: list[torch.Tensor] = []  # one (rows,) tensor a step
+        self.beta, self.unhinted_log_probs = beta, list[torch.Tensor]()
         # Which rows are not finished yet: only their tokens count as drawn.
         self.stop, self.room = torch.tensor(stop, device=device), torch.tensor(room, device=device)
         self.live, self.drawn = self.room > 0, 0
@@ -84,6 +109,10 @@ class _SeededDraw(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         scores = scores.float()  # (rows, vocabulary)
+        all_scores = scores
+        if self.beta is not None:
+            hinted, unhinted = scores.chunk(2)
+            scores = hinted_scores(hinted, unhinted, self.beta)
         step = input_ids.shape[1] - self.prompt_length
         likely = scores
         if self.penalty is not None:
@@ -94,10 +123,18 @@ class _SeededDraw(LogitsProcessor):
             cumulative = self.warpers(input_ids, likely).softmax(-1).double().cumsum(-1)
             token = torch.searchsorted(cumulative, self.uniform[step][:, None] * cumulative[:, -1:], right=True)
             token = token.clamp(max=scores.shape[-1] - 1)  # (rows, 1)
-        self.log_probs.append((scores.gather(-1, token) - scores.logsumexp(-1, keepdim=True))[:, 0])
+        self.log_probs.append(_log_prob(scores, token))
         self.drawn += int(self.live.sum())
         self.live &= ~torch.isin(token[:, 0], self.stop) & (self.room > step + 1)
-        return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
+        if self.beta is not None:
+            self.unhinted_log_probs.append(_log_prob(unhinted, token))
+            token = token.repeat(2, 1)
+        return torch.full_like(all_scores, -torch.inf).scatter(-1, token, 0.0)
+
+
+def _log_prob(scores: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    """Of the (rows, 1) tokens under (rows, vocabulary) scores: (rows,)."""
+    return (scores.gather(-1, token) - scores.logsumexp(-1, keepdim=True))[:, 0]
 
 
 class _StopTexts(StoppingCriteria):
@@ -111,7 +148,7 @@ class _StopTexts(StoppingCriteria):
         start = max(self.draw.prompt_length, input_ids.shape[1] - self.window)
         tails = (turn_text(self.processing_class, ids) for ids in input_ids[:, start:].tolist())
         ended = torch.tensor([holds(tail, self.draw.params.stop) for tail in tails], device=input_ids.device)
-        self.draw.live &= ~ended
+        self.draw.live &= ~ended[: len(self.draw.live)]
         return ended
 
 
@@ -138,6 +175,8 @@ class TransformersSampler(Sampler):
             prompts make it smaller.
         model_init_kwargs (`dict`, *optional*): Passed to `from_pretrained`, for example `{"dtype": "bfloat16"}`.
     """
+
+    draws_hinted = True
 
     def __init__(
         self,
@@ -166,7 +205,8 @@ class TransformersSampler(Sampler):
         # an embedding for.
         self._learned_positions = not any("rotary" in name for name, _ in self.model.named_modules())
         self.stop_token_ids = stop_token_ids(self.processing_class, self.model.generation_config.eos_token_id)
-        self._pending: list[tuple[Request, list[int]]] = []
+        # With the ids of its prompt, and of its `unhinted_prompt` if it has one.
+        self._pending: list[tuple[Request, list[list[int]]]] = []
         self._failed: list[Completion] = []
         # Entered while this sampler draws: it switches off the adapter that another sampler on the same model uses.
         self._without_adapter = contextlib.nullcontext
@@ -198,11 +238,17 @@ class TransformersSampler(Sampler):
         return other
 
     def submit(self, request: Request) -> None:
-        ids = prompt_ids(self.processing_class, request, self.context)
-        if isinstance(ids, Completion):
-            self._failed.append(ids)
-        else:
-            self._pending.append((request, ids))
+        asked = [request]
+        if request.unhinted_prompt is not None:
+            asked.append(replace(request, prompt=request.unhinted_prompt))
+        prompts = []
+        for each in asked:
+            ids = prompt_ids(self.processing_class, each, self.context)
+            if isinstance(ids, Completion):
+                self._failed.append(ids)
+                return
+            prompts.append(ids)
+        self._pending.append((request, prompts))
 
     def poll(self) -> list[Completion]:
         failed, self._failed = self._failed, []
@@ -210,26 +256,27 @@ class TransformersSampler(Sampler):
             return failed
         # The oldest request always goes, with the waiting requests nearest to it in length (and of the same
         # parameters).
-        oldest, oldest_ids = self._pending[0]
-        alike = [p for p in self._pending if p[0].params == oldest.params]
+        oldest, oldest_prompts = self._pending[0]
+        alike = [p for p in self._pending if _drawn_as(p[0]) == _drawn_as(oldest)]
         if self._learned_positions:
-            room = self._room(oldest, oldest_ids)
+            room = self._room(oldest, oldest_prompts)
             alike = [p for p in alike if self._room(*p) == room]
         batch, width = [], 0
-        for request, ids in sorted(alike, key=lambda p: abs(len(p[1]) - len(oldest_ids)))[: self.batch_size]:
-            width = max(width, len(ids))
-            if batch and width * (len(batch) + 1) > self.batch_tokens:
+        length = _longest(oldest_prompts)
+        for request, prompts in sorted(alike, key=lambda p: abs(_longest(p[1]) - length))[: self.batch_size]:
+            width = max(width, _longest(prompts))
+            if batch and width * len(prompts) * (len(batch) + 1) > self.batch_tokens:
                 break
-            batch.append((request, ids))
+            batch.append((request, prompts))
         taken = {request.id for request, _ in batch}
         self._pending = [p for p in self._pending if p[0].id not in taken]
-        return failed + self._generate(batch, oldest.params)
+        return failed + self._generate(batch, oldest)
 
-    def _room(self, request: Request, ids: list[int]) -> int:
+    def _room(self, request: Request, prompts: list[list[int]]) -> int:
         """
-        How long a completion may get: that depends on its own prompt alone, so neighbours in a batch cannot change it.
+        How long a completion may get: that depends on its own prompts alone, so neighbours in a batch cannot change it.
         """
-        return min(request.params.max_completion_length, self.context - len(ids))
+        return min(request.params.max_completion_length, self.context - _longest(prompts))
 
     @property
     def drawn_tokens(self) -> int:
@@ -253,16 +300,19 @@ class TransformersSampler(Sampler):
         del self.model
 
     @torch.no_grad()
-    def _generate(self, batch: list[tuple[Request, list[int]]], params: SamplingParams) -> list[Completion]:
-        width = max(len(ids) for _, ids in batch)
+    def _generate(self, batch: list[tuple[Request, list[list[int]]]], like: Request) -> list[Completion]:
+        params, beta = like.params, None if like.unhinted_prompt is None else like.hint_beta
+        # All prompts with a hint, then all without, where there are any.
+        prompts = [ids for of_kind in zip(*(ids for _, ids in batch), strict=True) for ids in of_kind]
+        width = _longest(prompts)
         pad = self.processing_class.pad_token_id
         pad = (self.stop_token_ids or [0])[0] if pad is None else pad
         device = self.model.device
-        input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for _, ids in batch], device=device)
-        attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for _, ids in batch], device=device)
+        input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts], device=device)
+        attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
         room = [self._room(*pair) for pair in batch]
-        seeds, prompts = [request.seed for request, _ in batch], [ids for _, ids in batch]
-        self._draw = draw = _SeededDraw(seeds, params, prompts, device, self.stop_token_ids, room)
+        seeds = [request.seed for request, _ in batch]
+        self._draw = draw = _SeededDraw(seeds, params, prompts, device, self.stop_token_ids, room, beta)
         stopping = StoppingCriteriaList([_StopTexts(self.processing_class, draw)] if params.stop else [])
         stopping.append(_Over(self.over))
         own_config, was_training = self.model.generation_config, self.model.training
@@ -280,11 +330,28 @@ class TransformersSampler(Sampler):
             self._draw, self._drawn = None, self._drawn + draw.drawn
             self.model.generation_config = own_config
             self.model.train(was_training)
-        drawn, live = output[:, width:].tolist(), draw.live.tolist()
+        drawn, live = output[: len(batch), width:].tolist(), draw.live.tolist()
         log_probs = torch.stack(draw.log_probs, dim=1).tolist()
+        unhinted = None if beta is None else torch.stack(draw.unhinted_log_probs, dim=1).tolist()
         self._pending += [pair for pair, unfinished in zip(batch, live, strict=True) if unfinished]  # it was over
-        return [
-            drawn_completion(r.id, ids[:n], lp[:n], "length", self.processing_class, self.stop_token_ids, params.stop)
-            for (r, _), ids, lp, n, unfinished in zip(batch, drawn, log_probs, room, live, strict=True)
-            if not unfinished
-        ]
+        completions = []
+        for i, ((request, _), n) in enumerate(zip(batch, room, strict=True)):
+            if live[i]:
+                continue
+            ids, of_ids = drawn[i][:n], log_probs[i][:n]
+            completion = drawn_completion(
+                request.id, ids, of_ids, "length", self.processing_class, self.stop_token_ids, params.stop
+            )
+            if unhinted is not None:
+                completion = replace(completion, unhinted_log_probs=unhinted[i][: len(completion.completion_ids)])
+            completions.append(completion)
+        return completions
+
+
+def _longest(prompts: list[list[int]]) -> int:
+    return max(map(len, prompts))
+
+
+def _drawn_as(request: Request) -> tuple:
+    """What the requests of a batch have in common."""
+    return request.params, request.unhinted_prompt is None, request.hint_beta

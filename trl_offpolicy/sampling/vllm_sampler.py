@@ -17,7 +17,7 @@ from typing import Any
 from ..data.turns import stop_token_ids
 from .loading import load_processing_class
 from .provenance import adapted_revision, checkpoint_digest, hub_commit, local_directory
-from .sampler import Completion, Request, Sampler, SamplerError, drawn_completion, prompt_ids
+from .sampler import Completion, Request, Sampler, SamplerError, cannot_draw_hinted, drawn_completion, prompt_ids
 
 
 class VLLMSampler(Sampler):
@@ -161,6 +161,8 @@ class VLLMSampler(Sampler):
         self.llm.reset_prefix_cache()
 
     def submit(self, request: Request) -> None:
+        if request.unhinted_prompt is not None:
+            raise cannot_draw_hinted(repr(self))
         self._waiting[request.id] = self, request
 
     def _add_requests(self) -> None:

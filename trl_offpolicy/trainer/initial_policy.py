@@ -187,6 +187,13 @@ class InitialPolicy:
                     f"Row {adapted} was sampled with the adapter {dataset[adapted]['model']!r}, so its behaviour log-probs cannot be computed with the "
                     "model that is trained. Set precompute_behavior_log_probs=False to use the stored ones."
                 )
+        if column == "behavior_log_probs" and "hint_beta" in dataset.column_names:
+            mixed = next((i for i, beta in enumerate(dataset["hint_beta"]) if beta is not None), None)
+            if mixed is not None:
+                raise ValueError(
+                    f"Row {mixed} was drawn with guided_decoding='hinted', from a mixture of what the model says after two prompts, so a forward under one "
+                    "of them does not give its behaviour log-probs. Set precompute_behavior_log_probs=False to use the stored ones, which are exact."
+                )
         fingerprint = Hasher.hash(
             (dataset._fingerprint, column, settings, self.accelerator.mixed_precision, self.digest)
         )
