@@ -10,8 +10,9 @@ the page with the paper's tables.
 
 Every step is a command of `trl-offpolicy` in a process of its own, with its options in RUN/steps/, and leaves an ordinary
 directory (`rewrite`, `seed-0/dr_iw-0.0002/train`, …). Run the same command again after an interruption: what is finished
-is not done again, and the step that was stopped goes on. Where there are several learning rates, each method takes the one
-that is best on development problems, which are neither trained nor tested on.
+is not done again, and the step that was stopped goes on. When it is stopped, the page has what is finished. Where there
+are several learning rates, each method takes the one that is best on development problems, which are neither trained nor
+tested on.
 
 --rewriting, --training and --evaluation are YAML files whose options of `trl-offpolicy rewrite`, `sft` and `eval` win over
 the preset's.
@@ -175,11 +176,12 @@ class Experiment:
         for method, seed, place in places:
             yield self._training(method, rates[method], seed)
             yield self._evaluation(f"{place}/eval", place, "test", seed)
+            if self.args.delete_models:  # it need not wait for the others then
+                yield from self._forgetting(place)
         yield self._measuring("gap", self.model, "policy_gap.json", dataset_name=self._path("rewrite/dataset"))
-        for _, _, place in places:
-            for run in ("rewrite", "general"):
-                name = f"{place}/kl-{run}"
-                yield self._measuring(name, place, "forgetting.json", dataset_name=self._path(run), forgetting=True)
+        if not self.args.delete_models:
+            for _, _, place in places:
+                yield from self._forgetting(place)
 
     @property
     def tuned(self) -> bool:
@@ -271,6 +273,11 @@ class Experiment:
     def _measuring(self, name: str, place: str, result: str, **options) -> Step:
         engine = {key: self.settings["rewriting"][key] for key in ("dtype",) if key in self.settings["rewriting"]}
         return Step(name, "gap", {**self._named(place, {}), **engine, **options}, result)
+
+    def _forgetting(self, place: str) -> Iterator[Step]:
+        for run in ("rewrite", "general"):
+            options = {"dataset_name": self._path(run), "forgetting": True}
+            yield self._measuring(f"{place}/kl-{run}", place, "forgetting.json", **options)
 
     # ---- the steps ----
 
@@ -664,6 +671,14 @@ def show_plan(experiment: Experiment) -> None:
     print(f"\n{len(due)} steps to do: {estimate(experiment, due)}")
 
 
+def show_page(experiment: Experiment) -> None:
+    """Writes the page, from what is finished, once the base is measured."""
+    from reproduce_page import write_page
+
+    if not any(step.name == "base/eval" for step in experiment.needed()):
+        print(write_page(experiment))
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if os.environ.get("RANK", "0") != "0":  # under `accelerate launch` one process leads; its steps start their own
@@ -693,10 +708,9 @@ def main(argv: list[str] | None = None) -> int:
         return 3 if error.returncode == 3 else 2
     except (KeyboardInterrupt, OutOfBudget) as reason:
         print(f"\nstopped: {str(reason) or 'interrupted'}. Run the same command again to go on.", file=sys.stderr)
+        show_page(experiment)
         return 3
-    from reproduce_page import write_page
-
-    print(write_page(experiment))
+    show_page(experiment)
     return 0
 
 

@@ -1,4 +1,7 @@
-"""What a run of `reproduce.py` found: `results.json`, `results.md` in the form of the paper's tables, and `results.png`."""
+"""
+What a run of `reproduce.py` found: `results.json`, `results.md` in the form of the paper's tables, and `results.png`. Of a run
+that has stopped early it is what is finished, and says what is not.
+"""
 
 import json
 import sys
@@ -48,14 +51,15 @@ PROTOCOL = (
 
 
 def collect(experiment) -> dict:
-    """Everything that the page shows, from the files of the steps."""
+    """Everything that the page shows, from the files of the steps that are done."""
     run, settings, rates = experiment.run, experiment.settings, experiment.rates()
-    metrics, gap = read(run / "rewrite" / "metrics.json"), read(run / "gap" / "policy_gap.json")
-    places = {m: {s: experiment.place(m, rate, s) for s in experiment.seeds} for m, rate in rates.items()}
+    metrics = read(run / "rewrite" / "metrics.json")
+    gap = read(run / "gap" / "policy_gap.json") if (run / "gap" / "policy_gap.json").exists() else {}
+    places = measured(experiment)
     evaluations = {"base": dict.fromkeys(experiment.seeds, "base/eval")}
     evaluations |= {m: {s: f"{place}/eval" for s, place in of.items()} for m, of in places.items()}
     samples = {m: {s: run / e / "samples.parquet" for s, e in of.items()} for m, of in evaluations.items()}
-    first = {m: read(run / of[0] / "results.json")["benchmarks"] for m, of in evaluations.items()}
+    first = {m: read(run / next(iter(of.values())) / "results.json")["benchmarks"] for m, of in evaluations.items()}
     benchmarks = list(first["base"])
     k = max(int(name[4:]) for name in first["base"][benchmarks[0]] if name.startswith("avg@") and "_" not in name)
     wanted = {
@@ -81,8 +85,29 @@ def collect(experiment) -> dict:
         "benchmarks": benchmarks,
         "accuracy": {m: {name: every(of_problem, m, name) for name in wanted} for m in of_problem},
         "samples": {m: {b: {n: r[b][n] for n in ("mean_length", "truncated", "unparsable")} for b in benchmarks} for m, r in first.items()},
-        "kl": {m: {r: read(run / of[0] / f"kl-{r}" / "forgetting.json") for r in ("rewrite", "general")} for m, of in places.items()},
+        "kl": {m: kl_of(run / next(iter(of.values()))) for m, of in places.items()},
+        "unfinished": [step.name for step in experiment.needed()],
     }  # fmt: skip
+
+
+def measured(experiment) -> dict[str, dict[int, str]]:
+    """The place of each method and seed whose test is done; methods without any are left out."""
+    of_method = {
+        m: {s: experiment.place(m, rate, s) for s in experiment.seeds}
+        for m, rate in experiment.rates().items()
+        if rate
+    }
+    found = {
+        m: {s: place for s, place in of.items() if (experiment.run / place / "eval" / "results.json").exists()}
+        for m, of in of_method.items()
+    }
+    return {m: of for m, of in found.items() if of}
+
+
+def kl_of(place: Path) -> dict[str, dict]:
+    """KL(π_0‖π) on the draws of each rewrite, where it is measured."""
+    files = {run: place / f"kl-{run}" / "forgetting.json" for run in ("rewrite", "general")}
+    return {run: read(file) for run, file in files.items() if file.exists()}
 
 
 def read(path: Path) -> dict:
@@ -95,7 +120,9 @@ def every(of_problem: dict, method: str, metric: str) -> dict:
 
     def of(minus: str | None) -> dict:
         values = {
-            s: each[metric] - (of_problem[minus][s][metric] if minus else 0) for s, each in of_problem[method].items()
+            s: each[metric] - (of_problem[minus][s][metric] if minus else 0)
+            for s, each in of_problem[method].items()
+            if not minus or s in of_problem[minus]
         }
         found = estimate([pd.DataFrame(values).dropna().to_numpy()])
         return {"mean": found["mean"], "half": found["half"]}
@@ -179,7 +206,10 @@ def forgetting_table(results: dict, labels: dict[str, str]):
 
     rows = []
     for method, of in results["kl"].items():
-        line = [number(of[run]["kl_per_token"], ".4f", of[run]["kl_per_token_ci95"]) for run in ("rewrite", "general")]
+        line = [
+            number(of[run]["kl_per_token"], ".4f", of[run]["kl_per_token_ci95"]) if run in of else ""
+            for run in ("rewrite", "general")
+        ]
         samples = results["samples"][method]
         lengths = [f"{sum(s[n] for s in samples.values()) / len(samples):{form}}" for n, form in (("mean_length", ".0f"), ("truncated", ".1%"), ("unparsable", ".1%"))]  # fmt: skip
         rows.append([labels[method], *line, *lengths])
@@ -197,15 +227,20 @@ def markdown_page(results: dict, labels: dict[str, str]) -> str:
         f"{s}: {n['sampled']:,} attempts, {n['correct'] / max(1, n['sampled']):.1%} accepted"
         for s, n in stages.items()
     )
+    gaps = [
+        "## Log-probabilities of the targets under the base, demonstration → rewritten (Table 3)", markdown(gap_table(results, paper)),
+        "The sum favours short targets; compare per token.",
+    ] if results["gap"] else []  # fmt: skip
+    unfinished = ", ".join(results["unfinished"])
     parts = [
         f"# {results['model']}, preset `{results['preset']}`",
         f"{data['train']:,} training problems, {data['dev']:,} for choosing learning rates; {results['settings']['seeds']} fine-tuning seed(s). ± is half of a "
         "95 % interval over problems and seeds; differences are paired by problem.",
+        f"This run is not finished; it has still to do: {unfinished}." if unfinished else "",
         PROTOCOL if paper else "",
         "## Where the rows come from (Table 1)", markdown(yield_table(results, paper)), attempts,
         "## Accuracy (Table 2)", markdown(accuracy_table(results, labels, main, paper)),
-        "## Log-probabilities of the targets under the base, demonstration → rewritten (Table 3)", markdown(gap_table(results, paper)),
-        "The sum favours short targets; compare per token.",
+        *gaps,
         *(["## Which stage does it (Table 4)", markdown(accuracy_table(results, labels, ablated, paper))] if len(ablated) > 2 else []),
         *(["## Other data", markdown(accuracy_table(results, labels, [m for m in ("no_fallback", "rft") if m in methods], None))] if {"no_fallback", "rft"} & set(methods) else []),
         "## What else changed", markdown(forgetting_table(results, labels)),
@@ -240,7 +275,8 @@ def draw(results: dict, curves: dict[str, list], labels: dict[str, str], path: P
     axes[0].set(title=f"{k} at T = 1 (circle), greedy (square)", xlabel="% correct, 95 % intervals")
     axes[1].set(title="−log π of the targets in training", xlabel="step", ylabel="nats per token")
     axes[2].set(title="entropy in training", xlabel="step", ylabel="nats per token")
-    axes[2].legend(frameon=False, fontsize=8)
+    if curves:
+        axes[2].legend(frameon=False, fontsize=8)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(color="#e5e5e5", linewidth=0.6)
@@ -257,12 +293,13 @@ def write_page(experiment) -> str:
 
     results = collect(experiment)
     labels = {"base": "Base", **{name: method.label for name, method in METHODS.items()}}
-    places = {m: experiment.run / experiment.place(m, rate, 0) for m, rate in experiment.rates().items()}
+    places = {m: experiment.run / next(iter(of.values())) for m, of in measured(experiment).items()}
     curves = {m: read(place / "train" / "trainer_state.json")["log_history"] for m, place in places.items()}
     text = markdown_page(results, labels)
     write_whole(experiment.run / "results.json", json.dumps(results, indent=1) + "\n")
     write_whole(experiment.run / "results.md", text)
     draw(results, curves, labels, experiment.run / "results.png")
-    chosen = [experiment.run / name for name in ("rewrite", "gap", "base")] + list(places.values())
+    chosen = [experiment.run / name for name in ("rewrite", "gap", "base") if (experiment.run / name).exists()]
+    chosen += places.values()
     write_report(list(map(str, chosen)), str(experiment.run / "report"))
     return f"{text}\n{experiment.run}/results.json, .md and .png hold this; every curve: {experiment.run}/report/report.html"

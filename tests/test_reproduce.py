@@ -86,10 +86,17 @@ def test_one_command_goes_from_the_demonstrations_to_the_page(here, commands, ca
     lines = Path(reproduce.__file__).with_name("reproduce_general.jsonl").read_text().splitlines()
     (here / "general.jsonl").write_text("\n".join(lines[:3]))
     done, failing = commands
-    failing.append("seed-0-sft-0.01-dev")
+    failing += ["seed-0-sft-0.01-dev", "gap"]
     assert run() == 3 and "Run the same command again" in capsys.readouterr().err
+    # What is finished has its page, and what is not is named there.
+    page = Path("run/results.md").read_text()
+    assert "| Base |" in page and "seed-0/sft-0.01/dev" in page and "| SFT |" not in page
     before = len(done)
+    assert run() == 3
+    page = Path("run/results.md").read_text()
+    assert "| DR+IW |" in page and "still to do: gap, " in page and "(Table 3)" not in page
     assert run() == 0
+    assert "still to do" not in Path("run/results.md").read_text()
     assert len(done) == len(set(done)) and before < len(done)  # nothing is done twice
     # What is tested is neither trained on nor used to choose a learning rate.
     train, dev, test = (texts(f"run/data/{name}.jsonl") for name in ("train", "dev", "test"))

@@ -476,9 +476,9 @@ class RewriteConfig(HubOptions, RunConfig):
         if self.temperature == 0 and self.num_generations > 1:
             equal = f"You passed temperature=0 with num_generations={self.num_generations}: all attempts of a stage at a problem are the same"
             several = [f for f in fields(self) if f.name in ("selection", "keep", "min_correct")]
-            if given := [f"{f.name}={v!r}" for f in several if (v := getattr(self, f.name)) != f.default]:
+            if useless := [f"{f.name}={v!r}" for f in several if (v := getattr(self, f.name)) != f.default]:
                 raise ValueError(
-                    f"{equal}, so {' and '.join(given)}, which needs different ones, does nothing. Pass a temperature above 0, or leave it out and "
+                    f"{equal}, so {' and '.join(useless)}, which needs different ones, does nothing. Pass a temperature above 0, or leave it out and "
                     "pass num_generations=1."
                 )
             warnings.warn(f"{equal}, so where the first is not kept none is. Pass num_generations=1.", stacklevel=4)
