@@ -55,25 +55,36 @@ def conditions_table(conditions: dict) -> str:
     return markdown((["condition", "needed", *(f"base {base}" for base in conditions)], rows))
 
 
-def accuracy_table(results: dict, labels: dict[str, str]) -> str:
-    """Every metric of every method, and the paired differences of the first one, as Markdown."""
+def cell(found: dict | None, sign: str = "") -> str:
+    """An estimate in percent; that of a share of one base and seed has no interval."""
+    if not found:
+        return ""
+    half = f" ± {100 * found['half']:.1f}" if found["half"] else ""
+    return f"{100 * found['mean']:{sign}.1f}{half}"
+
+
+def accuracy_table(
+    results: dict, labels: dict[str, str], references: dict[str, str], more: dict[str, dict[str, str]] | None = None
+) -> str:
+    """
+    Every metric of every method, and the paired differences of the first one to `references` (method → its name in the header),
+    as Markdown. `more`: header → method → the cell of a further column.
+    """
     from trl_offpolicy.reporting.tables import markdown
 
-    def cell(found: dict | None, sign: str = "") -> str:
-        return f"{100 * found['mean']:{sign}.1f} ± {100 * found['half']:.1f}" if found else ""
-
-    accuracy, rows = results["accuracy"], []
+    accuracy, rows, more = results["accuracy"], [], more or {}
     main, *others = next(iter(accuracy.values()))
     for method, of in accuracy.items():
         rates = dict.fromkeys(f"{rate:g}" for rate in results["learning_rate"].get(method, {}).values())
-        differences = [cell(of[main].get(f"minus_{reference}"), "+") for reference in ("sft", "base")]
+        differences = [cell(of[main].get(f"minus_{reference}"), "+") for reference in references]
         line = [cell(of[main]["value"]), *differences, *(cell(of[metric]["value"]) for metric in others)]
-        rows.append([labels[method], ", ".join(rates), *line])
-    return markdown((["%", "learning rate", main, "− SFT", "− base", *others], rows))
+        rows.append([labels[method], ", ".join(rates), *line, *(column.get(method, "") for column in more.values())])
+    differing = [f"− {name}" for name in references.values()]
+    return markdown((["%", "learning rate", main, *differing, *others, *more], rows))
 
 
-def draw(results: dict, labels: dict[str, str], path: Path) -> None:
-    """Accuracy, its difference to the base, and the second family: Okabe and Ito's colours, and markers that differ."""
+def draw(results: dict, labels: dict[str, str], path: Path, reference: str = "base", name: str = "the base") -> None:
+    """Accuracy, its difference to a reference, and the second family: Okabe and Ito's colours, and markers that differ."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -93,13 +104,13 @@ def draw(results: dict, labels: dict[str, str], path: Path) -> None:
 
     dots(axes[0], main, "value", "#0072B2", "o", -0.15, f"{main} at T = 1")
     dots(axes[0], greedy, "value", "#E69F00", "s", 0.15, "greedy")
-    dots(axes[1], main, "minus_base", "#0072B2", "o", 0)
+    dots(axes[1], main, f"minus_{reference}", "#0072B2", "o", 0)
     dots(axes[2], other, "value", "#009E73", "D", 0)
     axes[2].set_xlim(min(90, axes[2].get_xlim()[0]))  # a tenth of a point is not to look like a fall
     axes[1].axvline(0, color="#333333", linewidth=1)
     axes[0].set_yticks(range(len(accuracy)), [labels[method] for method in accuracy])
     axes[0].invert_yaxis()
-    titles = ("fine-tuned family", f"{main}: paired difference to the base", "second family (forgetting)")
+    titles = ("fine-tuned family", f"{main}: paired difference to {name}", "second family (forgetting)")
     for axis, title, unit in zip(axes, titles, ("% correct", "points", "% correct"), strict=True):
         axis.set(title=title, xlabel=unit)
         axis.grid(axis="x", color="#e5e5e5", linewidth=0.6)

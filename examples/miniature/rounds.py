@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from results import estimate, shares
+from results import cell, shares
 from study import (
     METRICS,
     compare,
@@ -34,6 +34,7 @@ from study import (
     finish,
     measure,
     outcome,
+    over,
     parsed,
     parser,
     policy,
@@ -199,11 +200,6 @@ def summarize(args) -> dict:
         for s in args.seeds
     }
 
-    def over(name: str, file: str, value) -> dict:
-        """The mean of a number that each base and seed has, with the interval of seeds and bases."""
-        found = [[value(read(directory_of(args, b, s, name) / file)) for s in args.seeds] for b in args.bases]
-        return estimate([np.array([of_seeds], float) for of_seeds in found])
-
     result = {}
     for name, model in MODELS.items():
         others = {"value": None, "minus_base": "base", "minus_one_shot": model.one_shot}
@@ -217,9 +213,11 @@ def summarize(args) -> dict:
         }
         result[name] = {"accuracy": found, **_cost(args, name)}
         if model.draws:
+            where = partial(directory_of, args, job=name)
             for source in RANK:
-                result[name][source] = over(name, "rows.json", lambda rows, source=source: rows["sources"][source])
-            result[name]["kl_per_token"] = over(name, "kl.json", lambda kl: kl["kl_per_token"])
+                share = over(args, where, "rows.json", lambda rows, source=source: rows["sources"][source])
+                result[name][source] = share
+            result[name]["kl_per_token"] = over(args, where, "kl.json", lambda kl: kl["kl_per_token"])
     settings = {name: getattr(args, name) for name in ("bases", "seeds", "objective", "learning_rate", "num_train", "data_seed")}  # fmt: skip
     return {"settings": settings, "models": result}
 
@@ -235,12 +233,6 @@ def _cost(args, name: str) -> dict:
 
 def table(results: dict) -> str:
     from trl_offpolicy.reporting.tables import markdown
-
-    def cell(found: dict | None, sign: str = "") -> str:
-        if not found:
-            return ""
-        half = f" ± {100 * found['half']:.1f}" if found["half"] else ""  # of one base and seed, a share has none
-        return f"{100 * found['mean']:{sign}.1f}{half}"
 
     rows = []
     for name, of in results["models"].items():

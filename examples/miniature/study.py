@@ -149,7 +149,9 @@ def pretrain(args, base: int) -> None:
         unfinished.rename(name)
 
 
-def draw_rows(model: str, directory: Path, rows: list[dict], seed: int, num_generations: int = K, **options):
+def draw_rows(
+    model: str, directory: Path, rows: list[dict], seed: int, num_generations: int = K, teachers=None, **options
+):
     """The rewritten rows that a model draws."""
     from trl_offpolicy import DataRewriter, MathVerifier, RewriteConfig
 
@@ -157,7 +159,7 @@ def draw_rows(model: str, directory: Path, rows: list[dict], seed: int, num_gene
         str(directory), num_generations=num_generations, max_completion_length=MAX_LENGTH, guided_prompt=GUIDED_PROMPT, seed=seed, **options
     )  # fmt: skip
     with MathVerifier(num_workers=1) as verifier:
-        return DataRewriter(model, config, verifier=verifier).rewrite(rows)
+        return DataRewriter(model, config, verifier=verifier, teachers=teachers).rewrite(rows)
 
 
 def prepare(args, base: int) -> None:
@@ -260,7 +262,7 @@ def fit(args, base: int, method: str, rate: float, seed: int) -> Path:
     return directory
 
 
-def tune(args, base: int, method: str, rate: float) -> None:
+def tune(args, base: int, method: str, rate: float, fit: Callable[..., Path] = fit) -> None:
     """avg@K on the development problems, for fine-tuning seed 0."""
     from trl_offpolicy import MathVerifier, evaluate
 
@@ -360,6 +362,14 @@ def study(args) -> dict:
     return summarize(args, rates)
 
 
+def over(args, directory_of: Callable[[int, int], Path], file: str, value: Callable[[dict], float]) -> dict:
+    """The mean of a number in a file that each base and seed has, with the interval of seeds and bases."""
+    import numpy as np
+
+    found = [[value(read(directory_of(base, seed) / file)) for seed in args.seeds] for base in args.bases]
+    return estimate([np.array([of_seeds], float) for of_seeds in found])
+
+
 def compare(args, known: dict, method: str, metric: str, minus: str | None = None) -> dict:
     """
     A metric of a method, or its paired difference to another, from the `shares` of each (method, base, seed). A problem
@@ -408,7 +418,7 @@ def show(args, results: dict) -> str:
     """Writes the tables as Markdown and the picture; returns the Markdown."""
     text = (
         f"## The bases, before any method\n\n{conditions_table(results['conditions'])}\n"
-        f"## The methods\n\n{accuracy_table(results, LABELS)}\n"
+        f"## The methods\n\n{accuracy_table(results, LABELS, {'sft': 'SFT', 'base': 'base'})}\n"
         "± is half of a 95 % interval that takes in problems, fine-tuning seeds and bases; differences are paired by problem.\n"
     )
     (args.output_dir / "results.md").write_text(text)
