@@ -15,6 +15,7 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "examples" / "miniature"))
 
 import rounds  # noqa: E402
+import strategies  # noqa: E402
 import study  # noqa: E402
 from results import estimate  # noqa: E402
 
@@ -115,10 +116,10 @@ def test_intervals_cover(spread):
 
 
 def test_help_and_dry_run_are_quick(tmp_path, capsys):
-    code = "import sys; sys.path.insert(0, 'examples/miniature'); import study, rounds; [m.main(['--dry_run', '--output_dir', sys.argv[1]]) for m in (study, rounds)]; assert 'torch' not in sys.modules"
+    code = "import sys; sys.path.insert(0, 'examples/miniature'); import study, rounds, strategies; [m.main(['--dry_run', '--output_dir', sys.argv[1]]) for m in (study, rounds, strategies)]; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "none")], cwd=ROOT, check=True)
     assert not (tmp_path / "none").exists()
-    for module, option in ((study, "--learning_rates"), (rounds, "--objective")):
+    for module, option in ((study, "--learning_rates"), (rounds, "--objective"), (strategies, "--tune")):
         with pytest.raises(SystemExit) as stopped:
             module.main(["--help"])
         assert stopped.value.code == 0 and option in capsys.readouterr().out
@@ -171,3 +172,121 @@ def test_rows_and_cost_of_a_one_shot(tmp_path):
         "tokens": 80,
         "steps": 5,
     }
+
+
+# Which rows each method is trained on: the draw and what of it, the sources, and the objective.
+TRAINED_ON = {
+    "sft": ("demonstrations", None, "nll"),
+    "dft": ("demonstrations", None, "dft"),
+    "dr": ("dr/dataset", "self guided expert", "dft"),
+    "grape": ("grape/dataset", "self guided expert", "dft"),
+    "rft": ("rft/dataset", "self guided expert", "dft"),
+    "rest_em": ("rest_em/dataset", "self guided", "dft"),
+    "star": ("star/dataset", "self guided", "dft"),
+    "sdft": ("sdft/dataset", "self guided expert", "dft"),
+    "s3ft": ("s3ft/dataset", "self guided expert", "dft"),
+    "hinted": ("hinted/dataset", "self guided expert", "dft"),
+    "replay": ("replay/with_replay", "self guided expert", "dft"),
+    "threshold": ("dr/dataset", "self guided expert", "threshold"),
+    "topr": ("rft/signed", "self guided expert", "topr"),
+}
+
+
+def test_rows_of_a_strategy(tmp_path, monkeypatch):
+    """What `fit` gives to the training, from draws that say what they are."""
+    from datasets import Dataset
+
+    given = {}
+
+    def train(rows, objective, rate, seed, directory, model):
+        given[directory.name.rpartition("-")[0]] = rows, objective, rate, seed
+        study.write(directory / "trainer_state.json", {})
+
+    monkeypatch.setattr(strategies, "train", train)
+    args = strategies.parse(["--output_dir", str(tmp_path), "--bases", "0", "--num_train", "3"])
+    for draw in strategies.DRAWS:
+        for folder in ("dataset", "with_replay", "signed"):
+            directory = strategies.draw_of(args, 0, 7, draw) / folder
+            directory.mkdir(parents=True)
+            rows = [{"source": source, "of": f"{draw}/{folder}"} for source in ("self", "guided", "expert")]
+            Dataset.from_list(rows).to_parquet(directory / "train-00000-of-00001.parquet")
+    for method in strategies.METHODS:
+        strategies.fit(args, 0, strategies.name_of(method), 1e-3, 7)
+    assert given.keys() == TRAINED_ON.keys()
+    for method, (of, sources, objective) in TRAINED_ON.items():
+        rows, *how = given[method]
+        assert how == [objective, 1e-3, 7], method
+        if sources is None:
+            assert rows["completion"][:] == [row["completion"] for row in study.splits(args, 0)["train"]]
+        else:
+            assert (set(rows["of"]), rows["source"][:]) == ({of}, sources.split()), method
+
+
+def test_settings_of_a_draw(tmp_path):
+    """Each is its preset, with K = 4 where the paper has no 1; one that goes on from another has the same attempts."""
+    from trl_offpolicy import RewriteConfig
+    from trl_offpolicy.rewriting.strategies import STRATEGIES
+
+    def config(name):
+        options = strategies.settings_of(strategies.DRAWS[name])
+        general = {"replay_dataset": "general.jsonl"} if name == "replay" else {}
+        return RewriteConfig(str(tmp_path), **{"num_generations": study.K, **options, **general})
+
+    presets = dict.fromkeys(("dr", "hinted", "replay"), "mind_the_gap")
+    for name, draw in strategies.DRAWS.items():
+        preset, own = STRATEGIES[presets.get(name, name)], config(name)
+        assert {s for s, v in preset.items() if getattr(own, s, v) != v} <= draw.settings.keys()
+        assert own.num_generations == (1 if name in ("star", "sdft", "s3ft") else 4)
+        if draw.begins_as:
+            assert own.identity() == config(draw.begins_as).identity()
+    assert config("hinted").identity() != config("dr").identity()
+    assert config("star").hint_prompt.count("{hint}") == 1
+
+
+def test_replay_has_no_problem_of_a_test(tmp_path):
+    args = strategies.parse(["--output_dir", str(tmp_path)])
+    file = strategies.general_prompts(args, 1, tmp_path / "draw" / "general.jsonl")
+    with open(file) as lines:
+        asked = [json.loads(line)["prompt"][0]["content"] for line in lines]
+    tested = {
+        row["prompt"][0]["content"] for name in ("other", "target", "dev") for row in study.splits(args, 1)[name]
+    }
+    assert len(asked) == len(set(asked)) == strategies.NUM_GENERAL and not tested & set(asked)
+
+
+def test_table_of_strategies(tmp_path, capsys):
+    """All jobs are done: the table says what their files do, with differences paired by problem."""
+    import pandas as pd
+
+    options = ["--output_dir", str(tmp_path), "--bases", "0", "--methods", "topr", "--learning_rates", "1e-4", "3e-5"]
+    args = strategies.parse(options)
+    right = {"base": [1, 0, 0, 0], "dr": [1, 1, 0, 0], "topr": [1, 1, 1, 0]}  # of four problems
+    for rate, accuracy in ((1e-4, 0.5), (3e-5, 0.25)):
+        study.write(tmp_path / "base-0" / "dev" / "strategies" / f"topr-{rate:g}.json", {"avg@4": accuracy})
+    for draw, tokens in (("dr", 5000), ("rft", 7000)):
+        study.write(strategies.draw_of(args, 0, 0, draw) / "results.json", {"tokens": tokens})
+    for method, rate in (("base", None), ("dr", 3e-4), ("topr", 1e-4)):
+        directory = study.run_dir(args, 0, strategies.name_of(method), rate, 0)
+        study.write(directory / "results.json", {})
+        study.write(directory / "rows.json", {"rows": 3, "sources": {"self": 3}})
+        study.write(directory / "kl.json", {"kl_per_token": 0.125})
+        stages = (("target", "eval", 4), ("target", "greedy", 1), ("other", "eval", 4))
+        samples = [
+            {"benchmark": benchmark, "stage": stage, "id": i, "verdict": ("wrong", "correct")[verdict]}
+            for benchmark, stage, number in stages
+            for i, verdict in enumerate(right[method])
+            for _ in range(number)
+        ]
+        pd.DataFrame(samples).to_parquet(directory / "samples.parquet")
+    assert strategies.main([*options, "--dry_run"]) == 0 and "due" not in capsys.readouterr().out
+    assert strategies.main(options) == 0
+    lines = capsys.readouterr().out.splitlines()
+    cells = {
+        line.split("|")[1].strip(): [cell.split("±")[0].strip() for cell in line.split("|")[2:-1]]
+        for line in lines
+        if "|" in line
+    }
+    assert cells["Base"] == ["", "25.0", "-25.0", "", "25.0", "25.0", "25.0", "", "", ""]
+    assert cells["DR"] == ["0.0003", "50.0", "", "+25.0", "50.0", "50.0", "50.0", "0.125", "5", "3 self"]
+    assert cells["TOPR"] == ["0.0001", "75.0", "+25.0", "+50.0", "75.0", "75.0", "75.0", "0.125", "7", "3 self"]
+    assert (tmp_path / "strategies.png").exists() and not (tmp_path / "jobs.log").exists()
