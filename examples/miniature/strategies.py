@@ -1,26 +1,28 @@
 """Data strategies against each other, in miniature: the same problems, policy and objective, other rows.
 
-    python examples/miniature/strategies.py --bases 0 1 2     # all of it; run the same command again after an interruption
+    python examples/miniature/strategies.py --bases 0 1 2     # all of it; run it again after an interruption
     python examples/miniature/strategies.py --dry_run         # what would be run, and how much of it is there already
 
-It has the bases, problems and measures of `study.py` and shares its directory: a base policy that is there is not trained
-again. Each strategy rewrites the same 400 demonstrations with K = 4 unless it says 1, and each policy is trained for one epoch:
+It has the bases, problems and measures of `study.py` and shares its directory: a base policy that is there is not
+trained again. Each strategy rewrites the same 400 demonstrations, with K = 4 unless it says "one", and each policy is
+trained for one epoch:
 
-    SFT, DFT           on the demonstrations
-    DR                 own solution, else retelling, else demonstration (`--strategy mind_the_gap`)
-    GRAPE              of what the policy and another base's write, and the demonstration, what the policy finds likeliest
-    RFT                every correct solution with other equations, and the demonstrations
-    ReST-EM            the same solutions without demonstrations
-    STaR               one greedy attempt, what fails once more with the answer as a hint; what fails twice is left out
-    SDFT, S3FT         one retelling; one own answer, else one retelling; else the demonstration
-    hinted             DR whose retellings go on in the policy's own voice (guided_decoding "hinted", β = 10)
-    DR, 5 % replay     DR's rows, and the policy's own answers to problems of the second family that are in no test
-    threshold          DR's rows; tokens less likely than 0.1 weigh nothing
-    TOPR               two of the four own attempts at each problem, right ones and wrong ones
+    SFT, DFT        on the demonstrations
+    DR              own solution, else retelling, else demonstration (`--strategy mind_the_gap`)
+    GRAPE           of what the policy and another base's write, and the demonstration, what the policy finds likeliest
+    RFT             every correct solution with other equations, and the demonstrations
+    ReST-EM         the same solutions without demonstrations
+    STaR            one greedy attempt; what fails, once more with the answer as a hint; what fails twice is left out
+    SDFT            one retelling, else the demonstration
+    S3FT            one own answer, else one retelling, else the demonstration
+    hinted          DR whose retellings go on in the policy's own voice (guided_decoding "hinted", β = 10)
+    DR, 5 % replay  DR's rows, and the policy's own answers to problems of the second family that are in no test
+    DR, threshold   DR's rows; tokens less likely than 0.1 weigh nothing
+    TOPR            two of the four own attempts at each problem, right ones and wrong ones
 
-What iterates in its paper (ReST-EM, STaR) has one round. All but SFT, threshold and TOPR are trained as DFT at 3e-4, what the
-study chose for DR+DFT, so that only the rows differ; SFT at 3e-5, its choice there. For the other two, and for what
-`--tune` names, the rate is chosen on each base's development problems, as in the study.
+What iterates in its paper (ReST-EM, STaR) has one round. All but SFT, threshold and TOPR are trained as DFT at 3e-4,
+what the study chose for DR+DFT, so that only the rows differ; SFT at 3e-5, its choice there. For the other two, and
+for what `--tune` names, the rate is chosen on each base's development problems, as in the study.
 """
 
 import json
@@ -88,7 +90,7 @@ REPLAY_SHARE, NUM_GENERAL = 0.05, 100
 DRAWS = {
     "dr": Draw("mind_the_gap"),
     "grape": Draw("grape"),
-    "rft": Draw("rft", {"selection": "random"}, signed=True),  # K attempts in either case; here so that ReST-EM's are the same
+    "rft": Draw("rft", {"selection": "random"}, signed=True),  # K either way; so ReST-EM's are the same
     "rest_em": Draw("rest_em", begins_as="rft"),
     "star": Draw("star", {"hint_prompt": GUIDED_PROMPT.replace("{solution}", "{hint}")}),
     "sdft": Draw("sdft"),
@@ -214,15 +216,15 @@ def make(args, base: int, where: str, rate: float, seed: int) -> None:
     measure(args, base, where, rate, seed, model)
 
 
-def tuned(args) -> Namespace:
+def tuned(args, bases: list[int]) -> Namespace:
     """The settings under which the study's functions choose learning rates for the methods that have none."""
     methods = [name_of(m) for m in args.methods if METHODS[m].objective not in RATES or m in args.tune]
-    return Namespace(**{**vars(args), "methods": methods})
+    return Namespace(**{**vars(args), "methods": methods, "bases": bases})
 
 
 def rates_of(args, bases: list[int]) -> dict[str, dict[int, float]]:
     """Method → base → learning rate."""
-    chosen = chosen_rates(Namespace(**{**vars(tuned(args)), "bases": bases}))
+    chosen = chosen_rates(tuned(args, bases))
     return {m: chosen.get(name_of(m)) or dict.fromkeys(bases, RATES[METHODS[m].objective]) for m in args.methods}
 
 
@@ -242,8 +244,7 @@ def first_phases(args, base: int, seed: int) -> list[list[partial]]:
     first, later = draws(args, base, seed)
     phases = [[partial(test, args, base, "base", None, seed), *first], later]
     if seed == TUNING_SEED:
-        of_base = Namespace(**{**vars(tuned(args)), "bases": [base]})
-        phases.append([partial(job.func, *job.args, fit=fit) for job in tuning_jobs(of_base)])
+        phases.append([partial(job.func, *job.args, fit=fit) for job in tuning_jobs(tuned(args, [base]))])
     return phases
 
 
@@ -330,10 +331,8 @@ def table(results: dict) -> str:
 def dry_run(args) -> None:
     jobs = [pretrainings(args)]
     for base, seed in [(base, seed) for seed in sorted(args.seeds) for base in args.bases]:
-        first = first_phases(args, base, seed)
-        jobs += first
-        of_base = Namespace(**{**vars(tuned(args)), "bases": [base]})
-        if all(result_of(job).exists() for job in tuning_jobs(of_base)):
+        jobs += first_phases(args, base, seed)
+        if all(result_of(job).exists() for job in tuning_jobs(tuned(args, [base]))):
             jobs.append(makes(args, base, seed))
         else:
             print(
@@ -350,7 +349,7 @@ def parse(argv: list[str] | None):
     mine.add_argument("--learning_rates", type=float, nargs="+", default=[3e-5, 1e-4, 3e-4], help="the grid")
     args = parsed(mine, argv)
     args.methods = [name for name in METHODS if name in {"dr", *args.methods}]
-    if tuned(args).methods and TUNING_SEED not in args.seeds:
+    if tuned(args, args.bases).methods and TUNING_SEED not in args.seeds:
         mine.error(f"learning rates are chosen with fine-tuning seed {TUNING_SEED}; name it in --seeds too")
     return args
 
