@@ -338,9 +338,12 @@ def test_rendered_prompts_double_bos_and_other_training_formats_are_refused(toke
         )
     plain = {"sampler": type("S", (Rendering,), {"processing_class": tokenizer})(), "num_generations": 1}
     trained = {"problem": "2+2?", "prompt": [{"role": "user", "content": SOLVE_PROMPT.replace("{problem}", "2+2?")}]}
-    run({"b": one}, train_dataset=[trained], **plain)
+    turns = [{"role": "system", "content": "Chat."}, {"role": "user", "content": "Hi"}]
+    replay = {"problem": None, "source": "replay", "prompt": turns}  # says nothing of how problems were asked
+    run({"b": one}, train_dataset=[replay, trained], **plain)
     with pytest.raises(ValueError, match="words around the problem"):
-        run({"b": one}, train_dataset=[{**trained, "prompt": [{"role": "user", "content": "2+2?"}]}], **plain)
+        bare = {**trained, "prompt": [{"role": "user", "content": "2+2?"}]}
+        run({"b": one}, train_dataset=[replay, bare], **plain)
     with pytest.raises(ValueError, match="turns before the problem"):
         run({"b": one}, train_dataset=[trained], system_prompt="Be good.", **plain)
     with pytest.raises(ValueError, match="plain texts in one of the two"):

@@ -78,6 +78,18 @@ def test_policy_gap_refuses_what_it_cannot_measure(tiny_model, tokenizer):
         measure_policy_gap(tiny_model, [row], tokenizer)
 
 
+def test_replay_rows_have_no_gap_and_are_left_out(tiny_model, tokenizer):
+    """Of `with_replay`, in which they come first, with empty columns for what they do not have."""
+    data = rewritten_rows(tokenizer)
+    other = {"prompt": [{"role": "user", "content": "Tell."}], "source": "replay", "input_completion": None}
+    replay = [{**row, **other} for row in data[:2]]
+    with pytest.warns(UserWarning, match="2 of 14 rows are replay rows, .*: they are left out"):
+        found = measure_policy_gap(tiny_model, Dataset.from_list([*replay, *data]), tokenizer)
+    assert found == measure_policy_gap(tiny_model, data, tokenizer)
+    with pytest.raises(ValueError, match="All 2 rows are replay rows"):
+        measure_policy_gap(tiny_model, replay, tokenizer)
+
+
 def test_the_gap_command_says_what_is_wrong_before_a_model_is_loaded(tmp_path, monkeypatch, capsys, tokenizer):
     """Exit code 2 and a sentence; ~ is the home directory."""
     monkeypatch.setenv("HOME", str(tmp_path))

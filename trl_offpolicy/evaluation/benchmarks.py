@@ -21,7 +21,7 @@ from ..data.formats import (
     tell_missing_answers,
 )
 from ..data.loading import load_rows, plain_rows
-from ..data.rows import content_id
+from ..data.rows import Source, content_id
 from ..data.tokenization import encode_prompt
 
 
@@ -195,7 +195,7 @@ def check_format(
         check_prompts(processing_class, name, each)
         check_training_format(processing_class, each, train_tokenizer, train_dataset)
     # Rows without a column of them may have been trained on with `trl-offpolicy sft --chat_template_kwargs`.
-    if train_dataset is not None and (trained := next(iter(train_dataset)).get("chat_template_kwargs")):
+    if train_dataset is not None and (trained := _row_of(train_dataset).get("chat_template_kwargs")):
         _same(chat_template_kwargs, trained, "The `chat_template_kwargs` are others than in training")
 
 
@@ -229,9 +229,9 @@ def check_training_format(processing_class, questions: list[Question], tokenizer
     Args:
         tokenizer (`str` or `PreTrainedTokenizerBase`, *optional*): With which it was trained: both must render a
             conversation alike.
-        dataset (`datasets.Dataset` or `list[dict]`, *optional*): On which it was trained: the first row's turns before
-            the problem must be the same, and so must the words around the problem, where the row says what its problem
-            is.
+        dataset (`datasets.Dataset` or `list[dict]`, *optional*): On which it was trained: the turns before the problem
+            of the first row that is no replay must be the same, and so must the words around the problem, where the
+            row says what its problem is.
 
     Raises:
         ValueError: They differ; both are shown.
@@ -246,7 +246,7 @@ def check_training_format(processing_class, questions: list[Question], tokenizer
             ours, theirs = (c.apply_chat_template(turns, tokenize=False) for c in (processing_class, other))
             _same(ours, theirs, "The chat template is another one than in training")
     if dataset is not None:
-        row = next(iter(dataset))
+        row = _row_of(dataset)
         trained = row["prompt"]
         if isinstance(trained, str) != isinstance(asked, str):
             _same(asked, trained, "Prompts are plain texts in one of the two and messages in the other")
@@ -260,6 +260,11 @@ def check_training_format(processing_class, questions: list[Question], tokenizer
             wanted = trained[-1]["content"].replace(problem, "{problem}", 1)
             what = f"The words around the problem are others than in training (solve_prompt={wanted!r:.300})"
             _same(asked[-1]["content"], expected, what)
+
+
+def _row_of(dataset) -> dict:
+    """The first row that was trained on to solve problems; replay rows answer other prompts, asked in other words."""
+    return next((row for row in dataset if row.get("source") != Source.REPLAY), {}) or next(iter(dataset))
 
 
 def _same(ours, theirs, what: str) -> None:

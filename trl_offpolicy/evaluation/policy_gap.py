@@ -60,7 +60,8 @@ def measure_policy_gap(
     Args:
         model (`str` or `PreTrainedModel`): Usually the model that will be trained, before training.
         dataset (`datasets.Dataset` or `list[dict]`): Rows written by `DataRewriter`; or demonstrations in any format
-            that it takes, of which nothing was rewritten yet: then all are `expert`, and before equals after.
+            that it takes, of which nothing was rewritten yet: then all are `expert`, and before equals after. Replay
+            rows are left out.
         processing_class (`PreTrainedTokenizerBase`, *optional*): By default the model's.
         batch_tokens (`int`, *optional*, defaults to `8192`): Tokens of one forward, padding included.
         concatenate (`bool`, *optional*, defaults to `False`): Score the text of the problem followed directly by the
@@ -98,7 +99,8 @@ def measure_policy_gap(
             cannot be loaded.
     """
     check_mode(control_tokens)
-    rows = _demonstrations_as_rows(list(plain_rows(dataset)), answer_column, solve_prompt, system_prompt)
+    rows = _without_replay(list(plain_rows(dataset)))
+    rows = _demonstrations_as_rows(rows, answer_column, solve_prompt, system_prompt)
     _check_rows(rows, concatenate)
     rows = [{"chat_template_kwargs": template_kwargs(chat_template_kwargs), **row} for row in rows]
     model, processing_class = model_and_tokenizer(model, processing_class, model_init_kwargs)
@@ -128,6 +130,21 @@ def measure_policy_gap(
     if output_dir is not None:
         _write(Path(output_dir).expanduser(), result, rows, sums, texts)
     return result
+
+
+def _without_replay(rows: list[dict]) -> list[dict]:
+    """The rows but those of replay: the policy's own answers to general prompts, which replace no demonstration."""
+    kept = [row for row in rows if row.get("source") != Source.REPLAY]
+    if rows and not kept:
+        raise ValueError(
+            f"All {len(rows):,} rows are replay rows, which replace no demonstration: there is no gap to measure. Pass the rewrite's `dataset`."
+        )
+    if len(kept) < len(rows):
+        warnings.warn(
+            f"{len(rows) - len(kept):,} of {len(rows):,} rows are replay rows, which replace no demonstration: they are left out.",
+            stacklevel=3,
+        )
+    return kept
 
 
 def _demonstrations_as_rows(
