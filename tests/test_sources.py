@@ -1,5 +1,6 @@
 """Candidates from anywhere, ranked by the student under the prompt that it is trained on."""
 
+import copy
 import json
 import random
 from collections import Counter
@@ -10,10 +11,14 @@ import yaml
 from conftest import POLICY
 from datasets import Dataset, load_dataset
 from scripted import ScriptedSampler, config, rewrite, rows, verify
+from training import config as training_config
+from training import train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_offpolicy import (
     DataRewriter,
+    DFTConfig,
+    DFTTrainer,
     ImportanceWeightedSFTConfig,
     ImportanceWeightedSFTTrainer,
     RewriteConfig,
@@ -31,6 +36,7 @@ from trl_offpolicy.reporting.report import write_report
 from trl_offpolicy.rewriting.dataset_card import edited_card
 from trl_offpolicy.rewriting.dry_run import shown_strategy
 from trl_offpolicy.rewriting.hints import hint
+from trl_offpolicy.rewriting.signed_rows import write_signed_rows
 from trl_offpolicy.rewriting.strategies import LOOP_SETTINGS, STRATEGIES
 from trl_offpolicy.runs.run_directory import RunDirectory
 from trl_offpolicy.sampling.engine import make_teachers, read_teachers
@@ -433,9 +439,9 @@ def test_of_a_teacher_with_other_tokens_the_text_is_enough(tmp_path, tokenizer):
         rewriter(tmp_path, tokenizer, None, **args)
 
 
-def rewriter(tmp_path, tokenizer, teachers, **kwargs):
+def rewriter(tmp_path, tokenizer, teachers, sampler=None, **kwargs):
     args = config(tmp_path, **kwargs)
-    return DataRewriter("scripted", args, sampler=Sums(tokenizer), verifier=verify, teachers=teachers)
+    return DataRewriter("scripted", args, sampler=sampler or Sums(tokenizer), verifier=verify, teachers=teachers)
 
 
 def test_a_teacher_that_does_not_answer_is_not_wrong(tmp_path, tokenizer):
@@ -457,40 +463,78 @@ def test_a_teacher_that_does_not_answer_is_not_wrong(tmp_path, tokenizer):
 # ---- several rows for a problem ----
 
 
-@pytest.mark.parametrize("objective", ["iw", {"self": "iw", "teacher": "dft", "expert": "nll"}])
-def test_several_rows_for_a_problem_and_those_of_teachers_go_wherever_others_go(tmp_path, tiny_model, objective):
-    tokenizer = AutoTokenizer.from_pretrained(POLICY)
+def test_several_rows_for_a_problem_and_those_of_teachers_go_wherever_others_go(tmp_path, tiny_model, tokenizer):
     kept = {"num_generations": 4, "keep": "all", "keep_demonstration": True, "select_across": "max_initial_log_prob"}
     run = rewriter(tmp_path, tokenizer, {"big": Named(tokenizer, p_self=0.5)}, **kept)
     rewritten = run.rewrite(rows(6))
     assert {"self", "teacher", "expert"} <= set(rewritten["source"]) and len(rewritten) > 12
-    settings = {"report_to": "none", "use_cpu": True, "bf16": False, "max_steps": 1, "save_strategy": "no"}
-    trained = ImportanceWeightedSFTTrainer(
-        tiny_model,
-        ImportanceWeightedSFTConfig(str(tmp_path / "o"), objective=objective, **settings),
-        train_dataset=rewritten,
-        processing_class=tokenizer,
-    )
-    trained.train()
-    assert trained.train_sources == Counter(rewritten["source"])
-    if objective == "iw":
-        gap = measure_policy_gap(tiny_model, rewritten, tokenizer)
-        assert gap["teacher"]["rows"] == rewritten["source"].count("teacher") and gap["total"]["rows"] == len(
-            rewritten
-        )
-        page = write_report([str(tmp_path / "run")], str(tmp_path / "report")).read_text()
-        assert "teacher:big" in page
-        directory = RunDirectory(tmp_path / "run")
-        card = str(edited_card(None, directory, "me/rows", {"default": {}}, {}))
-        assert "| teacher | " in card and "someone/big" in card and "`teacher`" in card
-        assert sum(directory.sources.values()) == len(rewritten) and "expert" not in directory.counts.stages
-        assert (
-            rewriter(tmp_path, tokenizer, {"big": Named(tokenizer)}, **kept).rows_so_far(
-                rows(6), tmp_path / "r.parquet"
-            )
-            == 6
-        )
-        assert Dataset.from_parquet(str(tmp_path / "r.parquet")).to_list() == rewritten.to_list()
+    gap = measure_policy_gap(tiny_model, rewritten, tokenizer)
+    assert gap["teacher"]["rows"] == rewritten["source"].count("teacher") and gap["total"]["rows"] == len(rewritten)
+    page = write_report([str(tmp_path / "run")], str(tmp_path / "report")).read_text()
+    assert "teacher:big" in page
+    directory = RunDirectory(tmp_path / "run")
+    card = str(edited_card(None, directory, "me/rows", {"default": {}}, {}))
+    assert "| teacher | " in card and "someone/big" in card and "`teacher`" in card
+    assert sum(directory.sources.values()) == len(rewritten) and "expert" not in directory.counts.stages
+    again = rewriter(tmp_path, tokenizer, {"big": Named(tokenizer)}, **kept)
+    assert again.rows_so_far(rows(6), tmp_path / "r.parquet") == 6
+    assert Dataset.from_parquet(str(tmp_path / "r.parquet")).to_list() == rewritten.to_list()
+
+
+def test_a_step_on_the_rows_of_a_run_is_that_of_a_naive_loss(tmp_path, tiny_model, tokenizer):
+    """Of self, guided, teacher and expert, several for a problem; and of what the same run got right and wrong."""
+    kept = {"num_generations": 3, "keep": "all", "keep_demonstration": True, "min_guided_length": 0.0}
+    teachers, student = {"big": Named(tokenizer, p_self=0.9)}, Sums(tokenizer, p_self=0.2, p_guided=0.3)
+    run = rewriter(tmp_path, tokenizer, teachers, student, teacher_log_probs=True, **kept)
+    rewritten = run.rewrite(rows(8))
+    assert set(rewritten["source"]) == {"self", "guided", "teacher", "expert"} and len(rewritten) > 12
+    write_signed_rows(tmp_path / "run", tmp_path / "signed", max_per_problem=2)
+    signed = load_dataset(str(tmp_path / "signed"), split="train")
+    assert set(signed["reward"]) == {1.0, -1.0}
+    by_source = {"self": "iw", "guided": "iw", "teacher": "dft"}  # and nll for the demonstrations
+    for trainer, objective, data in (
+        (ImportanceWeightedSFTTrainer, None, rewritten),
+        (ImportanceWeightedSFTTrainer, by_source, rewritten),
+        (DFTTrainer, None, rewritten),
+        (ImportanceWeightedSFTTrainer, "topr", signed),
+    ):
+        whole = {"per_device_train_batch_size": len(data), "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 1e9, "max_steps": 1}  # fmt: skip
+        config_class = DFTConfig if trainer is DFTTrainer else ImportanceWeightedSFTConfig
+        args = training_config(config_class, tmp_path / "trained", objective=objective, max_length=None, **whole)
+        model, reference = (copy.deepcopy(tiny_model) for _ in range(2))
+        trained = trainer(model, args, train_dataset=data, processing_class=tokenizer)
+        (logged,) = [entry["loss"] for entry in train(trained)[1]]
+        chosen = objective or ("dft" if trainer is DFTTrainer else "iw")
+        loss = naive_loss(reference, tokenizer, data, chosen)
+        assert logged == pytest.approx(loss.item(), abs=1e-4) and trained.train_sources == Counter(data["source"])
+        loss.backward()
+        for p, q in zip(trained.model.parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(p, q - 0.1 * q.grad, atol=1e-6, rtol=1e-4)
+
+
+def naive_loss(model, tokenizer, data, objective):
+    """One example after another, from the row's text and columns; a mean over tokens, or for `topr` over examples."""
+    losses, tokens = [], []
+    for row in data:
+        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
+        target = row["completion_ids"] or tokenizer(row["completion"][0]["content"] + "<|im_end|>")["input_ids"]
+        log_p = model(torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        log_p = log_p[range(len(target)), target]
+        p, mu = log_p.detach().exp(), torch.tensor(row["behavior_log_probs"])
+        weight = objective.get(row["source"], "nll") if isinstance(objective, dict) else objective
+        if weight == "topr":
+            weight = 1.0 if row["reward"] > 0 else -min((log_p.detach() - mu).sum().exp().item(), 1.0)
+        elif weight == "iw":
+            weight = (p / mu.exp()).clamp(max=3.0) if len(mu) else 1.0
+        else:
+            weight = p if weight == "dft" else 1.0
+        losses.append(-(weight * log_p).sum())
+        tokens.append(len(target))
+    if objective == "topr":
+        return sum(loss / n for loss, n in zip(losses, tokens, strict=True)) / len(losses)
+    return sum(losses) / sum(tokens)
 
 
 # ---- on the command line ----
