@@ -19,7 +19,7 @@ from trl_offpolicy.data.formats import read_rows
 from trl_offpolicy.data.rows import Rejection, Verdict
 from trl_offpolicy.rewriting.scheduler import Speculation
 from trl_offpolicy.runs.journal import Journal
-from trl_offpolicy.runs.run_counts import RunCounts, cut_advice
+from trl_offpolicy.runs.run_counts import RunCounts, cut_advice, summary
 from trl_offpolicy.runs.run_log import RunLog
 from trl_offpolicy.runs.run_memory import RunMemory
 from trl_offpolicy.sampling.sampler import Completion, SamplerError, attempt_seed
@@ -628,7 +628,9 @@ class Long(ScriptedSampler):
 
 def test_a_run_that_cuts_much_says_what_to_raise_and_to_what(tmp_path, capsys):
     """Of exponential lengths with mean 100, one in twenty is longer than -100 ln 0.05 = 300."""
-    _, metrics = rewrite(tmp_path / "long", rows(300), Long())
+    rewriter = DataRewriter("scripted", config(tmp_path), sampler=Long(), verifier=verify)
+    rewriter.rewrite(rows(300))
+    metrics = rewriter.metrics
     assert metrics["stages"]["self"]["truncated"] > 300
     advice = cut_advice(metrics["sampling"], 50)
     told = re.fullmatch(
@@ -639,6 +641,9 @@ def test_a_run_that_cuts_much_says_what_to_raise_and_to_what(tmp_path, capsys):
     assert re.findall(r"--max_completion_length (\d+)", advice) == [told[3]]
     shown = capsys.readouterr().err
     assert shown.count("were cut at max_completion_length = 50") == 1 and "% cut" in shown
+    early = rewriter.advice  # of fewer attempts, or of all, and then not to be said again
+    assert early in shown and advice in [early, *summary(metrics, 50, early)]
+    assert advice not in summary(metrics, 50, advice) and advice in summary(metrics, 50)
     _, metrics = rewrite(tmp_path / "short", rows(50))
     assert cut_advice(metrics["sampling"], 50) is None  # one in twenty
     blind = cut_advice({"sampled": 48, "truncated": 47, "late_ends": 0, "late_tokens": 47 * 25}, 50)

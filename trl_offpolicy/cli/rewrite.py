@@ -119,7 +119,7 @@ def rewrite(argv: list[str]) -> int:
     if rewritten is None:
         print("drop --dry_run and --probe to start" if samples else "nothing was sampled; drop --dry_run to start")
         return 0
-    print(*summary(rewriter.metrics, config.max_completion_length), sep="\n")
+    print(*summary(rewriter.metrics, config.max_completion_length, rewriter.advice), sep="\n")
     if (undrawn := rewriter.metrics["undrawn"]) and not config.accept_failed:
         print(
             f"The engine failed at {undrawn:,} attempts, so rows may have fallen back to their demonstration that need not have. "

@@ -99,6 +99,7 @@ class DataRewriter:
         self.verifier = verifier if verifier is None else as_verifier(verifier)
         self.output_dir, self.shard = Path(args.output_dir), Shard.parse(args.shard)
         self.metrics: dict = {}
+        self.advice: str | None = None  # what a run has said of cut attempts on the way
         # After `rewrite`: the shards without which there is no `output_dir/dataset` yet.
         self.missing_shards: list[Shard] = []
 
@@ -280,7 +281,7 @@ class DataRewriter:
             engine["aborted_tokens"] = engine["earlier_aborted_tokens"] + drawn - engine["finished_tokens"]
             log.close()
             push.close()
-        self.metrics = counts.metrics()
+        self.metrics, self.advice = counts.metrics(), log.advice
         return scheduler
 
     def _note(self, written: Written) -> None:

@@ -296,9 +296,10 @@ def cut_advice(sampling: Mapping[str, int], limit: int, begun: bool = True) -> s
     )
 
 
-def summary(metrics: dict, limit: int) -> Iterator[str]:
+def summary(metrics: dict, limit: int, advice: str | None = None) -> Iterator[str]:
     """
     The lines that a finished run ends with: its `metrics.json`, `limit` being its `max_completion_length`, in words.
+    The `advice` that it has just given on cut attempts is not given again; other figures are, of a run that went on.
     """
     counts = dict(metrics["yield"])
     total = counts.pop("total")
@@ -321,8 +322,8 @@ def summary(metrics: dict, limit: int) -> Iterator[str]:
         if of_stage.get("ngrams"):
             shares += f"; {of_stage['copied'] / of_stage['ngrams']:.1%} of its rows' 4-grams are the reference's"
         yield f"  {stage}: {of_stage['sampled']:,} attempts, {shares}"
-    if advice := cut_advice(sampling, limit):
-        yield advice
+    if (final := cut_advice(sampling, limit)) and final != advice:
+        yield final
     if rejected := {REJECTIONS[why]: n for why, n in metrics["rejected"].items() if n}:
         named = ", ".join(f"{n:,} {what}" for what, n in rejected.items())
         yield f"correct guided attempts that were not kept: {named} (which, in the journal)"

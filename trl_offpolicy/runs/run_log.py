@@ -54,7 +54,7 @@ class RunLog:
     ):
         self.path, self.total, self.every, self.wandb_run = path, total, every, wandb_run
         self.counts, self.drawn = counts, drawn
-        self.advised = False
+        self.advice: str | None = None  # what was said of cut attempts
         self.began = self.written = time.monotonic()
         self.shown = 0.0
         self.marks = deque([(self.began, 0)])  # when how many tokens had been drawn
@@ -116,9 +116,10 @@ class RunLog:
             self.bar.set_postfix_str(shown(line), refresh=False)
             self.bar.refresh()
             enough = line["sampled"] >= ENOUGH_ATTEMPTS
-            if not self.advised and enough and (advice := cut_advice(self.counts.sampling, self.counts.limit)):
-                self.advised = True
-                self.bar.write(advice, file=sys.stderr)
+            if enough and self.advice is None:
+                self.advice = cut_advice(self.counts.sampling, self.counts.limit)
+                if self.advice is not None:
+                    self.bar.write(self.advice, file=sys.stderr)
             if now - self.written >= self.every or last:
                 self.written = now
                 self._log(line, last)
