@@ -282,10 +282,10 @@ def test_rows_that_lack_a_part_are_all_said_as_a_person_counts_and_can_be_left_o
     more = ("--model_name_or_path", POLICY, "--dry_run")
     assert main(rewrite_argv(file, tmp_path / "run", *more)) == 2
     told = capsys.readouterr().err
-    assert "2 of 5 rows (2, 4; counted from 1) have no demonstration: `solution` is None" in told
+    assert "2 of 5 rows (1, 3; counted from 0) have no demonstration: `solution` is None" in told
     assert "--skip_incomplete" in told
     with pytest.warns(
-        UserWarning, match=r"2 of 5 rows .2, 4; counted from 1. have no problem or nothing to fall back"
+        UserWarning, match=r"2 of 5 rows .1, 3; counted from 0. have no problem or nothing to fall back"
     ):
         assert main(rewrite_argv(file, tmp_path / "run", *more, "--skip_incomplete")) == 0
     assert "p0" in capsys.readouterr().out

@@ -59,7 +59,7 @@ def test_a_rewrite(tmp_path, tokenizer, sampler, mode):
         args = RewriteConfig(str(tmp_path), num_generations=1, control_tokens=mode)
         return DataRewriter("scripted", args, sampler=sampler, verifier=verify).rewrite(Dataset.from_list(poisoned()))
 
-    told = r"2 of 5 rows \(1, 3\) have control tokens of the model in problem or reference: '<\|im_end\|>', '<\|im_start\|>'"
+    told = r"2 of 5 rows \(1, 3; counted from 0\) have control tokens of the model in problem or reference: '<\|im_end\|>', '<\|im_start\|>'"
     if mode == "warn":
         for _ in range(2):  # a resume, which does not read the rows again, says it as well
             with pytest.warns(UserWarning, match=told):
@@ -109,9 +109,9 @@ def test_evaluation_gap_and_agent(tiny_model, tokenizer, sampler):
         return [*data["prompt"], *data["qa_prompt"]]
 
     for asked, told in (
-        (of_evaluation, r"1 of 5 rows \(1\) have control tokens of the model in the prompts of b"),
-        (of_gap, r"1 of 5 rows \(1\) have control tokens of the model in their prompts"),
-        (of_agent, r"2 of 5 rows \(1, 3\) have control tokens of the model in problem or reference"),
+        (of_evaluation, r"1 of 5 rows \(1; counted from 0\) have control tokens of the model in the prompts of b"),
+        (of_gap, r"1 of 5 rows \(1; counted from 0\) have control tokens of the model in their prompts"),
+        (of_agent, r"2 of 5 rows \(1, 3; counted from 0\) have control tokens of the model in problem or reference"),
     ):
         with pytest.warns(UserWarning, match=told):
             asked("warn")

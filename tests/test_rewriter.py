@@ -205,10 +205,12 @@ def test_columns_of_others_come_through_as_they_are_stored(tmp_path):
 
 def test_missing_gold_answers_are_told(tmp_path):
     data = [{**row, "answer": None if i in (2, 5) else str(i)} for i, row in enumerate(rows(7))]
-    with pytest.warns(UserWarning, match=r"2 of 7 rows \(2, 5\) have no `answer`: what their demonstrations box is"):
+    with pytest.warns(
+        UserWarning, match=r"2 of 7 rows \(2, 5; counted from 0\) have no `answer`: what their demonstrations box is"
+    ):
         rewrite(tmp_path, data)
     floats = Dataset.from_dict({**Dataset.from_list(rows(2)).to_dict(), "answer": [float("nan"), 1.0]})
-    with pytest.warns(UserWarning, match=r"1 of 2 rows \(0\) have no `answer`"):
+    with pytest.warns(UserWarning, match=r"1 of 2 rows \(0; counted from 0\) have no `answer`"):
         assert rewrite(tmp_path / "floats", floats)[0]["answer"] == ["0", "1.0"]
 
 
@@ -285,7 +287,7 @@ def test_bad_datasets_are_refused_before_sampling(tmp_path):
         (Dataset.from_dict({"problem": [], "solution": []}), "has no rows"),
         (Dataset.from_dict({"text": ["a"]}), "columns \\['text'\\]"),
         ({"train": 1}, "one split"),
-        (rows(3) + [{"problem": "p", "solution": None, "row": 3}], r"1 of 4 rows .4; counted from 1. have"),
+        (rows(3) + [{"problem": "p", "solution": None, "row": 3}], r"1 of 4 rows .3; counted from 0. have"),
     ]:
         with pytest.raises(ValueError, match=message):
             rewrite(tmp_path, data, sampler=sampler)

@@ -84,7 +84,7 @@ def test_problems_with_gold_answers_alone():
     assert find_format(["problem", "answer", "solution"], "answer") == ("problem", "solution")
     with pytest.raises(
         ValueError,
-        match=r"1 of 1 rows .1; counted from 1. have neither a demonstration nor a gold answer: `answer` is None",
+        match=r"1 of 1 rows .0; counted from 0. have neither a demonstration nor a gold answer: `answer` is None",
     ):
         list(read_rows([{"problem": "1+1?", "answer": None}]))
     with pytest.raises(ValueError, match="a problem and its demonstration"):
@@ -112,14 +112,14 @@ def test_missing_column_names_the_columns_found():
 @pytest.mark.parametrize("empty", [None, "", "  ", []])
 def test_row_without_demonstration_is_named(empty):
     good = {"prompt": USER, "completion": ASSISTANT}
-    with pytest.raises(ValueError, match=r"1 of 2 rows .2; counted from 1. have no demonstration.*--skip_incomplete"):
+    with pytest.raises(ValueError, match=r"1 of 2 rows .1; counted from 0. have no demonstration.*--skip_incomplete"):
         list(read_rows([good, {"prompt": USER, "completion": empty}]))
 
 
 def test_row_without_problem_is_named():
-    with pytest.raises(ValueError, match="counted from 1. have no problem"):
+    with pytest.raises(ValueError, match="counted from 0. have no problem"):
         list(read_rows([{"problem": " ", "solution": "\\boxed{1}"}]))
-    with pytest.raises(ValueError, match="counted from 1. have no demonstration"):
+    with pytest.raises(ValueError, match="counted from 0. have no demonstration"):
         list(read_rows([{"messages": USER}]))
 
 

@@ -505,7 +505,7 @@ def test_the_command_leaves_columns_of_the_user_alone(tmp_path, monkeypatch):
         {"solution": "\\boxed{9}", "answer": " "},
     ]  # fmt: skip
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"problem": "?", **row}) for row in rows))
-    with pytest.warns(UserWarning, match=r"1 of 3 rows \(2\) have no `answer`"):
+    with pytest.warns(UserWarning, match=r"1 of 3 rows \(2; counted from 0\) have no `answer`"):
         assert main(["verify", "--dataset_name", "rows.jsonl", "--verifier", "exact"]) == 0
     (odd,) = map(json.loads, (tmp_path / "rows.not_correct.jsonl").read_text().splitlines())
     assert odd == {

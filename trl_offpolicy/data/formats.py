@@ -148,14 +148,13 @@ def _messages(value, role: str, what: str) -> list[dict[str, str]]:
 
 
 class IncompleteRow(ValueError):
-    """A row of which nothing can be made; says what it `lacks`, and its number as a person counts, from 1."""
+    """A row of which nothing can be made; says what it `lacks`, and its position, from 0."""
 
     def __init__(self, index: int, lacks: str):
-        super().__init__(f"Row {index + 1} (counted from 1) has {lacks}. {_COMPLETE}")
+        super().__init__(f"Row {index} (counted from 0) has {lacks}. {_COMPLETE}")
         self.lacks = lacks
 
 
-FROM_ONE = "; counted from 1"
 _COMPLETE = "Fill it in, or leave such rows out: --skip_incomplete on the command line, `dataset.filter` in Python."
 
 
@@ -289,12 +288,12 @@ def read_rows(
             problem = read_row(row, index, answer_column, solve_prompt, system_prompt)
         except IncompleteRow as error:
             lacks = lacks or error.lacks
-            incomplete.append(index + 1)
+            incomplete.append(index)
         else:
             yield problem if copy == 1 else replace(problem, id=copy_id(int(problem.id, 16), copy))
     if incomplete:
         first = f" (row {incomplete[0]})" if len(incomplete) > 1 else ""
-        raise ValueError(f"{numbered(incomplete, index + 1, FROM_ONE)} {lacks}{first}. {_COMPLETE}")
+        raise ValueError(f"{numbered(incomplete, index + 1)} {lacks}{first}. {_COMPLETE}")
 
 
 def complete_rows(dataset, answer_column: str = "answer"):
@@ -310,8 +309,9 @@ def complete_rows(dataset, answer_column: str = "answer"):
             incomplete.append(index)
     if not incomplete:
         return dataset
-    numbers = numbered([index + 1 for index in incomplete], len(dataset), FROM_ONE)
-    warnings.warn(f"{numbers} no problem or nothing to fall back to: left out.", stacklevel=2)
+    warnings.warn(
+        f"{numbered(incomplete, len(dataset))} no problem or nothing to fall back to: left out.", stacklevel=2
+    )
     return dataset.select(sorted({*range(len(dataset))}.difference(incomplete)))
 
 

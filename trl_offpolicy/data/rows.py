@@ -75,13 +75,10 @@ def content_id(prompt: list[dict[str, str]], answer: str | None) -> str:
     return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
 
-def numbered(indices: Sequence[int], total: int, counted: str = "") -> str:
-    """
-    `3 of 40 rows (5, 7, 12) have`: how many rows something is said of, and which; `counted` says how they are, if not
-    from 0.
-    """
+def numbered(indices: Sequence[int], total: int) -> str:
+    """`3 of 40 rows (5, 7, 12; counted from 0) have`: how many rows something is said of, and which."""
     shown = ", ".join(map(str, indices[:10])) + (f" and {len(indices) - 10:,} more" if len(indices) > 10 else "")
-    return f"{len(indices):,} of {total:,} rows ({shown}{counted}) have"
+    return f"{len(indices):,} of {total:,} rows ({shown}; counted from 0) have"
 
 
 def reference_digest(demonstration: str | None) -> int:
