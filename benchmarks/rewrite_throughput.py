@@ -1,6 +1,7 @@
 """The whole rewriter (verification, journal and all) against the same engine handed the same requests at once.
 
     python benchmarks/rewrite_throughput.py [--engines vllm transformers] [--num_problems 1000] [--rounds 3]
+    python benchmarks/rewrite_throughput.py --engines vllm --model M --dataset_name rows.jsonl --engine_kwargs '{"max_model_len": 1024}'
 
 The rewriter runs once to learn which attempts it draws; then rounds are interleaved and their order alternates. Both sides draw
 the same tokens from the same seeds (checked); what is compared are the tokens per second of attempts that came back, and 1.00
@@ -12,6 +13,7 @@ own, and we work while it does; with VLLM_ENABLE_V1_MULTIPROCESSING=0 everything
 
 import argparse
 import contextlib
+import json
 import os
 import statistics
 import sys
@@ -26,6 +28,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 from quickstart_task import GUIDED_PROMPT, demonstrations, problems  # noqa: E402
 
 from trl_offpolicy import DataRewriter, RewriteConfig, TransformersSampler, VLLMSampler  # noqa: E402
+from trl_offpolicy.data.loading import load_rows  # noqa: E402
 
 
 class Recorder:
@@ -53,16 +56,17 @@ def make_sampler(engine, args):
     if engine == "transformers":
         return TransformersSampler(args.model, batch_size=args.batch_size)
     on_cpu = {} if torch.cuda.is_available() else {"enforce_eager": True, "kv_cache_memory_bytes": 256 << 20}
-    return VLLMSampler(args.model, dtype=args.dtype, max_num_seqs=args.batch_size, **on_cpu)
+    return VLLMSampler(args.model, dtype=args.dtype, max_num_seqs=args.batch_size, **{**on_cpu, **args.engine_kwargs})
 
 
 def rewrite(sampler, rows, args):
     """What a whole run into an empty directory drew."""
     recorder = Recorder(sampler)
     with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stderr(open(os.devnull, "w")):
+        prompt = {} if args.dataset_name else {"guided_prompt": GUIDED_PROMPT}
         config = RewriteConfig(
-            directory, num_generations=args.num_generations, max_completion_length=args.max_completion_length, guided_prompt=GUIDED_PROMPT,
-        )  # fmt: skip
+            directory, num_generations=args.num_generations, max_completion_length=args.max_completion_length, **prompt
+        )
         DataRewriter(args.model, config, sampler=recorder).rewrite(rows)
     return recorder
 
@@ -86,13 +90,20 @@ def main():
     parser.add_argument("--engines", nargs="+", default=["vllm", "transformers"], choices=["vllm", "transformers"])
     parser.add_argument("--model", default=str(ROOT / "examples" / "quickstart_policy"))
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument(
+        "--dataset_name", help="rows of your own, the first --num_problems of them; else the quickstart's"
+    )
+    parser.add_argument("--engine_kwargs", type=json.loads, default={}, help="vLLM's engine arguments, as JSON")
     parser.add_argument("--num_problems", type=int, default=1000)
     parser.add_argument("--num_generations", type=int, default=4)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--max_completion_length", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    rows = demonstrations(problems(args.num_problems, 0))
+    if args.dataset_name:
+        rows = load_rows(args.dataset_name, dataset_split=f"train[:{args.num_problems}]")
+    else:
+        rows = demonstrations(problems(args.num_problems, 0))
     for engine in args.engines:
         sampler = make_sampler(engine, args)
         recorder = rewrite(sampler, rows, args)
