@@ -5,8 +5,8 @@
 
 The rewriter runs once to learn which attempts it draws; then rounds are interleaved and their order alternates. Both sides draw
 the same tokens from the same seeds (checked); what is compared are the tokens per second of attempts that came back, and 1.00
-would mean that rewriting costs what sampling costs. Printed for wall time and for the CPU time of this process, which other users
-of the machine disturb less. The raw side is `LLM.generate` for vLLM, and for transformers the same sampler without a rewriter.
+would mean that rewriting costs what sampling costs. Printed for wall time and for the CPU time of this process and all it started
+(the engine, where that has a process of its own, and the verifier), which other users of the machine disturb less. The raw side is `LLM.generate` for vLLM, and for transformers the same sampler without a rewriter.
 Without a GPU, start it with VLLM_CPU_OMP_THREADS_BIND=nobind TORCHDYNAMO_DISABLE=1 OMP_NUM_THREADS=1. By default vLLM's engine has a process of its
 own, and we work while it does; with VLLM_ENABLE_V1_MULTIPROCESSING=0 everything of ours comes on top.
 """
@@ -20,6 +20,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+import psutil
 
 
 ROOT = Path(__file__).parents[1]
@@ -85,6 +87,12 @@ def raw(sampler, requests):
     return drawn
 
 
+def cpu_time() -> float:
+    """CPU seconds of this process and of all that it and they started, those that have ended included."""
+    me = psutil.Process()
+    return sum(sum(process.cpu_times()[:4]) for process in (me, *me.children(recursive=True)))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engines", nargs="+", default=["vllm", "transformers"], choices=["vllm", "transformers"])
@@ -109,9 +117,7 @@ def main():
         recorder = rewrite(sampler, rows, args)
         requests = [recorder.requests[i] for i in recorder.answered]
         sides = {"rewriter": lambda: rewrite(sampler, rows, args).answered, "raw": lambda: raw(sampler, requests)}  # noqa: B023
-        clocks = {"wall": time.perf_counter, "CPU": time.process_time}
-        if engine == "vllm" and os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0":
-            del clocks["CPU"]  # the engine has a process of its own
+        clocks = {"wall": time.perf_counter, "CPU": cpu_time}
         rates = {name: {side: [] for side in sides} for name in clocks}
         for round_number in range(args.rounds):
             for side in list(sides)[:: 1 if round_number % 2 == 0 else -1]:
