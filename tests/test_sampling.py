@@ -292,6 +292,25 @@ def test_vllm_on_a_cpu_takes_what_is_free(monkeypatch, capsys):
     assert cpu_memory({}, memory) == {} and not capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("cpu", "dtype", "slow"),
+    [
+        ({"architecture": "x86_64", "avx512_f": True}, torch.bfloat16, True),
+        ({"architecture": "x86_64", "avx512_f": True}, torch.float32, False),
+        ({"architecture": "x86_64", "avx512_bf16": True}, torch.bfloat16, False),
+        ({"architecture": "x86_64", "amx_bf16": True}, torch.bfloat16, False),
+        ({"architecture": "aarch64"}, torch.bfloat16, False),
+        ({}, torch.bfloat16, False),
+    ],
+)
+def test_bfloat16_on_a_cpu_that_cannot_is_warned_of_once(
+    tiny_model, tokenizer, monkeypatch, recwarn, cpu, dtype, slow
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu, raising=False)
+    TransformersSampler(tiny_model.to(dtype), tokenizer)
+    assert [w.filename for w in recwarn if "--dtype float32" in str(w.message)] == [__file__] * slow
+
+
 def test_the_revision_is_the_weights(tiny_model, tokenizer):
     before = TransformersSampler(tiny_model, tokenizer).revision
     with torch.no_grad():

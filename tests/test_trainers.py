@@ -1013,6 +1013,14 @@ def test_any_sft_config_is_accepted(tmp_path, tiny_model, tokenizer):
     assert (type(plain), plain.learning_rate, plain.objective) == (DFTConfig, 0.5, "dft")
 
 
+def test_what_trl_switches_on_by_an_old_name_is_not_warned_of_in_every_training(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        for given, on in (({}, True), ({"gradient_checkpointing": False}, False)):
+            args = config(ImportanceWeightedSFTConfig, tmp_path, **given)
+            assert args.gradient_checkpointing is on and getattr(args, "activation_checkpointing", on) is on
+
+
 def test_the_objective_follows_the_loss_type_unless_it_is_given(tmp_path, tiny_model, tokenizer):
     def objective(cls=ImportanceWeightedSFTConfig, **kwargs):
         made = config(cls, tmp_path, **kwargs)

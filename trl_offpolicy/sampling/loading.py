@@ -1,6 +1,7 @@
 """Models and tokenizers from the Hub or a directory, with errors that say what is missing."""
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,6 +99,20 @@ def load_model(model: str, **kwargs):
         config = type(load_config(model, **shared))
         sees = config not in MODEL_FOR_CAUSAL_LM_MAPPING and config in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
         return (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_pretrained(model, **kwargs)
+
+
+def warn_of_slow_bfloat16(dtype) -> None:
+    """Warns if weights of this `torch.dtype` are bfloat16, to be used on a CPU that has no instructions for it."""
+    import torch
+
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not tell
+    has_none = known.get("architecture") == "x86_64" and not (known.get("avx512_bf16") or known.get("amx_bf16"))
+    if dtype == torch.bfloat16 and has_none:
+        warnings.warn(
+            "The weights are bfloat16, and this CPU has no instructions for that (avx512_bf16, amx_bf16), so matrices are multiplied up to a hundred "
+            "times more slowly than in float32. Pass --dtype float32 (in Python dtype='float32').",
+            stacklevel=3,
+        )
 
 
 def model_and_tokenizer(model, processing_class=None, model_init_kwargs: dict | None = None) -> tuple:

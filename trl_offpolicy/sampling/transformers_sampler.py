@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from ..data.turns import stop_token_ids, turn_text
-from .loading import load_model, load_processing_class
+from .loading import load_model, load_processing_class, warn_of_slow_bfloat16
 from .log_probs import target_log_probs
 from .provenance import adapted_revision, hub_commit, local_directory, weights_digest
 from .sampler import (
@@ -192,6 +192,8 @@ class TransformersSampler(Sampler):
         shared = {k: v for k, v in init.items() if k in ("revision", "trust_remote_code")}
         self.processing_class = load_processing_class(self.name, processing_class, **shared)
         self.model = model if isinstance(model, PreTrainedModel) else load_model(model, **init)
+        if self.model.device.type == "cpu":
+            warn_of_slow_bfloat16(self.model.dtype)
         commit = hub_commit(model, init.get("revision")) if isinstance(model, str) else None
         self.revision = commit or weights_digest(self.model.named_parameters())
         self._drawn = 0  # tokens of finished batches

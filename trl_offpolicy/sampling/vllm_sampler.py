@@ -15,7 +15,7 @@ from itertools import chain
 from typing import Any
 
 from ..data.turns import stop_token_ids
-from .loading import load_processing_class
+from .loading import load_processing_class, warn_of_slow_bfloat16
 from .provenance import adapted_revision, checkpoint_digest, hub_commit, local_directory
 from .sampler import Completion, Request, Sampler, SamplerError, cannot_draw_hinted, drawn_completion, prompt_ids
 
@@ -71,6 +71,8 @@ class VLLMSampler(Sampler):
         print(f"vLLM is ready after {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)  # noqa: T201
         self.engine = self.llm.llm_engine
         config = self.engine.vllm_config
+        if current_platform.is_cpu():
+            warn_of_slow_bfloat16(config.model_config.dtype)
         commit = hub_commit(model, engine_kwargs.get("revision"))
         self.name, self.revision, self._lora = model, commit or checkpoint_digest(local_directory(model)), None
         self.context = config.model_config.max_model_len

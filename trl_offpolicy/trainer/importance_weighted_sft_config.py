@@ -144,6 +144,9 @@ class ImportanceWeightedSFTConfig(SFTConfig):
         chosen_loss = {"dft": "dft", "chunked_nll": "nll"}.get(
             self.loss_type
         )  # "nll" is also the default, so it may not have been chosen
+        # TRL switches this on by its old name, of which a transformers that knows the new one warns in every training.
+        if getattr(self, "activation_checkpointing", False) is None:
+            self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
         # A script written for SFTTrainer chooses its loss by `loss_type`.
         self.objective_was_given = self.objective is not None
