@@ -64,6 +64,7 @@ class VLLMSampler(Sampler):
                 # must be one slot more, left empty.
                 engine_kwargs.setdefault("max_loras", 2)
             engine_kwargs |= cpu_memory(engine_kwargs, psutil.virtual_memory())
+            warn_of_slow_bfloat16(EngineArgs(model, **engine_kwargs).create_model_config().dtype)
         print(f"vLLM is starting with {model}, which takes a minute or more", file=sys.stderr, flush=True)  # noqa: T201
         began = time.monotonic()
         # raw: the model's own log-probs, before temperature, top_p and top_k
@@ -71,8 +72,6 @@ class VLLMSampler(Sampler):
         print(f"vLLM is ready after {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)  # noqa: T201
         self.engine = self.llm.llm_engine
         config = self.engine.vllm_config
-        if current_platform.is_cpu():
-            warn_of_slow_bfloat16(config.model_config.dtype)
         commit = hub_commit(model, engine_kwargs.get("revision"))
         self.name, self.revision, self._lora = model, commit or checkpoint_digest(local_directory(model)), None
         self.context = config.model_config.max_model_len
