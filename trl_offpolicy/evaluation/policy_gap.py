@@ -99,8 +99,7 @@ def measure_policy_gap(
             cannot be loaded.
     """
     check_mode(control_tokens)
-    rows = _without_replay(list(plain_rows(dataset)))
-    rows = _demonstrations_as_rows(rows, answer_column, solve_prompt, system_prompt)
+    rows = _demonstrations_as_rows(list(plain_rows(dataset)), answer_column, solve_prompt, system_prompt)
     _check_rows(rows, concatenate)
     rows = [{"chat_template_kwargs": template_kwargs(chat_template_kwargs), **row} for row in rows]
     model, processing_class = model_and_tokenizer(model, processing_class, model_init_kwargs)
@@ -142,7 +141,7 @@ def _without_replay(rows: list[dict]) -> list[dict]:
     if len(kept) < len(rows):
         warnings.warn(
             f"{len(rows) - len(kept):,} of {len(rows):,} rows are replay rows, which replace no demonstration: they are left out.",
-            stacklevel=3,
+            stacklevel=4,
         )
     return kept
 
@@ -150,7 +149,11 @@ def _without_replay(rows: list[dict]) -> list[dict]:
 def _demonstrations_as_rows(
     rows: list[dict], answer_column: str, solve_prompt: str, system_prompt: str | None
 ) -> list[dict]:
-    """Demonstrations that were not rewritten as the rows that they would be if none were; anything else as it is."""
+    """
+    Demonstrations that were not rewritten as the rows that they would be if none were; of anything else what is no
+    replay row.
+    """
+    rows = _without_replay(rows)
     if not rows or {"source", "completion_ids"} & rows[0].keys() or known_format(rows[0]) is None:
         return rows  # `_check_rows` says what is missing, if anything is
     return [
