@@ -435,7 +435,7 @@ REFUSED = {
 def test_what_a_rewrite_can_do_is_done_or_not_offered():
     """Whoever adds a setting to a rewrite has to say here that online training follows it, or leave it out there."""
     assert {f.name for f in REWRITING} == {
-        "num_generations", "max_completion_length", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop", "solve_prompt",
+        "num_generations", "max_completion_length", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop", "max_repeats", "solve_prompt",
         "system_prompt", "chat_template_kwargs", "control_tokens", "overwrite", "stages", "selection", "max_concurrent_attempts", "keep_rejected",
         "guided_prompt", "clean_reference", "reject_mentions", "mention_phrases", "reject_calculator_marks", "min_guided_length",
         "reject_other_form", "max_guided_copy", "check_arithmetic", "expert_format", "answer_column", "min_correct", "hint_kind", "hint_prompt",

@@ -96,6 +96,24 @@ def test_an_attempt_ends_at_a_stop_text_which_is_cut_off(sampler):
     assert ended
 
 
+def test_an_attempt_that_repeats_itself_is_cut(sampler):
+    """Against the same seeds drawn without: cut at the first token that ends a block which stands there twice in a row."""
+
+    def repeats(ids):
+        return any(ids[-2 * size :] == 2 * ids[-size:] for size in range(1, len(ids) // 2 + 1))
+
+    free = drain(sampler, requests(36, SamplingParams(2.0, top_k=8, max_completion_length=40)))
+    cut = drain(sampler, requests(36, SamplingParams(2.0, top_k=8, max_completion_length=40, max_repeats=2)))
+    ends = {n: next((i for i in range(2, len(c.completion_ids)) if repeats(c.completion_ids[:i])), None) for n, c in free.items()}  # fmt: skip
+    assert len(set(ends.values())) > 2
+    for name, whole in free.items():
+        if ends[name] is None:
+            assert cut[name] == whole
+            continue
+        assert cut[name].completion_ids == whole.completion_ids[: ends[name]] and cut[name].finish_reason == "length"
+        assert cut[name].log_probs == pytest.approx(whole.log_probs[: ends[name]], abs=1e-5)
+
+
 def test_a_repetition_penalty_and_the_template_s_variables_are_heeded(sampler, model):
     """Greedy against `generate` with transformers' own penalty, and a prompt that only the template's variable changes."""
     processing_class, template = sampler.processing_class, sampler.processing_class.chat_template

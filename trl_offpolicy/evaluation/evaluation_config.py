@@ -14,7 +14,7 @@ class EvaluationConfig(RunConfig):
         output_dir (`str`, *optional*): Run directory: journal, `samples.parquet`, `results.json`, `results.md`. An
             interrupted run resumes from it.
         num_generations (`int`, *optional*, defaults to `16`): k; the papers' avg@16.
-        temperature, top_p, top_k, min_p, repetition_penalty, stop, seed (*optional*): As in [`RewriteConfig`].
+        temperature, top_p, top_k, min_p, repetition_penalty, stop, max_repeats, seed (*optional*): As in [`RewriteConfig`].
         chat_template_kwargs, control_tokens (*optional*): As in [`RewriteConfig`].
         max_completion_length (`int`, *optional*, defaults to `4096`): Tokens of one sample.
         greedy (`bool`, *optional*, defaults to `False`): Also draw one completion of each problem at temperature 0.

@@ -96,6 +96,9 @@ class RewriteConfig(HubOptions, RunConfig):
         stop (`list[str]`, *optional*): Texts at which an attempt ends, and which are cut off it. Rows that ended so
             are trained on as text, without `completion_ids` and `behavior_log_probs`: the end of turn that they are
             trained to write was not drawn.
+        max_repeats (`int`, *optional*, defaults to `0`): Above 0, an attempt that ends with the same block of at most
+            64 tokens this many times in a row is cut there, and never kept, rather than drawn to the limit. Without it
+            such an attempt is cut at the limit, or leaves the repetition, in which case its row can be another one.
         max_completion_length (`int`, *optional*, defaults to `2048`): Tokens of one attempt. One that is cut here is
             never kept.
         stages (`list[str]`, *optional*, defaults to `["self", "guided"]`): Stages in order; the demonstration is

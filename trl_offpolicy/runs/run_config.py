@@ -44,6 +44,13 @@ class RunConfig:
     stop: list[str] | None = field(
         kw_only=True, default=None, metadata={"help": "Texts at which a completion ends, and which are cut off it."}
     )
+    max_repeats: int = field(
+        kw_only=True,
+        default=0,
+        metadata={
+            "help": "Cut a completion that ends with the same block of tokens so many times in a row; 0: let it run to the limit."
+        },
+    )
     seed: int = field(
         kw_only=True, default=42, metadata={"help": "Seed of the run; each completion derives its own from it."}
     )

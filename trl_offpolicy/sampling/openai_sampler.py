@@ -26,6 +26,7 @@ from ..data.turns import end_of_turn_id, special_tokens, stop_token_ids, turn_te
 from .loading import load_processing_class
 from .provenance import adapted_revision
 from .sampler import (
+    LONGEST_BLOCK,
     Completion,
     Request,
     Sampler,
@@ -224,6 +225,11 @@ class OpenAISampler(Sampler):
         if request.unhinted_prompt is not None:
             raise cannot_draw_hinted(repr(self))
         ids: Any = None
+        if request.params.max_repeats and self._dialect != "token_ids":
+            raise ValueError(
+                f"You passed max_repeats={request.params.max_repeats}, but {self._servers[0].url} returns no token ids, so it is not "
+                "known to count repeated ones. Leave it out."
+            )
         if self._dialect == "chat":
             params, usual = request.params, SamplingParams()
             for name in ("top_k", "min_p", "repetition_penalty"):
@@ -591,6 +597,8 @@ class OpenAISampler(Sampler):
                 "repetition_penalty": params.repetition_penalty,
             }
             extra["stop_token_ids"] = self.stop_token_ids
+            if params.max_repeats:
+                extra["repetition_detection"] = {"max_pattern_size": LONGEST_BLOCK, "min_count": params.max_repeats}
         if stop := [*params.stop, *([self._stop] if dialect == "chat" and self._stop else [])]:
             extra["stop"] = stop
         async with asyncio.timeout(self.request_timeout):

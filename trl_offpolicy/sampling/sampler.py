@@ -24,12 +24,18 @@ class SamplerError(RuntimeError):
 # With these a token is drawn from the model's own distribution.
 PLAIN = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 # Settings that older journals and results do not name, and the values that they had then.
-LATER = {"min_p": 0.0, "repetition_penalty": 1.0, "stop": ()}
+LATER = {"min_p": 0.0, "repetition_penalty": 1.0, "stop": (), "max_repeats": 0}
+# Tokens of the longest block whose repeats are counted (`max_repeats`).
+LONGEST_BLOCK = 64
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How a completion is drawn; the names are TRL's. `top_k=0` keeps the whole vocabulary."""
+    """
+    How a completion is drawn; the names are TRL's. `top_k=0` keeps the whole vocabulary. With `max_repeats` above 0 a
+    completion is cut (`finish_reason="length"`) when it ends with a block of at most [`LONGEST_BLOCK`] tokens that
+    stands there so many times in a row.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -38,9 +44,10 @@ class SamplingParams:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
+    max_repeats: int = 0
 
     def __post_init__(self):
-        check_sampling(self.min_p, self.repetition_penalty, self.stop)
+        check_sampling(self.min_p, self.repetition_penalty, self.stop, self.max_repeats)
         object.__setattr__(self, "stop", tuple(self.stop))
 
     @property
@@ -58,7 +65,7 @@ class SamplingParams:
         return {name: value for name, value in asdict(self).items() if name not in LATER or value != LATER[name]}
 
 
-def check_sampling(min_p: float, repetition_penalty: float, stop: Sequence[str] | None) -> None:
+def check_sampling(min_p: float, repetition_penalty: float, stop: Sequence[str] | None, max_repeats: int = 0) -> None:
     """Raises `ValueError` for values that no engine can draw with."""
     if not 0 <= min_p <= 1:
         raise ValueError(f"You passed min_p={min_p}; it must be at least 0 and at most 1.")
@@ -66,6 +73,8 @@ def check_sampling(min_p: float, repetition_penalty: float, stop: Sequence[str] 
         raise ValueError(f"You passed repetition_penalty={repetition_penalty}; it must be above 0 (1 is none).")
     if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop or ()):
         raise ValueError(f"You passed stop={stop!r}; it must be a list of texts, none of them empty.")
+    if max_repeats < 0 or max_repeats == 1:
+        raise ValueError(f"You passed max_repeats={max_repeats}; it must be at least 2, or 0 to let repetitions run.")
 
 
 @dataclass(frozen=True, slots=True)

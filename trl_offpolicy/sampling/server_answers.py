@@ -67,7 +67,7 @@ def read_answer(
                 reason = "refusal"
             if text is None and reason != "stop":  # the limit, or the server, ended it before any text
                 text = ""
-        if reason not in ("stop", "length", *ENDED_BY_SERVER):
+        if reason not in ("stop", "length", *(["repetition"] if token_ids else []), *ENDED_BY_SERVER):
             raise ValueError(f"finish_reason {reason!r:.50}")
         if not isinstance(text, str):
             raise ValueError(f"the text {text!r:.50}")
@@ -118,12 +118,12 @@ def ended(reason: str, special: bool, length: int, most: int) -> tuple[str, str 
     way of its own.
 
     Args:
-        reason (`str`): What the server says, `"stop"` or `"length"`.
+        reason (`str`): What the server says, `"stop"`, `"length"`, or vLLM's `"repetition"` (`max_repeats`).
         special (`bool`): Whether the last token is a special one.
         length (`int`): How many tokens it has.
         most (`int`): How many were asked for at most.
     """
-    if length == most and not special:
+    if (length == most and not special) or reason == "repetition":
         return "length", None  # whatever finish reason the server gives
     if reason == "length" and length < most:
         return reason, (

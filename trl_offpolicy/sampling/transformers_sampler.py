@@ -33,6 +33,7 @@ from .loading import load_model, load_processing_class, warn_of_slow_bfloat16
 from .log_probs import target_log_probs
 from .provenance import adapted_revision, hub_commit, local_directory, weights_digest
 from .sampler import (
+    LONGEST_BLOCK,
     Completion,
     Request,
     Sampler,
@@ -150,6 +151,28 @@ class _StopTexts(StoppingCriteria):
         ended = torch.tensor([holds(tail, self.draw.params.stop) for tail in tails], device=input_ids.device)
         self.draw.live &= ~ended[: len(self.draw.live)]
         return ended
+
+
+class _Repeats(StoppingCriteria):
+    """Cuts a row that ends with the same block of tokens `max_repeats` times in a row; the prompt is not looked at."""
+
+    def __init__(self, draw: _SeededDraw):
+        self.draw = draw
+        # (rows, block length): how many of the last tokens are what stands a block's length before them
+        self.alike = torch.zeros((len(draw.live), LONGEST_BLOCK), dtype=torch.long, device=draw.live.device)
+        lengths = torch.arange(1, LONGEST_BLOCK + 1, device=draw.live.device)
+        self.enough = lengths * (draw.params.max_repeats - 1)
+
+    def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
+        drawn = input_ids[: len(self.alike), self.draw.prompt_length :]
+        before = drawn[:, :-1].flip(-1)[:, :LONGEST_BLOCK]  # the nearest first
+        same = before == drawn[:, -1:]
+        known = same.shape[-1]
+        self.alike[:, :known] = (self.alike[:, :known] + 1) * same
+        ended = self.draw.live & (self.alike >= self.enough).any(-1)
+        self.draw.live &= ~ended
+        self.draw.room[ended] = drawn.shape[-1]
+        return ended.repeat(len(input_ids) // len(ended))
 
 
 class _Over(StoppingCriteria):
@@ -316,6 +339,7 @@ class TransformersSampler(Sampler):
         seeds = [request.seed for request, _ in batch]
         self._draw = draw = _SeededDraw(seeds, params, prompts, device, self.stop_token_ids, room, beta)
         stopping = StoppingCriteriaList([_StopTexts(self.processing_class, draw)] if params.stop else [])
+        stopping.extend([_Repeats(draw)] if params.max_repeats else [])
         stopping.append(_Over(self.over))
         own_config, was_training = self.model.generation_config, self.model.training
         # The model's generation config may set a repetition penalty or top_k, with which tokens would not be drawn
@@ -337,7 +361,7 @@ class TransformersSampler(Sampler):
         unhinted = None if beta is None else torch.stack(draw.unhinted_log_probs, dim=1).tolist()
         self._pending += [pair for pair, unfinished in zip(batch, live, strict=True) if unfinished]  # it was over
         completions = []
-        for i, ((request, _), n) in enumerate(zip(batch, room, strict=True)):
+        for i, ((request, _), n) in enumerate(zip(batch, draw.room.tolist(), strict=True)):
             if live[i]:
                 continue
             ids, of_ids = drawn[i][:n], log_probs[i][:n]

@@ -17,7 +17,16 @@ from typing import Any
 from ..data.turns import stop_token_ids
 from .loading import load_processing_class, warn_of_slow_bfloat16
 from .provenance import adapted_revision, checkpoint_digest, hub_commit, local_directory
-from .sampler import Completion, Request, Sampler, SamplerError, cannot_draw_hinted, drawn_completion, prompt_ids
+from .sampler import (
+    LONGEST_BLOCK,
+    Completion,
+    Request,
+    Sampler,
+    SamplerError,
+    cannot_draw_hinted,
+    drawn_completion,
+    prompt_ids,
+)
 
 
 class VLLMSampler(Sampler):
@@ -182,7 +191,7 @@ class VLLMSampler(Sampler):
     def vllm_request(self, request: Request) -> tuple[dict | Completion, Any]:
         """The prompt (or why there is none) and the `vllm.SamplingParams` with which vLLM draws what is asked for."""
         from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind
 
         asked = [request.prompt, request.chat_template_kwargs]
         if asked != self._encoded[0]:  # otherwise it is another attempt at the same problem
@@ -193,11 +202,13 @@ class VLLMSampler(Sampler):
             if isinstance(ids, Completion)
             else {"type": "token", "prompt_token_ids": [*ids]}
         )
-        params = request.params
+        params, most = request.params, request.params.max_repeats
+        repeats = RepetitionDetectionParams(max_pattern_size=LONGEST_BLOCK, min_count=most) if most else None
         return prompt, SamplingParams(
             temperature=params.temperature, top_p=params.top_p, top_k=params.top_k, max_tokens=params.max_completion_length, seed=request.seed,
             min_p=params.min_p, repetition_penalty=params.repetition_penalty, stop=[*params.stop], detokenize=bool(params.stop),
             stop_token_ids=[*self.stop_token_ids], logprobs=0, flat_logprobs=True, skip_special_tokens=False, output_kind=RequestOutputKind.FINAL_ONLY,
+            repetition_detection=repeats,
         )  # fmt: skip
 
     def poll(self) -> list[Completion]:
@@ -288,10 +299,11 @@ class VLLMSampler(Sampler):
     def _completion(self, output, stop: tuple[str, ...]) -> Completion:
         drawn = output.outputs[0]
         ids, log_probs = list(drawn.token_ids), list(drawn.logprobs.logprobs)
-        if drawn.finish_reason not in ("stop", "length"):
+        reason = {"repetition": "length"}.get(drawn.finish_reason, drawn.finish_reason)
+        if reason not in ("stop", "length"):
             return Completion(output.request_id, "", [], [], "error", f"vLLM ended it: {drawn.finish_reason}")
         return drawn_completion(
-            output.request_id, ids, log_probs, drawn.finish_reason, self.processing_class, self.stop_token_ids, stop
+            output.request_id, ids, log_probs, reason, self.processing_class, self.stop_token_ids, stop
         )
 
 
