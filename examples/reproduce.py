@@ -34,7 +34,7 @@ from typing import NamedTuple
 
 import yaml
 
-from trl_offpolicy.loop.rounds import heed_interrupts, terminable
+from trl_offpolicy.runs.interrupts import heed_interrupts, terminable
 from trl_offpolicy.runs.run_config import STEP
 
 
@@ -248,7 +248,10 @@ class Experiment:
         if place == self.model:
             return {"model_name_or_path": place}
         directory = self._path(f"{place}/train")
-        if self.settings["training"].get("use_peft") and engine.get("sampler") == "vllm":
+        training = self.settings["training"]
+        if training.get("use_peft") and engine.get("sampler") == "vllm":
+            if training.get("use_cpu"):  # vLLM's CPU build draws several times slower with an adapter
+                return {"model_name_or_path": self._path(f"{place}/merged")}
             return {"model_name_or_path": self.model, "adapter": directory}
         return {"model_name_or_path": directory}
 
@@ -313,7 +316,15 @@ class Experiment:
             self._make_rows(
                 next(m.rows for m in METHODS.values() if str(self.rows(m.rows)) == step.options["dataset_name"])
             )
-        run_command(self.command(step), self._check_budget)
+        merged = Path(step.options["model_name_or_path"])
+        if merged.name != "merged":
+            run_command(self.command(step), self._check_budget)
+            return
+        try:
+            merge_adapter(merged.with_name("train"), merged, step.options["dtype"])
+            run_command(self.command(step), self._check_budget)
+        finally:
+            shutil.rmtree(merged, ignore_errors=True)
 
     def command(self, step: Step) -> list[str]:
         """Writes the step's options to their file."""
@@ -481,6 +492,15 @@ def squeezed(problem: str) -> str:
 
 def short_name(benchmark: str) -> str:
     return Path(benchmark).stem if Path(benchmark).suffix else benchmark.split(":")[0].split("/")[-1]
+
+
+def merge_adapter(adapter: Path, directory: Path, dtype: str) -> None:
+    """Writes the model that a LoRA adapter belongs to with the adapter's weights added to its own."""
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoTokenizer
+
+    AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=dtype).merge_and_unload().save_pretrained(directory)
+    AutoTokenizer.from_pretrained(adapter).save_pretrained(directory)
 
 
 # ---- processes and budgets ----

@@ -31,6 +31,7 @@ from trl_offpolicy.evaluation.forgetting import measure_forgetting
 from trl_offpolicy.loop import rounds
 from trl_offpolicy.loop.loop_config import LoopConfig
 from trl_offpolicy.loop.rounds import Loop, _mentions
+from trl_offpolicy.runs import interrupts
 from trl_offpolicy.runs.journal import Journal
 from trl_offpolicy.runs.run_directory import RunDirectory
 from trl_offpolicy.sampling.loading import load_model
@@ -389,9 +390,9 @@ def test_sigterm_reaches_the_step_as_ctrl_c(tmp_path):
         "try:\n    os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)\n"
         "except KeyboardInterrupt:\n    open('stopped', 'w').close(); sys.exit(3)\n"
     )
-    with pytest.raises(KeyboardInterrupt), rounds.terminable():
+    with pytest.raises(KeyboardInterrupt), interrupts.terminable():
         rounds._ended(
-            subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, preexec_fn=rounds.heed_interrupts)
+            subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, preexec_fn=interrupts.heed_interrupts)
         )
     assert (tmp_path / "stopped").exists()
 

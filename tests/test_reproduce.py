@@ -7,10 +7,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import reproduce
+import torch
 import yaml
 from conftest import POLICY
 from datasets import load_dataset
+from peft import LoraConfig, get_peft_model
 from quickstart_task import GUIDED_PROMPT, demonstrations, problems
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_offpolicy.cli import main as cli
 
@@ -137,6 +140,29 @@ def test_the_papers_plan_can_be_seen_without_a_model(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "to do  seed-0/dr_dft-5e-05/eval" in said and "30 steps to do" in said and "device-hours" in said
     assert not (tmp_path / "run").exists()
+
+
+def test_on_a_cpu_an_adapter_is_tested_merged(here, monkeypatch):
+    """What is evaluated computes what the adapter computes on its model, and its weights are gone afterwards."""
+    args = reproduce.parse(["--preset", "cpu", "--model_name_or_path", POLICY, "--output_dir", "run"])
+    experiment, place = reproduce.Experiment(args), Path("run/seed-0/sft-0.0002")
+    base = AutoModelForCausalLM.from_pretrained(POLICY, dtype="float32")
+    ids = torch.arange(5, 25)[None]
+    unadapted = base(ids).logits
+    adapted = get_peft_model(base, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    adapted.save_pretrained(place / "train")
+    AutoTokenizer.from_pretrained(POLICY).save_pretrained(place / "train")
+    tested = []
+
+    def command(of, check):
+        options = yaml.safe_load(Path(of[-1]).read_text())
+        assert "adapter" not in options
+        tested.append(AutoModelForCausalLM.from_pretrained(options["model_name_or_path"], dtype="float32")(ids).logits)
+
+    monkeypatch.setattr(reproduce, "run_command", command)
+    experiment.do(experiment._evaluation("eval", "seed-0/sft-0.0002", "test", 0))
+    torch.testing.assert_close(tested[0], adapted(ids).logits, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(tested[0], unadapted, atol=1e-2) and not (place / "merged").exists()
 
 
 def test_the_self_only_rows_are_those_of_a_rewrite_without_the_guided_stage(here):

@@ -8,9 +8,11 @@ import errno
 import os
 import sys
 import warnings
+from contextlib import nullcontext
 from importlib import import_module
 
 from ..data.redaction import redacted
+from ..runs.interrupts import terminable
 from ..sampling.sampler import SamplerError
 
 
@@ -59,6 +61,9 @@ COMMANDS = {
 }
 
 
+# Commands that resume, and whose engines are processes that would go on without them: SIGTERM is ctrl-C to them.
+WITH_ENGINES = ("rewrite", "eval")
+
 # Errors that mean that the machine ran out of something; what was written so far is kept.
 RESUMABLE = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EFBIG}
 
@@ -83,7 +88,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         module, function = COMMANDS[argv[0]]
-        return getattr(import_module(f".{module}", __package__), function)(argv[1:])
+        with terminable() if argv[0] in WITH_ENGINES else nullcontext():
+            return getattr(import_module(f".{module}", __package__), function)(argv[1:])
     except (ValueError, ModuleNotFoundError) as error:
         print(f"trl-offpolicy {argv[0]}: {redacted(str(error))}", file=sys.stderr)
         return 2

@@ -37,7 +37,8 @@ class LoopArguments(LoopConfig, RewriteArguments):
 
 
 def loop(argv: list[str]) -> int:
-    from ..loop.rounds import Loop, StepFailed, given, terminable
+    from ..loop.rounds import Loop, StepFailed, given
+    from ..runs.interrupts import terminable
     from ..runs.run_log import wandb_run
 
     description = "Rewrite with the newest policy, train on the rows, measure, and again: each step is a command in a process of its own."

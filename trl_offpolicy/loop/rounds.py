@@ -16,9 +16,7 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import MISSING, fields
 from itertools import count
 from pathlib import Path
@@ -34,6 +32,7 @@ from ..data.text_statistics import leaks_hint
 from ..data.whole_file import write_whole
 from ..rewriting.replay import put_together
 from ..rewriting.rewrite_config import REPLAY
+from ..runs.interrupts import Terminated, heed_interrupts
 from ..runs.journal import differences
 from ..runs.run_config import STEP
 from ..runs.run_directory import RunDirectory
@@ -429,32 +428,6 @@ def _settled(config: dict, trained: int) -> dict:
     settings["train_config"] = [files[min(round, len(files) - 1)] for round in range(trained)] if files else []
     unsettled = ("rewriting",) if trained else ("rewriting", "train_command", "train_from")
     return {name: value for name, value in settings.items() if name not in unsettled}
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, as a scheduler or `kill` sends it to this process alone."""
-
-
-def heed_interrupts() -> None:
-    """A job that a shell begins in the background ignores SIGINT, and so would its steps, which end by it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-@contextmanager
-def terminable() -> Iterator[None]:
-    """SIGTERM raises `Terminated` here; only a process's main thread can say so."""
-
-    def terminate(*_) -> None:
-        raise Terminated
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _ended(process: subprocess.Popen) -> int:
