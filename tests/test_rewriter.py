@@ -484,6 +484,27 @@ def interrupt(process, journal: Path, lines: int, how: signal.Signals) -> str:
     return process.communicate(timeout=60)[0]
 
 
+def test_sigterm_ends_a_rewrite_as_ctrl_c_does(tmp_path, demonstrations_file, command, monkeypatch):
+    """What a scheduler sends: the engine is closed, and the same command resumes."""
+    polls, closed = iter(range(9)), []
+    poll, close = TransformersSampler.poll, TransformersSampler.close
+
+    def polled(sampler):
+        if next(polls) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return poll(sampler)
+
+    monkeypatch.setattr(TransformersSampler, "poll", polled)
+    monkeypatch.setattr(TransformersSampler, "close", lambda sampler: (closed.append(sampler), close(sampler)))
+    sizes = ["--num_generations", 1, "--max_completion_length", 20, "--batch_size", 2, "--max_rows", 4]
+    given = ["--dataset_name", demonstrations_file, "--output_dir", tmp_path / "run", "--stages", "self", *sizes]
+    before = signal.getsignal(signal.SIGTERM)
+    stopped = command("rewrite", "--model_name_or_path", POLICY, *given)
+    assert stopped.returncode == 3 and "Run the same command again to resume" in stopped.stdout and len(closed) == 1
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert command("rewrite", "--model_name_or_path", POLICY, *given).returncode == 0
+
+
 @pytest.mark.slow
 def test_command_line_ctrl_c_kill_and_resume(tmp_path, demonstrations_file, command):
     """The real command on the real policy: ctrl-C (exit code 3), then kill -9, then to the end: the rows of an undisturbed run."""
