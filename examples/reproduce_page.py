@@ -205,12 +205,12 @@ def forgetting_table(results: dict, labels: dict[str, str]):
     from trl_offpolicy.reporting.tables import number
 
     rows = []
-    for method, of in results["kl"].items():
+    for method, samples in results["samples"].items():
+        of = results["kl"].get(method, {})  # the base has none
         line = [
             number(of[run]["kl_per_token"], ".4f", of[run]["kl_per_token_ci95"]) if run in of else ""
             for run in ("rewrite", "general")
         ]
-        samples = results["samples"][method]
         lengths = [f"{sum(s[n] for s in samples.values()) / len(samples):{form}}" for n, form in (("mean_length", ".0f"), ("truncated", ".1%"), ("unparsable", ".1%"))]  # fmt: skip
         rows.append([labels[method], *line, *lengths])
     return ["", "KL(π_0‖π), the task's prompts", "KL(π_0‖π), general questions", "tokens", "cut", "no answer"], rows
@@ -231,7 +231,8 @@ def markdown_page(results: dict, labels: dict[str, str]) -> str:
         "## Log-probabilities of the targets under the base, demonstration → rewritten (Table 3)", markdown(gap_table(results, paper)),
         "The sum favours short targets; compare per token.",
     ] if results["gap"] else []  # fmt: skip
-    unfinished = ", ".join(results["unfinished"])
+    due = results["unfinished"]
+    unfinished = ", ".join(due[:3]) + (f" and {len(due) - 3} more" if len(due) > 3 else "")
     parts = [
         f"# {results['model']}, preset `{results['preset']}`",
         f"{data['train']:,} training problems, {data['dev']:,} for choosing learning rates; {results['settings']['seeds']} fine-tuning seed(s). ± is half of a "
