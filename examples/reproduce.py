@@ -10,9 +10,9 @@ the page with the paper's tables.
 
 Every step is a command of `trl-offpolicy` in a process of its own, with its options in RUN/steps/, and leaves an ordinary
 directory (`rewrite`, `seed-0/dr_iw-0.0002/train`, …). Run the same command again after an interruption: what is finished
-is not done again, and the step that was stopped goes on. When it is stopped, the page has what is finished. Where there
-are several learning rates, each method takes the one that is best on development problems, which are neither trained nor
-tested on.
+is not done again, and the step that was stopped goes on. Once the base is measured, a stop leaves a page of what is
+finished. Where there are several learning rates, each method takes the one that is best on development problems, which
+are neither trained nor tested on.
 
 --rewriting, --training and --evaluation are YAML files whose options of `trl-offpolicy rewrite`, `sft` and `eval` win over
 the preset's.

@@ -135,7 +135,10 @@ def every(of_problem: dict, method: str, metric: str) -> dict:
 
 
 def cell(found: dict | None, sign: str = "") -> str:
-    return f"{100 * found['mean']:{sign}.1f} ± {100 * found['half']:.1f}" if found else ""
+    if not found:
+        return ""
+    half = f" ± {100 * found['half']:.1f}" if found["half"] else ""  # none where all problems came out alike
+    return f"{100 * found['mean']:{sign}.1f}{half}"
 
 
 def mean_of(results: dict, method: str, metric: str, what: str = "value") -> dict | None:

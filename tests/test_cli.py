@@ -15,7 +15,7 @@ from trl_offpolicy import OpenAISampler, RewriteConfig, TransformersSampler
 from trl_offpolicy.cli import COMMANDS, main
 from trl_offpolicy.cli.arguments import parser_for
 from trl_offpolicy.cli.evaluate import EvalArguments
-from trl_offpolicy.cli.rewrite import RewriteArguments
+from trl_offpolicy.cli.rewrite import RewriteArguments, _train_command
 from trl_offpolicy.evaluation.evaluation_config import EvaluationConfig
 
 
@@ -601,3 +601,11 @@ def test_a_dry_run_counts_rows_without_gold_answers(tmp_path, capsys):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main([*rewrite_argv(file, tmp_path / "run"), "--dry_run"]) == 0
     assert "6 of 9 rows have no gold answer, neither in `answer` nor as the last box" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("temperature, objective", [(1.0, "iw"), (0.0, "dft")])
+def test_the_training_that_comes_next_can_be_run(temperature, objective):
+    """Rows that were not drawn from the model alone have no log-probs, so no importance weights."""
+    config = RewriteConfig("O", num_generations=1, temperature=temperature)
+    counts = {"yield": {"self": 1, "guided": 0, "expert": 1, "total": 2}}
+    assert f"--objective {objective}" in _train_command("M", None, config, counts, "O/dataset")

@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 3
     except KeyboardInterrupt:
-        print("\nstopped before anything was sampled; run the same command again.", file=sys.stderr)
+        print("\nstopped before it began to sample; run the same command again.", file=sys.stderr)
         return 3
     except SamplerError as error:  # no server answers
         print(f"trl-offpolicy {argv[0]}: {redacted(str(error))}", file=sys.stderr)
