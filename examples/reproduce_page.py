@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).with_name("miniature")))
 
-from results import estimate, shares  # noqa: E402
+from results import cell, estimate, shares  # noqa: E402
 
 
 # *Mind the Gap*, Tables 1 to 4 (arXiv 2509.15157). Table 2 and 4: avg@16 in %, over the benchmarks in the order of the
@@ -132,13 +132,6 @@ def every(of_problem: dict, method: str, metric: str) -> dict:
 
 
 # ---- tables ----
-
-
-def cell(found: dict | None, sign: str = "") -> str:
-    if not found:
-        return ""
-    half = f" ± {100 * found['half']:.1f}" if found["half"] else ""  # none where all problems came out alike
-    return f"{100 * found['mean']:{sign}.1f}{half}"
 
 
 def mean_of(results: dict, method: str, metric: str, what: str = "value") -> dict | None:

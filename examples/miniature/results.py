@@ -56,7 +56,7 @@ def conditions_table(conditions: dict) -> str:
 
 
 def cell(found: dict | None, sign: str = "") -> str:
-    """An estimate in percent; that of a share of one base and seed has no interval."""
+    """An estimate in percent; one without an interval (a share of one base and seed, problems all alike) has no ±."""
     if not found:
         return ""
     half = f" ± {100 * found['half']:.1f}" if found["half"] else ""

@@ -259,14 +259,18 @@ def pretrainings(args) -> list[partial]:
     return [partial(pretrain, args, base) for base in dict.fromkeys([*args.bases, *teachers])]
 
 
+def turns(args) -> list[tuple[int, int]]:
+    """Bases and seeds in the order in which they are run."""
+    return [(base, seed) for seed in sorted(args.seeds) for base in args.bases]
+
+
 def study(args) -> dict:
     """All jobs, one base after another; returns what `strategies.json` holds."""
-    turns = [(base, seed) for seed in sorted(args.seeds) for base in args.bases]
-    total = len(pretrainings(args)) + len(turns) * len(args.methods)
-    total += sum(len(jobs) for turn in turns for jobs in first_phases(args, *turn))
+    total = len(pretrainings(args)) + len(turns(args)) * len(args.methods)
+    total += sum(len(jobs) for turn in turns(args) for jobs in first_phases(args, *turn))
     with workers(args.processes) as pool, tqdm(total=total, desc="strategies", unit="job", smoothing=0.05) as bar:
         finish(pool, pretrainings(args), bar)
-        for turn in turns:
+        for turn in turns(args):
             for jobs in first_phases(args, *turn):
                 finish(pool, jobs, bar)
             finish(pool, makes(args, *turn), bar)
@@ -330,7 +334,7 @@ def table(results: dict) -> str:
 
 def dry_run(args) -> None:
     jobs = [pretrainings(args)]
-    for base, seed in [(base, seed) for seed in sorted(args.seeds) for base in args.bases]:
+    for base, seed in turns(args):
         jobs += first_phases(args, base, seed)
         if all(result_of(job).exists() for job in tuning_jobs(tuned(args, [base]))):
             jobs.append(makes(args, base, seed))
