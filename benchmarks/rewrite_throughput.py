@@ -57,7 +57,8 @@ def make_sampler(engine, args):
 
     if engine == "transformers":
         return TransformersSampler(args.model, batch_size=args.batch_size)
-    on_cpu = {} if torch.cuda.is_available() else {"enforce_eager": True, "kv_cache_memory_bytes": 256 << 20}
+    # `is_available` would start CUDA here, and vLLM could not start it in the process that it forks.
+    on_cpu = {} if torch.cuda.device_count() else {"enforce_eager": True, "kv_cache_memory_bytes": 256 << 20}
     return VLLMSampler(args.model, dtype=args.dtype, max_num_seqs=args.batch_size, **{**on_cpu, **args.engine_kwargs})
 
 

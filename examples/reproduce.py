@@ -19,6 +19,7 @@ the preset's.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -27,8 +28,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,7 +75,7 @@ _PAPER = {
     "num_train": 50_000, "num_dev": 0, "num_test": None, "max_length": 2048,
     "benchmarks": ["math500", "minerva_math", "olympiadbench", "aime24", "amc23"],
     "methods": [*MAIN[:4], "self_dft", "guided_dft"], "learning_rates": [5e-5], "seeds": 1,
-    "rewriting": {"sampler": "vllm", "num_generations": 10, "max_completion_length": 2048},
+    "rewriting": {"sampler": "vllm", "dtype": "bfloat16", "num_generations": 10, "max_completion_length": 2048},
     "training": {
         "num_train_epochs": 1, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 8, "lr_scheduler_type": "cosine",
         "warmup_steps": 0.1, "adam_beta2": 0.95, "weight_decay": 0.01, "max_length": 2048, "gradient_checkpointing": True,
@@ -90,7 +93,7 @@ PRESETS = {
         "data": {"dataset_name": "openai/gsm8k", "dataset_config": "main", "dataset_split": "train"},
         "num_train": 7000, "num_dev": 300, "num_test": None, "max_length": 1024, "benchmarks": ["gsm8k"],
         "methods": MAIN, "learning_rates": [5e-6, 2e-5], "seeds": 2,
-        "rewriting": {"sampler": "vllm", "num_generations": 8, "max_completion_length": 512},
+        "rewriting": {"sampler": "vllm", "dtype": "bfloat16", "num_generations": 8, "max_completion_length": 512},
         "training": {
             "num_train_epochs": 2, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 4, "lr_scheduler_type": "cosine",
             "warmup_steps": 0.1, "max_length": 1024, "save_steps": 50, "save_total_limit": 1, "logging_steps": 5,
@@ -131,6 +134,7 @@ class Step(NamedTuple):
     kind: str  # the command of trl-offpolicy; `data` is done here
     options: dict
     result: str
+    needs: tuple[str, ...] = ()  # names of the steps that it cannot begin before
 
 
 class OutOfBudget(RuntimeError):
@@ -146,6 +150,7 @@ class Experiment:
         self.model, self.seeds = args.model_name_or_path, range(self.settings["seeds"])
         self.deadline = time.monotonic() + 3600 * args.time_budget if args.time_budget else None
         self.sampled = SampledTokens(self.run)
+        self.one_at_a_time, self.stopped = threading.Lock(), threading.Event()
 
     # ---- the plan ----
 
@@ -159,9 +164,16 @@ class Experiment:
         yield self._rewriting("rewrite", {})
         for name in OWN_RUNS.keys() & wanted:
             yield self._rewriting(name, OWN_RUNS[name])
-        general = {"dataset_name": str(GENERAL), "stages": ["self"], "num_generations": 1, "verifier": "exact", "solve_prompt": "{problem}"}  # fmt: skip
+        general = {
+            "dataset_name": str(GENERAL), "stages": ["self"], "num_generations": 1, "verifier": "exact", "verifier_kwargs": "{}",
+            "solve_prompt": "{problem}",
+        }  # fmt: skip
         yield self._rewriting("general", general)
         yield self._evaluation("base/eval", self.model, "test", 0)
+        on_dev = {
+            method: [f"{self.place(method, rate, 0)}/dev" for rate in settings["learning_rates"] if self.tuned]
+            for method in settings["methods"]
+        }
         if self.tuned:
             for method in settings["methods"]:
                 for rate in settings["learning_rates"]:
@@ -174,11 +186,14 @@ class Experiment:
             for method in settings["methods"]
         ]
         for method, seed, place in places:
-            yield self._training(method, rates[method], seed)
-            yield self._evaluation(f"{place}/eval", place, "test", seed)
+            if seed or not self.tuned:
+                yield self._training(method, rates[method], seed, on_dev[method])
+            yield self._evaluation(f"{place}/eval", place, "test", seed, on_dev[method])
             if self.args.delete_models:  # it need not wait for the others then
                 yield from self._forgetting(place)
-        yield self._measuring("gap", self.model, "policy_gap.json", dataset_name=self._path("rewrite/dataset"))
+        yield self._measuring(
+            "gap", self.model, "policy_gap.json", "rewrite", dataset_name=self._path("rewrite/dataset")
+        )
         if not self.args.delete_models:
             for _, _, place in places:
                 yield from self._forgetting(place)
@@ -231,17 +246,18 @@ class Experiment:
     def _rewriting(self, name: str, differing: dict) -> Step:
         data = {"dataset_name": self._path("data/train.jsonl")}
         options = {"model_name_or_path": self.model, **data, **self.settings["rewriting"], **differing}
-        return Step(name, "rewrite", options, "metrics.json")
+        return Step(name, "rewrite", options, "metrics.json", ("data",))
 
-    def _training(self, method: str, rate: float, seed: int) -> Step:
+    def _training(self, method: str, rate: float, seed: int, needs: Sequence[str] = ()) -> Step:
         _, rows, objective = METHODS[method]
+        source = {"demonstrations": "data", "guided": "guided", "rft": "rft"}.get(rows, "rewrite")
         options = {
             "model_name_or_path": self.model, "dataset_name": str(self.rows(rows)), "objective": objective, "learning_rate": rate, "seed": seed,
             "report_to": "none", **self.settings["training"],
         }  # fmt: skip
         if objective == "iw":
             options.setdefault("expert_weighting", "base")
-        return Step(f"{self.place(method, rate, seed)}/train", "sft", options, "trainer_state.json")
+        return Step(f"{self.place(method, rate, seed)}/train", "sft", options, "trainer_state.json", (source, *needs))
 
     def _named(self, place: str, engine: dict) -> dict:
         """The options that name the model in a directory of ours, or the base."""
@@ -255,16 +271,17 @@ class Experiment:
             return {"model_name_or_path": self.model, "adapter": directory}
         return {"model_name_or_path": directory}
 
-    def _evaluation(self, name: str, place: str, split: str, seed: int) -> Step:
+    def _evaluation(self, name: str, place: str, split: str, seed: int, needs: Sequence[str] = ()) -> Step:
         engine = {key: value for key, value in self.settings["rewriting"].items() if key in ENGINE}
         options = {**engine, **self.settings["evaluation"]}
         options = {**self._named(place, options), **options, "seed": seed}
         options["benchmarks"] = [self._path(f"data/{split}.jsonl")] if split == "dev" else self.benchmarks()
         if split == "dev":
             options["greedy"] = False
-        elif name != "base/eval":
+        elif place != self.model:
             options["baseline"] = self._path("base/eval")
-        return Step(name, "eval", options, "results.json")
+            needs = ["base/eval", *needs]
+        return Step(name, "eval", options, "results.json", ("data", *self._training_of(place), *needs))
 
     def benchmarks(self) -> list[str]:
         """As `eval` takes them: by name, or the problems that `data` has chosen of them."""
@@ -273,14 +290,18 @@ class Experiment:
             names if self.settings["num_test"] is None else [self._path(f"data/{short_name(n)}.jsonl") for n in names]
         )
 
-    def _measuring(self, name: str, place: str, result: str, **options) -> Step:
+    def _measuring(self, name: str, place: str, result: str, run: str, **options) -> Step:
         engine = {key: self.settings["rewriting"][key] for key in ("dtype",) if key in self.settings["rewriting"]}
-        return Step(name, "gap", {**self._named(place, {}), **engine, **options}, result)
+        options = {**self._named(place, {}), **engine, **options}
+        return Step(name, "gap", options, result, (run, *self._training_of(place)))
+
+    def _training_of(self, place: str) -> list[str]:
+        return [] if place == self.model else [f"{place}/train"]
 
     def _forgetting(self, place: str) -> Iterator[Step]:
         for run in ("rewrite", "general"):
             options = {"dataset_name": self._path(run), "forgetting": True}
-            yield self._measuring(f"{place}/kl-{run}", place, "forgetting.json", **options)
+            yield self._measuring(f"{place}/kl-{run}", place, "forgetting.json", run, **options)
 
     # ---- the steps ----
 
@@ -303,8 +324,11 @@ class Experiment:
         self.run.mkdir(parents=True, exist_ok=True)
         write_whole(file, json.dumps(settings, indent=1) + "\n")
 
-    def do(self, step: Step) -> None:
+    def do(self, step: Step, **process) -> None:
         """
+        Args:
+            process: Passed to `run_command`.
+
         Raises:
             subprocess.CalledProcessError: It ended with an exit code other than 0.
             OutOfBudget: It was stopped; it goes on when the command is run again.
@@ -313,18 +337,57 @@ class Experiment:
             prepare_data(self)
             return
         if step.kind == "sft":
-            self._make_rows(
-                next(m.rows for m in METHODS.values() if str(self.rows(m.rows)) == step.options["dataset_name"])
-            )
+            which = next(m.rows for m in METHODS.values() if str(self.rows(m.rows)) == step.options["dataset_name"])
+            with self.one_at_a_time:
+                self._make_rows(which)
         merged = Path(step.options["model_name_or_path"])
         if merged.name != "merged":
-            run_command(self.command(step), self._check_budget)
+            run_command(self.command(step), self._check_budget, **process)
             return
         try:
             merge_adapter(merged.with_name("train"), merged, step.options["dtype"])
-            run_command(self.command(step), self._check_budget)
+            run_command(self.command(step), self._check_budget, **process)
         finally:
             shutil.rmtree(merged, ignore_errors=True)
+
+    def do_all(self) -> None:
+        """The steps that are not done, `--processes` at a time. Raises what `do` raises; the others are stopped then."""
+        running, free = {}, list(range(self.args.processes))
+        with ThreadPoolExecutor(self.args.processes) as pool:
+            try:
+                while due := self.needed():  # when the learning rates are chosen, others are due
+                    self._check_budget()
+                    names, busy = {step.name for step in due}, {step.name for step, _ in running.values()}
+                    ready = [step for step in due if step.name not in busy and not names & {*step.needs}]
+                    for step in ready[: len(free)]:
+                        print(f"{len(due)} steps to do; {step.name}", flush=True)
+                        if step.kind == "data":  # in this thread, which ctrl-C ends
+                            self.do(step)
+                            break
+                        slot = free.pop(0)
+                        running[pool.submit(self.do, step, **self._process(step, slot))] = step, slot
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        _, slot = running.pop(future)
+                        free.append(slot)
+                        future.result()
+                    self._clean_all()
+            except BaseException:
+                self.stopped.set()
+                raise
+
+    def _process(self, step: Step, slot: int) -> dict:
+        """Steps that run beside others share the devices out, and each writes what it prints to a file."""
+        if self.args.processes == 1:
+            return {}
+        devices = visible_devices()
+        chosen = {"CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]} if len(devices) > 1 else {}
+        return {"environment": chosen, "log": self._file(step, "log")}
+
+    def _clean_all(self) -> None:
+        in_use = {self._model_of(each) for each in self.needed()}
+        for other in [s for s in self.steps() if s.kind == "sft" and self.done(s)]:
+            if self._model_of(other) not in in_use:
+                self.clean(other)
 
     def command(self, step: Step) -> list[str]:
         """Writes the step's options to their file."""
@@ -333,15 +396,22 @@ class Experiment:
         options = {**step.options, "output_dir": self._path(step.name)}
         if step.kind == "sft" and list((self.run / step.name).glob("checkpoint-*/trainer_state.json")):
             options["resume_from_checkpoint"] = "last"
-        file = self.run / "steps" / f"{step.name.replace('/', '-')}.yaml"
+        file = self._file(step, "yaml")
         write_whole(file, yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
         launcher = shlex.split(self.args.launcher) if step.kind == "sft" and self.args.launcher else [sys.executable]
         return [*launcher, "-m", "trl_offpolicy.cli", step.kind, "--config", str(file)]
 
+    def _file(self, step: Step, suffix: str) -> Path:
+        return self.run / "steps" / f"{step.name.replace('/', '-')}.{suffix}"
+
     def _check_budget(self) -> None:
+        if self.stopped.is_set():
+            raise OutOfBudget("another step has ended the run")
         if self.deadline is not None and time.monotonic() > self.deadline:
             raise OutOfBudget(f"--time_budget {self.args.time_budget:g} (hours) is used up")
-        if self.args.sampling_budget and (tokens := self.sampled.count()) >= self.args.sampling_budget:
+        with self.one_at_a_time:
+            tokens = self.sampled.count() if self.args.sampling_budget else 0
+        if self.args.sampling_budget and tokens >= self.args.sampling_budget:
             raise OutOfBudget(
                 f"{tokens:,} tokens were sampled; --sampling_budget allows {self.args.sampling_budget:,}"
             )
@@ -506,10 +576,19 @@ def merge_adapter(adapter: Path, directory: Path, dtype: str) -> None:
 # ---- processes and budgets ----
 
 
-def run_command(command: list[str], check) -> None:
-    """Runs a command; `check` is called every few seconds and may raise, which interrupts it as ctrl-C does."""
-    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHED} | {STEP: "1"}
-    process = subprocess.Popen(command, start_new_session=True, env=environment, preexec_fn=heed_interrupts)
+def run_command(
+    command: list[str], check: Callable[[], None], environment: dict[str, str] | None = None, log: Path | None = None
+) -> None:
+    """
+    Runs a command; `check` is called every few seconds and may raise, which interrupts it as ctrl-C does. With a `log`
+    what the command prints is written to it.
+    """
+    inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
+    with open(log, "a") if log else contextlib.nullcontext() as output:
+        process = subprocess.Popen(
+            command, start_new_session=True, env=inherited | {STEP: "1"} | (environment or {}), preexec_fn=heed_interrupts,
+            stdout=output, stderr=output and subprocess.STDOUT,
+        )  # fmt: skip
     try:
         while True:
             try:
@@ -525,7 +604,15 @@ def run_command(command: list[str], check) -> None:
             os.killpg(process.pid, signal.SIGKILL)
         raise
     if code:
-        raise subprocess.CalledProcessError(code, command)
+        raise subprocess.CalledProcessError(code, command, output=log and f"what it printed is in {log}")
+
+
+def visible_devices() -> list[str]:
+    """The CUDA devices that a step could be given, as CUDA_VISIBLE_DEVICES has them."""
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return list(map(str, range(torch.cuda.device_count()))) if named is None else named.split(",")
 
 
 # What `accelerate launch` tells each of its processes; a step starts its own.
@@ -629,9 +716,14 @@ def settings_of(args: argparse.Namespace) -> dict:
         raise ValueError(
             f"You passed --benchmarks {settings['benchmarks']}, two of which have the same name; rename a file."
         )
-    for name, least in (("num_train", 1), ("num_dev", 0), ("seeds", 1)):
-        if settings[name] < least:
-            raise ValueError(f"You passed --{name} {settings[name]}; it must be at least {least}.")
+    for name, least in (("num_train", 1), ("num_dev", 0), ("seeds", 1), ("processes", 1)):
+        value = settings.get(name, getattr(args, name))
+        if value < least:
+            raise ValueError(f"You passed --{name} {value}; it must be at least {least}.")
+    if args.processes > 1 and args.launcher:
+        raise ValueError(
+            f"You passed --processes {args.processes} and --launcher {args.launcher!r}, which takes all devices for one training; pass one of them."
+        )
     return settings
 
 
@@ -672,6 +764,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name, command in (("rewriting", "rewrite"), ("training", "sft"), ("evaluation", "eval")):
         parser.add_argument(f"--{name}", metavar="FILE", help=f"YAML with options of `trl-offpolicy {command}`")
     parser.add_argument("--launcher", help="what starts a training, such as 'accelerate launch'; else one process")
+    parser.add_argument(
+        "--processes", type=int, default=1, metavar="N",
+        help="steps at a time, the devices shared out among them; what they print goes to RUN/steps/*.log",
+    )  # fmt: skip
     parser.add_argument("--time_budget", type=float, metavar="HOURS", help="stop then; the same command goes on")
     parser.add_argument("--sampling_budget", type=int, metavar="TOKENS", help="stop when so many were sampled")
     parser.add_argument("--delete_models", action="store_true", help="keep no weights of what was measured")
@@ -711,20 +807,13 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         experiment.open()
         with terminable():  # a scheduler's word is taken as ctrl-C
-            while due := experiment.needed():  # when the learning rates are chosen, others are due
-                step = due[0]
-                print(f"{len(due)} steps to do; {step.name}", flush=True)
-                experiment._check_budget()
-                experiment.do(step)
-                in_use = {experiment._model_of(each) for each in experiment.needed()}
-                for other in [s for s in experiment.steps() if s.kind == "sft" and experiment.done(s)]:
-                    if experiment._model_of(other) not in in_use:
-                        experiment.clean(other)
+            experiment.do_all()
     except (ValueError, FileNotFoundError) as error:
         print(f"reproduce.py: {error}", file=sys.stderr)
         return 2
     except subprocess.CalledProcessError as error:
-        print(f"reproduce.py: a step ended with exit code {error.returncode}: {shlex.join(error.cmd)}\nMend that, then run the same command again.", file=sys.stderr)  # fmt: skip
+        where = f" ({error.output})" if error.output else ""
+        print(f"reproduce.py: a step ended with exit code {error.returncode}: {shlex.join(error.cmd)}{where}\nMend that, then run the same command again.", file=sys.stderr)  # fmt: skip
         return 3 if error.returncode == 3 else 2
     except (KeyboardInterrupt, OutOfBudget) as reason:
         print(f"\nstopped: {str(reason) or 'interrupted'}. Run the same command again to go on.", file=sys.stderr)

@@ -129,7 +129,7 @@ def accuracy(model, tokenizer, rows, prompts, prefix="", num_samples=4, temperat
     tokenizer.padding_side = "left"
     for start in range(0, len(rows), 64):
         texts = [render(p, "")[0] + prefix for p in prompts[start : start + 64]]
-        batch = tokenizer(texts, return_tensors="pt", padding=True)
+        batch = tokenizer(texts, return_tensors="pt", padding=True).to(model.device)
         out = model.generate(
             **batch, do_sample=temperature > 0, temperature=temperature or None, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
             num_return_sequences=num_samples,
@@ -205,12 +205,13 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--eval_every", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="the embedded policy was trained on a CPU")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     mixture = {**MIXTURE, "guided": args.guided_share, "own": MIXTURE["own"] + MIXTURE["guided"] - args.guided_share}
     tokenizer = train_tokenizer(args.seed)
-    model = new_model(tokenizer)
+    model = new_model(tokenizer).to(args.device)
     hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n]
     rest = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "layers" in n)]
     optimizers = [
@@ -223,7 +224,7 @@ def main(argv: list[str] | None = None):
     began, history, running = time.process_time(), [], 0.0
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, mixture {mixture}")
     for step in tqdm(range(1, args.steps + 1), mininterval=30):
-        loss = loss_of(model, *next(stream))
+        loss = loss_of(model, *(each.to(args.device) for each in next(stream)))
         loss.backward()
         for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
             optimizer.step()

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 from pathlib import Path
 
 import pandas as pd
@@ -46,7 +47,7 @@ def commands(monkeypatch):
     """Runs the steps in this process, and lists their commands; one named in `failing` is interrupted instead."""
     run, failing = [], []
 
-    def in_this_process(command, check):
+    def in_this_process(command, check, **process):
         check()
         step = Path(command[-1]).stem
         if step in failing:
@@ -198,6 +199,83 @@ def test_a_step_over_the_budget_is_interrupted_as_by_ctrl_c(tmp_path):
     assert (tmp_path / "stopped").exists()
 
 
+@pytest.fixture
+def pretended(monkeypatch):
+    """Commands that do nothing but leave what a step leaves; in the order of their begins and ends, with their environments."""
+    first = {"rewrite", "general", "base-eval"}  # these need nothing of each other
+    together, events, environments = threading.Barrier(len(first)), [], {}
+
+    def command(command, check, environment, log):
+        options = yaml.safe_load(Path(command[-1]).read_text())
+        name, directory = Path(options["output_dir"]).relative_to("run").as_posix(), Path(options["output_dir"])
+        events.append((name, "begins"))
+        environments[name] = environment["CUDA_VISIBLE_DEVICES"]
+        if Path(command[-1]).stem in first:
+            together.wait(timeout=60)
+        kind = "forgetting" if options.get("forgetting") else command[3]
+        result = {
+            "rewrite": "metrics.json",
+            "sft": "trainer_state.json",
+            "eval": "results.json",
+            "gap": "policy_gap.json",
+        }
+        directory.mkdir(parents=True, exist_ok=True)
+        # The second rate is the better one.
+        accuracy = {"benchmarks": {"dev": {"avg@2": float("0.0003" in name)}}}
+        (directory / "model.safetensors").touch()
+        (directory / result.get(kind, "forgetting.json")).write_text(json.dumps(accuracy))
+        events.append((name, "ends"))
+
+    monkeypatch.setattr(reproduce, "run_command", command)
+    monkeypatch.setattr(reproduce, "show_page", lambda experiment: None)
+    return events, environments
+
+
+def test_steps_run_beside_each_other_and_after_what_they_need(here, pretended, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    events, environments = pretended
+    assert run("--processes", "3", "--learning_rates", "1e-4", "3e-4", "--seeds", "2") == 0
+    assert set(environments.values()) == {"4", "7"}
+    when = {event: place for place, event in enumerate(events)}
+    assert len(when) == len(events)  # nothing is done twice
+    trained = {name for name, _ in events if name.endswith("/train")}
+    # Both rates are tried with the first seed, and the better one is trained with the other.
+    assert trained == {f"seed-0/{m}-{r}/train" for m in ("sft", "dr_iw") for r in ("0.0001", "0.0003")} | {
+        f"seed-1/{m}-0.0003/train" for m in ("sft", "dr_iw")
+    }
+    needs = {name: {"rewrite"} for name in trained if "dr_iw" in name} | {"gap": {"rewrite"}}
+    for name, _ in events:
+        place = name.rpartition("/")[0]
+        if f"{place}/train" in trained and not name.endswith("/train"):
+            needs[name] = {f"{place}/train"} | ({"base/eval"} if name.endswith("/eval") else set())
+        if name.endswith(("/kl-rewrite", "/kl-general")):
+            needs[name].add(name.rpartition("/kl-")[2])
+        if name.endswith("/eval") and place != "base" or place.startswith("seed-1") and name in trained:
+            method = place.split("/")[1].split("-")[0]
+            needs.setdefault(name, set()).update(f"seed-0/{method}-{rate}/dev" for rate in ("0.0001", "0.0003"))
+    assert len(needs) > 20
+    for name, before in needs.items():
+        assert all(when[other, "ends"] < when[name, "begins"] for other in before), name
+
+
+def test_a_step_that_fails_stops_those_beside_it_and_says_where_its_output_is(here, monkeypatch, capsys):
+    Path("stops.py").write_text("import time\nopen('began', 'w').close()\ntime.sleep(60)")
+    Path("fails.py").write_text(
+        "import os, time\nwhile not os.path.exists('began'): time.sleep(0.01)\nprint('no memory')\nraise SystemExit(2)"
+    )
+    script = {"rewrite": "fails.py", "general": "stops.py"}
+    monkeypatch.setattr(
+        reproduce.Experiment, "command", lambda self, step: [sys.executable, script.get(step.name, "stops.py")]
+    )
+    (here / "run/steps").mkdir(parents=True)
+    assert run("--processes", "2") == 2
+    assert "run/steps/rewrite.log" in capsys.readouterr().err
+    assert (
+        Path("run/steps/rewrite.log").read_text() == "no memory\n"
+        and "KeyboardInterrupt" in Path("run/steps/general.log").read_text()
+    )
+
+
 def test_tokens_are_counted_from_the_journals_of_all_steps(here):
     options = [part for name, value in REWRITING.items() for part in (f"--{name}", str(value))]
     assert (
@@ -226,6 +304,8 @@ def test_tokens_are_counted_from_the_journals_of_all_steps(here):
         (["--num_dev", "0"], "--num_dev"),
         (["--num_train", "0"], "at least 1"),
         (["--benchmarks", "a/test.jsonl", "b/test.jsonl"], "same name"),
+        (["--processes", "0"], "at least 1"),
+        (["--processes", "2", "--launcher", "accelerate launch"], "pass one of them"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_loaded(here, options, said, capsys):

@@ -120,6 +120,9 @@ def target_log_probs(
 
     Returns:
         `list` of float32 `torch.Tensor`, each of the length of its target.
+
+    Raises:
+        ValueError: The model gives a token no number.
     """
     results: list[torch.Tensor | None] = [None] * len(pairs)
     order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
@@ -154,6 +157,11 @@ def target_log_probs(
                     logits = logits / divisors[part, None]
                 scored.append(logits.log_softmax(-1).gather(-1, ids[b[part], t[part]][:, None])[:, 0])
             scored = torch.cat(scored).cpu() if scored else torch.zeros(0)
+            if missing := int(scored.isnan().sum()):
+                raise ValueError(
+                    f"The model gives {missing:,} of {len(scored):,} tokens a log-prob that is no number (NaN): its weights are broken, "
+                    f"or what it computes in {model.dtype} overflows. Load it with dtype='float32' (--dtype float32), or look at its training's loss and gradient norm."
+                )
             for i, row, begin in zip(batch, rows, first, strict=True):
                 own, scored = scored[: len(row) - begin], scored[len(row) - begin :]
                 results[i] = torch.nn.functional.pad(own, (len(pairs[i][1]) - len(own), 0), value=math.nan)

@@ -194,8 +194,8 @@ class TransformersSampler(Sampler):
         processing_class (`PreTrainedTokenizerBase`, *optional*): Tokenizer with a chat template; by default the
             model's.
         batch_size (`int`, *optional*, defaults to `64`): Completions drawn at a time.
-        batch_tokens (`int`, *optional*, defaults to `16384`): Prompt tokens of one batch, padding included; long
-            prompts make it smaller.
+        batch_tokens (`int`, *optional*): Prompt tokens of one batch, padding included; long prompts make it smaller.
+            By default 256 times `batch_size`.
         model_init_kwargs (`dict`, *optional*): Passed to `from_pretrained`, for example `{"dtype": "bfloat16"}`.
     """
 
@@ -206,9 +206,10 @@ class TransformersSampler(Sampler):
         model,
         processing_class=None,
         batch_size: int = 64,
-        batch_tokens: int = 16384,
+        batch_tokens: int | None = None,
         model_init_kwargs: dict | None = None,
     ):
+        batch_tokens = 256 * batch_size if batch_tokens is None else batch_tokens
         check_positive(batch_size=batch_size, batch_tokens=batch_tokens)
         init = model_init_kwargs or {}
         self.name = model if isinstance(model, str) else model.config._name_or_path or type(model).__name__
