@@ -19,7 +19,7 @@ from trl_offpolicy.cli.arguments import load_demonstrations, make_verifier
 from trl_offpolicy.cli.rewrite import rewrite_parser
 from trl_offpolicy.data.demonstrations import clean_reference
 from trl_offpolicy.data.formats import read_rows
-from trl_offpolicy.data.prompts import GUIDED_PROMPT, SOLVE_PROMPT
+from trl_offpolicy.data.prompts import GUIDED_PROMPT
 from trl_offpolicy.data.rows import Problem, Verdict
 from trl_offpolicy.data.text_statistics import copy_ratio, leaks_hint
 from trl_offpolicy.evaluation.estimators import bootstrap, share_interval
@@ -41,16 +41,23 @@ Reference answer:
 {solution}
 
 Your own answer:""",
-    # The reference first, and at the end exactly what the model is asked in training.
-    "solve_last": """\
-A problem will be given to you at the end of this message. Here is a worked solution to it, which only you can see:
+    # Figure 2 of Mind the Gap, in our words: rules, problem, reference.
+    "rules": """\
+You are given a problem and a teacher's solution to it. Read the solution until you understand why it works, then solve \
+the problem again in your own way.
 
+1. Work out what the problem asks.
+2. Use the teacher's solution only as guidance, for the parts you could not have done yourself.
+3. Write your own solution step by step and in your own words. Do not mention the teacher or the reference.
+4. Put your final answer within \\boxed{}.
+
+Problem:
+{problem}
+
+Teacher's solution (for reference):
 {solution}
 
-Answer as if you had never seen it: work every step out yourself, and do not speak of it. This is the problem:
-
-"""
-    + SOLVE_PROMPT,
+Now solve the problem in your own way:""",
     # Another reader: whoever explains to somebody who has not seen the reference cannot point at it.
     "student": """\
 {problem}

@@ -15,6 +15,9 @@ from trl_offpolicy.runs.journal import Journal
 from trl_offpolicy.sampling.sampler import Completion, Request, SamplingParams, attempt_seed
 
 
+SHOWN = "only you can see"  # what the default guided prompt says and no other does
+
+
 class ScriptedSampler:
     """Right with probability `p_self` or `p_guided`; hands requests back in a random order, a few at a time."""
 
@@ -40,7 +43,7 @@ class ScriptedSampler:
         rng = random.Random(request.seed)
         text = request.prompt[-1]["content"]
         gold = int(text.split("gold:")[1].split()[0])
-        p = self.p_guided if "Teacher" in text else self.p_self
+        p = self.p_guided if SHOWN in text else self.p_self
         answer = gold if rng.random() < p else gold + rng.randint(1, 9)
         reason = "length" if rng.random() < 0.05 else "stop"
         ids = [rng.randrange(100) for _ in range(rng.randint(1, 5))]

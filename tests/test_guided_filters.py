@@ -6,7 +6,7 @@ import re
 from fractions import Fraction
 
 import pytest
-from scripted import ScriptedSampler, config, rewrite, verify
+from scripted import SHOWN, ScriptedSampler, config, rewrite, verify
 
 from trl_offpolicy import RewriteConfig
 from trl_offpolicy.data import prompts
@@ -155,7 +155,7 @@ class Retelling(ScriptedSampler):
         self.sampled += 1
         text = request.prompt[-1]["content"]
         gold = int(text.split("gold:")[1].split()[0])
-        told = random.Random(request.seed).choice(self.FORMS).format(gold if "Teacher" in text else "no")
+        told = random.Random(request.seed).choice(self.FORMS).format(gold if SHOWN in text else "no")
         return Completion(request.id, told, [1, 2], [-0.5, -0.5], "stop")
 
 

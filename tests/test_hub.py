@@ -254,7 +254,7 @@ def test_local_paths_stay_at_home(tmp_path, hub):
 def test_card_is_what_the_journal_says(tmp_path, hub):
     source = source_dataset(hub)
     commit = hub.repos["datasets", "me/source"].heads["main"]
-    run = rewriter(tmp_path, guided_prompt="{problem}\n```\n{solution}\n```\nTeacher", seed=7)
+    run = rewriter(tmp_path, guided_prompt="{problem}\n```\n{solution}\n```\nonly you can see", seed=7)
     out = run.rewrite(source)
     run.push_to_hub("me/out")
     card = DatasetCard.load("me/out")  # parsed and typed by huggingface_hub; the server has checked the YAML
@@ -287,7 +287,8 @@ def test_card_is_what_the_journal_says(tmp_path, hub):
             str(sum(e["finish_reason"] == "length" for e in mine)),
         ]  # fmt: skip
     assert (
-        f"revision `{commit}`" in card.text and "````text\n{problem}\n```\n{solution}\n```\nTeacher\n````" in card.text
+        f"revision `{commit}`" in card.text
+        and "````text\n{problem}\n```\n{solution}\n```\nonly you can see\n````" in card.text
     )
     assert card.text.count("{") == card.text.count("}") and "@misc{zhao2025mind" in card.text and "trl 1." in card.text
     # What the card tells a reader to type gives the settings of this run.

@@ -67,6 +67,16 @@ def test_target_log_probs_equal_a_forward_of_each_row():
     )
 
 
+def test_log_probs_that_are_no_numbers_are_refused():
+    model = tiny("Llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = math.nan
+    pairs = [([1, 2], [3, 4]), ([1], [2, 7, 7, 5])]
+    with pytest.raises(ValueError, match="of 6 tokens a log-prob that is no number"):
+        target_log_probs(model, pairs, progress=False)
+    assert target_log_probs(model, pairs[:1], progress=False)[0].isfinite().all()
+
+
 def sampled_elsewhere(tokenizer):
     """Guided rows were drawn under another prompt than they train on, each row at its own temperature; the stored log-probs are wrong."""
     data = rewritten(tokenizer).to_list()

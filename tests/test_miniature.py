@@ -163,6 +163,9 @@ def test_rows_and_cost_of_a_one_shot(tmp_path):
     every, best = (rounds.rows_of(args, 0, 0, rounds.MODELS[name]) for name in ("all", "best"))
     first, second, third = (str(("base", number)) for number in range(3))
     assert every["draw"][:] == [first] * 3 + [second] * 3 + [third] + [first] * 2 and every["id"][:] == IDS * 3
+    assert (
+        rounds.rows_of(args, 0, 0, rounds.MODELS["round-0"])["draw"][:] == [first] * 3
+    )  # nothing follows the last draw
     assert best["draw"][:] == [third, first, first] and best["source"][:] == ["self", "self", "guided"]
     assert rounds._cost(args, "last-2") == {"tokens": 75, "steps": 15} and rounds._cost(args, "all") == {
         "tokens": 70,

@@ -45,7 +45,7 @@ def runs(tmp_path, tokenizer, tiny_model):
     """A rewrite, two evaluations, a gap and a training's state, as the commands write them."""
     data = [{**row, "solution": f"{EVIL} {row['solution']}"} for row in rows(40)]
     args = RewriteConfig(
-        str(tmp_path / "runs" / "rewrite"), num_generations=2, guided_prompt="Teacher {problem} {solution}"
+        str(tmp_path / "runs" / "rewrite"), num_generations=2, guided_prompt="only you can see {problem} {solution}"
     )
     rewritten = DataRewriter(None, args, sampler=ScriptedSampler(), verifier=verify).rewrite(data)
     kept = [{**row, "completion_ids": [], "behavior_log_probs": []} for row in rewritten]

@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import POLICY
 from datasets import Dataset, load_dataset
-from scripted import OtherVerifier, ScriptedSampler, config, naive, rewrite, rewrite_rows, rows, verify
+from scripted import SHOWN, OtherVerifier, ScriptedSampler, config, naive, rewrite, rewrite_rows, rows, verify
 
 from trl_offpolicy import DataRewriter, RewriteConfig, TransformersSampler
 from trl_offpolicy.data import prompts
@@ -131,7 +131,7 @@ def test_guided_attempts_are_those_of_the_demonstration(tmp_path):
         def completion(self, request):
             c = super().completion(request)
             text = request.prompt[-1]["content"]
-            seen = text.split("demonstration ")[1].split(":")[0] if "Teacher" in text else ""
+            seen = text.split("demonstration ")[1].split(":")[0] if SHOWN in text else ""
             return Completion(c.id, f"<{seen}> {c.text}", c.completion_ids, c.log_probs, c.finish_reason)
 
     def check(data):
@@ -254,7 +254,7 @@ def test_gold_answers_that_could_not_be_checked_are_counted_apart(tmp_path):
 def test_a_prompt_beyond_the_context_goes_to_the_next_stage(tmp_path):
     class Narrow(ScriptedSampler):
         def completion(self, request):
-            if "Teacher" in request.prompt[-1]["content"]:
+            if SHOWN in request.prompt[-1]["content"]:
                 return super().completion(request)
             return Completion(
                 request.id, "", [], [], "refused", "the prompt has 9 tokens, but the model's context is 8"
@@ -687,7 +687,7 @@ def test_plain_texts_stay_plain_and_are_sampled_as_training_sees_them(tmp_path, 
     from trl_offpolicy import ImportanceWeightedSFTConfig, ImportanceWeightedSFTTrainer, measure_policy_gap
 
     data = [{"prompt": f"{i}+{i}=", "completion": f"{2 * i}: \\boxed{{{2 * i}}}", "n": i} for i in range(16)]
-    options = {"max_guided_copy": 1.0, "min_guided_length": 0.0, "temperature": 1.0, "num_generations": 1}
+    options = {"max_guided_copy": 1.0, "min_guided_length": 0.0, "temperature": 1.0, "num_generations": 4}
     messages = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in data]
     rewrite(tmp_path, messages, stages=[])
     with pytest.raises(ValueError, match="`plain_prompts` was None there and is 'asked as they are' now"):

@@ -10,7 +10,7 @@ import torch
 import yaml
 from conftest import POLICY
 from datasets import Dataset, load_dataset
-from scripted import ScriptedSampler, config, rewrite, rows, verify
+from scripted import SHOWN, ScriptedSampler, config, rewrite, rows, verify
 from training import config as training_config
 from training import train
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -61,9 +61,9 @@ class Student(ScriptedSampler):
     def completion(self, request):
         c = super().completion(request)
         text = request.prompt[-1]["content"]
-        copies = "Teacher" in text and random.Random(request.seed + 1).random() < 0.5
+        copies = SHOWN in text and random.Random(request.seed + 1).random() < 0.5
         if copies:
-            text = text.split("Teacher's solution (for reference):\n")[1].split("\n\nNow")[0]
+            text = text.split("only you can see:\n\n")[1].split("\n\nAnswer as if")[0]
             c = Completion(c.id, text, c.completion_ids, [], "stop")
         ids = self.processing_class(c.text)["input_ids"] + [self.processing_class.eos_token_id]
         return Completion(c.id, c.text, ids, [-0.01 if copies else -0.5] * len(ids), c.finish_reason)
@@ -226,7 +226,7 @@ class Sums(Student):
         gold = int(prompt.split("gold:")[1].split()[0])
         answer = (
             gold
-            if rng.random() < (self.p_guided if "Hint" in prompt or "Teacher" in prompt else self.p_self)
+            if rng.random() < (self.p_guided if "Hint" in prompt or SHOWN in prompt else self.p_self)
             else gold + 1
         )
         self.sampled += 1
@@ -237,7 +237,7 @@ class Sums(Student):
 
     def asked_for(self, problem, stage, k):
         """The text of an attempt, and whether it is right."""
-        words = {"guided": "Teacher"}.get(stage, "Hint" if stage.startswith("guided:") else "")
+        words = {"guided": SHOWN}.get(stage, "Hint" if stage.startswith("guided:") else "")
         prompt = [{"role": "user", "content": f"{problem.problem} {words}"}]
         seed = attempt_seed(42, problem.id, stage, k)
         text = self.completion(Request("", prompt, seed, SamplingParams())).text
@@ -353,7 +353,7 @@ def test_a_ladder_of_hints_stops_at_the_weakest_that_works(tmp_path, tokenizer):
         assert row["source"] == stage.partition(":")[0]
         if row["source"] == "guided":
             shown = row["behavior_prompt"][0]["content"]
-            words = {"guided:answer": "final answer is", "guided:first_steps": "It begins so", "guided": "Teacher"}
+            words = {"guided:answer": "final answer is", "guided:first_steps": "It begins so", "guided": SHOWN}
             assert words[stage] in shown
     counted = Counter(reached)
     assert {s: metrics["stages"][s]["rows"] for s in stages} == {s: counted[s] for s in stages} and min(

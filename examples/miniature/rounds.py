@@ -134,8 +134,8 @@ def rows_of(args, base: int, seed: int, model: Model):
     size = len(drawn[0])
     number = last_draw(args, base, seed, model)[0] if model.budget else size
     if not model.best:
-        rows = [*drawn[:-1], drawn[-1].select(range(number)), drawn[0].select(range(number, size))]
-        return concatenate_datasets(rows)
+        again = [drawn[0].select(range(number, size))] if number < size else []
+        return concatenate_datasets([*drawn[:-1], drawn[-1].select(range(number)), *again])
     ranks = np.array([[RANK.index(source) for source in rows["source"]] for rows in drawn])
     ranks[-1, number:] = len(RANK)
     return concatenate_datasets(drawn).select(ranks.argmin(0) * size + np.arange(size))

@@ -8,24 +8,19 @@ import re
 # What a row without a prompt of its own (`problem`, `question`) is asked, in training as in sampling.
 SOLVE_PROMPT = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}."
 
-# Digest-and-retell ("Mind the Gap", Figure 2, in our words): the reference is there to be understood, not to be
-# copied.
-GUIDED_PROMPT = """\
-You are given a problem and a teacher's solution to it. Read the solution until you understand why it works, then solve \
-the problem again in your own way.
+# Digest-and-retell ("Mind the Gap", Figure 2): the reference is there to be understood, not to be copied. It comes
+# first, and what the model reads last is what it is asked in training; `docs/results.md` has other wordings beside it.
+GUIDED_PROMPT = (
+    """\
+A problem will be given to you at the end of this message. Here is a worked solution to it, which only you can see:
 
-1. Work out what the problem asks.
-2. Use the teacher's solution only as guidance, for the parts you could not have done yourself.
-3. Write your own solution step by step and in your own words. Do not mention the teacher or the reference.
-4. Put your final answer within \\boxed{}.
-
-Problem:
-{problem}
-
-Teacher's solution (for reference):
 {solution}
 
-Now solve the problem in your own way:"""
+Answer as if you had never seen it: work every step out yourself, and do not speak of it. This is the problem:
+
+"""
+    + SOLVE_PROMPT
+)
 
 # The same with less than the reference: an outline of it, its first steps, or its answer.
 HINT_PROMPT = """\

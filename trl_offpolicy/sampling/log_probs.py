@@ -159,8 +159,8 @@ def target_log_probs(
             scored = torch.cat(scored).cpu() if scored else torch.zeros(0)
             if missing := int(scored.isnan().sum()):
                 raise ValueError(
-                    f"The model gives {missing:,} of {len(scored):,} tokens a log-prob that is no number (NaN): its weights are broken, "
-                    f"or what it computes in {model.dtype} overflows. Load it with dtype='float32' (--dtype float32), or look at its training's loss and gradient norm."
+                    f"The model gives {missing:,} of {len(scored):,} tokens a log-prob that is no number (NaN): its weights are broken, or what it computes in {model.dtype} "
+                    "overflows. Look at the loss and the gradient norm of its training; in 16 bits, try dtype='float32' (--dtype float32)."
                 )
             for i, row, begin in zip(batch, rows, first, strict=True):
                 own, scored = scored[: len(row) - begin], scored[len(row) - begin :]
