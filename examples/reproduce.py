@@ -20,6 +20,7 @@ the preset's.
 
 import argparse
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -37,7 +38,7 @@ from typing import NamedTuple
 
 import yaml
 
-from trl_offpolicy.runs.interrupts import heed_interrupts, terminable
+from trl_offpolicy.runs.interrupts import heed_interrupts, terminable, uninterrupted
 from trl_offpolicy.runs.run_config import STEP
 
 
@@ -151,6 +152,7 @@ class Experiment:
         self.deadline = time.monotonic() + 3600 * args.time_budget if args.time_budget else None
         self.sampled = SampledTokens(self.run)
         self.one_at_a_time, self.stopped = threading.Lock(), threading.Event()
+        self.held: int | None = None  # the file that `alone` locks
 
     # ---- the plan ----
 
@@ -305,6 +307,28 @@ class Experiment:
 
     # ---- the steps ----
 
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """
+        Locks the directory, or raises `ValueError` if another run works in it. Steps keep the lock for as long as they
+        live, so that none is begun a second time beside one that a killed run (`kill -9`) has left behind.
+        """
+        from trl_offpolicy.runs.journal import lock
+
+        self.run.mkdir(parents=True, exist_ok=True)
+        self.held = os.open(self.run / "reproduce.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            try:
+                lock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(
+                    f"Another reproduce.py works in {self.run}, or a step that a killed one has left behind: "
+                    f"`pgrep -af {self.run}` lists them. Wait for it or end it, then run the same command again."
+                ) from error
+            yield
+        finally:
+            os.close(self.held)
+
     def open(self) -> None:
         """Notes the settings, or raises `ValueError` if the directory was begun with others."""
         from trl_offpolicy.data.whole_file import write_whole
@@ -331,6 +355,7 @@ class Experiment:
 
         Raises:
             subprocess.CalledProcessError: It ended with an exit code other than 0.
+            ValueError: It ended well, but did not leave its result.
             OutOfBudget: It was stopped; it goes on when the command is run again.
         """
         if step.kind == "data":
@@ -341,14 +366,18 @@ class Experiment:
             with self.one_at_a_time:
                 self._make_rows(which)
         merged = Path(step.options["model_name_or_path"])
-        if merged.name != "merged":
-            run_command(self.command(step), self._check_budget, **process)
-            return
         try:
-            merge_adapter(merged.with_name("train"), merged, step.options["dtype"])
+            if merged.name == "merged":
+                merge_adapter(merged.with_name("train"), merged, step.options["dtype"])
             run_command(self.command(step), self._check_budget, **process)
         finally:
-            shutil.rmtree(merged, ignore_errors=True)
+            if merged.name == "merged":
+                shutil.rmtree(merged, ignore_errors=True)
+        if not self.done(step):
+            raise ValueError(
+                f"{step.name} ended without {self.run / step.name / step.result}, so it would be run again and again. "
+                f"Its options are in {self._file(step, 'yaml')}: leave out what keeps it from its result, such as dry_run or shard."
+            )
 
     def do_all(self) -> None:
         """The steps that are not done, `--processes` at a time. Raises what `do` raises; the others are stopped then."""
@@ -358,9 +387,15 @@ class Experiment:
                 while due := self.needed():  # when the learning rates are chosen, others are due
                     self._check_budget()
                     names, busy = {step.name for step in due}, {step.name for step, _ in running.values()}
-                    ready = [step for step in due if step.name not in busy and not names & {*step.needs}]
+                    # A step can still be at work when its result is there.
+                    ready = [step for step in due if step.name not in busy and not (names | busy) & {*step.needs}]
                     for step in ready[: len(free)]:
-                        print(f"{len(due)} steps to do; {step.name}", flush=True)
+                        where = (
+                            f" (output: {self._file(step, 'log')})"
+                            if self.args.processes > 1 and step.kind != "data"
+                            else ""
+                        )
+                        print(f"{len(due)} steps to do; {step.name}{where}", flush=True)
                         if step.kind == "data":  # in this thread, which ctrl-C ends
                             self.do(step)
                             break
@@ -373,15 +408,19 @@ class Experiment:
                     self._clean_all()
             except BaseException:
                 self.stopped.set()
+                with uninterrupted():  # else an impatient ctrl-C would leave steps behind
+                    if names := [step.name for step, _ in running.values()]:
+                        print(f"\nstopping {', '.join(names)}: within a minute", file=sys.stderr, flush=True)
+                    pool.shutdown()
                 raise
 
     def _process(self, step: Step, slot: int) -> dict:
-        """Steps that run beside others share the devices out, and each writes what it prints to a file."""
+        """Steps that run beside others have one device each, and write what they print to a file."""
         if self.args.processes == 1:
-            return {}
+            return {"held": self.held}
         devices = visible_devices()
         chosen = {"CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]} if len(devices) > 1 else {}
-        return {"environment": chosen, "log": self._file(step, "log")}
+        return {"held": self.held, "environment": chosen, "log": self._file(step, "log")}
 
     def _clean_all(self) -> None:
         in_use = {self._model_of(each) for each in self.needed()}
@@ -577,17 +616,22 @@ def merge_adapter(adapter: Path, directory: Path, dtype: str) -> None:
 
 
 def run_command(
-    command: list[str], check: Callable[[], None], environment: dict[str, str] | None = None, log: Path | None = None
+    command: list[str],
+    check: Callable[[], None],
+    held: int | None = None,
+    environment: dict[str, str] | None = None,
+    log: Path | None = None,
 ) -> None:
     """
-    Runs a command; `check` is called every few seconds and may raise, which interrupts it as ctrl-C does. With a `log`
-    what the command prints is written to it.
+    Runs a command; `check` is called before and every few seconds and may raise, which interrupts it as ctrl-C does.
+    The command keeps the file `held` open. With a `log` what it prints is written to that.
     """
+    check()
     inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
     with open(log, "a") if log else contextlib.nullcontext() as output:
         process = subprocess.Popen(
             command, start_new_session=True, env=inherited | {STEP: "1"} | (environment or {}), preexec_fn=heed_interrupts,
-            stdout=output, stderr=output and subprocess.STDOUT,
+            stdout=output, stderr=output and subprocess.STDOUT, pass_fds=() if held is None else (held,),
         )  # fmt: skip
     try:
         while True:
@@ -712,14 +756,27 @@ def settings_of(args: argparse.Namespace) -> dict:
         raise ValueError(
             f"You passed {len(settings['learning_rates'])} learning rates and no development problems to choose one by; pass --num_dev."
         )
+    for name in ("methods", "learning_rates"):
+        if len(set(settings[name])) < len(settings[name]):
+            raise ValueError(f"You passed --{name} {settings[name]}, in which one is there twice; leave that out.")
     if len({short_name(name) for name in settings["benchmarks"]}) < len(settings["benchmarks"]):
         raise ValueError(
             f"You passed --benchmarks {settings['benchmarks']}, two of which have the same name; rename a file."
         )
-    for name, least in (("num_train", 1), ("num_dev", 0), ("seeds", 1), ("processes", 1)):
+    for name, least in (
+        ("num_train", 1),
+        ("num_dev", 0),
+        ("num_test", 1),
+        ("seeds", 1),
+        ("processes", 1),
+        ("sampling_budget", 1),
+    ):
         value = settings.get(name, getattr(args, name))
-        if value < least:
+        if value is not None and value < least:
             raise ValueError(f"You passed --{name} {value}; it must be at least {least}.")
+    for name in ("time_budget", "device_tflops"):
+        if (value := getattr(args, name)) is not None and not value > 0:
+            raise ValueError(f"You passed --{name} {value}; it must be above 0.")
     if args.processes > 1 and args.launcher:
         raise ValueError(
             f"You passed --processes {args.processes} and --launcher {args.launcher!r}, which takes all devices for one training; pass one of them."
@@ -766,7 +823,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--launcher", help="what starts a training, such as 'accelerate launch'; else one process")
     parser.add_argument(
         "--processes", type=int, default=1, metavar="N",
-        help="steps at a time, the devices shared out among them; what they print goes to RUN/steps/*.log",
+        help="steps at a time, each on one of the devices; what they print goes to RUN/steps/*.log",
     )  # fmt: skip
     parser.add_argument("--time_budget", type=float, metavar="HOURS", help="stop then; the same command goes on")
     parser.add_argument("--sampling_budget", type=int, metavar="TOKENS", help="stop when so many were sampled")
@@ -805,8 +862,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.dry_run:
             show_plan(experiment)
             return 0
-        experiment.open()
-        with terminable():  # a scheduler's word is taken as ctrl-C
+        with experiment.alone(), terminable():  # a scheduler's word is taken as ctrl-C
+            experiment.open()
             experiment.do_all()
     except (ValueError, FileNotFoundError) as error:
         print(f"reproduce.py: {error}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """`examples/reproduce.py`: the whole way in this process with the embedded policy, and its plan at the paper's size."""
 
 import json
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -17,6 +18,7 @@ from quickstart_task import GUIDED_PROMPT, demonstrations, problems
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_offpolicy.cli import main as cli
+from trl_offpolicy.data.whole_file import write_whole
 
 
 REWRITING = {
@@ -158,6 +160,8 @@ def test_on_a_cpu_an_adapter_is_tested_merged(here, monkeypatch):
     def command(of, check):
         options = yaml.safe_load(Path(of[-1]).read_text())
         assert "adapter" not in options
+        Path("run/eval").mkdir()
+        Path("run/eval/results.json").touch()
         tested.append(AutoModelForCausalLM.from_pretrained(options["model_name_or_path"], dtype="float32")(ids).logits)
 
     monkeypatch.setattr(reproduce, "run_command", command)
@@ -205,7 +209,7 @@ def pretended(monkeypatch):
     first = {"rewrite", "general", "base-eval"}  # these need nothing of each other
     together, events, environments = threading.Barrier(len(first)), [], {}
 
-    def command(command, check, environment, log):
+    def command(command, check, held, environment, log):
         options = yaml.safe_load(Path(command[-1]).read_text())
         name, directory = Path(options["output_dir"]).relative_to("run").as_posix(), Path(options["output_dir"])
         events.append((name, "begins"))
@@ -223,7 +227,7 @@ def pretended(monkeypatch):
         # The second rate is the better one.
         accuracy = {"benchmarks": {"dev": {"avg@2": float("0.0003" in name)}}}
         (directory / "model.safetensors").touch()
-        (directory / result.get(kind, "forgetting.json")).write_text(json.dumps(accuracy))
+        write_whole(directory / result.get(kind, "forgetting.json"), json.dumps(accuracy))
         events.append((name, "ends"))
 
     monkeypatch.setattr(reproduce, "run_command", command)
@@ -298,6 +302,68 @@ def test_tokens_are_counted_from_the_journals_of_all_steps(here):
     assert counted.count() == counted.count() == tokens
 
 
+def test_a_step_without_its_result_is_not_run_again_and_again(here, monkeypatch, capsys):
+    monkeypatch.setattr(reproduce.Experiment, "command", lambda self, step: [sys.executable, "-c", ""])
+    (here / "run/steps").mkdir(parents=True)
+    assert run() == 2
+    assert "rewrite ended without run/rewrite/metrics.json" in capsys.readouterr().err
+
+
+def test_a_step_begins_when_what_it_needs_has_ended_not_when_its_result_is_there(here, monkeypatch):
+    """The training leaves its result, and ends only when the run has looked for steps to begin after another's end."""
+    plan = [
+        reproduce.Step(name, "gap", {}, "result", needs)
+        for name, needs in (("train", ()), ("other", ()), ("eval", ("train",)))
+    ]
+    monkeypatch.setattr(reproduce.Experiment, "steps", lambda self: iter(plan))
+    trained, looked, together = threading.Event(), threading.Event(), []
+
+    def do(self, step, **process):
+        assert step.name != "other" or trained.wait(60)
+        Path("run", step.name).mkdir()
+        Path("run", step.name, "result").touch()
+        if step.name == "train":
+            trained.set()
+            assert looked.wait(60)
+
+    def wait(running, return_when, of=reproduce.wait):
+        together.append({step.name for step, _ in running.values()})
+        if "other" not in together[-1]:
+            looked.set()
+        return of(running, return_when=return_when)
+
+    monkeypatch.setattr(reproduce.Experiment, "do", do)
+    monkeypatch.setattr(reproduce, "wait", wait)
+    monkeypatch.setattr(reproduce, "show_page", lambda experiment: None)
+    assert run("--processes", "2") == 0
+    assert together == [{"train", "other"}, {"train"}, {"eval"}]
+
+
+def test_an_impatient_ctrl_c_leaves_no_step_behind(here, monkeypatch, capsys):
+    """The step interrupts the run, and when it is interrupted in turn does so again before it ends."""
+    Path("step.py").write_text(
+        "import os, signal, time\nparent = os.getppid()\n"
+        "try:\n    os.kill(parent, signal.SIGINT); time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    os.kill(parent, signal.SIGINT); os.kill(parent, signal.SIGTERM); open('ended', 'w').close()\n"
+    )
+    monkeypatch.setattr(reproduce.Experiment, "command", lambda self, step: [sys.executable, "step.py"])
+    (here / "run/steps").mkdir(parents=True)
+    assert run("--processes", "1") == 3
+    assert Path("ended").exists() and "stopping rewrite" in capsys.readouterr().err
+
+
+def test_a_step_that_a_killed_run_has_left_behind_keeps_others_out(here, monkeypatch, capsys):
+    args = reproduce.parse(["--preset", "cpu", "--model_name_or_path", POLICY, "--output_dir", "run"])
+    experiment = reproduce.Experiment(args)
+    with experiment.alone():
+        step = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(experiment.held,))
+    assert run() == 2
+    assert "works in run" in capsys.readouterr().err
+    step.communicate()
+    with experiment.alone():
+        pass
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -305,6 +371,12 @@ def test_tokens_are_counted_from_the_journals_of_all_steps(here):
         (["--num_train", "0"], "at least 1"),
         (["--benchmarks", "a/test.jsonl", "b/test.jsonl"], "same name"),
         (["--processes", "0"], "at least 1"),
+        (["--num_test", "0"], "at least 1"),
+        (["--sampling_budget", "0"], "at least 1"),
+        (["--time_budget", "0"], "above 0"),
+        (["--time_budget", "nan"], "above 0"),
+        (["--methods", "sft", "sft"], "twice"),
+        (["--learning_rates", "1e-4", "0.0001"], "twice"),
         (["--processes", "2", "--launcher", "accelerate launch"], "pass one of them"),
     ],
 )
