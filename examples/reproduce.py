@@ -756,6 +756,8 @@ def settings_of(args: argparse.Namespace) -> dict:
         raise ValueError(
             f"You passed {len(settings['learning_rates'])} learning rates and no development problems to choose one by; pass --num_dev."
         )
+    if not all(0 < rate < float("inf") for rate in settings["learning_rates"]):
+        raise ValueError(f"You passed --learning_rates {settings['learning_rates']}; each must be a number above 0.")
     for name in ("methods", "learning_rates"):
         if len(set(settings[name])) < len(settings[name]):
             raise ValueError(f"You passed --{name} {settings[name]}, in which one is there twice; leave that out.")

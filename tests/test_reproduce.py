@@ -377,6 +377,8 @@ def test_a_step_that_a_killed_run_has_left_behind_keeps_others_out(here, monkeyp
         (["--time_budget", "nan"], "above 0"),
         (["--methods", "sft", "sft"], "twice"),
         (["--learning_rates", "1e-4", "0.0001"], "twice"),
+        (["--learning_rates", "0"], "above 0"),
+        (["--learning_rates", "nan"], "above 0"),
         (["--processes", "2", "--launcher", "accelerate launch"], "pass one of them"),
     ],
 )
