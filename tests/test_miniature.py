@@ -68,6 +68,15 @@ def test_killed_and_resumed_is_undisturbed(tmp_path, monkeypatch, capsys):
     assert "--num_dev was 2 and is 3" in "".join(capsys.readouterr())
 
 
+def test_sigterm_ends_a_study_as_ctrl_c_does(tmp_path, capsys):
+    def terminated(args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    assert study.outcome(terminated, study.parse(["--output_dir", str(tmp_path)])) == (None, 3)
+    assert "Run the same command again" in capsys.readouterr().err
+
+
 def test_rejection_sampling_rows(tmp_path):
     """Each distinct correct text of a problem once, with the tokens of its earliest attempt, in an order that a resume keeps."""
     from datasets import Dataset

@@ -485,11 +485,14 @@ def parse(argv: list[str] | None):
 
 
 def outcome(study: Callable, args) -> tuple[dict | None, int]:
-    """What a study found, and the exit code of its command: 2 for settings that do not fit, 3 after ctrl-C."""
+    """What a study found, and the exit code of its command: 2 for settings that do not fit, 3 after ctrl-C or SIGTERM."""
+    from trl_offpolicy.runs.interrupts import terminable
+
     args.output_dir.mkdir(parents=True, exist_ok=True)
     try:
         check_settings(args)
-        return study(args), 0
+        with terminable():  # so that its workers end with it
+            return study(args), 0
     except ValueError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return None, 2
