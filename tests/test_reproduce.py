@@ -1,6 +1,7 @@
 """`examples/reproduce.py`: the whole way in this process with the embedded policy, and its plan at the paper's size."""
 
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -339,7 +340,15 @@ def test_a_step_begins_when_what_it_needs_has_ended_not_when_its_result_is_there
     assert together == [{"train", "other"}, {"train"}, {"eval"}]
 
 
-def test_an_impatient_ctrl_c_leaves_no_step_behind(here, monkeypatch, capsys):
+@pytest.fixture
+def heeded():
+    """A shell that has begun the tests in the background lets them ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_impatient_ctrl_c_leaves_no_step_behind(here, heeded, monkeypatch, capsys):
     """The step interrupts the run, and when it is interrupted in turn does so again before it ends."""
     Path("step.py").write_text(
         "import os, signal, time\nparent = os.getppid()\n"
