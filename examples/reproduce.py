@@ -252,7 +252,7 @@ class Experiment:
 
     def _training(self, method: str, rate: float, seed: int, needs: Sequence[str] = ()) -> Step:
         _, rows, objective = METHODS[method]
-        source = {"demonstrations": "data", "guided": "guided", "rft": "rft"}.get(rows, "rewrite")
+        source = "data" if rows == "demonstrations" else rows if rows in OWN_RUNS else "rewrite"
         options = {
             "model_name_or_path": self.model, "dataset_name": str(self.rows(rows)), "objective": objective, "learning_rate": rate, "seed": seed,
             "report_to": "none", **self.settings["training"],
@@ -345,7 +345,6 @@ class Experiment:
             found, now = (flat(each, free) for each in (json.loads(file.read_text()), settings))
             if differing := differences(found, now, free=()):
                 raise ValueError(f"{file} was begun with other settings: {differing}. Pass another --output_dir.")
-        self.run.mkdir(parents=True, exist_ok=True)
         write_whole(file, json.dumps(settings, indent=1) + "\n")
 
     def do(self, step: Step, **process) -> None:

@@ -3,7 +3,8 @@
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 
 class Terminated(KeyboardInterrupt):
@@ -16,12 +17,12 @@ def heed_interrupts() -> None:
 
 
 @contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Ctrl-C and SIGTERM do nothing here, where what ends by itself is waited for."""
+def _handled(handlers: dict[int, Any]) -> Iterator[None]:
+    """Signals have these handlers here; only a process's main thread can say so."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
@@ -29,18 +30,15 @@ def uninterrupted() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-@contextmanager
-def terminable() -> Iterator[None]:
-    """SIGTERM raises `Terminated` here; only a process's main thread can say so."""
+def uninterrupted() -> AbstractContextManager[None]:
+    """Ctrl-C and SIGTERM do nothing here, where what ends by itself is waited for."""
+    return _handled({signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.SIG_IGN})
+
+
+def terminable() -> AbstractContextManager[None]:
+    """SIGTERM raises `Terminated` here."""
 
     def terminate(*_) -> None:
         raise Terminated
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return _handled({signal.SIGTERM: terminate})
