@@ -1,18 +1,12 @@
 """inspect-ai asks what `evaluate` asks, and the same completions get the same verdicts."""
 
+import inspect_ai
 import pytest
 
 from trl_offpolicy.evaluation.benchmarks import BENCHMARKS, read_questions
 from trl_offpolicy.evaluation.evaluate import evaluate
 from trl_offpolicy.sampling.sampler import Completion
 
-
-# It is no part of the extra `dev`: inspect-ai 0.3.285 wants an older fsspec (<= 2026.6), and through botocore an older
-# python-dateutil (< 3), than .ci/constraints.txt has.
-inspect_ai = pytest.importorskip(
-    "inspect_ai",
-    reason="inspect-ai needs an older fsspec and python-dateutil than the other tests: pip install 'trl-offpolicy[inspect]' in an environment of its own",
-)
 
 ROWS = [{"problem": f"What is {n} plus {n}?", "answer": str(2 * n)} for n in range(1, 7)]
 # What is said to each: right, right in another form, wrong, no answer, cut, and one that the verifier cannot judge.
