@@ -128,7 +128,7 @@ def test_help_and_dry_run_are_quick(tmp_path, capsys):
     code = "import sys; sys.path.insert(0, 'examples/miniature'); import study, rounds, strategies; [m.main(['--dry_run', '--output_dir', sys.argv[1]]) for m in (study, rounds, strategies)]; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "none")], cwd=ROOT, check=True)
     assert not (tmp_path / "none").exists()
-    for module, option in ((study, "--learning_rates"), (rounds, "--objective"), (strategies, "--tune")):
+    for module, option in ((study, "--learning_rates"), (rounds, "--objective"), (strategies, "--methods")):
         with pytest.raises(SystemExit) as stopped:
             module.main(["--help"])
         assert stopped.value.code == 0 and option in capsys.readouterr().out
@@ -273,11 +273,12 @@ def test_table_of_strategies(tmp_path, capsys):
     options = ["--output_dir", str(tmp_path), "--bases", "0", "--methods", "topr", "--learning_rates", "1e-4", "3e-5"]
     args = strategies.parse(options)
     right = {"base": [1, 0, 0, 0], "dr": [1, 1, 0, 0], "topr": [1, 1, 1, 0]}  # of four problems
-    for rate, accuracy in ((1e-4, 0.5), (3e-5, 0.25)):
-        study.write(tmp_path / "base-0" / "dev" / "strategies" / f"topr-{rate:g}.json", {"avg@4": accuracy})
+    dev = {("topr", 1e-4): 0.5, ("topr", 3e-5): 0.25, ("dr", 1e-4): 0.25, ("dr", 3e-5): 0.5}
+    for (method, rate), accuracy in dev.items():
+        study.write(tmp_path / "base-0" / "dev" / "strategies" / f"{method}-{rate:g}.json", {"avg@4": accuracy})
     for draw, tokens in (("dr", 5000), ("rft", 7000)):
         study.write(strategies.draw_of(args, 0, 0, draw) / "results.json", {"tokens": tokens})
-    for method, rate in (("base", None), ("dr", 3e-4), ("topr", 1e-4)):
+    for method, rate in (("base", None), ("dr", 3e-5), ("topr", 1e-4)):
         directory = study.run_dir(args, 0, strategies.name_of(method), rate, 0)
         study.write(directory / "results.json", {})
         study.write(directory / "rows.json", {"rows": 3, "sources": {"self": 3}})
@@ -299,6 +300,6 @@ def test_table_of_strategies(tmp_path, capsys):
         if "|" in line
     }
     assert cells["Base"] == ["", "25.0", "-25.0", "", "25.0", "25.0", "25.0", "", "", ""]
-    assert cells["DR"] == ["0.0003", "50.0", "", "+25.0", "50.0", "50.0", "50.0", "0.125", "5", "3 self"]
+    assert cells["DR"] == ["3e-05", "50.0", "", "+25.0", "50.0", "50.0", "50.0", "0.125", "5", "3 self"]
     assert cells["TOPR"] == ["0.0001", "75.0", "+25.0", "+50.0", "75.0", "75.0", "75.0", "0.125", "7", "3 self"]
     assert (tmp_path / "strategies.png").exists() and not (tmp_path / "jobs.log").exists()

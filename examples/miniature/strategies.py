@@ -20,9 +20,8 @@ trained for one epoch:
     DR, threshold   DR's rows; tokens less likely than 0.1 weigh nothing
     TOPR            two of the four own attempts at each problem, right ones and wrong ones
 
-What iterates in its paper (ReST-EM, STaR) has one round. All but SFT, threshold and TOPR are trained as DFT at 3e-4,
-what the study chose for DR+DFT, so that only the rows differ; SFT at 3e-5, its choice there. For the other two, and
-for what `--tune` names, the rate is chosen on each base's development problems, as in the study.
+What iterates in its paper (ReST-EM, STaR) has one round. All but SFT, threshold and TOPR are trained as DFT, so that
+rows and rates differ. The learning rate of each is chosen on each base's development problems, as in the study.
 """
 
 import json
@@ -114,7 +113,6 @@ METHODS = {
     "topr": Method("TOPR", "rft", "topr", rows="signed"),
 }
 LABELS = {"base": "Base", **{name: method.label for name, method in METHODS.items()}}
-RATES = {"dft": 3e-4, "nll": 3e-5}  # what the study chose on every base for DR+DFT and for SFT
 MAX_SIGNED = 2  # signed rows of a problem, so that TOPR's training is no longer than RFT's
 
 
@@ -216,16 +214,15 @@ def make(args, base: int, where: str, rate: float, seed: int) -> None:
     measure(args, base, where, rate, seed, model)
 
 
-def tuned(args, bases: list[int]) -> Namespace:
-    """The settings under which the study's functions choose learning rates for the methods that have none."""
-    methods = [name_of(m) for m in args.methods if METHODS[m].objective not in RATES or m in args.tune]
-    return Namespace(**{**vars(args), "methods": methods, "bases": bases})
+def named(args, **changed) -> Namespace:
+    """The settings as the study's functions understand them, which take a method for where it is."""
+    return Namespace(**{**vars(args), "methods": [name_of(m) for m in args.methods], **changed})
 
 
 def rates_of(args, bases: list[int]) -> dict[str, dict[int, float]]:
     """Method → base → learning rate."""
-    chosen = chosen_rates(tuned(args, bases))
-    return {m: chosen.get(name_of(m)) or dict.fromkeys(bases, RATES[METHODS[m].objective]) for m in args.methods}
+    chosen = chosen_rates(named(args, bases=bases))
+    return {m: chosen[name_of(m)] for m in args.methods}
 
 
 def draws(args, base: int, seed: int) -> tuple[list[partial], list[partial]]:
@@ -244,7 +241,7 @@ def first_phases(args, base: int, seed: int) -> list[list[partial]]:
     first, later = draws(args, base, seed)
     phases = [[partial(test, args, base, "base", None, seed), *first], later]
     if seed == TUNING_SEED:
-        phases.append([partial(job.func, *job.args, fit=fit) for job in tuning_jobs(tuned(args, [base]))])
+        phases.append([partial(job.func, *job.args, fit=fit) for job in tuning_jobs(named(args, bases=[base]))])
     return phases
 
 
@@ -336,7 +333,7 @@ def dry_run(args) -> None:
     jobs = [pretrainings(args)]
     for base, seed in turns(args):
         jobs += first_phases(args, base, seed)
-        if all(result_of(job).exists() for job in tuning_jobs(tuned(args, [base]))):
+        if all(result_of(job).exists() for job in tuning_jobs(named(args, bases=[base]))):
             jobs.append(makes(args, base, seed))
         else:
             print(
@@ -349,11 +346,10 @@ def dry_run(args) -> None:
 def parse(argv: list[str] | None):
     mine = parser(__doc__)
     mine.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=f"some of {', '.join(METHODS)}; DR is always among them")  # fmt: skip
-    mine.add_argument("--tune", nargs="+", choices=METHODS, default=[], metavar="METHOD", help="further ones whose learning rate is chosen")  # fmt: skip
     mine.add_argument("--learning_rates", type=float, nargs="+", default=[3e-5, 1e-4, 3e-4], help="the grid")
     args = parsed(mine, argv)
     args.methods = [name for name in METHODS if name in {"dr", *args.methods}]
-    if tuned(args, args.bases).methods and TUNING_SEED not in args.seeds:
+    if TUNING_SEED not in args.seeds:
         mine.error(f"learning rates are chosen with fine-tuning seed {TUNING_SEED}; name it in --seeds too")
     return args
 
