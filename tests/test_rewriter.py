@@ -272,6 +272,7 @@ def test_a_prompt_beyond_the_context_goes_to_the_next_stage(tmp_path):
         ({"selection": "best"}, "use one of \\['first', 'random', 'max_log_prob'\\]"),
         ({"num_generations": 0}, "num_generations=0"),
         ({"top_p": 0.0}, "top_p=0.0"),
+        ({"temperature": 2.5}, "temperature=2.5; it must be at most 2"),
         ({"guided_prompt": "{problem} again"}, "no \\{solution\\}"),
     ],
 )

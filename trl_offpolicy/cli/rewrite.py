@@ -145,6 +145,8 @@ def rewrite(argv: list[str]) -> int:
 
 def _checked_dataset(arguments: RewriteArguments, config: RewriteConfig):
     """The rows; wrong ones, and options that do not go together, are reported before minutes go into loading a model."""
+    from ..data.formats import read_rows, text_columns
+    from ..data.loading import plain_rows
     from ..rewriting.problems import check_stages
 
     template, adapter = arguments.chat_template_path, arguments.rewriter_adapter
@@ -154,6 +156,8 @@ def _checked_dataset(arguments: RewriteArguments, config: RewriteConfig):
         )
     dataset = load_demonstrations(arguments, config.answer_column)
     check_stages(dataset.column_names, config)
+    for _ in read_rows(text_columns(plain_rows(dataset), config.answer_column), config.answer_column):
+        pass
     if adapter is not None and "guided" not in config.stages:
         raise ValueError(
             f"You passed rewriter_adapter={adapter!r} with stages={config.stages}: it draws in the stage `guided`."

@@ -96,6 +96,8 @@ class RunConfig:
         self.check_at_least(num_generations=1, max_completion_length=1, top_k=0, temperature=0)
         self.sampling_params()
         self.stop = self.stop or None
+        if self.temperature > 2:  # what vLLM and the servers draw with at most
+            raise ValueError(f"You passed temperature={self.temperature}; it must be at most 2.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"You passed top_p={self.top_p}; it must be above 0 and at most 1.")
         if self.report_to not in ("none", "wandb"):
