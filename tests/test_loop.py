@@ -308,6 +308,14 @@ def test_a_loop_stops_where_it_should(here, steps, capsys):
     assert loop("--output_dir", "run", "--rounds", 1, "--max_kl", 1e-9) == 0  # all that was asked for
 
 
+@pytest.mark.parametrize("given", [["--strategy", "star"], ["--stop", "END"], ["--stages", "guided"]])
+def test_forgetting_is_no_step_where_it_cannot_be_measured(here, capsys, given):
+    assert loop("--output_dir", "run", "--dry_run") == 0 and "gap --forgetting" in capsys.readouterr().out
+    assert loop("--output_dir", "run", "--dry_run", *given) == 0
+    told = capsys.readouterr().out
+    assert "round 0, train" in told and "gap --forgetting" not in told
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -319,6 +327,7 @@ def test_a_loop_stops_where_it_should(here, steps, capsys):
         (["--rounds", "3", "--train_config", "train.yaml", "train.yaml"], "2 files as train_config for 3 rounds"),
         (["--refresh", "some"], "invalid choice: 'some'"),
         (["--max_kl", "-1"], "max_kl=-1.0; it must be above 0"),
+        (["--max_kl", "0.1", "--temperature", "0.7"], "max_kl=0.1, but KL(π_0‖π) is measured on attempts"),
         (["--min_entropy", "2"], "min_entropy=2.0; it is a share"),
         (["--train_command", "acelerate launch t.py"], "but there is no program 'acelerate' here"),
         (

@@ -413,6 +413,7 @@ REFUSED = {
     "deadline": ({"refresh_deadline": 0}, "refresh_deadline=0; it must be above 0"),
     "staleness": ({"max_staleness": -1}, "max_staleness=-1"),
     "stages": ({"stages": ["retell"]}, "use each of"),
+    "a server that is not asked": ({"vllm_server_base_url": "http://localhost:1"}, "but use_vllm=False"),
     "a server of nothing": ({"use_vllm": True, "vllm_mode": "server"}, "a server has an URL"),
     "a server without an adapter": (
         {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": "http://localhost:1"},

@@ -37,7 +37,7 @@ from trl_offpolicy.rewriting.dataset_card import edited_card
 from trl_offpolicy.rewriting.dry_run import shown_strategy
 from trl_offpolicy.rewriting.hints import hint
 from trl_offpolicy.rewriting.signed_rows import write_signed_rows
-from trl_offpolicy.rewriting.strategies import LOOP_SETTINGS, STRATEGIES
+from trl_offpolicy.rewriting.strategies import STRATEGIES, rewrite_settings
 from trl_offpolicy.runs.run_directory import RunDirectory
 from trl_offpolicy.sampling.engine import make_teachers, read_teachers
 from trl_offpolicy.sampling.sampler import Completion, Request, SamplerError, SamplingParams, attempt_seed
@@ -281,7 +281,7 @@ def in_order(some, all_of_them):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_preset_equals_its_paper(tmp_path, tokenizer, strategy):
-    data, settings = rows(40), {k: v for k, v in STRATEGIES[strategy].items() if k not in LOOP_SETTINGS}
+    data, settings = rows(40), rewrite_settings(strategy)
     student, big = Sums(tokenizer, p_self=0.2, p_guided=0.4), Sums(tokenizer, p_self=0.6)
     teachers = {"big": big} if strategy == "grape" else {}
     given = {"max_per_problem": 2} if strategy == "rest_em" else {}
@@ -389,8 +389,7 @@ def test_hints_are_cut_from_the_reference_by_rule():
 def test_answers_alone_are_hints_enough(tmp_path, tokenizer):
     """STaR needs no demonstrations; what else has a guided stage is refused by name."""
     data = [{"problem": f"problem {i} gold:{i} ?", "answer": str(i)} for i in range(20)]
-    preset = {k: v for k, v in STRATEGIES["star"].items() if k not in LOOP_SETTINGS}
-    rewritten, metrics = rewrite(tmp_path, data, Sums(tokenizer, p_guided=0.6), **preset)
+    rewritten, metrics = rewrite(tmp_path, data, Sums(tokenizer, p_guided=0.6), **rewrite_settings("star"))
     assert Counter(rewritten["source"])["guided"] > 5 and metrics["unsolved"] == 20 - len(rewritten) > 0
     with pytest.raises(ValueError, match="strategy='grape', that is stages=.* no demonstrations"):
         rewrite(tmp_path / "grape", data, Sums(tokenizer), strategy="grape", **STRATEGIES["grape"])
@@ -559,6 +558,22 @@ def test_what_is_given_beside_a_strategy_wins(tmp_path, named):
     assert not {"strategy", "keep", "keep_demonstration"} & config.identity().keys()
     with pytest.raises(ValueError, match="strategy.*invalid choice"):
         settings_of(["--strategy", "rtf"])
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_strategy_in_python_is_that_of_the_command_line(name):
+    given = {"max_completion_length": 99, "stages": ["guided"], "seed": 3}
+    _, typed = settings_of(["--strategy", name, *"--max_completion_length 99 --stages guided --seed 3".split()])
+    assert RewriteConfig.from_strategy(name, "o", **given) == typed
+
+
+def test_the_name_of_a_strategy_alone_sets_nothing_and_is_warned_of(tmp_path):
+    with pytest.warns(
+        UserWarning, match="without what makes it one: select_across of the default. RewriteConfig.from_strategy"
+    ):
+        config(tmp_path, strategy="grape")
+    with pytest.raises(ValueError, match="strategy='grep'; use one of"):
+        RewriteConfig.from_strategy("grep", str(tmp_path))
 
 
 def test_a_loop_takes_its_settings_of_a_strategy():

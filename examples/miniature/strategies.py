@@ -158,10 +158,9 @@ def general_prompts(args, base: int, file: Path) -> str:
 
 def settings_of(draw: Draw) -> dict:
     """The settings of a rewrite: those of its preset, and what is set beside it."""
-    from trl_offpolicy.rewriting.strategies import LOOP_SETTINGS, STRATEGIES
+    from trl_offpolicy.rewriting.strategies import rewrite_settings
 
-    preset = {name: value for name, value in STRATEGIES[draw.strategy].items() if name not in LOOP_SETTINGS}
-    return {"strategy": draw.strategy, **preset, **draw.settings}
+    return {"strategy": draw.strategy, **rewrite_settings(draw.strategy), **draw.settings}
 
 
 # ---- jobs, as in study.py ----

@@ -37,7 +37,7 @@ class LoopArguments(LoopConfig, RewriteArguments):
 
 
 def loop(argv: list[str]) -> int:
-    from ..loop.rounds import Loop, StepFailed, given
+    from ..loop.rounds import Loop, StepFailed, given, measures_forgetting
     from ..runs.interrupts import terminable
     from ..runs.run_log import wandb_run
 
@@ -51,6 +51,11 @@ def loop(argv: list[str]) -> int:
     rewriting = given(arguments, config) | {name: getattr(config, name) for name in preset if hasattr(config, name)}
     for name in ("output_dir", "dry_run", *(f.name for f in fields(LoopConfig))):
         rewriting.pop(name, None)
+    if arguments.max_kl is not None and not measures_forgetting(rewriting):
+        raise ValueError(
+            f"You passed max_kl={arguments.max_kl:g}, but KL(π_0‖π) is measured on attempts of stage `self` that were drawn at temperature 1 without "
+            "top_p, top_k, min_p, a repetition penalty or stop texts, and with keep_rejected. Leave max_kl out, or draw so."
+        )
     shared = {f.name for cls in (EngineArguments, VerifierArguments) for f in fields(cls)} - {"model_name_or_path"}
     engine = {name: value for name, value in rewriting.items() if name in shared}
     rounds = Loop(

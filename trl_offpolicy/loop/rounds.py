@@ -37,6 +37,7 @@ from ..runs.journal import differences
 from ..runs.run_config import STEP
 from ..runs.run_directory import RunDirectory
 from ..runs.run_log import wandb_group
+from ..sampling.sampler import PLAIN
 from .loop_config import LoopConfig
 
 
@@ -47,6 +48,16 @@ SECOND_ADAPTER = (
 )
 # Settings of the loop that may change when it goes on.
 FREE = ("rounds", "max_kl", "min_entropy", "max_cut", "max_mentions", "benchmarks", "eval_config", "report_to")
+
+
+def measures_forgetting(rewriting: dict[str, Any]) -> bool:
+    """
+    Whether a rewrite with these options keeps what `gap --forgetting` needs: attempts of stage `self` that were drawn
+    from the policy alone, the rejected ones with their log-probs.
+    """
+    needed = {**PLAIN, "keep_rejected": True}
+    plain = all(rewriting.get(name, value) == value for name, value in needed.items())
+    return plain and not rewriting.get("stop") and Source.SELF in rewriting.get("stages", [Source.SELF])
 
 
 class Step(NamedTuple):
@@ -129,7 +140,7 @@ class Loop:
         cli = [sys.executable, "-m", "trl_offpolicy.cli"]
         steps = {"rewrite": [*cli, "rewrite", "--config", str(self.directory(round, "rewrite.yaml"))]}
         steps["train"] = self._train_command(round)
-        if "self" in self.rewriting.get("stages", ["self"]):
+        if measures_forgetting(self.rewriting):
             steps["gap"] = [
                 *cli, "gap", "--forgetting", "--dataset_name", str(self.directory(0, "rewrite")),
                 "--model_name_or_path", str(self.directory(round, "train")), "--output_dir", str(self.directory(round, "gap")),

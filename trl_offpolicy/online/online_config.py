@@ -134,6 +134,11 @@ class OnlineRewriteSFTConfig(RewritingFields, ImportanceWeightedSFTConfig):  # t
         self._refuse_what_needs_all_rows_first()
         if self.vllm_mode not in ("colocate", "server"):
             raise ValueError(f"You passed vllm_mode={self.vllm_mode!r}; use 'colocate' or 'server'.")
+        if not self.use_vllm and (self.vllm_mode == "server" or self.vllm_server_base_url is not None):
+            raise ValueError(
+                f"You passed vllm_mode={self.vllm_mode!r} with vllm_server_base_url={self.vllm_server_base_url!r}, but use_vllm=False, with which the "
+                "model that is trained draws. Write use_vllm=True, or leave them out."
+            )
         if self.use_vllm and (self.vllm_mode == "server") != (self.vllm_server_base_url is not None):
             raise ValueError(
                 f"You passed vllm_mode={self.vllm_mode!r} with vllm_server_base_url={self.vllm_server_base_url!r}; a server has an URL, and an engine in "

@@ -10,7 +10,7 @@ from typing import Any
 from ..data import prompts
 from ..runs.run_config import RunConfig
 from ..sampling.sampler import LATER, PLAIN
-from .strategies import STRATEGIES
+from .strategies import STRATEGIES, rewrite_settings
 
 
 STAGES = ("self", "guided")
@@ -127,8 +127,8 @@ class RewriteConfig(HubOptions, RunConfig):
             for no limit.
         keep_demonstration (`bool`, *optional*, defaults to `False`): With `keep="all"`, the demonstration is one more
             row of each problem, the last.
-        strategy (`str`, *optional*): The name of the preset that other fields were taken from, which is only noted
-            ([`~rewriting.strategies`]).
+        strategy (`str`, *optional*): The name of the preset that other fields were taken from, which is only noted;
+            [`RewriteConfig.from_strategy`] sets them.
         max_concurrent_attempts (`int`, *optional*, defaults to `4`): With `first`, at most this many attempts of one
             problem at a time, and more than one only where other problems leave the engine free slots. Rows do not
             depend on it; 1 never draws a token on speculation.
@@ -429,6 +429,7 @@ class RewriteConfig(HubOptions, RunConfig):
                 )
         if self.strategy is not None and self.strategy not in STRATEGIES:
             raise ValueError(f"You passed strategy={self.strategy!r}; use one of {list(STRATEGIES)}.")
+        self._check_strategy()
         if not 0 <= self.replay_share < 1:
             raise ValueError(f"You passed replay_share={self.replay_share}; it is a share, at least 0 and below 1.")
         if self.replay_dataset is not None and not self.replay_share:
@@ -572,6 +573,32 @@ class RewriteConfig(HubOptions, RunConfig):
             named = [stage for stage in named if stage != "teacher"]
             named.insert(named.index("guided"), "teacher")
         return [name for stage in named for name in names[stage]]
+
+    @classmethod
+    def from_strategy(cls, name: str, output_dir: str, **given) -> "RewriteConfig":
+        """
+        The settings of a strategy by its name ([`~rewriting.strategies`]); what is given beside it wins over them. As
+        `--strategy` does, it leaves out what is the loop's.
+
+        Raises:
+            ValueError: There is no strategy of this name, or a value cannot be.
+        """
+        if name not in STRATEGIES:
+            raise ValueError(f"You passed strategy={name!r}; use one of {list(STRATEGIES)}.")
+        return cls(output_dir, **{**rewrite_settings(name), **given, "strategy": name})
+
+    def _check_strategy(self) -> None:
+        """Warns of the name of a strategy beside none of what makes it another than the default."""
+        if self.strategy is None:
+            return
+        default = {f.name: default_of(f) for f in fields(self)}
+        own = {name for name, value in rewrite_settings(self.strategy).items() if value != default[name]}
+        if own and all(getattr(self, name) == default[name] for name in own):
+            warnings.warn(
+                f"You passed strategy={self.strategy!r}, which only names settings, without what makes it one: {', '.join(sorted(own))} of the default. "
+                f"RewriteConfig.from_strategy({self.strategy!r}, output_dir, ...) sets them.",
+                stacklevel=4,
+            )
 
     def identity(self) -> dict:
         """

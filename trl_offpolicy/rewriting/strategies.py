@@ -32,3 +32,8 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "iter_sft": {**SELF_ONLY, "selection": "first", "train_from": "last", "refresh": "all"},
 }  # fmt: skip
 LOOP_SETTINGS = ("train_from", "refresh")
+
+
+def rewrite_settings(name: str) -> dict[str, Any]:
+    """The settings of a strategy but for the loop's: fields of `RewriteConfig`, by name."""
+    return {setting: value for setting, value in STRATEGIES[name].items() if setting not in LOOP_SETTINGS}
