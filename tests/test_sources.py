@@ -563,7 +563,9 @@ def test_what_is_given_beside_a_strategy_wins(tmp_path, named):
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_strategy_in_python_is_that_of_the_command_line(name):
     given = {"max_completion_length": 99, "stages": ["guided"], "seed": 3}
-    _, typed = settings_of(["--strategy", name, *"--max_completion_length 99 --stages guided --seed 3".split()])
+    _, typed = settings_of(
+        ["--strategy", name, *["--max_completion_length", "99", "--stages", "guided", "--seed", "3"]]
+    )
     assert RewriteConfig.from_strategy(name, "o", **given) == typed
 
 

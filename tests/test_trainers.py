@@ -1181,6 +1181,31 @@ def test_ids_outside_the_vocabulary_and_what_a_stream_holds(tmp_path, tiny_model
             next(iter(trainer(change, True).get_train_dataloader()))
 
 
+@pytest.mark.parametrize("settings", [{}, {"truncation_mode": "keep_end"}, {"packing": True}])
+def test_rows_that_max_length_cuts_are_counted(tmp_path, tiny_model, tokenizer, settings, recwarn):
+    data = rewritten(tokenizer)
+
+    def told(max_length):
+        args = config(ImportanceWeightedSFTConfig, tmp_path, **settings, max_length=max_length)
+        rows = ImportanceWeightedSFTTrainer(
+            tiny_model, args, train_dataset=data, processing_class=tokenizer
+        ).train_dataset
+        found = [str(w.message) for w in recwarn.list if "longer than max_length" in str(w.message)]
+        recwarn.clear()
+        return rows, found
+
+    whole, found = told(4096)
+    lengths = [n for each in whole["seq_lengths"] for n in each] if settings.get("packing") else [*map(len, whole["input_ids"])]  # fmt: skip
+    assert not found and len(lengths) == len(data)
+    limit = sorted(lengths)[2]
+    long = sum(n > limit for n in lengths)
+    _, (found,) = told(limit)
+    assert found.startswith(
+        f"{long} of {len(data)} rows of the train dataset are longer than max_length={limit}, the longest of {max(lengths)} tokens"
+    )
+    assert ("their beginning is" in found) == ("truncation_mode" in settings)
+
+
 def test_rows_without_a_target_and_vllms_whole_vocabulary(tmp_path, tiny_model, tokenizer):
     def trainer(data, **kwargs):
         args = config(ImportanceWeightedSFTConfig, tmp_path, **kwargs)

@@ -425,6 +425,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         if "behavior_log_probs" in self._scored_columns:
             dataset = self._score_behavior(dataset, dataset_name)
         if whole:
+            _warn_of_long_rows(dataset, args, packing, dataset_name)
             dataset = self._cut_or_pack(dataset, args, packing)
         if "reference_log_probs" in self._scored_columns:
             dataset = self._score_reference(dataset, dataset_name)
@@ -852,6 +853,24 @@ def _unformatted(dataset):
 def kept_tokens(args) -> slice:
     """What `max_length` leaves of an example's tokens."""
     return slice(None, args.max_length) if args.truncation_mode == "keep_start" else slice(-args.max_length, None)
+
+
+def _warn_of_long_rows(dataset, args, packing: bool, dataset_name: str) -> None:
+    """Warns of rows of which `max_length` cuts something, most often the answer and the end of turn."""
+    if args.max_length is None or (
+        packing and args.packing_strategy != "bfd"
+    ):  # the other strategies go on in another row
+        return
+    batches = dataset.with_format("arrow").iter(batch_size=1000)
+    lengths = [length for batch in batches for length in pc.list_value_length(batch["input_ids"]).to_pylist()]
+    long = sum(length > args.max_length for length in lengths)
+    if long:
+        end = "beginning" if args.truncation_mode == "keep_end" and not packing else "end"
+        warnings.warn(
+            f"{long:,} of {len(lengths):,} rows of the {dataset_name} dataset are longer than max_length={args.max_length}, the longest of {max(lengths):,} "
+            f"tokens: their {end} is not trained on, and a row of which only prompt is left is left out. Set a larger max_length.",
+            stacklevel=2,
+        )
 
 
 def _cut(example: dict, columns: list[str], cut: slice) -> dict:
