@@ -69,7 +69,7 @@ def main():
         print(row, flush=True)
     print(
         f"accelerate launch -m trl_offpolicy.cli sft --model_name_or_path {arguments.model_name_or_path} "
-        f"--dataset_name {config.output_dir}/dataset --objective iw --output_dir {config.output_dir}-sft"
+        f"--dataset_name {config.output_dir}/dataset --objective dft --output_dir {config.output_dir}-sft"
     )
 
 

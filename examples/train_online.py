@@ -11,7 +11,8 @@ Rewrite while training: the rows of the next steps are drawn from the model as i
 
 The embedded policy, on a machine without a GPU:
 
-    python examples/train_online.py --model_name_or_path examples/quickstart_policy --dataset_name demonstrations.jsonl \
+    make rounds    # writes the demonstrations
+    python examples/train_online.py --model_name_or_path examples/quickstart_policy --dataset_name runs/rounds/demonstrations.jsonl \
         --solve_prompt '{problem}' --use_cpu --bf16 False --learning_rate 1e-3 --output_dir runs/online
 
 It takes every flag of `trl-offpolicy sft` and those of `trl-offpolicy rewrite` that say what is asked, drawn and kept; `--config file.yaml`

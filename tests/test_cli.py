@@ -605,9 +605,8 @@ def test_a_dry_run_counts_rows_without_gold_answers(tmp_path, capsys):
     assert "6 of 9 rows have no gold answer, neither in `answer` nor as the last box" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("temperature, objective", [(1.0, "iw"), (0.0, "dft")])
-def test_the_training_that_comes_next_can_be_run(temperature, objective):
-    """Rows that were not drawn from the model alone have no log-probs, so no importance weights."""
-    config = RewriteConfig("O", num_generations=1, temperature=temperature)
-    counts = {"yield": {"self": 1, "guided": 0, "expert": 1, "total": 2}}
+@pytest.mark.parametrize("expert, objective", [(1, "dft"), (2, "nll")])
+def test_the_training_that_comes_next_is_sft_where_nothing_was_rewritten(expert, objective):
+    config = RewriteConfig("O", num_generations=1)
+    counts = {"yield": {"self": 2 - expert, "guided": 0, "expert": expert, "total": 2}}
     assert f"--objective {objective}" in _train_command("M", None, config, counts, "O/dataset")

@@ -34,9 +34,9 @@ commands:
   trl-offpolicy rewrite --model_name_or_path Qwen/Qwen2.5-Math-1.5B --dataset_name openai/gsm8k --dataset_config main \\
       --output_dir runs/gsm8k --num_generations 8 --dry_run          # first prompts and the estimate, nothing is sampled
   trl-offpolicy rewrite --config rewrite.yaml                        # the same keys in a file; run again to resume
-  trl-offpolicy sft --model_name_or_path M --dataset_name runs/gsm8k/dataset --objective iw --output_dir runs/gsm8k-iw
+  trl-offpolicy sft --model_name_or_path M --dataset_name runs/gsm8k/dataset --objective dft --output_dir runs/gsm8k-dft
   trl-offpolicy agent --model_name_or_path M --dataset_name D --output_dir runs/agent --use_vllm
-  trl-offpolicy loop --model_name_or_path M --dataset_name D --output_dir runs/loop --rounds 3 --train_config iw.yaml
+  trl-offpolicy loop --model_name_or_path M --dataset_name D --output_dir runs/loop --rounds 3 --train_config train.yaml
   trl-offpolicy verify --dataset_name runs/gsm8k/dataset             # what is not correct goes to gsm8k.not_correct.jsonl
   trl-offpolicy rows runs/gsm8k --so_far                             # what is settled while the run goes on
   trl-offpolicy push runs/gsm8k --hub_dataset_id me/gsm8k-on-policy   # or --push_to_hub --hub_dataset_id … when rewriting

@@ -14,7 +14,7 @@ GAP_EXAMPLES = """\
 examples:
   trl-offpolicy gap --model_name_or_path M --dataset_name runs/gsm8k/dataset --output_dir runs/gap
   trl-offpolicy gap --model_name_or_path M --dataset_name demos.jsonl --max_rows 200 --output_dir runs/gap-before    # before a rewrite
-  trl-offpolicy gap --model_name_or_path runs/gsm8k-iw --dataset_name runs/gsm8k --forgetting --output_dir runs/kl    # of a trained model
+  trl-offpolicy gap --model_name_or_path runs/gsm8k-dft --dataset_name runs/gsm8k --forgetting --output_dir runs/kl    # of a trained model
   trl-offpolicy gap --model_name_or_path M --dataset_name runs/gsm8k/dataset --output_dir runs/table3 --concatenate --dtype float16
 """
 

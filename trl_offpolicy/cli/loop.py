@@ -20,9 +20,9 @@ from .rewrite import RewriteArguments
 
 LOOP_EXAMPLES = """\
 examples:
-  trl-offpolicy loop --model_name_or_path M --dataset_name demos.jsonl --output_dir runs/loop --train_config iw.yaml
+  trl-offpolicy loop --model_name_or_path M --dataset_name demos.jsonl --output_dir runs/loop --train_config train.yaml
   trl-offpolicy loop --model_name_or_path M --dataset_name D --output_dir runs/loop --rounds 3 --train_from last --refresh unsolved \\
-      --sampler vllm --num_generations 8 --train_command 'accelerate launch -m trl_offpolicy.cli sft' --train_config iw.yaml \\
+      --sampler vllm --num_generations 8 --train_command 'accelerate launch -m trl_offpolicy.cli sft' --train_config train.yaml \\
       --benchmarks math500 dev.jsonl --max_kl 0.05
   trl-offpolicy loop --config loop.yaml --dry_run                      # the steps, and which of them are done
 

@@ -13,7 +13,7 @@ from .arguments import (
 REPORT_EXAMPLES = """\
 examples:
   trl-offpolicy report runs --output_dir runs/report                   # everything below runs/
-  trl-offpolicy report runs/gsm8k runs/gap runs/gsm8k-iw runs/eval-base runs/eval-iw --output_dir runs/report
+  trl-offpolicy report runs/gsm8k runs/gap runs/gsm8k-dft runs/eval-base runs/eval-dft --output_dir runs/report
 """
 
 

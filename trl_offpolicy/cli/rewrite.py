@@ -172,9 +172,7 @@ def _train_command(model: str, template: str | None, config: RewriteConfig, metr
     counts = metrics["yield"]
     if metrics.get("unsolved") == counts["total"]:
         return "There is no row to train on."
-    # Importance weights need log-probs: demonstrations have none, nor have rows that were not drawn from the model alone.
-    plain = not config.sampling_params().reshaping
-    objective = "nll" if counts["expert"] == counts["total"] else "iw" if plain else "dft"
+    objective = "nll" if counts["expert"] == counts["total"] else "dft"  # what did best in docs/results.md
     torch = sys.modules.get("torch")  # an API's client has not loaded it, and trains elsewhere
     on_cpu = torch is not None and not torch.cuda.is_available()
     command = ["trl-offpolicy"] if on_cpu else ["accelerate", "launch", "-m", "trl_offpolicy.cli"]

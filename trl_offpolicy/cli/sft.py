@@ -16,10 +16,10 @@ from .arguments import CommandParser, check_before_loading, last_checkpoint, par
 
 SFT_EXAMPLES = """\
 examples:
-  trl-offpolicy sft --model_name_or_path M --dataset_name runs/gsm8k/dataset --objective iw --output_dir runs/gsm8k-iw
-  accelerate launch -m trl_offpolicy.cli sft --model_name_or_path M --dataset_name runs/gsm8k/dataset --objective iw \\
-      --output_dir runs/gsm8k-iw                                    # the same on all GPUs of a machine
-  trl-offpolicy sft --model_name_or_path M --dataset_name D --objective dft --use_peft --lora_r 32 --output_dir runs/dft-lora
+  trl-offpolicy sft --model_name_or_path M --dataset_name runs/gsm8k/dataset --objective dft --output_dir runs/gsm8k-dft
+  accelerate launch -m trl_offpolicy.cli sft --model_name_or_path M --dataset_name runs/gsm8k/dataset --objective dft \\
+      --output_dir runs/gsm8k-dft                                    # the same on all GPUs of a machine
+  trl-offpolicy sft --model_name_or_path M --dataset_name D --objective iw --use_peft --lora_r 32 --output_dir runs/iw-lora
   trl-offpolicy sft --config sft.yaml --resume_from_checkpoint last
 
 It takes every option of TRL's `trl sft`, and those of the objective. On a machine without a GPU, add --use_cpu --bf16 False.

@@ -2,7 +2,7 @@
 Our benchmarks as tasks of inspect-ai (https://inspect.aisi.org.uk), with our prompts, and `MathVerifier` as the
 scorer.
 
-    inspect eval trl_offpolicy/math500 --model vllm/runs/gsm8k-iw --epochs 16
+    inspect eval trl_offpolicy/math500 --model vllm/runs/gsm8k-dft --epochs 16
     inspect eval trl_offpolicy/benchmark -T name=my_problems.jsonl --model openai/gpt-5 --max-tokens 8192
 
 Its viewer of logs, epochs, retries and API models come with it (`pip install 'trl-offpolicy[inspect]'`). What is asked
