@@ -3,6 +3,7 @@
 import pickle
 import random
 import threading
+from pathlib import Path
 
 import pytest
 from scripted import ScriptedSampler, rows, verify
@@ -192,6 +193,26 @@ def drawn_by(what, sampler, tmp_path):
         evaluate("", {"a": table}, sampler=sampler, verifier=Recording())
     else:
         JudgeVerifier(sampler, prompt="gold:1 {completion} {answer}").verify(["x", "y", "z"], ["1", "1", "1"])
+
+
+def test_there_is_a_journal_at_every_moment_while_it_is_judged_anew(tmp_path, monkeypatch):
+    """A kill at the last step leaves the one that was there, and the next run goes on from it."""
+    journal, replace = tmp_path / "journal.jsonl", Path.replace
+
+    def killed(self, target):
+        if target == journal:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    drawn_by("rewrite", ScriptedSampler(), tmp_path)
+    before = journal.read_bytes()
+    args = RewriteConfig(str(tmp_path), rejudge=True)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "replace", killed)
+        DataRewriter("", args, sampler=ScriptedSampler(), verifier=verify).rewrite(rows(20))
+    assert journal.read_bytes() == before == (tmp_path / "journal.jsonl.1").read_bytes()
+    DataRewriter("", args, sampler=ScriptedSampler(), verifier=verify).rewrite(rows(20))
+    assert journal.read_bytes() != before
 
 
 @pytest.mark.parametrize("what", ["rewrite", "evaluate", "judge"])

@@ -1,6 +1,7 @@
 """The policy's own answers to general prompts, drawn beside a run's rows and apart from them."""
 
 import json
+import warnings
 
 import pytest
 from datasets import load_dataset
@@ -10,7 +11,7 @@ from trl_offpolicy import DataRewriter, RewriteConfig
 from trl_offpolicy.data.control_tokens import ControlTokens
 from trl_offpolicy.data.loading import load_rows
 from trl_offpolicy.rewriting.replay import replay_prompts
-from trl_offpolicy.sampling.sampler import Request, SamplingParams, attempt_seed
+from trl_offpolicy.sampling.sampler import Completion, Request, SamplingParams, attempt_seed
 
 
 PROMPTS = [{"messages": [{"role": "user", "content": f"Tell of {n} gold:{n} things."}, {"role": "assistant", "content": "No."}]} for n in range(40)]  # fmt: skip
@@ -34,9 +35,9 @@ def general(tmp_path):
     return str(file)
 
 
-def run(directory, num_rows=30, data=None, **settings):
+def run(directory, num_rows=30, data=None, sampler=None, **settings):
     args = RewriteConfig(str(directory), num_generations=2, max_completion_length=50, **settings)
-    rewriter = DataRewriter("scripted", args, Rambling(), verify)
+    rewriter = DataRewriter("scripted", args, sampler or Rambling(), verify)
     rewriter.rewrite(data or rows(num_rows))
     return rewriter
 
@@ -81,6 +82,46 @@ def test_answers_to_general_prompts_stand_beside_the_rows(tmp_path, general):
     assert again.sampler.sampled == 0 and found(tmp_path / "run", "replay") == replay
     more = run(tmp_path / "run", replay_dataset=general, replay_share=0.5)  # another share goes on from there
     assert 0 < more.sampler.sampled <= 30 and found(tmp_path / "run", "replay")[:20] == replay
+
+
+class Failing(Rambling):
+    """An engine that fails at some general prompts, as long as it is ill."""
+
+    ill = True
+
+    def completion(self, request):
+        if self.ill and "/replay" in request.id and request.seed % 3 == 0:
+            return Completion(request.id, "", [], [], "error", "the server said 500")
+        return super().completion(request)
+
+
+def test_the_place_of_a_failed_answer_stays_free_until_it_is_there(tmp_path, general):
+    """Nobody takes it meanwhile, the run is not done, and in the end the rows are those of an engine that did not fail."""
+    settings = {"replay_dataset": general, "replay_share": 0.3}
+    run(tmp_path / "well", **settings)
+    whole, sampler = found(tmp_path / "well", "replay"), Failing()
+    with warnings.catch_warnings(action="error"):  # there are prompts enough
+        first = run(tmp_path / "run", sampler=sampler, **settings)
+    some, counts = found(tmp_path / "run", "replay"), first.metrics["replay"]
+    assert 0 < counts["failed"] == first.metrics["undrawn"] == 13 - counts["rows"] and counts["rows"] == len(some)
+    assert [row for row in whole if row["id"] in {r["id"] for r in some}] == some
+    sampler.ill = False
+    again = run(tmp_path / "run", sampler=sampler, **settings)
+    assert found(tmp_path / "run", "replay") == whole and len(whole) == 13
+    assert not again.metrics["undrawn"] and not again.metrics["replay"]["failed"]
+
+
+def test_what_replaces_a_run_removes_its_replay_rows(tmp_path, general):
+    """Also those of another number of shards, whose journals were deleted."""
+    settings, directory = {"replay_dataset": general, "replay_share": 0.2}, tmp_path / "run"
+    for shard in ("0/2", "1/2"):
+        run(directory, 20, shard=shard, **settings)
+    for journal in directory.glob("journal*.jsonl"):
+        journal.unlink()
+    run(directory, 20, **settings)
+    assert len(list((directory / "replay").iterdir())) == 1 and len(found(directory, "with_replay")) == 25
+    run(directory, 20, overwrite=True, seed=7)
+    assert not (directory / "with_replay").exists() and not list((directory / "replay").iterdir())
 
 
 def test_a_run_is_the_same_with_and_without(tmp_path, general):

@@ -3,7 +3,7 @@
 import copy
 import json
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 
 import pytest
 import torch
@@ -655,6 +655,19 @@ def test_the_guided_stage_retells_a_teacher(tmp_path, tokenizer):
     for row in again:
         if row["source"] == "guided":
             assert row["solution"] in row["behavior_prompt"][0]["content"]
+
+
+@pytest.mark.parametrize("demonstration", [False, True])
+def test_what_no_retelling_is_kept_of_has_the_teachers_rows_and_no_others(tmp_path, tokenizer, demonstration):
+    """The demonstration is among them only where it is asked for, or alone where there is nothing else."""
+    kept = {"keep": "all", "keep_demonstration": demonstration, "reference_from": "teacher", "num_generations": 3}
+    teachers, student = {"a": Named(tokenizer, p_self=0.5)}, Sums(tokenizer, p_self=0.0, p_guided=0.0)
+    sources = defaultdict(list)
+    for row in rewriter(tmp_path, tokenizer, teachers, student, **kept).rewrite(rows(20)):
+        sources[row["id"]].append(row["source"])
+    taught = [of for of in sources.values() if of != ["expert"]]
+    assert 20 == len(sources) > len(taught) > 10
+    assert {*map(tuple, taught)} <= {("teacher",) * n + ("expert",) * demonstration for n in (1, 2, 3)}
 
 
 @pytest.mark.parametrize(

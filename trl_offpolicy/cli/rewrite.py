@@ -122,7 +122,8 @@ def rewrite(argv: list[str]) -> int:
     print(*summary(rewriter.metrics, config.max_completion_length, rewriter.advice), sep="\n")
     if (undrawn := rewriter.metrics["undrawn"]) and not config.accept_failed:
         print(
-            f"The engine failed at {undrawn:,} attempts, so rows may have fallen back to their demonstration that need not have. "
+            f"The engine failed at {undrawn:,} attempts, so rows may have fallen back to their demonstration that need not have"
+            f"{', or replay rows are missing' if config.replay_share else ''}. "
             "Run the same command again to try them again, or with --accept_failed True to be done with the rows as they are."
         )
         return 3

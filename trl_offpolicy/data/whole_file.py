@@ -1,6 +1,8 @@
 """A file that is read while it is written, or after its writer was killed, is the old one or the new one."""
 
+import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,14 @@ def partial_file(path: Path) -> Iterator[Path]:
         yield partial
     finally:
         partial.unlink(missing_ok=True)
+
+
+def link_or_copy(file: Path, to: Path) -> None:
+    """Puts a file at another place too, without copying it where the file system can do that."""
+    try:
+        os.link(file, to)
+    except OSError:
+        shutil.copyfile(file, to)
 
 
 def write_whole(path: Path | str, text: str) -> None:

@@ -67,7 +67,7 @@ def push_run(output_dir: str | Path, options: HubOptions, commit_message: str | 
     if finished and not options.accept_failed and (undrawn := run.metrics.get("undrawn", 0)):
         raise ValueError(
             f"The engine failed at {undrawn:,} attempts of {str(output_dir)!r}, so rows may have fallen back to their demonstration that need "
-            "not have. Run the rewrite again, which tries them again, or push the rows as they are with --accept_failed True."
+            "not have, or replay rows are missing. Run the rewrite again, which tries them again, or push the rows as they are with --accept_failed True."
         )
     api, repo_id = open_repo(options)
     revision = options.hub_revision

@@ -8,7 +8,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from ..data.rows import Problem, Source
-from ..data.whole_file import partial_file
+from ..data.whole_file import link_or_copy, partial_file
 from ..runs.journal import Attempt, Journal, read_header
 from ..sampling.sampler import Completion
 from ..verification.verdict_queue import judge
@@ -54,7 +54,7 @@ def rejudge(
                 lost += _append_judged(new, attempts, verifier, as_attempt)
             new.close()
             number = next(n for n in count(1) if not path.with_name(f"{path.name}.{n}").exists())
-            path.rename(path.with_name(f"{path.name}.{number}"))
+            link_or_copy(path, path.with_name(f"{path.name}.{number}"))  # so that there is one at `path` all the time
             partial.replace(path)
     finally:
         old.close()

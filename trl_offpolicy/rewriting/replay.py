@@ -7,7 +7,6 @@ They have `source="replay"`, and `behavior_log_probs` like the rows of `self`. A
 `dataset/`: the replay rows are in `replay/`, and both together in `with_replay/`.
 """
 
-import os
 import shutil
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from ..data.formats import ASKED, as_completion, own_prompt
 from ..data.loading import load_rows, plain_rows
 from ..data.prompts import contents
 from ..data.rows import Source, content_id, copy_id
-from ..data.whole_file import partial_file
+from ..data.whole_file import link_or_copy, partial_file
 from ..evaluation.benchmarks import PROMPT_COLUMNS
 from ..runs.journal import Journal
 from ..sampling.provenance import template_digest
@@ -29,7 +28,7 @@ from .output_rows import provenance_columns
 from .rewrite_config import RewriteConfig
 
 
-_ENDS = {"stop": "rows", "length": "cut"}
+_ENDS = {"stop": "rows", "length": "cut", "refused": "refused", "error": "failed"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +91,13 @@ def draw_replay(
 ) -> tuple[list[dict], Counter]:
     """
     Draws answers to `count` of the prompts, taken in an order that the seed decides; the next one takes the place of
-    one whose answer was cut or empty.
+    one that cannot be asked, or whose answer was cut or empty. The place of one that the engine failed at stays free:
+    it is asked again the next time.
 
     Returns:
-        `tuple[list[dict], Counter]`: The rows, fewer than `count` if there are not enough prompts, with the columns
-        that
-            they share with a run's; and how many there are (`rows`), and answers that were `cut`, `empty` or `failed`.
+        `tuple[list[dict], Counter]`: The rows, fewer than `count` if there are not enough prompts or some have failed,
+            with the columns that they share with a run's; and how many there are (`rows`), and prompts that were
+            `refused` (longer than the context), or whose answers were `cut`, `empty` or `failed`.
 
     Raises:
         SamplerError: The engine cannot go on; what is drawn is in the journal.
@@ -112,12 +112,13 @@ def draw_replay(
         known = {entry["id"]: entry for _, entry in journal.entries() if entry["finish_reason"] not in FAILED}
         rows: list[dict] = []
         counts: Counter = Counter(rows=0)
-        while len(rows) < count and waiting:
-            batch, waiting = waiting[: count - len(rows)], waiting[count - len(rows) :]
+        while (free := count - len(rows) - counts["failed"]) > 0 and waiting:
+            batch, waiting = waiting[:free], waiting[free:]
             _draw([each for each in batch if each.id not in known], sampler, args, journal, known)
             for each in batch:
                 entry = known[each.id]
-                ended = _ENDS.get(entry["finish_reason"], "failed") if entry["text"].strip() else "empty"
+                reason = entry["finish_reason"]
+                ended = _ENDS[reason] if reason in FAILED or entry["text"].strip() else "empty"
                 counts[ended] += 1
                 rows += [_row(each, entry, sampler, args)] if ended == "rows" else []
         return rows, counts
@@ -205,9 +206,6 @@ def put_together(rows: Path, replay: Path, output: Path) -> None:
     partial.mkdir(parents=True)
     for name, directory in (("rows", rows), ("replay", replay)):
         for file in sorted(directory.glob("*.parquet")):
-            try:
-                os.link(file, partial / f"{name}-{file.name}")
-            except OSError:
-                shutil.copyfile(file, partial / f"{name}-{file.name}")
+            link_or_copy(file, partial / f"{name}-{file.name}")
     shutil.rmtree(output, ignore_errors=True)
     partial.replace(output)

@@ -313,8 +313,9 @@ class DataRewriter:
         journal = self.shard.file(self.output_dir, "replay.jsonl")
         rows, counts = draw_replay(own, wanted, self.sampler, self.args, journal)
         write_replay(rows, rows_file, self.output_dir / "replay" / self.shard.parquet)
-        self.metrics["replay"] = {name: counts[name] for name in ("rows", "cut", "empty", "failed")}
-        if len(rows) < wanted:
+        self.metrics["replay"] = {name: counts[name] for name in ("rows", "cut", "empty", "refused", "failed")}
+        self.metrics["undrawn"] += counts["failed"]
+        if len(rows) + counts["failed"] < wanted:
             warnings.warn(
                 f"There are {len(rows):,} replay rows and not {wanted:,}: {self.args.replay_dataset} has too few prompts ({len(own):,}), of which the "
                 f"answers to {counts['cut']:,} were cut at max_completion_length and to {counts['empty']:,} empty.",
@@ -329,7 +330,13 @@ class DataRewriter:
         if self.missing_shards:
             return
         if self.args.replay_share:
+            siblings = {shard.parquet for shard in self.shard.siblings()}
             with publish_lock(self.output_dir):
+                for file in (self.output_dir / "replay").glob("*.parquet"):
+                    if (
+                        file.name not in siblings
+                    ):  # of a run with another number of shards, whose journals were deleted
+                        file.unlink()
                 put_together(*(self.output_dir / name for name in ("dataset", "replay", "with_replay")))
         if self.shard.count > 1:
             files = [shard.file(self.output_dir, "metrics.json") for shard in self.shard.siblings()]

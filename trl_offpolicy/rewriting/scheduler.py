@@ -161,12 +161,15 @@ class Scheduler:
         return len(self._open)
 
     def give_up(self) -> list[int]:
-        """Settles the problems that have no outcome yet with their demonstrations; their rows."""
+        """
+        Settles the problems that have no outcome yet with their demonstrations; the rows of those that would have been
+        drawn for.
+        """
         late = list(self._open)
         for state in list(self._open.values()):
             self._settle(state, Outcome(Source.EXPERT))
-        for row, (row_id, problem, _, known) in self._fresh:
-            late.append(row)
+        for row, (row_id, problem, can_be_sampled, known) in self._fresh:
+            late += [row] if can_be_sampled else []
             self._open[row] = state = ProblemState(row, row_id, problem, known)
             self._settle(state, Outcome(Source.EXPERT))
         return late
@@ -318,9 +321,11 @@ class Scheduler:
         if state.demonstration is not None:
             expert, mean = expert._replace(offset=state.demonstration.offset), _known(state.demonstration.initial_mean)
         means = {c.result.offset: _known(c.result.initial_mean) for c in state.candidates}
-        # A demonstration that is likelier than some candidates stands before them; of equals, it comes last.
+        # A demonstration that is likelier than some candidates stands before them; of equals, it comes last. Where it
+        # does not compete, it is the last resort.
         better = [o for o in outcomes if means[o.offset] >= mean]
-        return [*better, expert, *outcomes[len(better) :]] if self.args.keep == "all" else [*better, expert][:1]
+        experts = [expert] if self.args.competes or not outcomes else []
+        return [*better, *experts, *outcomes[len(better) :]] if self.args.keep == "all" else [*better, *experts][:1]
 
     def _settle(self, state: ProblemState, outcome: Outcome, *others: Outcome) -> None:
         state.stage = len(self._stages)

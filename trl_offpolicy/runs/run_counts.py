@@ -343,7 +343,7 @@ def summary(metrics: dict, limit: int, advice: str | None = None) -> Iterator[st
         if metrics[name]:
             yield f"{metrics[name]:,} {what}"
     if replay := metrics.get("replay"):
-        why = ", ".join(f"{replay[name]:,} {name}" for name in ("cut", "empty", "failed") if replay[name])
+        why = ", ".join(f"{number:,} {name}" for name, number in replay.items() if number and name != "rows")
         yield f"{replay['rows']:,} replay rows: replay/, and together with the rows with_replay/" + (
             f" (left out: {why})" if why else ""
         )

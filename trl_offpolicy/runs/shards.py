@@ -81,7 +81,9 @@ def withdraw(output_dir: Path, shard: Shard) -> None:
     """
     with publish_lock(output_dir):
         (output_dir / "dataset.partial" / shard.parquet).unlink(missing_ok=True)
-        shutil.rmtree(output_dir / "dataset", ignore_errors=True)
+        (output_dir / "replay" / shard.parquet).unlink(missing_ok=True)
+        for name in ("dataset", "with_replay"):
+            shutil.rmtree(output_dir / name, ignore_errors=True)
         (output_dir / "metrics.json").unlink(missing_ok=True)
 
 
