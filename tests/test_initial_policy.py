@@ -8,12 +8,23 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from training import QUESTIONS, config, demonstrations, rewritten, train
 from trl import SFTConfig, SFTTrainer
 
 from trl_offpolicy import ImportanceWeightedSFTConfig, ImportanceWeightedSFTTrainer
 from trl_offpolicy.sampling.log_probs import head_logits, lm_head, target_log_probs
+from trl_offpolicy.trainer.initial_policy import adapter_is_neutral, trains_beside_adapter
 
 
 FAMILIES = {
@@ -75,6 +86,68 @@ def test_log_probs_that_are_no_numbers_are_refused():
     with pytest.raises(ValueError, match="of 6 tokens a log-prob that is no number"):
         target_log_probs(model, pairs, progress=False)
     assert target_log_probs(model, pairs[:1], progress=False)[0].isfinite().all()
+
+
+HEADS = {
+    "lora on the head": {"r": 4, "target_modules": ["lm_head", "q_proj"]},
+    "some tokens": {"r": 4, "target_modules": ["q_proj"], "trainable_token_indices": [5, 6, 8]},
+    "a head of its own": {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+}
+
+
+def disturbed(model):
+    """With what an adapter trains moved from where it began."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_log_probs_of_a_head_with_an_adapter_on_it_are_the_models(head):
+    """The weight that peft shows of such a head is the base's."""
+    tied = head == "some tokens"
+    model = disturbed(get_peft_model(tiny("Qwen2", tie_word_embeddings=tied), LoraConfig(**HEADS[head])))
+    with model.disable_adapter():
+        off = naive_log_probs(model, [1, 2, 3], [4, 5, 6])
+        (ours,) = target_log_probs(model, [([1, 2, 3], [4, 5, 6])], progress=False)
+        assert ours.tolist() == pytest.approx(off, abs=1e-4)
+    (ours,) = target_log_probs(model, [([1, 2, 3], [4, 5, 6])], progress=False)
+    assert ours.tolist() == pytest.approx(naive_log_probs(model, [1, 2, 3], [4, 5, 6]), abs=1e-4)
+    assert ours.tolist() != pytest.approx(off, abs=0.1)
+
+
+def with_another_cap(vocab_size=100):
+    """A model that caps its logits by a setting that neither TRL's fused head nor ours looks at."""
+    torch.manual_seed(0)
+    config = transformers.RecurrentGemmaConfig(
+        vocab_size=vocab_size, num_hidden_layers=3, hidden_size=32, intermediate_size=48, num_attention_heads=2, lru_width=32,
+        attention_window_size=16, head_dim=16, logits_soft_cap=5.0, w_init_variance_scale=0.5, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = transformers.RecurrentGemmaForCausalLM(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+    return model
+
+
+def test_log_probs_of_a_head_that_is_not_known_are_the_models_own():
+    model, pairs = with_another_cap(), [([], []), ([1, 2, 3], [4, 5]), ([9], [8, 7, 6, 5, 4])]
+    states = {}
+    scored = target_log_probs(model, pairs, progress=False, observe=lambda row, hidden: states.update({row: hidden}))
+    for x, (prompt, target) in zip(scored[1:], pairs[1:], strict=True):
+        assert x.tolist() == pytest.approx(naive_log_probs(model, prompt, target), abs=1e-4)
+    assert [len(states[i]) for i in range(3)] == [0, 5, 6]
+
+
+def test_objectives_refuse_a_model_whose_head_trl_does_not_know(tmp_path, tokenizer):
+    model = with_another_cap(len(tokenizer))
+    kwargs = {"train_dataset": demonstrations(), "processing_class": tokenizer}
+    args = config(ImportanceWeightedSFTConfig, tmp_path, objective="dft")
+    with pytest.raises(ValueError, match="RecurrentGemmaForCausalLM does something to its logits"):
+        ImportanceWeightedSFTTrainer(model, args, **kwargs)
+    ImportanceWeightedSFTTrainer(model, config(ImportanceWeightedSFTConfig, tmp_path, objective="nll"), **kwargs)
 
 
 def sampled_elsewhere(tokenizer):
@@ -160,6 +233,54 @@ def test_the_initial_policy_has_an_adapter_that_is_not_neutral(tmp_path, tiny_mo
     with pytest.raises(ValueError, match="merge_and_unload"):
         args = config(ImportanceWeightedSFTConfig, tmp_path, objective="asft")
         ImportanceWeightedSFTTrainer(model, args, train_dataset=demonstrations(), processing_class=tokenizer, **extra)
+
+
+ADAPTERS = {
+    "ia3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "loha": LoHaConfig(r=2, target_modules=["q_proj"]),
+    "lokr": LoKrConfig(r=2, target_modules=["q_proj"]),
+    "vera": VeraConfig(r=2, target_modules=["q_proj"]),
+    "layer norm": LNTuningConfig(target_modules=["input_layernorm"]),
+    "oft": OFTConfig(oft_block_size=4, target_modules=["q_proj"]),
+    "dora": LoraConfig(r=2, target_modules=["q_proj"], use_dora=True),
+    "some tokens": LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[97, 98]),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_an_adapter_is_neutral_until_it_is_trained(kind):
+    model = get_peft_model(tiny("Llama"), ADAPTERS[kind])
+    assert adapter_is_neutral(model) and not trains_beside_adapter(model)
+    assert not adapter_is_neutral(disturbed(model))
+    if kind == "some tokens":  # the embeddings alone
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if "lora_B" in name:
+                    weight.zero_()
+        assert not adapter_is_neutral(model)
+
+
+def test_weights_that_are_trained_beside_an_adapter_stay_changed_without_it(tmp_path, tokenizer):
+    """π_0 is scored before training, and a resumed run knows it again; `asft` would ask it when it is gone."""
+    torch.manual_seed(0)
+    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, intermediate_size=48,
+    ))  # fmt: skip
+    adapter = LoraConfig(r=4, target_modules=["q_proj"], bias="all")
+    kwargs = {"train_dataset": demonstrations(), "eval_dataset": demonstrations(), "processing_class": tokenizer}
+    args = config(ImportanceWeightedSFTConfig, tmp_path, objective="asft")
+    with pytest.raises(ValueError, match="bias='none'"):
+        ImportanceWeightedSFTTrainer(copy.deepcopy(model), args, **kwargs, peft_config=adapter)
+    digests = []
+    for _ in range(2):  # with another A
+        args = config(ImportanceWeightedSFTConfig, tmp_path, expert_weighting="base", max_steps=1, clip_max=None)
+        trainer = ImportanceWeightedSFTTrainer(copy.deepcopy(model), args, **kwargs, peft_config=adapter)
+        digests.append(trainer.initial_policy.digest)
+    assert digests[0] == digests[1]
+    _, (first,) = train(trainer)
+    assert (first["weight_min"], first["weight_max"]) == pytest.approx((1, 1), abs=1e-4)
+    with pytest.raises(ValueError, match="after training had begun"):
+        trainer.evaluate(demonstrations())
 
 
 CUTS = {

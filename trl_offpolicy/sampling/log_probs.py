@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate.utils import is_peft_model
@@ -28,25 +29,36 @@ def causal_lm(model) -> PreTrainedModel:
 
 
 class LMHead(NamedTuple):
-    """What turns hidden states into logits."""
+    """What turns hidden states into logits: `weight` and `bias`, or the module itself where an adapter sits on it."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     config: Any
+    adapted: torch.nn.Module | None = None
 
 
 def lm_head(model: PreTrainedModel) -> LMHead:
     """The head of `model` as it is now (peft swaps a saved one for the original while the adapter is off)."""
     head = model.get_output_embeddings()
-    weight, bias = (p.full_tensor() if isinstance(p, DTensor) else p for p in (head.weight, head.bias))
-    return LMHead(weight, bias, model.config.get_text_config())
+    weight, bias = (
+        p.full_tensor() if isinstance(p, DTensor) else p for p in (head.weight, getattr(head, "bias", None))
+    )
+    # peft's layers, of LoRA and of single trained tokens: their `weight` is the one without the adapter.
+    adapted = head if hasattr(head, "base_layer") or hasattr(head, "token_adapter") else None
+    return LMHead(weight, bias, model.config.get_text_config(), adapted)
 
 
 def head_logits(head: LMHead, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits (N, V) in float32 of hidden states (N, H), scaled and capped as the model's own forward does."""
-    weight, bias, config = head
-    with maybe_gather_lm_head_ctx(weight, bias):
-        logits = torch.nn.functional.linear(hidden, weight, bias).float()
+    """
+    Logits (N, V) in float32 of hidden states (N, H), scaled and capped as the forward of a model does of which
+    [`has_known_head`] is true.
+    """
+    weight, bias, config, adapted = head
+    if adapted is not None:
+        logits = adapted(hidden).float()
+    else:
+        with maybe_gather_lm_head_ctx(weight, bias):
+            logits = torch.nn.functional.linear(hidden, weight, bias).float()
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         if getattr(config, name, None) is not None:
             logits = logits * getattr(config, name)
@@ -67,6 +79,25 @@ def hidden_states(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
         yield seen
     finally:
         handle.remove()
+
+
+_KNOWN_HEADS: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def has_known_head(model: PreTrainedModel, ids: list[int]) -> bool:
+    """
+    Whether [`head_logits`] of the model's last hidden states are the logits that its own forward gives. Some models do
+    more to them (RecurrentGemma caps them under another name). Tried once a model, on the first of these token ids.
+    """
+    if model not in _KNOWN_HEADS:
+        with hidden_states(model) as seen:
+            logits = model(input_ids=torch.tensor([ids[:16]], device=model.device), use_cache=False).logits[0]
+        own, ours = logits.float(), head_logits(lm_head(model), seen[-1][0])
+        rounding = max(1e-3, 2 * torch.finfo(logits.dtype).eps, 2 * torch.finfo(seen[-1].dtype).eps)
+        differ = own.shape != ours.shape or (own - ours.to(own.device)).abs().max() > rounding * own.abs().max()
+        _KNOWN_HEADS[model] = not differ
+    return _KNOWN_HEADS[model]
 
 
 @torch.no_grad()
@@ -130,6 +161,10 @@ def target_log_probs(
     head = lm_head(base)
     was_training = model.training
     model.eval()
+    longest = sum(pairs[order[0]], []) if order else []
+    known_head = not longest or has_known_head(base, longest)
+    # Of another head the logits of all tokens are there at a time, so fewer tokens may be.
+    batch_tokens = batch_tokens if known_head else min(batch_tokens, CHUNK)
     start = 0
     with tqdm(total=len(pairs), desc="log-probs", unit="row", leave=False, disable=not progress) as bar:
         while start < len(order):
@@ -140,7 +175,10 @@ def target_log_probs(
             # Padded on the right: a causal model does not look ahead, so any token can serve as padding.
             ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
             mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
-            hidden = base.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            with hidden_states(base) as seen:
+                forward = base.base_model if known_head else base
+                output = forward(input_ids=ids, attention_mask=mask, use_cache=False)
+            (hidden,) = seen
             if observe is not None:
                 for i, row, states in zip(batch, rows, hidden, strict=True):
                     observe(i, states[: len(row)])
@@ -152,7 +190,8 @@ def target_log_probs(
             )
             scored = []
             for part in torch.arange(len(b), device=ids.device).split(CHUNK):
-                logits = head_logits(head, hidden[b[part], t[part] - 1])
+                at = b[part], t[part] - 1
+                logits = head_logits(head, hidden[at]) if known_head else output.logits[at].float()
                 if divisors is not None:
                     logits = logits / divisors[part, None]
                 scored.append(logits.log_softmax(-1).gather(-1, ids[b[part], t[part]][:, None])[:, 0])

@@ -37,7 +37,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from ..data.loading import hub_origin
 from ..data.turns import end_of_turn_id
 from ..data.whole_file import write_whole
-from ..sampling.log_probs import causal_lm, hidden_states, kl_divergence, lm_head, top_k_entropy
+from ..sampling.log_probs import causal_lm, has_known_head, hidden_states, kl_divergence, lm_head, top_k_entropy
 from .data_collator import (
     ROW_COLUMNS,
     SOURCE_IDS,
@@ -163,6 +163,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         self._rows_are_aligned = "behavior_log_probs" in get_dataset_column_names(self.train_dataset)
         self._describe(train_dataset)
         self._refuse_what_has_no_weights()
+        self._refuse_unknown_head()
         self._refuse_rows_without_target(train_dataset)
         for name, data in {"train": train_dataset, **_named(eval_dataset)}.items():
             self._refuse_ids_of_another_model(data, name)
@@ -273,6 +274,21 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
             raise ValueError(
                 "ZeRO stage 3 shards the weights before the initial policy can be asked. Use ZeRO stage 2 or FSDP2, or an objective "
                 "that does not ask it (nll, dft, p_alpha, eaft, iw with the column `behavior_log_probs`)."
+            )
+
+    def _refuse_unknown_head(self) -> None:
+        """π comes from TRL's fused head; `nll` is left to be what it is in `SFTTrainer`."""
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # the weights are not all here yet
+        if sharded or set(self.objectives) == {"nll"}:
+            return
+        model = causal_lm(self.model)
+        with without_training(self.model), self.compute_loss_context_manager():
+            known = has_known_head(model, list(range(min(16, self._vocab_size() or 16))))
+        if not known:
+            raise ValueError(
+                f"{type(model).__name__} does something to its logits that TRL's fused LM head leaves out, such as a cap that its config names "
+                f"otherwise, so the weights of objective={self.args.objective!r} would be computed from wrong log-probs of the model. Train another "
+                "model, or with objective='nll', which is then as wrong as in SFTTrainer."
             )
 
     def _refuse_rows_without_target(self, given) -> None:
@@ -456,7 +472,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
                 f"{wanted} must be computed before training, which a streaming dataset does not allow. "
                 "Load it without streaming=True, or use an objective that does not ask the initial policy."
             )
-        if self.state.global_step and not self.initial_policy.has_neutral_adapter:
+        if self.state.global_step and not self.initial_policy.has_removable_adapter:
             raise ValueError(
                 f"The {dataset_name} dataset came after training had begun, when the initial policy was gone. Pass it as `eval_dataset` to "
                 "the constructor."

@@ -3,9 +3,10 @@ The policy before training, π_0: what it says of a dataset's tokens, and its hi
 trained.
 
 Until training begins it is the model itself. With a peft adapter that changes nothing yet (LoRA's default, prompt
-tuning) it is the model with the adapter off too, and that at any time. `asft`, which asks it at every step, keeps a
-frozen copy of a model without adapter. Adapters that start as something else (PiSSA, OLoRA, LoftQ, one that was
-trained before) are scored before training only.
+tuning) it is the model with the adapter off too, and that at any time, if nothing is trained beside the adapter.
+`asft`, which asks it at every step, keeps a frozen copy of a model without adapter. Adapters that start as something
+else (PiSSA, OLoRA, LoftQ, one that was trained before), and those beside which weights of the model are trained
+(`bias="all"`), are scored before training only.
 """
 
 import contextlib
@@ -38,25 +39,60 @@ def without_training(model):
         model.train(was_training)
 
 
+def _active(model) -> set[str]:
+    """The names of a peft model's active adapters, which stand in the names of their weights."""
+    return {model.active_adapter} if isinstance(model.active_adapter, str) else set(model.active_adapter)
+
+
+def _is_of(adapters: set[str], weight: str) -> bool:
+    return not adapters.isdisjoint(weight.split("."))
+
+
 def adapter_is_neutral(model) -> bool:
     """
-    Whether a peft model computes the same with its adapter and without: LoRA's B is zero, and its copies of modules
-    are copies.
+    Whether a peft model computes the same with its adapter and without. Prompt learning counts as if it did. Of LoRA
+    its B must be zero, and copies of modules must be copies; where an adapter has other weights, logits are compared.
     """
-    active = [model.active_adapter] if isinstance(model.active_adapter, str) else model.active_adapter
+    active, other = _active(model), False
+    if model.active_peft_config.is_prompt_learning:
+        return True
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, own in parameters.items():
-        part = re.search(r"\.(lora_B|lora_embedding_B|modules_to_save)\.([^.]+)", name)
-        if part is None or part[2] not in active or own.is_meta:  # only the main process of FSDP may hold weights yet
+        if not _is_of(active, name):
             continue
-        if part[1] != "modules_to_save":
+        part = re.search(
+            r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|modules_to_save)\.([^.]+)", name
+        )
+        if own.is_meta:  # only the main process of FSDP may hold weights yet
+            return True
+        if part is None:
+            other = True
+        elif part[1] in ("lora_B", "lora_embedding_B"):
             if own.any():
                 return False
-            continue
-        original = parameters.get(name.replace(part[0], ".original_module"))
-        if original is not None and not torch.equal(own, original.to(own)):  # it may be kept in another precision
-            return False
-    return True
+        elif part[1] == "modules_to_save":
+            original = parameters.get(name.replace(part[0], ".original_module"))
+            if original is not None and not torch.equal(own, original.to(own)):  # it may be kept in another precision
+                return False
+    return not other or _same_without_adapter(model)
+
+
+def _same_without_adapter(model) -> bool:
+    """Of a few tokens, with those among them that have trained embeddings of their own (`trainable_token_indices`)."""
+    of_modules = [getattr(module, "token_indices", None) for module in model.modules()]
+    trained = {i for of in of_modules if isinstance(of, dict) for indices in of.values() for i in indices}
+    size = causal_lm(model).config.get_text_config().vocab_size
+    ids = torch.tensor([[*range(min(16, size)), *sorted(trained)]], device=model.device)
+    with without_training(model):
+        on = model(input_ids=ids, use_cache=False).logits
+        with model.disable_adapter():
+            return torch.equal(on, model(input_ids=ids, use_cache=False).logits)
+
+
+def trains_beside_adapter(model) -> bool:
+    """Whether weights are trained that stay changed while a peft model's adapter is off, such as biases."""
+    active = _active(model)
+    return any(weight.requires_grad and not _is_of(active, name) for name, weight in model.named_parameters())
 
 
 RECORD = "initial_policy.json"  # in a checkpoint: which policy it was
@@ -71,7 +107,11 @@ class InitialPolicy:
     def __init__(self, model, accelerator, needed: bool = True):
         self.model, self.accelerator = model, accelerator
         self.has_adapter = is_peft_model(model)
-        self.has_neutral_adapter = self.has_adapter and adapter_is_neutral(model)
+        # The adapter changes nothing yet; and it is all that is trained, so that π_0 is there whenever it is off.
+        self.has_neutral_adapter = (
+            needed and self.has_adapter and all(gather_object([adapter_is_neutral(model)]))
+        )  # one process may hold all weights
+        self.has_removable_adapter = self.has_neutral_adapter and not trains_beside_adapter(model)
         self.frozen = None
         self.digest = self._digest() if needed else None
 
@@ -105,8 +145,14 @@ class InitialPolicy:
         Raises:
             ValueError: Without its adapter the model would be another one than it is now.
         """
-        if self.has_neutral_adapter:
+        if self.has_removable_adapter:
             return
+        if self.has_neutral_adapter:
+            raise ValueError(
+                "objective='asft' asks the policy before training at every step, by switching the adapter off, but weights of the model itself are "
+                "trained beside the adapter, which stay changed then (bias='all' or 'lora_only' in its config, or weights that were unfrozen). Write "
+                "bias='none', and name modules to be trained whole in modules_to_save."
+            )
         if self.has_adapter:
             raise ValueError(
                 "objective='asft' asks the policy before training at every step, by switching the adapter off, but this adapter changes the "
@@ -141,8 +187,8 @@ class InitialPolicy:
 
     @contextlib.contextmanager
     def _before_training(self):
-        """π_0, before training; where the adapter is neutral, at any time."""
-        if self.has_neutral_adapter:
+        """π_0, before training; where the adapter is neutral and alone trained, at any time."""
+        if self.has_removable_adapter:
             with self.asked() as model:
                 yield model
         else:
@@ -220,10 +266,11 @@ class InitialPolicy:
         if self.has_adapter and not self.has_neutral_adapter:  # an adapter's scaling is not among the weights
             scaling = [getattr(module, "scaling", None) for module in self.model.modules()]
             digest.update(repr([x for x in scaling if isinstance(x, dict)]).encode())
+        left_out = _active(self.model) if self.has_neutral_adapter else set()
         for name, tensor in sorted(causal_lm(self.model).state_dict().items()):
             if tensor.is_meta:  # another process of FSDP holds them
                 continue
-            if not self.has_neutral_adapter or ".default" not in name:  # peft's name for the adapter that is trained
+            if not _is_of(left_out, name):
                 digest.update(name.encode())
                 digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
