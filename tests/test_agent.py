@@ -276,6 +276,29 @@ def test_a_gold_answer_that_cannot_be_compared_with_gives_no_reward(tmp_path, ti
             agent_dataset(long, verifier, guided_template="{problem}{solution}", processing_class=tokenizer, max_prompt_length=100)  # fmt: skip
 
 
+def test_the_verifier_is_given_the_columns_that_it_names(tmp_path, tiny_model, tokenizer):
+    """The agent's rows keep them, also one that is called as a column of ours."""
+
+    class ReadsTheRow:
+        columns = ("choices", "problem", "nowhere")
+
+        def verify(self, completions, answers, choices, problem, nowhere):
+            assert nowhere == [None] * len(answers)
+            return [c[-1] == choice[int(a)] == p[-1] for c, a, choice, p in zip(completions, answers, choices, problem, strict=True)]  # fmt: skip
+
+    demos = [{"problem": f"which {c}", "solution": c, "answer": i, "choices": ["a", "b"]} for i, c in enumerate("ab")]
+    for given in (demos, Dataset.from_list(demos)):
+        rows = agent_dataset(given, ReadsTheRow())
+        assert rows["row"] == [{"choices": ["a", "b"], "problem": f"which {c}"} for c in "ab"]
+    assert "row" not in agent_dataset(demos, verify).column_names
+    reward = GroupReward(ReadsTheRow())
+    make_trainer(tiny_model, tokenizer, tmp_path, reward, rows)
+    columns = {name: [row[name] for row in rows for _ in "ab"] for name in ("qa_prompt", "problem", "answer", "row")}
+    ids = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in ("so a", "so b", "so a", "so b")]
+    rewards = reward([row["prompt"] for row in rows for _ in "ab"], ids, **columns)
+    assert [reward > 0 for reward in rewards] == [True, False, False, True]
+
+
 def test_what_could_not_be_judged_has_no_gradient_beside_other_rewards_either(tmp_path, tiny_model, tokenizer):
     """GRPO leaves out what no function rewards; of the others it adds up what there is."""
 

@@ -87,6 +87,21 @@ def test_the_same_completions_have_the_same_verdicts(tmp_path, system_prompt):
     ours.inner.close()
 
 
+def test_a_verifier_is_given_the_columns_that_it_names(tmp_path):
+    from inspect_ai.model import ModelOutput, ModelUsage, get_model
+
+    from trl_offpolicy.evaluation.inspect_tasks import task_of
+    from trl_offpolicy.verification.verifiers import MultipleChoiceVerifier
+
+    rows = [{"problem": "The capital of France?", "answer": "Paris", "choices": ["Rome", "Paris"]}]
+    output = ModelOutput.from_content("mock", "The answer is B.")
+    output.usage = ModelUsage()
+    model = get_model("mockllm/model", custom_outputs=[output])
+    task = task_of("capitals", rows, verifier=MultipleChoiceVerifier())
+    (log,) = inspect_ai.eval(task, model=model, log_dir=str(tmp_path), display="none")
+    assert log.samples[0].scores["verified"].metadata["verdict"] == "correct"
+
+
 def test_every_benchmark_is_a_task_that_inspect_finds(tmp_path):
     from inspect_ai._util.registry import registry_lookup
 

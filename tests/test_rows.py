@@ -147,7 +147,7 @@ def test_nothing_of_the_input_is_lost():
     }  # fmt: skip
     row = {"id": "gsm8k/1", "source": "web", "question": "1+1?", "answer": "one and one\n#### 2", "level": 3}
     (problem,) = read_rows([row])
-    assert demonstration(problem.extra) == row["answer"] and problem.extra["input_id"] == "gsm8k/1"
+    assert problem.row == row
     for columns, answer_column, carried in [
         (["problem", "solution", "answer", "gold"], "gold", {"answer": "input_answer"}),
         (["problem", "solution", "answer", "gold"], "answer", {}),

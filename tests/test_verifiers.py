@@ -388,3 +388,69 @@ def test_a_rewrite_with_another_verifier(tmp_path):
         if row["source"] != "expert":
             assert row["completion"][0]["content"].endswith(f"\\boxed{{{row['answer']}}}")
     assert {"self", "expert"} <= set(rewritten["source"])
+
+
+class ReadsTheRow:
+    """Right where the row says so; notes the rows that it was given."""
+
+    columns = ("level", "source", "answer", "nowhere")
+
+    def __init__(self, right):
+        self.right, self.seen = right, []
+
+    def verify(self, completions, answers, **columns):
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        self.seen += rows
+        return [row["level"] == self.right for row in rows]
+
+
+@pytest.mark.parametrize("answer_column", ["answer", "gold"])
+def test_a_verifier_is_given_the_columns_that_it_names(tmp_path, answer_column):
+    """In a rewrite, when its texts are judged anew, and while a policy is trained; by their names in the input."""
+    from datasets import Dataset
+    from scripted import rewrite, rows
+
+    from trl_offpolicy import RewriteConfig
+    from trl_offpolicy.data.formats import read_rows
+    from trl_offpolicy.online.drawn_rows import DrawnRows
+    from trl_offpolicy.runs.shards import Shard
+    from trl_offpolicy.sampling.sampler import as_sampler
+    from trl_offpolicy.verification.verifier import as_verifier
+
+    class Another(ReadsTheRow):
+        pass
+
+    data = [{**row, answer_column: i, "level": i % 3, "source": f"web {i}"} for i, row in enumerate(rows(9))]
+    asked, first, second, third = {"answer_column": answer_column}, ReadsTheRow(1), Another(2), ReadsTheRow(0)
+    given = {(row["level"], row["source"], row[answer_column], None) for row in data}
+    made, _ = rewrite(tmp_path, data, verifier=first, **asked)
+    anew, _ = rewrite(tmp_path, data, verifier=second, rejudge=True, **asked)
+    online = RewriteConfig(str(tmp_path / "online"), num_generations=2, **asked)
+    drawn = DrawnRows(Dataset.from_list(data), online, None, as_verifier(third), Shard())
+    drawn.open({}, 0)
+    found = drawn.draw(0, list(range(9)), [True] * 9, as_sampler(ScriptedSampler())).rows.to_pylist()
+    for verifier, written in ((first, made.to_list()), (second, anew.to_list()), (third, found)):
+        assert {tuple(row.values()) for row in verifier.seen} == given
+        kept = [row["level"] for row in written if row["source"] != "expert"]
+        assert kept == [verifier.right] * 3
+        # What is written, and the ids by which a journal knows the rows, are what they were.
+        assert [row["input_source"] for row in written] == [row["source"] for row in data]
+        plain = [{k: v for k, v in row.items() if k not in ("level", "source")} for row in data]
+        assert [row["id"] for row in written] == [problem.id for problem in read_rows(plain, answer_column)]
+
+
+def test_an_index_is_no_text_in_a_rewrite_either(tmp_path):
+    """MMLU's answer 1 is the second choice, also where the first one reads 1."""
+    from scripted import rewrite
+
+    class Says(ScriptedSampler):
+        def completion(self, request):
+            return Completion(request.id, "The answer is B.", [1, 2], [-0.1, -0.1], "stop")
+
+    row = {"problem": "2 - 1?", "solution": "The answer is B.", "choices": ["1", "2", "3"]}
+    data = [{**row, "answer": answer} for answer in (0, 1, 2)]
+    made, _ = rewrite(tmp_path, data, Says(), MultipleChoiceVerifier(), stages=["self"])
+    assert made["source"] == ["expert", "self", "expert"]
+    texts = [{**row, "choices": ["Rome", "Paris"], "answer": answer} for answer in ("Rome", "Paris")]
+    made, _ = rewrite(tmp_path / "texts", texts, Says(), MultipleChoiceVerifier(), stages=["self"])
+    assert made["source"] == ["expert", "self"]

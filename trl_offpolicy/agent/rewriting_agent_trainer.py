@@ -148,9 +148,9 @@ class GroupReward:
                 raise ValueError("YES and NO begin with the same token, so this model cannot judge: pass judge=False.")
 
     def __call__(
-        self, prompts, completion_ids, answer, qa_prompt, problem, log_metric=None, log_extra=None, **_
+        self, prompts, completion_ids, answer, qa_prompt, problem, row=None, log_metric=None, log_extra=None, **_
     ) -> list[float | None]:
-        """TRL's reward signature; `answer`, `qa_prompt` and `problem` are columns of the dataset."""
+        """TRL's reward signature; `answer`, `qa_prompt`, `problem` and `row` are columns of the dataset."""
         if self._base is None:
             raise ValueError(
                 "The reward has no model yet: call `reward.bind(trainer)`, or use `RewritingAgentTrainer`."
@@ -158,7 +158,7 @@ class GroupReward:
         texts = [
             turn_text(self._tokenizer, ids) for ids in completion_ids
         ]  # the texts that a rewrite with the agent would judge
-        right = self._right(texts, completion_ids, answer)
+        right = self._right(texts, completion_ids, answer, row)
         with self._base.asked() as model, self._base.accelerator.autocast():
             gate = task_gate(right, self._reasoned(model, np.flatnonzero(right == 1), problem, texts))
             nll, embeddings = self._scored(model, np.flatnonzero(gate == 1), qa_prompt, completion_ids, texts)
@@ -192,11 +192,14 @@ class GroupReward:
         total[(gate == 1) & ~feasible] = np.nan
         return {"feasible": feasible, "gate": gate, "dist": dist, "div": div, "nll": nll, "total": total}
 
-    def _right(self, texts: list[str], completion_ids: list[list[int]], answers: list) -> np.ndarray:
+    def _right(
+        self, texts: list[str], completion_ids: list[list[int]], answers: list, rows: list[dict] | None
+    ) -> np.ndarray:
         right = np.zeros(len(texts))
         lengths = [cut_turn(self._tokenizer, self._stop_ids, ids, at_limit=True) for ids in completion_ids]
         whole = [i for i, ids in enumerate(completion_ids) if lengths[i] == len(ids)]
-        judgements = explain_with(self.verifier, [texts[i] for i in whole], [answers[i] for i in whole])
+        asked = [texts[i] for i in whole], [answers[i] for i in whole], rows and [rows[i] for i in whole]
+        judgements = explain_with(self.verifier, *asked)
         right[whole] = np.array(rewards(judgements), float)  # `None` becomes NaN
         return right
 
@@ -271,7 +274,8 @@ def agent_dataset(
     chat_template_kwargs: dict | None = None,
 ) -> Dataset:
     """
-    Demonstrations as the agent is trained on them: `prompt` (with the reference), `qa_prompt`, `problem`, `answer`.
+    Demonstrations as the agent is trained on them: `prompt` (with the reference), `qa_prompt`, `problem`, `answer`,
+    and in `row` the other columns that the verifier names, where the dataset has them.
 
     Args:
         dataset (`datasets.Dataset` or `list[dict]`): Rows in any of the formats of `rows.FORMATS`.
@@ -290,8 +294,9 @@ def agent_dataset(
         ValueError: A row has no problem or no demonstration (named by number), or none is left.
     """
     check(guided_template, "guided_prompt", "problem", "solution")
+    verifier = as_verifier(verifier)
     if isinstance(dataset, Dataset):
-        dataset = text_columns(unformatted(dataset), answer_column)
+        dataset = text_columns(unformatted(dataset), answer_column, verifier.columns)
     problems = list(read_rows(dataset, answer_column, solve_prompt, system_prompt=system_prompt))
     if problems and problems[0].demonstration is None:
         raise ValueError("The dataset has problems and gold answers but no demonstrations, which the agent retells.")
@@ -300,7 +305,7 @@ def agent_dataset(
     control.check(map(control.within, texts), "problem or reference")
     golds = [problem.answer for problem in problems]
     rows, too_long = [], 0
-    for problem, verdict in zip(problems, as_verifier(verifier).check_answers(golds), strict=True):
+    for problem, verdict in zip(problems, verifier.check_answers(golds), strict=True):
         prompt = control.prompt(guided_prompt(problem, guided_template))
         if verdict != Verdict.CORRECT:
             continue
@@ -312,7 +317,9 @@ def agent_dataset(
         qa_prompt = (
             control.prompt(problem.prompt) if qa_template is None else fill(qa_template, problem=problem.problem)
         )
-        rows.append({"prompt": prompt, "qa_prompt": qa_prompt, "problem": problem.problem, "answer": problem.answer})
+        row = {name: problem.row[name] for name in verifier.columns if name in problem.row}
+        own = {"prompt": prompt, "qa_prompt": qa_prompt, "problem": problem.problem, "answer": problem.answer}
+        rows.append({**own, "row": row} if row else own)
     if len(rows) < len(problems):
         warnings.warn(
             f"{len(problems) - len(rows)} of {len(problems)} rows are left out of the agent's training: {too_long} have prompts of more than "

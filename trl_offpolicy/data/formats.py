@@ -48,10 +48,14 @@ _TAKEN = {
 }  # fmt: skip
 
 
-def text_columns(dataset, answer_column: str = "answer"):
-    """The columns of a `datasets.Dataset` that [`read_row`] reads; `ValueError` if there are none such."""
+def text_columns(dataset, answer_column: str = "answer", others: Iterable[str] = ()):
+    """
+    The columns of a `datasets.Dataset` that [`read_row`] reads, and the `others` that it has, such as those that a
+    verifier names; `ValueError` if there are none to be read.
+    """
     carried_columns(dataset.column_names, answer_column)
     read = {*find_format(dataset.column_names, answer_column), "input", answer_column, "tools", "chat_template_kwargs"}
+    read |= set(others)
     return dataset.select_columns([name for name in dataset.column_names if name in read])
 
 
@@ -119,8 +123,9 @@ def moved(columns: Iterable[str], taken: Iterable[str]) -> dict[str, str]:
 
 
 @lru_cache(16)  # all rows of a dataset have the same columns
-def _layout(columns: tuple[str, ...], answer_column: str) -> tuple[str, str | None, dict[str, str]]:
-    return *find_format(columns, answer_column), carried_columns(columns, answer_column)
+def _layout(columns: tuple[str, ...], answer_column: str) -> tuple[str, str | None]:
+    carried_columns(columns, answer_column)  # raises without that column
+    return find_format(columns, answer_column)
 
 
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
@@ -168,7 +173,7 @@ def read_row(
             fallback), or neither demonstration nor gold answer.
         ValueError: What it has is of another kind; with its position, from 0.
     """
-    prompt_column, demonstration_column, carried = _layout(tuple(row), answer_column)
+    prompt_column, demonstration_column = _layout(tuple(row), answer_column)
     where = f"Row {index}"
     own = own_prompt(row, prompt_column, where)
     turns = _messages(own, "user", where)
@@ -200,8 +205,8 @@ def read_row(
     if prompt_column in ASKED:
         asked = [{"role": "user", "content": fill(solve_prompt, problem=user_turns[-1])}]
         prompt = asked if system_prompt is None else [{"role": "system", "content": system_prompt}, *asked]
-    extra = {new: row[old] for old, new in carried.items()}
-    return Problem(row_id, prompt, user_turns[-1], demonstration, answer, extra)
+    row = row if answer_column == "answer" else {**row, "answer": row[answer_column]}
+    return Problem(row_id, prompt, user_turns[-1], demonstration, answer, row)
 
 
 def own_prompt(row: dict, column: str, where: str) -> list[dict[str, str]] | str:

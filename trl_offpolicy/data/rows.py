@@ -63,7 +63,7 @@ class Problem:
     problem: str
     demonstration: str | None  # `None` where the dataset has none at all
     answer: str | None
-    extra: dict[str, Any]
+    row: dict[str, Any]  # its columns that were read, by their own names; under `answer` the gold answer as it came
 
 
 def content_id(prompt: list[dict[str, str]], answer: str | None) -> str:

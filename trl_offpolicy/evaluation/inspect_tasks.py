@@ -77,7 +77,9 @@ def task_of(
         max_tokens=defaults.max_completion_length,
         seed=defaults.seed,
     )
-    samples = [_sample(name, question) for question in read_questions(name, rows, solve_prompt, system_prompt)]
+    columns = () if verifier is None else verifier.columns
+    questions = read_questions(name, rows, solve_prompt, system_prompt)
+    samples = [_sample(name, question, columns) for question in questions]
     return Task(
         dataset=MemoryDataset(samples, name=name), solver=generate(), scorer=verified(verifier), config=config, name=name
     )  # fmt: skip
@@ -87,12 +89,15 @@ def task_of(
 def verified(verifier: Verifier | None = None) -> Scorer:
     """
     The verdict of a verifier, by default a [`MathVerifier`]: 1 if it is `correct`, unscored if it could not be told.
+    The columns of the row that it names are taken from the sample's metadata.
     """
     verifier = verifier or MathVerifier()
 
     async def score(state: TaskState, target: Target) -> Score:
         completion = _completion(state.output)
-        ((verdict, reason),) = await anyio.to_thread.run_sync(judge, verifier, [completion], [target.text])
+        ((verdict, reason),) = await anyio.to_thread.run_sync(
+            judge, verifier, [completion], [target.text], [state.metadata]
+        )
         said = {"explanation": reason or str(verdict), "metadata": {"verdict": str(verdict)}}
         if verdict in (Verdict.TIMEOUT, Verdict.ERROR):
             return Score.unscored(reason=str(verdict), **said)
@@ -101,14 +106,15 @@ def verified(verifier: Verifier | None = None) -> Scorer:
     return score
 
 
-def _sample(name: str, question: Question) -> Sample:
+def _sample(name: str, question: Question, columns: Iterable[str]) -> Sample:
     if isinstance(question.prompt, str):
         raise ValueError(
             f"The prompts of benchmark {name!r} are plain texts, which inspect-ai would ask as messages. Measure it with `trl-offpolicy eval`, which "
             "asks them as they are, or call the column `problem`."
         )
     turns: list[ChatMessage] = [_ROLES[turn["role"]](content=turn["content"]) for turn in question.prompt]
-    return Sample(input=turns, target=question.answer, id=question.id)
+    given = {name: question.row[name] for name in columns if name in question.row}
+    return Sample(input=turns, target=question.answer, id=question.id, metadata=given)
 
 
 def _completion(output: ModelOutput) -> Completion:

@@ -54,7 +54,8 @@ class DrawnRows:
 
     def __init__(self, dataset, args: RewriteConfig, processing_class, verifier: Verifier, shard: Shard):
         self.args, self.verifier, self.shard, self.directory = args, verifier, shard, Path(args.output_dir)
-        self.problems = Problems(dataset, args, processing_class, shard.file(self.directory, "rows.npz"))
+        rows_file = shard.file(self.directory, "rows.npz")
+        self.problems = Problems(dataset, args, processing_class, rows_file, verifier.columns)
         self.journal: Journal | None = None
         self._known: dict[int, list[tuple[int, dict]]] = {}  # the journal's lines by version
 

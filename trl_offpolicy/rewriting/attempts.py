@@ -165,7 +165,7 @@ class Attempts:
         request = Request(draw.id, prompt, seed, args.sampling_params(), given)
         if args.hinted and source_of(draw.stage) == Source.GUIDED:
             request = replace(request, unhinted_prompt=problems.prompt(problem, Source.SELF), hint_beta=args.hint_beta)
-        return Asked(draw, request, self.sampler_of(draw.stage), problem.answer, problem.extra)
+        return Asked(draw, request, self.sampler_of(draw.stage), problem.answer, problem.row)
 
     def attempt(
         self, problem: Problem, stage: str, attempt: int, completion: Completion, verdict: Verdict, reason: str

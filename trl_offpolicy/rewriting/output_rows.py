@@ -174,7 +174,7 @@ def _kept(problem: Problem, outcome: Outcome, journal: JournalReader, ends: Call
 
 def _unsolved(problem: Problem, problems: Problems) -> dict:
     """A line of `unsolved.jsonl`, with all that its attempts were asked with."""
-    asked = {"tools": problem.extra.get("tools"), "chat_template_kwargs": problem.extra.get("chat_template_kwargs")}
+    asked = {"tools": problem.row.get("tools"), "chat_template_kwargs": problem.row.get("chat_template_kwargs")}
     asked["chat_template_kwargs"] = problems.args.chat_template_kwargs or asked["chat_template_kwargs"]
     line = {"id": problem.id, "problem": problem.problem, "answer": problem.answer}
     return line | {"prompt": problems.prompt(problem, Source.SELF)} | {k: v for k, v in asked.items() if v}

@@ -3,7 +3,7 @@ The rows that go into a run, as problems: which ids they have, what the model is
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -47,19 +47,20 @@ class Problems:
         args ([`RewriteConfig`]): What they are asked with.
         processing_class: Tokenizer of the prompts, if it is known.
         rows_file (`Path`): Where what was found is kept.
+        columns (`Iterable[str]`): Further ones that a problem's `row` is to have: those that its verifier names.
 
     Raises:
         ValueError: The dataset is empty or cannot be rewritten as `args` say, or a row has no problem or no
             demonstration (named by number).
     """
 
-    def __init__(self, dataset, args: RewriteConfig, processing_class, rows_file: Path):
+    def __init__(self, dataset, args: RewriteConfig, processing_class, rows_file: Path, columns: Iterable[str] = ()):
         self.args, self.stored = (
             args,
             as_dataset(dataset),
         )  # with all columns as they are stored, which are carried over
         check_stages(self.stored.column_names, args)
-        self._rows = text_columns(self.stored, args.answer_column)
+        self._rows = text_columns(self.stored, args.answer_column, columns)
         self.have_demonstrations = find_format(self.stored.column_names, args.answer_column)[1] is not None
         self.plain = has_plain_prompts(self._rows.features, self._rows.column_names, args.answer_column)
         self._control = ControlTokens(processing_class, args.control_tokens)
@@ -98,7 +99,7 @@ class Problems:
         The control tokens in what the model is shown of a problem; `ValueError` if it cannot be shown all that it
         comes with.
         """
-        if given := [name for name in ("tools", "chat_template_kwargs") if problem.extra.get(name)]:
+        if given := [name for name in ("tools", "chat_template_kwargs") if problem.row.get(name)]:
             raise ValueError(
                 f"The row with the problem {problem.problem!r:.100} has {' and '.join(given)}, with which its prompt would be rendered in "
                 "training but not in sampling. Write what the model needs to know into a system turn, and use `dataset.remove_columns`."

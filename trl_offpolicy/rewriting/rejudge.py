@@ -74,7 +74,7 @@ def _append_judged(
     for attempt in cut:
         journal.append(attempt.entry())
     completions = [Completion(a.id, a.text, a.completion_ids, a.behavior_log_probs, "stop") for _, a in whole]
-    judgements = judge(verifier, completions, [p.answer for p, _ in whole], [p.extra for p, _ in whole])
+    judgements = judge(verifier, completions, [p.answer for p, _ in whole], [p.row for p, _ in whole])
     for (problem, old), completion, verdict in zip(whole, completions, judgements, strict=True):
         new = as_attempt(problem, old.stage, old.attempt, completion, *verdict)
         # Its log-probs are rounded, and their mean was taken before that.

@@ -248,7 +248,8 @@ class DataRewriter:
     def _problems(self, dataset) -> Problems:
         """Those of this shard, with the ids that they have among all."""
         rows_file = self.shard.file(self.output_dir, "rows.npz")
-        problems = Problems(dataset, self.args, self._tokenizer(), rows_file)
+        columns = () if self.verifier is None else self.verifier.columns
+        problems = Problems(dataset, self.args, self._tokenizer(), rows_file, columns)
         return problems.select(self.shard.rows(len(problems)))
 
     def _run(self, problems: Problems, journal: Journal, logged, args: RewriteConfig, path: Path | None) -> Scheduler:

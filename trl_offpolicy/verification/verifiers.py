@@ -63,7 +63,7 @@ class MultipleChoiceVerifier(_StatedVerifier):
             there the text or index (an `int`) of one.
     """
 
-    columns = ("choices",)
+    columns = ("choices", "answer")  # a row's own answer tells an index, which is a number, from a text
 
     def __init__(self, letters: str = "ABCDEFGHIJ"):
         self.letters = letters.upper()
@@ -114,8 +114,9 @@ class MultipleChoiceVerifier(_StatedVerifier):
         )
         return list(dict.fromkeys(a or b for a, b in named))
 
-    def judge(self, stated: str, answer, choices=None) -> Judgement:
+    def judge(self, stated: str, answer, choices=None, given=None) -> Judgement:
         labelled = self._labelled(choices)
+        answer = given if isinstance(given, int) and str(given) == answer else answer
         if isinstance(answer, int) and 0 <= answer < len(labelled) and str(answer) not in labelled:
             answer = list(labelled)[answer]
         gold, chosen = self._chosen(str(answer), labelled), self._chosen(stated, labelled)
