@@ -656,6 +656,7 @@ def test_a_reshaped_draw_has_no_log_probs_and_the_run_says_what_to_set(tmp_path)
     ):
         written, _ = rewrite(tmp_path, rows(10), min_p=0.1, repetition_penalty=1.1)
     assert not any(written["behavior_log_probs"])
+    assert all((row["min_p"], row["repetition_penalty"]) == pytest.approx((0.1, 1.1)) for row in written)
 
 
 def test_a_journal_of_november_2026_is_resumed(tmp_path):

@@ -1094,6 +1094,17 @@ def test_a_text_is_compared_as_the_number_it_holds(tmp_path, tiny_model, tokeniz
     torch.testing.assert_close(*(torch.tensor(sum(rows, [])) for rows in scored), equal_nan=True)
 
 
+@pytest.mark.parametrize(
+    "setting", [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"repetition_penalty": 1.1}], ids=str
+)
+def test_log_probs_of_reshaped_draws_are_not_computed_again(tmp_path, tiny_model, tokenizer, setting):
+    """The model's log-prob is not log μ of a token that was drawn from what is left of the vocabulary, or penalised."""
+    data = rewritten(tokenizer).map(lambda row: {**setting, "behavior_log_probs": []})
+    args = config(ImportanceWeightedSFTConfig, tmp_path, objective="iw", precompute_behavior_log_probs=True)
+    with pytest.raises(ValueError, match=f"was sampled at {'='.join(map(str, *setting.items()))}, so"):
+        ImportanceWeightedSFTTrainer(tiny_model, args, train_dataset=data, processing_class=tokenizer)
+
+
 @pytest.mark.parametrize("make", [demonstrations, rewritten])
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_dataset_without_rows_is_refused(tmp_path, tiny_model, tokenizer, make, streaming):

@@ -44,7 +44,7 @@ PROBLEM_COLUMNS = ("prompt", "problem", "question")
 _TAKEN = {
     "prompt", "completion", "id", "source", "answer", "num_sampled", "num_correct", "self_sampled", "self_correct", "completion_ids", "behavior_log_probs",
     "model", "model_revision", "temperature", "top_p", "top_k", "behavior_prompt", "messages", "conversations", "text", "input_ids", "labels", "attention_mask", "seq_lengths",
-    "completion_mask", "assistant_masks", "weight", "reward", "initial_log_prob", "candidate", "hint_beta",
+    "completion_mask", "assistant_masks", "weight", "reward", "initial_log_prob", "candidate", "hint_beta", "min_p", "repetition_penalty",
 }  # fmt: skip
 
 
@@ -359,11 +359,12 @@ def output_features(
     ranked: bool = False,
     several: bool = False,
     hinted: bool = False,
+    sampling: Iterable[str] = (),
 ):
     """
     `datasets.Features` of the output: ours (with `initial_log_prob` where candidates are `ranked` by it, `candidate`
-    where a problem may have `several` rows, and `hint_beta` with `hinted` decoding), then the carried columns with the
-    type they came in.
+    where a problem may have `several` rows, `hint_beta` with `hinted` decoding, and the `sampling` settings of these names),
+    then the carried columns with the type they came in.
     """
     from datasets import Dataset, Features, List, Value
 
@@ -392,6 +393,7 @@ def output_features(
         **({"initial_log_prob": Value("float32")} if ranked else {}),
         **({"candidate": Value("int32")} if several else {}),
         **({"hint_beta": Value("float32")} if hinted else {}),
+        **{name: Value("float32") for name in sampling},
     }
     carried = (
         {new: input_features[old] for old, new in carried_columns(columns, answer_column).items()}

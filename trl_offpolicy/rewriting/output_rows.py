@@ -17,7 +17,7 @@ from ..data.rows import Problem, Source, Verdict, storable
 from ..data.text_statistics import copied_ngrams, normal_form
 from ..runs.journal import JournalReader
 from ..runs.shards import RUN_KEY
-from ..sampling.sampler import Sampler
+from ..sampling.sampler import LATER, Sampler
 from .problems import Problems
 from .rewrite_config import RewriteConfig
 from .scheduler import Outcome
@@ -70,8 +70,9 @@ def write_rows(
     carried = carried_columns(whole.column_names, args.answer_column)
     given: Any = args.chat_template_kwargs  # a mapping, whatever it was written as
     features = output_features(
-        whole.features, whole.column_names, args.answer_column, given, args.ranks, args.keep == "all", args.hinted
-    )
+        whole.features, whole.column_names, args.answer_column, given, args.ranks, args.keep == "all", args.hinted,
+        _rare_sampling(args),
+    )  # fmt: skip
     ours = Features({name: features[name] for name in features if name not in carried.values()})
     schema = features.arrow_schema
     schema = schema.with_metadata({**schema.metadata, RUN_KEY: run.encode()})
@@ -145,10 +146,16 @@ def _candidates(
     return outcomes
 
 
+def _rare_sampling(args: RewriteConfig) -> dict[str, float]:
+    """The settings for which a log-prob of the model is not log μ and that have a column only where they are used."""
+    return {name: value for name, value in args.sampling_params().reshaping.items() if name in LATER}
+
+
 def provenance_columns(sampler: Sampler, args: RewriteConfig) -> dict:
     """The columns that say who drew a completion, and how."""
     drawn_by = {"model": public_name(sampler.name), "model_revision": sampler.revision}
     drawn_by |= {name: getattr(args, name) for name in ("temperature", "top_p", "top_k")}
+    drawn_by |= _rare_sampling(args)
     return drawn_by | ({"chat_template_kwargs": args.chat_template_kwargs} if args.chat_template_kwargs else {})
 
 

@@ -18,6 +18,7 @@ from trl.trainer.utils import pad
 from ..data.prompts import contents
 from ..data.rows import Source
 from ..data.tokenization import encode_prompt, says_otherwise
+from ..sampling.sampler import PLAIN
 from ..sampling.server_answers import NO_LOG_PROB
 
 
@@ -264,7 +265,7 @@ def _check_numbers(index: int, completion_ids: list, log_probs: list, text) -> N
 
 
 def _sampling_number(example: dict, index: int, name: str) -> float | None:
-    """A row's `temperature`, `top_p` or `top_k`, which a CSV file may hold as a text."""
+    """A row's `temperature` or another of [`PLAIN`], which a CSV file may hold as a text."""
     value = example.get(name)
     try:
         return None if value is None else float(value)
@@ -276,7 +277,7 @@ def _check_sampling(example: dict, index: int, stored: bool, recompute: bool) ->
     """A log-prob of the model is log μ only for plain sampling; computed again, it can follow a temperature too."""
     if not (stored or recompute):
         return
-    for name, plain in (("temperature", 1.0), ("top_p", 1.0), ("top_k", 0)):
+    for name, plain in PLAIN.items():
         value = _sampling_number(example, index, name)
         if value in (None, plain) or (recompute and name == "temperature" and value > 0):
             continue

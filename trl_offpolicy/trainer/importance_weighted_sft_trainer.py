@@ -341,7 +341,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         if unknown == total and self.args.objective_was_given:
             raise ValueError(
                 f"{message} Train on what `trl-offpolicy rewrite` wrote, sampled at temperature 1; set precompute_behavior_log_probs=True if the rows "
-                "have `completion_ids` of this model; or write objective='nll' (SFT), 'dft', or expert_weighting='base' (π/π_0), which need no μ."
+                "have `completion_ids` that this model drew without top_p, top_k, min_p and repetition_penalty; or write objective='nll' (SFT), 'dft', or expert_weighting='base' (π/π_0), which need no μ."
             )
         warnings.warn(f"{message} expert_weighting says what else they may weigh.", stacklevel=4)
 
