@@ -20,7 +20,6 @@ the preset's.
 
 import argparse
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -309,25 +308,11 @@ class Experiment:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """
-        Locks the directory, or raises `ValueError` if another run works in it. Steps keep the lock for as long as they
-        live, so that none is begun a second time beside one that a killed run (`kill -9`) has left behind.
-        """
-        from trl_offpolicy.runs.journal import lock
+        """Locks the directory for this run and its steps, or raises `ValueError` if another run works in it."""
+        from trl_offpolicy.runs.journal import alone
 
-        self.run.mkdir(parents=True, exist_ok=True)
-        self.held = os.open(self.run / "reproduce.lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            try:
-                lock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ValueError(
-                    f"Another reproduce.py works in {self.run}, or a step that a killed one has left behind: "
-                    f"`pgrep -af {self.run}` lists them. Wait for it or end it, then run the same command again."
-                ) from error
+        with alone(self.run / "reproduce.lock", "reproduce.py") as self.held:
             yield
-        finally:
-            os.close(self.held)
 
     def open(self) -> None:
         """Notes the settings, or raises `ValueError` if the directory was begun with others."""
@@ -430,9 +415,10 @@ class Experiment:
     def command(self, step: Step) -> list[str]:
         """Writes the step's options to their file."""
         from trl_offpolicy.data.whole_file import write_whole
+        from trl_offpolicy.runs.checkpoints import whole_checkpoints
 
         options = {**step.options, "output_dir": self._path(step.name)}
-        if step.kind == "sft" and list((self.run / step.name).glob("checkpoint-*/trainer_state.json")):
+        if step.kind == "sft" and whole_checkpoints(self.run / step.name):
             options["resume_from_checkpoint"] = "last"
         file = self._file(step, "yaml")
         write_whole(file, yaml.safe_dump(options, sort_keys=False, allow_unicode=True))

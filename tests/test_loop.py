@@ -6,6 +6,7 @@ import mmap
 import os
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,11 +21,14 @@ from datasets import load_dataset
 from quickstart_task import GUIDED_PROMPT, demonstrations, problems
 from safetensors.torch import load_file
 from transformers import Trainer
+from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN
 from wandb_file import wandb_records
 
 from trl_offpolicy import DataRewriter, RewriteConfig
 from trl_offpolicy.cli import main
+from trl_offpolicy.cli.arguments import last_checkpoint
 from trl_offpolicy.cli.loop import _numbers
+from trl_offpolicy.cli.sft import sft_parser
 from trl_offpolicy.data.rows import Verdict
 from trl_offpolicy.data.tokenization import encode_prompt
 from trl_offpolicy.evaluation.forgetting import measure_forgetting
@@ -32,8 +36,10 @@ from trl_offpolicy.loop import rounds
 from trl_offpolicy.loop.loop_config import LoopConfig
 from trl_offpolicy.loop.rounds import Loop, _mentions
 from trl_offpolicy.runs import interrupts
+from trl_offpolicy.runs.checkpoints import whole_checkpoints
 from trl_offpolicy.runs.journal import Journal
 from trl_offpolicy.runs.run_directory import RunDirectory
+from trl_offpolicy.runs.run_memory import RunMemory
 from trl_offpolicy.sampling.loading import load_model
 from trl_offpolicy.sampling.log_probs import target_log_probs
 
@@ -67,6 +73,25 @@ def steps(monkeypatch):
 
     monkeypatch.setattr(rounds, "subprocess", SimpleNamespace(Popen=in_this_process))
     return run
+
+
+@pytest.fixture
+def untrained(monkeypatch, steps):
+    """Those steps, but a training leaves the policy as it was, and nothing is measured."""
+
+    def in_this_process(command, env, **_):
+        def wait():
+            if command[3] == "rewrite":
+                return main(command[3:])
+            if command[3] == "sft":
+                shutil.copytree(POLICY, command[command.index("--output_dir") + 1])
+            return 0
+
+        steps.append(command[3])
+        return SimpleNamespace(wait=wait)
+
+    monkeypatch.setattr(rounds, "subprocess", SimpleNamespace(Popen=in_this_process))
+    return steps
 
 
 def loop(*options):
@@ -178,6 +203,63 @@ def test_unsolved_rows_are_asked_again_and_the_others_carried_over(here, steps):
     assert "run/round-0/train" in json.loads(Path("run/loop.jsonl").read_text().splitlines()[5])["command"]
 
 
+def test_problems_without_demonstrations_are_asked_again_by_their_ids(here, untrained, capsys):
+    """Those that are not solved have no row: they are counted, asked again, and newly solved ones are rows that improved."""
+    rows = [{k: v for k, v in row.items() if k != "completion"} for row in demonstrations(problems(10, 9, (2, 4)))]
+    rows.append(rows[0])
+    Path("demos.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ("--rounds", 2, "--stages", "self", "--num_generations", 1, "--seed", 5)
+    assert loop("--output_dir", "run", *given, "--refresh", "unsolved") == 0
+    before, after = rows_of("run/round-0/rewrite/dataset").to_list(), rows_of("run/round-1/dataset").to_list()
+    solved = {row["id"] for row in before}
+    asked = [
+        row
+        for row, id in zip(rows, RunMemory.load(Path("run/round-0/rewrite/rows.npz")).ids(), strict=True)
+        if id not in solved
+    ]
+    again = load_dataset("parquet", data_files="run/round-1/unsolved.parquet", split="train")
+    assert again.to_list() == asked and 0 < len(asked) < len(rows)
+    assert [row for row in after if row["id"] in solved] == before and len({row["id"] for row in after}) == len(after)
+    first, second = json.loads(Path("run/rounds.json").read_text())["rounds"]
+    assert first["sources"]["unsolved"] == len(asked) and first["sources"]["self"] == len(before)
+    assert second["improved"] == len(after) - len(before) > 0
+    assert second["sources"].get("unsolved", 0) == len(rows) - len(after)
+    assert f"unsolved {len(asked) / len(rows):.1%}" in capsys.readouterr().out
+
+
+def test_it_ends_when_every_problem_is_solved_and_when_none_is(here, untrained, capsys):
+    easy = demonstrations(problems(4, 9, (1,)))
+    Path("demos.jsonl").write_text("".join(json.dumps(row) + "\n" for row in easy))
+    given = ("--refresh", "unsolved", "--verifier_kwargs", '{"rel_tol": 1e9}')
+    for _ in range(2):  # and so when it is asked again
+        assert loop("--output_dir", "run", *given) == 0 and untrained == ["rewrite", "sft", "gap"]
+        assert "stopped after round 0: every problem is solved by the policy itself." in capsys.readouterr().out
+    bare = [{k: v for k, v in row.items() if k != "completion"} for row in easy]
+    Path("demos.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bare))
+    assert loop("--output_dir", "none", "--stages", "self", "--max_completion_length", 3) == 0
+    out = capsys.readouterr().out
+    assert "unsolved 100.0%" in out and untrained == ["rewrite", "sft", "gap", "rewrite"]
+    assert "stopped before the training of round 0: no problem is solved, so there is no row to train on." in out
+
+
+def test_a_round_of_the_hard_problems_is_compared_with_what_they_were_in_round_0(here, untrained, capsys):
+    """The policy is the same, and what was cut is cut again: no collapse, though of all problems few were cut in round 0."""
+    rows = demonstrations([*problems(5, 9, (1,)), *problems(1, 9, (5,))])
+    Path("demos.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ("--stages", "self", "--num_generations", 1, "--max_completion_length", 45, "--min_entropy", 0)
+    assert loop("--output_dir", "run", "--rounds", 2, "--refresh", "unsolved", *given) == 0
+    first, second = json.loads(Path("run/rounds.json").read_text())["rounds"]
+    assert first["cut"] < 0.5 < second["cut"] and second["same_problems_in_round_0"]["cut"] > 0.5
+    assert "stopped" not in capsys.readouterr().out and untrained == ["rewrite", "sft", "gap"] * 2
+    # Without demonstrations the second round comes to no new row.
+    bare = [{k: v for k, v in row.items() if k != "completion"} for row in rows]
+    Path("demos.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bare))
+    assert loop("--output_dir", "bare", "--rounds", 2, "--refresh", "unsolved", *given) == 0
+    first, second = json.loads(Path("bare/rounds.json").read_text())["rounds"]
+    assert second["improved"] == 0 and second["sources"] == first["sources"] and second["sources"]["unsolved"] == 1
+    assert rows_of("bare/round-1/dataset").to_list() == rows_of("bare/round-0/rewrite/dataset").to_list()
+
+
 def test_each_round_trains_an_adapter_on_the_same_policy(here, steps):
     Path("train.yaml").write_text(
         TRAINING.replace("1.0e-3", "1.0e-2") + "use_peft: true\nlora_target_modules: all-linear\n"
@@ -199,6 +281,7 @@ def file_digest(directory):
 
 def test_reasons_to_stop(tmp_path):
     first = {"round": 0, "cut": 0.1, "mentions": None, "entropy": 1.0, "forgetting": {"kl_per_token": 0.01}}
+    first |= {"sources": {"self": 3, "expert": 1}}
 
     def collapse(config=None, **changed):
         return Loop(tmp_path, config or LoopConfig(), {}, {}, None).collapse([first, {**first, **changed}])
@@ -212,6 +295,15 @@ def test_reasons_to_stop(tmp_path):
     assert collapse(LoopConfig(max_mentions=0.75), mentions=0.75) is None
     assert "fell from 1.000 to 0.200 nats" in collapse(entropy=0.2)
     assert collapse(LoopConfig(min_entropy=0.1), entropy=0.2) is None
+    # Of the problems that are asked again, round 0's draws were those that failed: it must be worse than all of round 0 too.
+    same = {"cut": 0.7, "mentions": None, "entropy": 0.5}
+    assert collapse(cut=0.6, same_problems_in_round_0=same) is None
+    assert "in round 0 40%" in collapse(cut=0.6, same_problems_in_round_0={**same, "cut": 0.4})
+    assert collapse(entropy=0.2, same_problems_in_round_0=same) is None
+    assert "fell from 1.000" in collapse(entropy=0.2, same_problems_in_round_0={**same, "entropy": 2.0})
+    assert "75%" in collapse(mentions=0.75, same_problems_in_round_0=same)
+    assert collapse(mentions=0.75, same_problems_in_round_0={**same, "mentions": 0.6}) is None
+    assert "no problem is solved" in collapse(sources={"self": 0, "unsolved": 4})
     assert "no row came from a better source" in reason(improved=0)
     above = reason(LoopConfig(max_kl=0.05), forgetting={"kl_per_token": 0.06})
     assert "0.060 nats per token, above max_kl=0.05" in above
@@ -243,6 +335,9 @@ def test_retellings_that_mention_the_reference_are_counted_whether_or_not_they_a
 
     rejected = run("rejected", mention_phrases=["(?s).{12,}"])
     assert rejected.metrics["rejected"]["mention"] == 4 and _mentions(rejected) == 1
+    assert (
+        _mentions(rejected, {rejected.rows().to_table()["id"][0].as_py()}) == 1 and _mentions(rejected, set()) is None
+    )
     kept = run("kept", reject_mentions=False)
     (file,) = kept.row_files
     rows = load_dataset("parquet", data_files=str(file), split="train")
@@ -250,6 +345,7 @@ def test_retellings_that_mention_the_reference_are_counted_whether_or_not_they_a
     told = [{"role": "assistant", "content": "As the teacher's solution says, 7."}]
     rows.map(lambda row, i: {"completion": told if i == 0 else row["completion"]}, with_indices=True).to_parquet(file)
     assert _mentions(kept) == 1 / 4
+    assert [_mentions(kept, {id}) for id in rows["id"]] == [1, 0, 0, 0]
 
 
 @pytest.mark.slow
@@ -339,13 +435,128 @@ def test_forgetting_is_no_step_where_it_cannot_be_measured(here, capsys, given):
             ["--train_config", "lora.yaml", "--train_from", "last"],
             "lora.yaml has use_peft: a round's model is an adapter",
         ),
+        (["--sampler", "vllm", "--adapter", "me/lora"], "adapter='me/lora': round 0 would be drawn with it"),
+        (["--train_config", "recompute.yaml"], "recompute.yaml has precompute_behavior_log_probs"),
+        (
+            ["--train_config", "recompute.yaml", "--train_from", "last", "--refresh", "unsolved"],
+            "recompute.yaml has precompute_behavior_log_probs",
+        ),
+        (
+            [
+                "--train_config",
+                "recompute.yaml",
+                "--train_from",
+                "last",
+                "--replay_dataset",
+                "g.jsonl",
+                "--replay_share",
+                ".1",
+            ],
+            "recompute.yaml has precompute_behavior_log_probs",
+        ),
+        (["--train_config", "other.yaml", "--model_revision", "v1"], "other.yaml has model_revision='v2'"),
     ],
 )
 def test_options_that_cannot_work(here, command, given, message):
     Path("typo.yaml").write_text("objectiv: iw\n")
     Path("lora.yaml").write_text("use_peft: true\n")
+    Path("recompute.yaml").write_text("precompute_behavior_log_probs: true\n")
+    Path("other.yaml").write_text("model_revision: v2\n")
     result = command("loop", "--config", "loop.yaml", "--output_dir", "run", *given)
     assert result.returncode == 2 and message in result.stderr and not Path("run").exists()
+
+
+def test_a_round_is_trained_and_measured_with_the_model_and_template_that_draw_it(here):
+    rewriting = {"model_revision": "v1", "trust_remote_code": True, "chat_template_path": "t.jinja"}
+    rewriting |= {"model_name_or_path": POLICY, "dataset_name": "demos.jsonl"}
+
+    def commands(round, **config):
+        steps = Loop(Path("run"), LoopConfig(train_config=["train.yaml"], **config), rewriting, rewriting, None).steps(
+            round
+        )
+        return {step.name: step.command for step in steps}
+
+    for of_round in (commands(0), commands(1)):
+        _, args, model = sft_parser().parse_args_and_config(of_round["train"][4:])
+        assert (model.model_name_or_path, model.model_revision) == (POLICY, "v1")
+        assert args.chat_template_path == "t.jinja" and args.trust_remote_code
+        assert {"--model_revision", "--chat_template_path"} < set(of_round["gap"])
+    # What a round has trained is a directory, without revisions; another program is told the same.
+    later = commands(1, train_from="last", train_command=f"{sys.executable} train.py")["train"]
+    assert "--model_revision" not in later and later[later.index("--chat_template_path") + 1] == "t.jinja"
+    Path("train.yaml").write_text(TRAINING + "chat_template_path: marked.jinja\n")  # what training alone needs of it
+    assert "--chat_template_path" not in commands(0)["train"]
+
+
+def test_log_probs_may_be_taken_anew_where_each_round_trains_the_policy_that_drew_it(here, capsys):
+    Path("train.yaml").write_text(TRAINING + "precompute_behavior_log_probs: true\n")
+    assert loop("--output_dir", "run", "--train_from", "last", "--dry_run") == 0 and capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("left", "whole"),
+    [
+        ([OPTIMIZER_NAME], True),
+        ([OPTIMIZER_NAME_BIN], True),  # FSDP, the whole state
+        (["optimizer_0/__0_0.distcp"], True),  # FSDP, sharded
+        (["global_step3/zero_pp_rank_0_mp_rank_00_optim_states.pt", "latest"], True),  # DeepSpeed
+        (["model.safetensors", "training_args.bin"], False),  # `save_only_model`
+    ],
+)
+def test_a_training_goes_on_from_a_checkpoint_that_is_whole(tmp_path, left, whole):
+    for step in (3, 20, 100):
+        for name in left:
+            file = tmp_path / f"checkpoint-{step}" / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
+    for step, state in ((3, "{}"), (20, "{}"), (100, '{"epoch": 1.')):  # the last one was killed as it wrote it
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert [path.name for path in whole_checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-20"] * whole
+    if whole:
+        assert last_checkpoint("last", str(tmp_path)) == str(tmp_path / "checkpoint-20")
+    else:
+        with pytest.raises(ValueError, match="no checkpoint in .* has the optimizer's state"):
+            last_checkpoint("last", str(tmp_path))
+
+
+def test_a_training_whose_checkpoints_lack_the_optimizer_is_begun_anew(here):
+    for only_model, goes_on in (("true", False), ("false", True)):
+        Path("train.yaml").write_text(
+            TRAINING + f"save_strategy: steps\nsave_steps: 1\nsave_only_model: {only_model}\n"
+        )
+        run = Path(f"run-{only_model}")
+        train = [
+            "sft",
+            "--config",
+            "train.yaml",
+            "--model_name_or_path",
+            POLICY,
+            "--dataset_name",
+            "demos.jsonl",
+            "--objective",
+            "nll",
+        ]
+        assert main([*train, "--max_steps", "1", "--output_dir", str(run / "round-0/train")]) == 0
+        assert (run / "round-0/train/checkpoint-1/trainer_state.json").exists()
+        again = Loop(run, LoopConfig(), {"model_name_or_path": POLICY}, {}, None).steps(0)[1].command
+        assert ("--resume_from_checkpoint" in again) is goes_on
+
+
+def test_a_step_that_a_killed_loop_has_left_behind_keeps_others_out(here, monkeypatch, capsys):
+    """It has the lock for as long as it lives."""
+    left = []
+
+    def killed(command, pass_fds, **_):
+        left.append(subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=pass_fds))
+        raise KeyboardInterrupt  # after it nothing of the loop is left
+
+    monkeypatch.setattr(rounds, "subprocess", SimpleNamespace(Popen=killed))
+    assert loop("--output_dir", "run") == 3
+    assert loop("--output_dir", "run") == 2 and len(left) == 1
+    assert "Another `trl-offpolicy loop` works in run, or a step that a killed one" in capsys.readouterr().err
+    left[0].communicate()
+    with Loop(Path("run"), LoopConfig(), {}, {}, None).alone():
+        pass
 
 
 def test_what_made_a_step_fail_can_be_mended(here, command, steps):

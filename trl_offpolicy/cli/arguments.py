@@ -17,6 +17,7 @@ from typing import Union, get_args, get_origin, get_type_hints
 from trl import TrlParser
 
 from ..data.tokenization import json_mapping
+from ..runs.checkpoints import whole_checkpoints
 from ..runs.run_config import STEP
 
 
@@ -376,17 +377,16 @@ def say_next(command: str) -> None:
 
 def last_checkpoint(resume: str | None, output_dir: str) -> str | None:
     """
-    `resume_from_checkpoint`, with `last` as the newest checkpoint in `output_dir`; `ValueError` if there is none.
+    `resume_from_checkpoint`, with `last` as the newest whole checkpoint in `output_dir`; `ValueError` if there is none.
     """
-    from transformers.trainer_utils import get_last_checkpoint
-
     if resume != "last":
         return resume
-    if not os.path.isdir(output_dir) or (checkpoint := get_last_checkpoint(output_dir)) is None:
+    if not (whole := whole_checkpoints(Path(output_dir))):
         raise ValueError(
-            f"You passed resume_from_checkpoint='last', but there is no checkpoint in {output_dir!r}. Leave it out to begin."
+            f"You passed resume_from_checkpoint='last', but there is no checkpoint in {output_dir!r} that is whole and has the optimizer's state (which "
+            "save_only_model leaves out). Leave it out to begin, or name a checkpoint to go on from its weights alone."
         )
-    return checkpoint
+    return str(whole[-1])
 
 
 def make_verifier(arguments: VerifierArguments):

@@ -75,11 +75,12 @@ def loop(argv: list[str]) -> int:
         )
         return 0
     check_before_loading(config.output_dir, config.report_to)
-    rounds.open()
     try:
-        settings = rounds.header["config"]
-        with terminable(), wandb_run(config.report_to, rounds.output_dir, "loop", settings) as logged:
-            return _run(rounds, arguments.rounds, logged)
+        with rounds.alone(), terminable():
+            rounds.open()
+            settings = rounds.header["config"]
+            with wandb_run(config.report_to, rounds.output_dir, "loop", settings) as logged:
+                return _run(rounds, arguments.rounds, logged)
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to go on.")
         return 3
@@ -142,7 +143,7 @@ def _numbers(summary: dict) -> dict[str, float]:
     return {name: x for name, x in numbers.items() if isinstance(x, int | float)}
 
 
-def _check_training(arguments: LoopArguments) -> None:
+def _check_training(arguments: LoopArguments, replay: bool) -> None:
     """Raises `ValueError` for what would fail only after a rewrite: a program that is missing, an option that is none."""
     from ..loop.rounds import SECOND_ADAPTER, options_in
     from .sft import sft_parser
@@ -152,11 +153,24 @@ def _check_training(arguments: LoopArguments) -> None:
         raise ValueError(
             f"You passed train_command={arguments.train_command!r}, but there is no program {words[0]!r} here."
         )
+    draws_what_it_trains = arguments.train_from == "last" and arguments.refresh == "all" and not replay
     for file in arguments.train_config:
         if not words or words[-1] == "sft":
             sft_parser().read_config(Path(file).expanduser())
-        if arguments.train_from == "last" and options_in(file).get("use_peft"):
+        options = options_in(file)
+        if arguments.train_from == "last" and options.get("use_peft"):
             raise ValueError(f"{file} has use_peft: a round's model is an adapter, {SECOND_ADAPTER}")
+        if options.get("precompute_behavior_log_probs") and not draws_what_it_trains:
+            raise ValueError(
+                f"{file} has precompute_behavior_log_probs: it would take the log-probs of the model that a round's training begins with for those of "
+                "the policies that drew its rows, which are others. Leave it out: the rows have theirs. (With train_from='last', refresh='all' and no "
+                "replay, both are the same.)"
+            )
+        if (revision := options.get("model_revision", arguments.model_revision)) != arguments.model_revision:
+            raise ValueError(
+                f"{file} has model_revision={revision!r}, but the rows would be drawn with {arguments.model_revision or 'the newest'!r}. Pass "
+                "--model_revision to the loop, which hands it on."
+            )
 
 
 def _check(arguments: LoopArguments, config: RewriteConfig) -> None:
@@ -178,7 +192,12 @@ def _check(arguments: LoopArguments, config: RewriteConfig) -> None:
         raise ValueError(
             f"You passed {' and '.join(map(repr, missing))} as train_config or eval_config, but there is no such file."
         )
-    _check_training(arguments)
+    if arguments.adapter is not None:
+        raise ValueError(
+            f"You passed adapter={arguments.adapter!r}: round 0 would be drawn with it, but the training would begin without it. Merge it into the model "
+            "(`merge_and_unload()` of peft, then `save_pretrained` of model and tokenizer), and pass that directory as model_name_or_path."
+        )
+    _check_training(arguments, replay=bool(config.replay_share))
     if arguments.eval_config:
         eval_parser().read_config(Path(arguments.eval_config).expanduser())
     if config.keep == "all" and arguments.refresh == "unsolved":

@@ -1,6 +1,7 @@
 """`trl-offpolicy sft`, which `examples/train.py` runs too."""
 
 import contextlib
+import os
 import shlex
 import sys
 import warnings
@@ -65,6 +66,8 @@ def sft(argv: list[str]) -> int:
     if main:
         print(f"output_dir: {args.output_dir}", flush=True)
         check_before_loading(args.output_dir, "wandb" if "wandb" in args.report_to else "none")
+    if args.chat_template_path is not None:  # from a config file, where no shell has replaced ~
+        args.chat_template_path = os.path.expanduser(args.chat_template_path)
     script_args.chat_template_kwargs = template_kwargs(script_args.chat_template_kwargs)
     resume = last_checkpoint(args.resume_from_checkpoint, args.output_dir)
     try:

@@ -17,7 +17,8 @@ class LoopConfig:
             who drew them.
         train_command (`str`, *optional*): What trains, such as `accelerate launch examples/train.py`; by default
             `trl-offpolicy sft` in one process. It is given `--model_name_or_path`, `--dataset_name`, `--output_dir`
-            and, to go on, `--resume_from_checkpoint`.
+            and, to go on, `--resume_from_checkpoint`; and the loop's `--model_revision`, `--trust_remote_code` and
+            `--chat_template_path`, where it has them and `train_config` has no other.
         train_config (`list[str]`): YAML file with its other options: one for every round, or one for each.
         benchmarks (`list[str]`, *optional*): Evaluate each round's model on these, as `trl-offpolicy eval` takes them.
         eval_config (`str`, *optional*): YAML file with further options of `trl-offpolicy eval`.

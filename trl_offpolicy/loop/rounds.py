@@ -16,7 +16,9 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from itertools import count
 from pathlib import Path
@@ -32,12 +34,14 @@ from ..data.text_statistics import leaks_hint
 from ..data.whole_file import write_whole
 from ..rewriting.replay import put_together
 from ..rewriting.rewrite_config import REPLAY
+from ..runs.checkpoints import whole_checkpoints
 from ..runs.interrupts import Terminated, heed_interrupts
-from ..runs.journal import differences
+from ..runs.journal import Attempt, alone, differences
 from ..runs.run_config import STEP
 from ..runs.run_directory import RunDirectory
 from ..runs.run_log import wandb_group
-from ..sampling.sampler import PLAIN
+from ..runs.run_memory import RunMemory
+from ..sampling.sampler import FAILED, PLAIN
 from .loop_config import LoopConfig
 
 
@@ -46,6 +50,8 @@ SECOND_ADAPTER = (
     "on which train_from='last' would train a second one. Pass train_from='base', with which each round trains an adapter of its own on the "
     "initial policy, or train all weights."
 )
+# What is drawn with these is trained and measured with them.
+SAME_MODEL = ("model_revision", "trust_remote_code", "chat_template_path")
 # Settings of the loop that may change when it goes on.
 FREE = ("rounds", "max_kl", "min_entropy", "max_cut", "max_mentions", "benchmarks", "eval_config", "report_to")
 
@@ -106,18 +112,25 @@ class Loop:
         self.output_dir, self.config, self.rewriting, self.engine = output_dir, config, rewriting, engine
         self.demonstrations = demonstrations
         self.state = output_dir / "loop.jsonl"
+        self.held: int | None = None  # the file that `alone` locks
         settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in FREE}
         self.header = {"config": {**settings, "train_config": _contents(config.train_config), "rewriting": rewriting}}
 
     def directory(self, round: int, name: str = "") -> Path:
         return self.output_dir / f"round-{round}" / name
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Locks the directory for this loop and its steps, or raises `ValueError` if another one works in it."""
+        with alone(self.output_dir / "loop.lock", "`trl-offpolicy loop`") as self.held:
+            yield
+
     def open(self) -> None:
         """Begins `loop.jsonl`, or raises `ValueError` if it was begun with other settings."""
         lines = self._lines()
         if lines[1:]:
             done = {line["round"] for line in lines[1:] if line["step"] == "train"}
-            trained = next(r for r in count() if r not in done and not self._checkpoints(r))
+            trained = next(r for r in count() if r not in done and not whole_checkpoints(self.directory(r, "train")))
             then, now = (_settled(header["config"], trained) for header in (lines[0], self.header))
             if differing := differences(then, now, free=FREE):
                 raise ValueError(
@@ -144,7 +157,7 @@ class Loop:
             steps["gap"] = [
                 *cli, "gap", "--forgetting", "--dataset_name", str(self.directory(0, "rewrite")),
                 "--model_name_or_path", str(self.directory(round, "train")), "--output_dir", str(self.directory(round, "gap")),
-                *(part for name in ("dtype", "trust_remote_code") if name in self.engine for part in (f"--{name}", str(self.engine[name]))),
+                *_flags({name: self.engine[name] for name in ("dtype", *SAME_MODEL) if name in self.engine}),
             ]  # fmt: skip
         if self.config.benchmarks:
             steps["eval"] = [*cli, "eval", "--config", str(self.directory(round, "eval.yaml"))]
@@ -158,7 +171,13 @@ class Loop:
             write_whole(self.directory(step.round, "eval.yaml"), _yaml(self._evaluation(step.round)))
         if step.name == "train" and step.round and self._trained_on(step.round) != self.rows(step.round):
             put_together(self.rows(step.round), self.directory(0, "rewrite") / "replay", self._trained_on(step.round))
-        code = _ended(subprocess.Popen(step.command, env=self._environment(step), preexec_fn=heed_interrupts))
+        process = subprocess.Popen(
+            step.command,
+            env=self._environment(step),
+            preexec_fn=heed_interrupts,
+            pass_fds=() if self.held is None else (self.held,),
+        )
+        code = _ended(process)
         if code:
             raise StepFailed(step, code)
         if step.name == "rewrite":
@@ -215,13 +234,29 @@ class Loop:
 
     def _write_unsolved(self, round: int) -> Path:
         """The input rows that the round before has not solved by itself, as it was given them."""
-        path = self.directory(round, "unsolved.parquet")
-        solved = [row["source"] == Source.SELF for row in _rows(self.rows(round - 1), ["source"])]
-        dataset = self.demonstrations()
-        unsolved = dataset.select([i for i, own in enumerate(solved) if not own])
+        path, asked = self.directory(round, "unsolved.parquet"), set(self._asked(round))
+        unsolved = self.demonstrations().select([i for i, id in enumerate(self._ids(0)) if id in asked])
         path.parent.mkdir(parents=True, exist_ok=True)
         unsolved.to_parquet(str(path))
         return path
+
+    def _ids(self, round: int) -> list[str]:
+        """The ids that the rewrite of a round has given its input, in its order."""
+        directory = self.directory(round, "rewrite")
+        if (memory := RunMemory.load(directory / "rows.npz")) is None:
+            raise ValueError(
+                f"{directory}/rows.npz, which says which row is which problem, is missing or damaged. It is made again, and nothing is drawn again, by "
+                f"`trl-offpolicy rewrite --config {directory}.yaml`."
+            )
+        return memory.ids()
+
+    def _asked(self, round: int) -> list[str]:
+        """
+        The problems that a round asks again which keeps the self rows of the one before, by the ids that they have in
+        round 0. (The second of two equal ones has another id where it is asked alone.)
+        """
+        solved = {row["id"] for row in _rows(self.rows(round - 1), ["id", "source"]) if row["source"] == Source.SELF}
+        return [id for id in self._ids(0) if id not in solved]
 
     # ---- train ----
 
@@ -243,32 +278,31 @@ class Loop:
 
     def _make_rows(self, round: int) -> None:
         """
-        With `refresh="unsolved"`, the round's rows: those that were solved before, and in the places of the others the
-        new ones.
+        With `refresh="unsolved"`, the round's rows: those that were solved before, and the new ones, in the order of
+        their problems.
         """
         from datasets import concatenate_datasets, load_dataset
 
         path = self.rows(round) / "train-00000-of-00001.parquet"
         if not self._carries(round) or path.exists():
             return
-        before, new = (
-            load_dataset("parquet", data_files=str(files / "*.parquet"), split="train")
-            for files in (self.rows(round - 1), self.directory(round, "rewrite") / "dataset")
-        )
-        places = [i for i, source in enumerate(before["source"]) if source != Source.SELF]
-        # A second row with the same problem keeps the number in its id, though the first one may not have been asked
-        # again.
-        new = (
-            new.remove_columns("id")
-            .add_column("id", [before["id"][i] for i in places])
-            .select_columns(before.column_names)
-        )
-        order = list(range(len(before)))
-        for k, place in enumerate(places):
-            order[place] = len(before) + k
+
+        def read(directory: Path):
+            return load_dataset("parquet", data_files=str(directory / "*.parquet"), split="train")
+
+        before, drawn = read(self.rows(round - 1)), self.directory(round, "rewrite") / "dataset"
+        ids = dict(zip(self._ids(round), self._asked(round), strict=True))
+        named, both = [ids[row["id"]] for row in _rows(drawn, ["id"])], [before]
+        if named:  # `load_dataset` refuses a file without rows
+            new = read(drawn).remove_columns("id").add_column("id", named).select_columns(before.column_names)
+            both.append(new.cast(before.features))
+        sources = zip(before["id"], before["source"], strict=True)
+        places = {id: i for i, (id, source) in enumerate(sources) if source == Source.SELF}
+        places |= {id: len(before) + i for i, id in enumerate(named)}
+        order = [places[id] for id in self._ids(0) if id in places]  # some have no demonstration and so no row
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        concatenate_datasets([before, new.cast(before.features)]).select(order).to_parquet(str(partial))
+        concatenate_datasets(both).select(order).to_parquet(str(partial))
         partial.replace(path)
 
     def _train_command(self, round: int) -> list[str]:
@@ -277,7 +311,8 @@ class Loop:
         if self.config.train_config:
             config = self.config.train_config[min(round, len(self.config.train_config) - 1)]
             command += ["--config", config]
-        if self.on_wandb and "report_to" not in options_in(config):
+        trained_with = options_in(config)
+        if self.on_wandb and "report_to" not in trained_with:
             command += ["--report_to", "wandb"]
         model = self.rewriting["model_name_or_path"]
         if round and self.config.train_from == "last":
@@ -285,22 +320,14 @@ class Loop:
             if (self.directory(round - 1, "train") / "adapter_config.json").exists():
                 raise ValueError(f"{model} is an adapter, {SECOND_ADAPTER}")
         directory = self.directory(round, "train")
-        command += [
-            "--model_name_or_path",
-            model,
-            "--dataset_name",
-            str(self._trained_on(round)),
-            "--output_dir",
-            str(directory),
-        ]
-        if checkpoints := self._checkpoints(round):
-            command += ["--resume_from_checkpoint", str(checkpoints[-1])]
-        return command
-
-    def _checkpoints(self, round: int) -> list[Path]:
-        """Those that a round's training has left, the newest last."""
-        whole = [p.parent for p in self.directory(round, "train").glob("checkpoint-*/trainer_state.json")]
-        return sorted(whole, key=lambda path: int(path.name.rpartition("-")[2]))
+        options = {"model_name_or_path": model, "dataset_name": self._trained_on(round), "output_dir": directory}
+        same = [name for name in SAME_MODEL if name in self.rewriting and name not in trained_with]
+        if model != self.rewriting["model_name_or_path"]:  # a directory, which has no revisions
+            same = [name for name in same if name != "model_revision"]
+        options |= {name: self.rewriting[name] for name in same}
+        if checkpoints := whole_checkpoints(directory):
+            options["resume_from_checkpoint"] = checkpoints[-1]
+        return command + _flags(options)
 
     # ---- measure ----
 
@@ -321,7 +348,7 @@ class Loop:
             sum(each[name] for each in run.metrics["stages"].values()) for name in ("sampled", "truncated")
         )
         rows = _problems(self.rows(round))
-        found = {
+        found: dict[str, Any] = {
             "round": round,
             "sources": {
                 s: sum(row["source"] == s for row in rows) for s in map(str, sources_of(run.config["stages"]))
@@ -331,9 +358,13 @@ class Loop:
             "mentions": _mentions(run),
             **_draws(run),
         }
+        if unsolved := run.metrics.get("unsolved"):  # without a demonstration, and so without a row
+            found["sources"]["unsolved"] = unsolved
+        if self._carries(round):
+            found["same_problems_in_round_0"] = _measured_on(set(self._asked(round)), self.directory(0, "rewrite"))
         if round:
             earlier = {row["id"]: RANK[Source(row["source"])] for row in _problems(self.rows(round - 1))}
-            found["improved"] = sum(RANK[Source(row["source"])] > earlier[row["id"]] for row in rows)
+            found["improved"] = sum(RANK[Source(row["source"])] > earlier.get(row["id"], -1) for row in rows)
         if (file := self.directory(round, "gap") / "forgetting.json").exists():
             found["forgetting"] = json.loads(file.read_text())
         if (file := self.directory(round, "eval") / "results.json").exists():
@@ -347,17 +378,22 @@ class Loop:
     def collapse(self, rounds: list[dict]) -> str | None:
         """Why nothing should be trained on the rows of the last of these rounds, in words; `None` if it should."""
         first, last = rounds[0], rounds[-1]
-        if last["cut"] and last["cut"] > self.config.max_cut >= (first["cut"] or 0) and last is not first:
-            return f"{last['cut']:.0%} of the attempts were cut at the limit, in round 0 {first['cut'] or 0:.0%}"
-        told, first_told = last.get("mentions"), first.get("mentions") or 0
-        if told and told > self.config.max_mentions >= first_told and last is not first:
-            return f"{told:.0%} of the correct guided attempts mention the reference, in round 0 {first_told:.0%}"
-        if (
-            first["entropy"]
-            and last["entropy"] is not None
-            and last["entropy"] < self.config.min_entropy * first["entropy"]
-        ):
-            return f"the draws' -log π per token fell from {first['entropy']:.3f} to {last['entropy']:.3f} nats"
+        if not any(map(last["sources"].get, RANK)):
+            return "no problem is solved, so there is no row to train on"
+        if last is first:
+            return None
+        # A round that asks only what was unsolved is compared with round 0's draws at the same problems too. Those had
+        # failed, and a policy that is as it was does better at them the next time: what is milder counts.
+        same = last.get("same_problems_in_round_0", first)
+        cut, mentions = (max(first.get(name) or 0, same.get(name) or 0) for name in ("cut", "mentions"))
+        entropy = min(filter(None, (first["entropy"], same["entropy"])), default=0)
+        if last["cut"] and last["cut"] > self.config.max_cut >= cut:
+            return f"{last['cut']:.0%} of the attempts were cut at the limit, in round 0 {cut:.0%}"
+        told = last.get("mentions")
+        if told and told > self.config.max_mentions >= mentions:
+            return f"{told:.0%} of the correct guided attempts mention the reference, in round 0 {mentions:.0%}"
+        if last["entropy"] is not None and last["entropy"] < self.config.min_entropy * entropy:
+            return f"the draws' -log π per token fell from {entropy:.3f} to {last['entropy']:.3f} nats"
         return None
 
     def reason_to_stop(self, last: dict) -> str | None:
@@ -365,6 +401,8 @@ class Loop:
         kl = last.get("forgetting", {}).get("kl_per_token")
         if self.config.max_kl is not None and kl is not None and kl > self.config.max_kl:
             return f"KL(π_0‖π) on the task's prompts is {kl:.3f} nats per token, above max_kl={self.config.max_kl:g}"
+        if self.config.refresh == "unsolved" and last["sources"][Source.SELF] == sum(last["sources"].values()):
+            return "every problem is solved by the policy itself"
         if last.get("improved") == 0:
             return "no row came from a better source than in the round before"
         return None
@@ -376,11 +414,32 @@ LOADING = (
 )  # fmt: skip
 
 
-def _draws(run: RunDirectory) -> dict:
+def _flags(options: dict) -> list[str]:
+    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
+
+
+def _measured_on(ids: Collection[str], rewrite: Path) -> dict:
+    """`cut`, `mentions` and `entropy` of a rewrite, of its attempts at some of its problems alone."""
+    run = RunDirectory(rewrite)
+    reasons = [a.finish_reason for a in _attempts(run, ids) if a.finish_reason not in FAILED]
+    return {
+        "cut": reasons.count("length") / len(reasons) if reasons else None,
+        "mentions": _mentions(run, ids),
+        "entropy": _draws(run, ids)["entropy"],
+    }
+
+
+def _attempts(run: RunDirectory, ids: Collection[str]) -> Iterator[Attempt]:
+    return (a for journal in run.ids for a in run.attempts(journal, texts=False) if a.id in ids)
+
+
+def _draws(run: RunDirectory, ids: Collection[str] | None = None) -> dict:
     """
-    `entropy` (mean -log π of the tokens of the first attempt at each problem, nats) and their mean `length` in tokens.
+    `entropy` (mean -log π of the tokens of the first attempt at each problem, or at those with these ids, in nats) and
+    their mean `length` in tokens.
     """
-    drawn = [(a.log_prob, a.num_tokens) for a in run.first_attempts(texts=False) if a.log_prob is not None]
+    first = [a for a in run.first_attempts(texts=False) if ids is None or a.id in ids]
+    drawn = [(a.log_prob, a.num_tokens) for a in first if a.log_prob is not None]
     tokens = sum(length for _, length in drawn)
     return {
         "entropy": -sum(mean * length for mean, length in drawn) / tokens if tokens else None,
@@ -388,17 +447,21 @@ def _draws(run: RunDirectory) -> dict:
     }
 
 
-def _mentions(run: RunDirectory) -> float | None:
+def _mentions(run: RunDirectory, ids: Collection[str] | None = None) -> float | None:
     """
-    The share of the correct guided attempts that mention the reference: those that were rejected for it, and rows that
-    are kept though they do; `None` where there is no correct one.
+    The share of the correct guided attempts (at the problems with these ids) that mention the reference: those that
+    were rejected for it, and rows that are kept though they do; `None` where there is no correct one.
     """
     guided = run.rows().to_table(filter=ds.field("source") == str(Source.GUIDED)).to_pylist()
+    guided = [row for row in guided if ids is None or row["id"] in ids]
     kept = sum(
         leaks_hint(contents(row["completion"])[-1], f"{contents(row['prompt'])[-1]}\n{demonstration(row) or ''}")
         for row in guided
     )
-    rejected = run.metrics["rejected"]
+    if ids is None:
+        rejected = run.metrics["rejected"]
+    else:
+        rejected = Counter(a.rejected for a in _attempts(run, ids) if a.rejected)
     correct = len(guided) + sum(rejected.values())
     return (kept + rejected[Rejection.MENTION]) / correct if correct else None
 

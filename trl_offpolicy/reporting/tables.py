@@ -134,10 +134,11 @@ def texts(gap: dict[str, dict]) -> Table:
 def rounds(rounds: list[dict]) -> Table:
     """What each round of `trl-offpolicy loop` came to."""
     benchmarks = list(dict.fromkeys(name for each in rounds for name in each.get("accuracy", {})))
+    sources = list(dict.fromkeys(name for each in rounds for name in each["sources"]))
     rows = []
     for each in rounds:
         total = sum(each["sources"].values())
-        shares = [f"{count / total:.1%}" for count in each["sources"].values()]
+        shares = [f"{each['sources'].get(name, 0) / total:.1%}" for name in sources]
         kl, improved = each.get("forgetting", {}), each.get("improved")
         line = [str(each["round"]), *shares, "" if improved is None else f"{improved:,}", f"{each['sampled']:,}"]
         line += [number(each["cut"], ".1%"), number(each.get("mentions"), ".1%")]
@@ -150,7 +151,7 @@ def rounds(rounds: list[dict]) -> Table:
         rows.append(line)
     header = [
         "round",
-        *rounds[0]["sources"],
+        *sources,
         "rows improved",
         "attempts",
         "cut",

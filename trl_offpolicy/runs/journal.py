@@ -22,6 +22,7 @@ import shlex
 import warnings
 import zlib
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -337,6 +338,35 @@ def lock(handle: int, how: int) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
+
+
+@contextmanager
+def alone(file: Path, who: str) -> Iterator[int]:
+    """
+    Locks a file for the run that works in its directory. Yields its descriptor, which the run's steps are to inherit:
+    they keep the lock for as long as they live, so that none is begun a second time beside one that a killed run
+    (`kill -9`) has left behind.
+
+    Args:
+        file (`Path`): The lock, in the run's directory.
+        who (`str`): What is run, for the message.
+
+    Raises:
+        ValueError: Another run works there, or a step of one.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    held = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            lock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"Another {who} works in {file.parent}, or a step that a killed one has left behind: "
+                f"`pgrep -af {shlex.quote(str(file.parent))}` lists them. Wait for it or end it, then run the same command again."
+            ) from error
+        yield held
+    finally:
+        os.close(held)
 
 
 def _has_checksum(line: bytes, required: bool = False) -> bool:
