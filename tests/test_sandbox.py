@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from trl_offpolicy.sandbox.code_wire import decode, encode
+from trl_offpolicy.sandbox.code_wire import decode, decode_numpy, encode
 from trl_offpolicy.sandbox.sandbox import Sandbox, _visible
 from trl_offpolicy.verification.code_verifier import CodeVerifier, code_blocks, free_names, lines_of, read_pairs
 
@@ -199,6 +199,34 @@ SEMANTICS = [
     ("def f(n):\n    print('n is', n)", "import io, contextlib\nout = io.StringIO()\nwith contextlib.redirect_stdout(out):\n    f(3)\nassert out.getvalue() == 'n is 3\\n'"),
     ("from contextlib import contextmanager\n@contextmanager\ndef f():\n    yield 7", "with f() as x:\n    assert x == 7"),
 ]  # fmt: skip
+# What is more than a list or a dict has to come across as what it is, both ways.
+TYPED = [
+    ("import numpy as np\ndef f(n):\n    return np.arange(n)", "import numpy as np\nr = f(3)\nassert r.shape == (3,) and r.dtype == int and (r == np.array([0, 1, 2])).all()"),
+    ("def f(x):\n    return x.mean(), x[0].item()", "import numpy as np\nassert f(np.array([1.0, 2.0, 3.0])) == (2.0, 1.0)"),
+    ("import numpy as np\ndef f(x):\n    return [np.float64(x), np.zeros(0), np.array(['a'])]", "r = f(1.234)\nassert r[0].round(1) == 1.2 and r[1].shape == (0,) and r[2].tolist() == ['a']"),
+    ("def f(x, y=None):\n    x[0, 1] = 5\n    y.sort()", "import numpy as np\nx, y = np.zeros((1, 2)), [2, 1]\nf(x, y=y)\nassert x.tolist() == [[0, 5]] and y == [1, 2]"),
+    ("from collections import Counter\ndef f(s):\n    return Counter(s)", "r = f('aab')\nassert r['z'] == 0 and r.most_common(1) == [('a', 2)]"),
+    ("def f(d, e):\n    return d['q'], e['q'], list(e)", "from collections import defaultdict\nassert f(defaultdict(int), defaultdict(lambda: 7, a=1)) == (0, 7, ['a', 'q'])"),
+    ("from collections import defaultdict\ndef f(n):\n    return defaultdict(lambda: n, a=1), defaultdict(list)", "r = f(3)\nassert r[0]['z'] == 3 and r[0] == {'a': 1, 'z': 3} and r[1]['z'] == []"),
+    ("from collections import OrderedDict\ndef f(d):\n    d.move_to_end('a')\n    return d", "from collections import OrderedDict\nassert f(OrderedDict(a=1, b=2)) == OrderedDict(b=2, a=1)"),
+    ("from collections import OrderedDict\ndef f(d):\n    return OrderedDict(d)", "from collections import OrderedDict\nassert f({'a': 1, 'b': 2}) == OrderedDict(b=2, a=1)"),
+    ("def f(a, b):\n    return a - b", "from datetime import date, timedelta\nassert f(date(2026, 1, 3), date(2026, 1, 1)) == timedelta(2)"),
+    ("def f(x, kind):\n    return type(x) is kind and type(x)", "assert f(1, int) is int and f(1, str) is False"),
+    ("def f(a, b):\n    a.append(1)\n    b.append(2)", "x = []\nf(x, x)\nassert x == [1, 2]"),
+    ("def f(a, b):\n    a.append(1)", "x = []\nf(a=x, b=x)\nassert x == [1]"),
+    ("def f(n):\n    return n", "assert f([1.0, {2: (3,)}]) != [1.0, {2: [3]}]"),
+]  # fmt: skip
+
+
+def same_in_one_process(code, tests):
+    """`correct` or `wrong` by `exec` of both in one namespace."""
+    try:
+        names = {}
+        exec(code, names)
+        exec(tests, names)
+    except (AssertionError, AttributeError):
+        return "wrong"
+    return "correct"
 
 
 @pytest.mark.slow
@@ -207,18 +235,46 @@ def test_the_same_verdict_as_in_one_process(any_verifier):
     cases = []
     for code, tests in SEMANTICS:
         for source in (tests, tests.replace("assert ", "assert not ")):
-            try:
-                names = {}
-                exec(code, names)
-                exec(source, names)
-                expected = "correct"
-            except (AssertionError, AttributeError):
-                expected = "wrong"
-            cases.append((python(code), source, expected))
+            cases.append((python(code), source, same_in_one_process(code, source)))
     told = any_verifier.explain([c for c, _, _ in cases], [t for _, t, _ in cases])
     for (completion, source, expected), (verdict, reason) in zip(cases, told, strict=True):
         assert verdict == expected, (completion, source, verdict, reason)
     assert {expected for *_, expected in cases} == {"correct", "wrong"}
+
+
+def test_typed_data_come_across(any_verifier):
+    expected = [same_in_one_process(code, tests) for code, tests in TYPED]
+    told = any_verifier.explain([python(code) for code, _ in TYPED], [tests for _, tests in TYPED])
+    assert [str(judgement.verdict) for judgement in told] == expected, told
+    assert expected.count("wrong") == 1
+
+
+def test_what_is_not_here_is_no_fault_of_the_solution(any_verifier):
+    """A package that is not installed, or an object that cannot come across: not `wrong`, and no way to a reward."""
+    absent = "import no_such_package\ndef f(n):\n    return n + 1"
+    lazily = "def f(n):\n    from no_such_package.part import g\n    return n + 1"
+    stand_in = "from solution import g\nfrom your_module import h\ndef f(n):\n    return n + 1"
+    path = "import pathlib\ndef f(n):\n    return pathlib.Path('a')"
+    cases = [
+        (absent, "assert f(1) == 2", "unparsable", "imports no_such_package, which is not installed"),
+        (lazily, "assert f(1) == 2", "unparsable", "imports no_such_package, which is not installed"),
+        (f"try:\n    {absent[:22]}\nexcept ImportError: pass\n{absent[23:]}", "assert f(1) == 2", "correct", ""),
+        ("import json.no_such_part\ndef f(n):\n    return n + 1", "assert f(1) == 2", "wrong", "json"),
+        (stand_in.partition("\n")[2], "assert f(1) == 2", "wrong", "imports your_module"),
+        (path, "from pathlib import Path\nassert f(1) == Path('a')", "unparsable", "made a pathlib.PosixPath"),
+        (path, "assert f(1).name == 'a'", "correct", ""),
+        ("def f(n):\n    return iter([n])", "assert f(1) == [1]", "wrong", ""),
+        ("import no_such_package\nprint(input())", {"inputs": ["1"], "outputs": ["1"]}, "unparsable", "no_such_package"),
+    ]  # fmt: skip
+    told = any_verifier.explain([python(code) for code, *_ in cases], [tests for _, tests, *_ in cases])
+    for (code, tests, verdict, said), judgement in zip(cases, told, strict=True):
+        assert judgement.verdict == verdict and said in judgement.reason, (code, tests, judgement)
+        assert not judgement.gold_at_fault
+    equals_all = python("import numpy as np\ndef f(n):\n    return np.zeros((0, 1))")
+    ((verdict, reason),) = any_verifier.explain(
+        [equals_all], ["import numpy as np\nassert np.allclose(f(3), [0, 1, 2])"]
+    )
+    assert verdict == "unparsable" and "(0, 1), which equals arrays of other shapes" in reason
 
 
 EVERYTHING = """
@@ -619,7 +675,12 @@ def test_only_plain_data_comes_back():
     with pytest.raises(KeyError):
         decode({"text": ["antigravity", "fly", ""]}, None)
     assert "antigravity" not in sys.modules
-    for value in (1 << 60, -1.5, "\ud800", {(1, "a"): [{2}]}, frozenset({None}), b"\0", 2j, range(3), [True]):
+    for forged in ("O", "<U3,O", "V8"):  # items that would be objects
+        with pytest.raises(ValueError, match="are no items of an array"):
+            decode_numpy([forged, [1], [0]])
+    with pytest.raises(KeyError):
+        decode({"type": "object"}, None)
+    for value in (1 << 60, -1.5, "\ud800", {(1, "a"): [{2}]}, frozenset({None}), b"\0", 2j, range(3), [True], int):
         back = decode(json.loads(json.dumps(encode(value, None))), None)
         assert back == value and type(back) is type(value)
 

@@ -10,11 +10,14 @@ import contextlib
 import io
 import operator
 import os
+import re
 import sys
 import types
+from collections.abc import Iterator
+from importlib.machinery import PathFinder
 from opcode import opmap
 
-from .code_wire import OUTPUT, Ended, Peer, decode, encode, raised, run_coroutine
+from .code_wire import OUTPUT, Ended, Peer, decode, decode_numpy, encode, raised, run_coroutine
 
 
 ERRORS = 1 << 16  # bytes at the end of what a script writes to standard error, of which the last line is reported
@@ -34,11 +37,13 @@ class Solution(Peer):
         self.objects.append(value)
         error = isinstance(value, type) and issubclass(value, Exception)
         bases = [base.__name__ for base in value.__mro__] if error else []
-        return {"object": [len(self.objects) - 1, isinstance(value, types.CoroutineType), bases]}
+        return {"object": [len(self.objects) - 1, isinstance(value, types.CoroutineType), bases, of_library(value)]}
 
     def meet(self, key, content):
         if key == "object":
             return self.objects[content]
+        if key == "ndarray":
+            return decode_numpy(content)
         return lambda *args, **kwargs: self.call_back(content, args, kwargs)
 
     def call_back(self, number, args, kwargs):
@@ -53,14 +58,17 @@ class Solution(Peer):
         reply = {}
         try:
             name, args, kwargs = question[0], decode(question[1], self.meet), decode(question[2], self.meet)
+            given = [*args, *kwargs.values()]
+            given = [given[first] for first in question[3]]  # one object that is given twice is one here, too
+            args, kwargs = given[: len(args)], dict(zip(kwargs, given[len(args) :], strict=True))
             function = run_coroutine if name == "await" else getattr(operator, name, None) or getattr(builtins, name)
             with contextlib.redirect_stdout(printed):
                 value = function(*args, **kwargs)
             reply = {"value": encode(value, self.keep)}
             if value is None and name == "call":  # it may have worked in place
-                reply["after"] = encode(args[1:], self.keep)
+                reply["after"] = encode(given[1:], self.keep)
         except BaseException as error:
-            reply = {"raised": raised(error, self.keep), "memory": ran_out(error)}
+            reply = {"raised": raised(error, self.keep), "memory": ran_out(error), "missing": missing(error)}
         return {**reply, "printed": printed.getvalue()[:OUTPUT]}
 
 
@@ -73,6 +81,19 @@ def ran_out(error):
     return isinstance(error, MemoryError) and not (code[:1] == bytes([opmap["RAISE_VARARGS"]]) and code[1] > 0)
 
 
+def of_library(value):
+    """What a library's object is called that cannot be sent, though a test may expect just that; else nothing."""
+    module = type(value).__module__
+    apart = module in ("builtins", "solution") or callable(value) or isinstance(value, Iterator)
+    return "" if apart else f"{module}.{type(value).__qualname__}"
+
+
+def missing(error):
+    """The package for want of which something was not imported; nothing if it is another error, or is installed."""
+    root = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    return "" if not root or root in sys.stdlib_module_names or PathFinder.find_spec(root) else root
+
+
 def run_solution(task, peer):
     module = types.ModuleType(
         "solution"
@@ -83,7 +104,7 @@ def run_solution(task, peer):
         found = {name: getattr(module, name) for name in task["names"] if hasattr(module, name)}
         first = {"value": encode(found, peer.keep)}
     except BaseException as error:
-        first = {"raised": raised(error, peer.keep), "memory": ran_out(error)}
+        first = {"raised": raised(error, peer.keep), "memory": ran_out(error), "missing": missing(error)}
     peer.write(first)
     while True:
         peer.reply(peer.read()["question"])
@@ -111,7 +132,9 @@ def run_script(task, peer):
             last = lines[-1] if lines else ""
             memory = last.startswith("MemoryError") and not lines[-2:][0].strip().startswith("raise MemoryError")
             reply = {"output": out.read(OUTPUT + 1).decode(errors="replace"), "code": code, "error": last}
-            peer.write({**reply, "memory": memory})
+            absent = re.match(r"ModuleNotFoundError: No module named '([^']+)'", last)
+            lacks = missing(ModuleNotFoundError(name=absent[1])) if absent else ""
+            peer.write({**reply, "memory": memory, "missing": lacks})
 
 
 def main(task, source):

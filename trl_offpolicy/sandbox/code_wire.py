@@ -7,7 +7,9 @@ only.
 import importlib
 import json
 import os
-from collections import deque
+import re
+from collections import Counter, OrderedDict, defaultdict, deque
+from datetime import timedelta
 
 
 MESSAGE = 32 << 20  # bytes of a line
@@ -18,12 +20,16 @@ KINDS = {
     "tuple": (tuple, list, tuple),
     "frozenset": (frozenset, list, frozenset),
     "set": (set, list, set),
+    "Counter": (Counter, lambda d: list(d.items()), lambda items: Counter(dict(items))),
+    "OrderedDict": (OrderedDict, lambda d: list(d.items()), OrderedDict),
+    "defaultdict": (defaultdict, lambda d: [d.default_factory, *d.items()], lambda d: defaultdict(d[0], d[1:])),
     "dict": (dict, lambda d: list(d.items()), dict),
     "bytes": (bytes, list, bytes),
     "bytearray": (bytearray, list, bytearray),
     "complex": (complex, lambda c: [c.real, c.imag], lambda c: complex(*c)),
     "deque": (deque, list, deque),
     "range": (range, lambda r: [r.start, r.stop, r.step], lambda r: range(*r)),
+    "timedelta": (timedelta, lambda d: [d.days, d.seconds, d.microseconds], lambda d: timedelta(*d)),
 }
 TEXTS = {
     ("fractions", "Fraction"): "__call__",
@@ -32,6 +38,10 @@ TEXTS = {
     ("datetime", "datetime"): "fromisoformat",
     ("datetime", "time"): "fromisoformat",
 }
+# Classes that are data themselves: what a defaultdict makes, what `f(1) is int` asks for.
+TYPES = {kind.__name__: kind for kind in (bool, int, float, str, list, *(kind for kind, _, _ in KINDS.values()))}
+# What numpy calls the items of arrays that come across as arrays; others do as lists.
+ITEMS = re.compile(r"[<>|](?:b1|[iu][1248]|f[248]|c8|c16|[US]\d+)")
 
 
 class Ended(BaseException):
@@ -40,6 +50,8 @@ class Ended(BaseException):
 
 def encode(value, keep):
     """JSON of plain data; what is something else becomes what `keep(value)` returns, an object of one key."""
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+        return encode_numpy(value, keep)
     if value is None or isinstance(value, (bool, float, str)):
         return value
     if isinstance(value, int):
@@ -52,9 +64,18 @@ def encode(value, keep):
     module, name = type(value).__module__, type(value).__name__
     if (module, name) in TEXTS:
         return {"text": [module, name, str(value)]}
-    if module == "numpy" and hasattr(value, "tolist"):
-        return encode(value.tolist(), keep)
+    if isinstance(value, type) and TYPES.get(name := value.__name__) is value:
+        return {"type": name}
     return keep(value)
+
+
+def encode_numpy(value, keep):
+    """An array with the type of its items and its shape, which a single number has not (`None`)."""
+    array = type(value).__name__ == "ndarray"
+    if (array or value.shape == ()) and ITEMS.fullmatch(value.dtype.str):
+        return {"ndarray": [value.dtype.str, value.shape if array else None, encode(value.ravel().tolist(), keep)]}
+    plain = value.tolist()
+    return keep(value) if type(plain) is type(value) else encode(plain, keep)
 
 
 def decode(data, meet):
@@ -73,9 +94,20 @@ def decode(data, meet):
         ]  # before anything is imported: what is asked for here is the other end's choice
         kind = getattr(importlib.import_module(module), name)
         return kind(text) if constructor == "__call__" else getattr(kind, constructor)(text)
+    if key == "type":
+        return TYPES[content]
     if key in KINDS:
         return KINDS[key][2]([decode(d, meet) for d in content])
     return meet(key, content)
+
+
+def decode_numpy(content):
+    """The reverse of [`encode_numpy`]."""
+    items, shape, flat = content
+    if not ITEMS.fullmatch(items):
+        raise ValueError(f"{items!r:.100} are no items of an array")
+    array = importlib.import_module("numpy").array(decode(flat, None), items).reshape(shape or ())
+    return array[()] if shape is None else array
 
 
 class Peer:

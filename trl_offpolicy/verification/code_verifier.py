@@ -61,7 +61,7 @@ class CodeVerifier(Verifier):
     constants, and test functions that only return a bool are none.
 
     *What cannot be faked*: solution and tests run in two sandboxes and exchange plain data (numbers, text, lists,
-    dicts, …, values of exactly those types), and nothing of the solution's making runs where data are compared:
+    dicts, numpy's arrays, …, values of exactly those types), and nothing of the solution's making runs where data are compared:
     leaving early, patching builtins, unittest or pytest, reading the tests, objects that equal everything, ending an
     iteration by an error, none of these is `correct`. An object of the solution's own is not believed about itself
     (its truth, length, items, order, arithmetic, or methods that are given the tests' data) unless the tests made it
@@ -69,11 +69,15 @@ class CodeVerifier(Verifier):
     attribute that no plain data has (`Stack().push(1)`). It is the tests that say so, because any solution could write
     `class f`. Tests that need more trust than that are `unparsable`. *What can*: tests of such a class ask that class,
     also with expected values as arguments (`1 in stack`), and compare its objects by its `==`; a test with few
-    possible answers, or of an iterator that may be empty (`all(... zip(f(1), [1, 2]))`), can be guessed, also by an
+    possible answers, or of an iterator or array that may be empty (`all(... zip(f(1), [1, 2]))`), can be guessed, also by an
     attribute of a returned object; and names that the tests forget to define (`isclose`) are the solution's to define.
-    *What differs from running both in one process*: arguments are copies, and lists, sets and dicts among them are
-    written back only after a call that returned `None` (as one in place does); objects that the tests define cannot be
-    passed in, functions can; a tuple with names comes back as a tuple.
+    *What differs from running both in one process*: arguments are copies, and lists, sets, dicts and arrays among them
+    are written back only after a call that returned `None` (as one in place does); objects that the tests define
+    cannot be passed in, functions can; a tuple with names comes back as a tuple. Of numpy, arrays of numbers, bools or
+    texts and single numbers come across as what they are, and other arrays as lists. An object of another library (a
+    DataFrame) does not come across: where the solution made one and a test fails, the verdict is `unparsable`. So it
+    is where the solution fails for want of a module that is not installed: a package that is missing here cannot be
+    told from one that does not exist, and a verdict without a reward would be a way out of `wrong` for any code.
 
     Args:
         timeout (`float`, *optional*, defaults to `5.0`): CPU seconds; three times as many on the wall clock, for all
@@ -174,6 +178,8 @@ class CodeVerifier(Verifier):
                 return self._ended(solution, b"", Judgement(Verdict.WRONG, "the solution ended before its tests did"))
         if kind == "memory":
             return Judgement(Verdict.ERROR, f"out of memory ({self._memory_mb} MiB)")
+        if kind == "missing":
+            return _imports(reason)
         if kind == "unrunnable":
             return GoldAtFault(Verdict.UNPARSABLE, reason)
         kinds = {"passed": Verdict.CORRECT, "failed": Verdict.WRONG, "unparsable": Verdict.UNPARSABLE}
@@ -206,6 +212,8 @@ class CodeVerifier(Verifier):
             return self._timeout()
         if code and report.get("memory"):
             return Judgement(Verdict.ERROR, f"out of memory ({self._memory_mb} MiB)")
+        if code and report.get("missing"):
+            return _imports(str(report["missing"]))
         if code:
             return Judgement(Verdict.WRONG, f"exit code {code} on input {number}: {error}")
         if lines_of(output) != lines_of(expected):
@@ -231,6 +239,12 @@ class CodeVerifier(Verifier):
         if code == REFUSED or words:
             return Judgement(Verdict.ERROR, f"the sandbox could not be made: {words}")
         return otherwise._replace(reason=f"{otherwise.reason} (exit code {code})")
+
+
+def _imports(module: str) -> Judgement:
+    """Of a solution that has failed for want of a module."""
+    verdict = Verdict.WRONG if module in _STAND_INS else Verdict.UNPARSABLE
+    return Judgement(verdict, f"the solution imports {module:.100}, which is not installed")
 
 
 @cache
