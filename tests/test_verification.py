@@ -20,7 +20,7 @@ from trl_offpolicy import MathVerifier, Verdict
 from trl_offpolicy.answers.extraction import final_answer, stated_text
 from trl_offpolicy.answers.normalization import unit
 from trl_offpolicy.cli import main
-from trl_offpolicy.verification import worker
+from trl_offpolicy.verification import math_grading, worker
 from trl_offpolicy.verification.math_grading import grade
 from trl_offpolicy.verification.worker import MEMORY_LIMIT
 
@@ -418,6 +418,20 @@ def test_hostile_inputs_among_normal_ones():
     assert "timeout" in [v for v, _ in results[::2]]
     assert not [r for v, r in results if v == "error" and "memory" not in r], results
     assert limits <= {MEMORY_LIMIT} or sys.platform != "linux"
+
+
+def test_want_of_memory_says_nothing_of_an_answer(monkeypatch):
+    """The worker makes an `error` of it; it is not taken for a formula that nobody knows, then or later."""
+
+    def takes_all(*_, **__):
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(math_grading, "latex2sympy", takes_all)
+        for completion, gold in (("\\boxed{x^{41}+1}", "7"), ("\\boxed{7}", "x^{41}+1"), (None, "x^{41}+1")):
+            with pytest.raises(MemoryError):
+                grade(completion, gold)
+    assert grade("\\boxed{1+x^{41}}", "x^{41}+1").verdict == grade(None, "x^{41}+1").verdict == "correct"
 
 
 @pytest.mark.slow

@@ -653,6 +653,8 @@ def _sympy(text: str):
             normalization_config=None,
             conversion_config=ConversionConfig(lowercase_symbols=False),
         )
+    except MemoryError:  # the worker's limit, which says nothing of the formula
+        raise
     except Exception:  # ANTLR's and sympy's own, of many types: all say that this is no formula they know
         return None
 

@@ -95,8 +95,10 @@ class MultipleChoiceVerifier(_StatedVerifier):
             r"^(?:the )?(?:correct )?(?:option|choice|letter|answer)s?\s*(?=\W?[A-Z0-9]\b)", "", text, flags=re.I
         )
         mark = rf"(?:\(({one})\)|({one})\)?(?![\w'\u2019]))"
-        # Several at the beginning: `B, C`, `(C)(D)`, `A and B`; what stands behind the last one explains.
-        if listed := re.match(rf"{mark}(?:\s*(?:,|/|&|\band\b|\bor\b|,\s*and\b|(?=\())\s*{mark})*", text):
+        # Several at the beginning: `B, C`, `(C)(D)`, `A and B`, `A; C`; what stands behind the last one explains, as all
+        # of `A fails` does in `B; A fails`.
+        joined = rf"(?:[,;]?\s*(?:\band\b|\bor\b)|,|/|&|(?=\()|;(?=\s*{mark}\s*(?:[,;.]|$)))"
+        if listed := re.match(rf"{mark}(?:\s*{joined}\s*{mark})*", text):
             rest = text[listed.end() :]
             if re.match(_DENIED, rest, re.I):
                 return []
@@ -105,10 +107,14 @@ class MultipleChoiceVerifier(_StatedVerifier):
             )
             if explained or text[listed.end() - 1] == ")":
                 first = re.findall(one, listed[0])
-                # `A. 3, C. 5` marks two in one way; in `B. It is not A.` nothing follows the second
-                separator = re.match(r"[.):]", rest)
-                also = separator and re.findall(rf"(?:[,;\n]|\band|\bor)\s*({one})\{separator[0]}\s+\S", rest)
-                return list(dict.fromkeys(first + (also or [])))
+                # `A. 3, C. 5` and `(A) 3, (C) 5` mark two in one way; in `B. It is not A.` nothing follows the second,
+                # and `(B) 3, (C) is too large` says something of it.
+                begin, end = re.escape(text[0]) if text[0] == "(" else "", ")" if listed[0][-1] == ")" else rest[:1]
+                another = (
+                    rf"(?:[,;\n]|\band|\bor)\s*{begin}({one}){re.escape(end)}(?!\s*(?:is|are|fails?)\b|{_DENIED})\s+\S"
+                )
+                also = re.findall(another, rest) if end and end in ".):" else []
+                return list(dict.fromkeys(first + also))
         named = re.findall(
             rf"(?<!but )(?<!except )(?<!not )\(({one})\)|\b(?:option|choice|letter)\s+({one})\b(?!{_DENIED})", text
         )
