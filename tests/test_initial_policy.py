@@ -550,6 +550,12 @@ def test_what_cannot_be_weighted_is_refused(tmp_path, tiny_model, tokenizer):
     greedy = sampled_elsewhere(tokenizer).map(lambda _: {"temperature": 0.0})
     with pytest.raises(ValueError, match=r"sampled at temperature=0\.0"):
         trainer(greedy, precompute_behavior_log_probs=True)
+    # as rounds have them that carry rows over, or rows of several runs
+    two = rewritten(tokenizer).map(lambda _, i: {"model_revision": "abc"[i % 2]}, with_indices=True)
+    with pytest.raises(ValueError, match=r"sampled from 2 models \(`model_revision` a, b\)"):
+        trainer(two, precompute_behavior_log_probs=True)
+    drawn = rewritten(tokenizer).map(lambda row: {"model_revision": "a" if row["completion_ids"] else "b"})
+    assert "behavior_log_probs" in trainer(drawn, precompute_behavior_log_probs=True).train_dataset.column_names
 
     # What needs hardware or a vision model to reach, by the flag that it sets.
     built = trainer(rewritten(tokenizer), objective="asft")

@@ -224,22 +224,8 @@ class InitialPolicy:
                 filled[i][end - len(log_probs) : end] = log_probs
             return {column: filled}
 
-        if column == "behavior_log_probs" and "model_revision" in dataset.column_names:
-            adapted = next(
-                (i for i, revision in enumerate(dataset["model_revision"]) if "+" in (revision or "")), None
-            )
-            if adapted is not None:
-                raise ValueError(
-                    f"Row {adapted} was sampled with the adapter {dataset[adapted]['model']!r}, so its behaviour log-probs cannot be computed with the "
-                    "model that is trained. Set precompute_behavior_log_probs=False to use the stored ones."
-                )
-        if column == "behavior_log_probs" and "hint_beta" in dataset.column_names:
-            mixed = next((i for i, beta in enumerate(dataset["hint_beta"]) if beta is not None), None)
-            if mixed is not None:
-                raise ValueError(
-                    f"Row {mixed} was drawn with guided_decoding='hinted', from a mixture of what the model says after two prompts, so a forward under one "
-                    "of them does not give its behaviour log-probs. Set precompute_behavior_log_probs=False to use the stored ones, which are exact."
-                )
+        if column == "behavior_log_probs":
+            _check_behavior(dataset)
         fingerprint = Hasher.hash(
             (dataset._fingerprint, column, settings, self.accelerator.mixed_precision, self.digest)
         )
@@ -274,3 +260,31 @@ class InitialPolicy:
                 digest.update(name.encode())
                 digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
+
+
+def _check_behavior(dataset) -> None:
+    """Raises `ValueError` for rows that the model that is trained has surely not drawn, or not as it does alone."""
+    otherwise = "Set precompute_behavior_log_probs=False to use the stored ones."
+    revisions = dataset["model_revision"] if "model_revision" in dataset.column_names else []
+    adapted = next((i for i, revision in enumerate(revisions) if "+" in (revision or "")), None)
+    if adapted is not None:
+        raise ValueError(
+            f"Row {adapted} was sampled with the adapter {dataset[adapted]['model']!r}, so its behaviour log-probs cannot be computed with the "
+            f"model that is trained. {otherwise}"
+        )
+    if (
+        len(set(revisions)) > 1 and "completion_ids" in dataset.column_names
+    ):  # rows without tokens, such as demonstrations, are not scored
+        drawn = zip(revisions, dataset["completion_ids"], strict=True)
+        if len(policies := sorted({revision for revision, ids in drawn if revision and ids})) > 1:
+            raise ValueError(
+                f"The rows were sampled from {len(policies)} models (`model_revision` {', '.join(policies[:3])}), so one model, the one that is trained, cannot "
+                f"give the behaviour log-probs of all of them. {otherwise}"
+            )
+    if "hint_beta" in dataset.column_names:
+        mixed = next((i for i, beta in enumerate(dataset["hint_beta"]) if beta is not None), None)
+        if mixed is not None:
+            raise ValueError(
+                f"Row {mixed} was drawn with guided_decoding='hinted', from a mixture of what the model says after two prompts, so a forward under one "
+                f"of them does not give its behaviour log-probs. {otherwise[:-1]}, which are exact."
+            )
