@@ -153,7 +153,7 @@ def _rare_sampling(args: RewriteConfig) -> dict[str, float]:
 
 def provenance_columns(sampler: Sampler, args: RewriteConfig) -> dict:
     """The columns that say who drew a completion, and how."""
-    drawn_by = {"model": public_name(sampler.name), "model_revision": sampler.revision}
+    drawn_by: dict[str, Any] = {"model": public_name(sampler.name), "model_revision": sampler.revision}
     drawn_by |= {name: getattr(args, name) for name in ("temperature", "top_p", "top_k")}
     drawn_by |= _rare_sampling(args)
     return drawn_by | ({"chat_template_kwargs": args.chat_template_kwargs} if args.chat_template_kwargs else {})
