@@ -6,7 +6,8 @@ import shutil
 import signal
 import urllib.request
 import warnings
-from itertools import count
+from collections import Counter
+from itertools import chain, count
 
 import pyarrow.parquet as pq
 import pytest
@@ -29,6 +30,7 @@ from trl_offpolicy import (
 from trl_offpolicy.data.tokenization import encode_prompt
 from trl_offpolicy.online.drawn_rows import DrawnRows
 from trl_offpolicy.online.online_config import REWRITING
+from trl_offpolicy.runs.journal import differences
 from trl_offpolicy.runs.shards import Shard
 from trl_offpolicy.sampling.sampler import as_sampler
 from trl_offpolicy.verification.verifier import as_verifier
@@ -252,12 +254,79 @@ def test_what_is_not_in_at_the_deadline_takes_its_demonstration(tmp_path, monkey
     assert sum(trainer.train_sources.values()) == 16
 
 
+def test_late_are_those_alone_that_would_have_been_asked(tmp_path, monkeypatch):
+    """No rows that the epoch has had, and none whose gold answer cannot be compared with."""
+    seconds, data = count(), scripted.rows(12)
+    monkeypatch.setattr(DrawnRows, "clock", lambda self: next(seconds))
+    for i in (3, 7, 11):
+        data[i]["solution"] = "a demonstration without an answer"
+    args, sampler = RewriteConfig(str(tmp_path)), scripted.ScriptedSampler()
+    online = DrawnRows(Dataset.from_list(data), args, None, as_verifier(scripted.verify), Shard())
+    online.open({}, 0)
+    found = online.draw(0, list(range(12)), [True] * 10 + [False] * 2, as_sampler(sampler), seconds=0.5)
+    assert (found.late, found.counts.rows["expert"], sampler.sampled) == (8, 12, 0)
+
+
 def test_rows_above_the_bound_are_dropped_and_counted(tmp_path):
     with pytest.warns(UserWarning, match="max_staleness=0: their rows will be dropped"):
         trainer = trainer_of(tmp_path, steps_per_generation=2, max_staleness=0)
     trainer.train()
     assert [entry["online/dropped"] for entry in logged(trainer)] == [0, 2, 0, 2]
     assert [entry["loss"] == 0 for entry in logged(trainer)] == [False, True, False, True]
+    sources = [[row["source"] for row in version[:2]] for version in drawn(tmp_path).values()]
+    assert trainer.train_sources == Counter(chain(*sources)) and trainer.num_train_rows == 4
+    shares = [
+        {name: entry.get(f"online/{name}") for name in ("self", "guided", "expert")} for entry in logged(trainer)
+    ]
+    assert [share["self"] for share in shares[::2]] == [of.count("self") / 2 for of in sources]
+    assert {value for share in shares[1::2] for value in share.values()} == {None}
+
+
+def test_a_changed_setting_is_refused_by_name(tmp_path):
+    """Of the rows, which are kept from one start to the next; of the training; and of the adapter."""
+    lora = {"peft_config": LoraConfig(target_modules="all-linear", lora_alpha=8), "optim": "adamw_torch"}
+    settings = {"steps_per_generation": 4, "selection": "random", **lora}
+
+    def begin(**changes):
+        trainer = trainer_of(tmp_path, 4, **{**settings, **changes})
+        try:
+            trainer.drawn_rows.open(trainer._identity(), 0)
+        finally:
+            trainer.drawn_rows.close()
+
+    begin()
+    with pytest.raises(ValueError, match="holds the attempts of another configuration") as refused:
+        adapter = LoraConfig(target_modules="all-linear", lora_alpha=64)
+        begin(min_correct=2, expert_format="keep", num_generations=3, neftune_noise_alpha=5.0, peft_config=adapter)
+    assert sorted(str(refused.value).split("configuration: ")[1].split(" now. ")[0].split(" now; ")) == [
+        "`expert_format` was 'boxed' there and is 'keep'",
+        "`min_correct` was None there and is 2",
+        "`neftune_noise_alpha` was None there and is 5.0",
+        "`num_generations` was 2 there and is 3",
+        "`peft_config.lora_alpha` was 8 there and is 64",
+    ]
+    begin(logging_steps=2, sampling_batch_size=3, run_name="again")
+
+
+@pytest.mark.parametrize("decides", [True, False])
+def test_a_journal_is_of_the_settings_that_rows_and_weights_depend_on(tmp_path, decides):
+    """Of nothing else, and it holds no token."""
+    trainer = trainer_of(
+        tmp_path, 2, model_init_kwargs={"dtype": torch.float32, "token": "hf_secret"}, hub_token="hf_secret"
+    )
+    before = trainer._identity()
+    settings = {
+        True: "neftune_noise_alpha label_smoothing_factor optim_target_modules lr_scheduler_kwargs model_init_kwargs max_staleness refresh_deadline "
+        "chat_template_path use_liger_kernel epsilon_high loss_type seed deepspeed average_tokens_across_devices",
+        False: "output_dir run_name logging_steps save_steps eval_steps hub_token report_to dataloader_num_workers gradient_checkpointing use_vllm "
+        "vllm_server_base_url vllm_engine_kwargs sampling_batch_size dataset_num_proc resume_from_checkpoint per_device_eval_batch_size",
+    }  # fmt: skip
+    for name in settings[decides].split():
+        given = getattr(trainer.args, name)
+        setattr(trainer.args, name, {"other": 1})
+        assert (f"`{name}` was" in differences(before, trainer._identity(), free=())) == decides, name
+        setattr(trainer.args, name, given)
+    assert trainer._identity() == before and "hf_secret" not in json.dumps(before)
 
 
 def test_trained_once_more_it_is_another_training(tmp_path):
@@ -278,14 +347,21 @@ def of_some_processes(directory):
         directory, 10, steps_per_generation=2, per_device_train_batch_size=4 // int(os.environ.get("WORLD_SIZE", 1))
     )
     trainer.train()
-    return weights(trainer), logged(trainer), dict(trainer.train_sources)
+    bounded = trainer_of(
+        directory / "bounded", 10, steps_per_generation=3, per_device_train_batch_size=trainer.args.per_device_train_batch_size, max_staleness=0,
+        max_completion_length=2,
+    )  # fmt: skip
+    bounded.train()
+    dropped = [entry["online/dropped"] for entry in logged(bounded)], bounded.num_train_rows
+    return weights(trainer), logged(trainer), dict(trainer.train_sources), dropped
 
 
 @pytest.mark.slow
 def test_two_processes_come_to_what_one_does(tmp_path):
     """Ten rows: the last batch of the second process is filled up with rows that the epoch has had."""
-    (one, history, sources) = of_some_processes(tmp_path / "one")
-    (two, history2, sources2), (other, _, _) = in_two_processes(of_some_processes, tmp_path / "two")
+    (one, history, sources, dropped) = of_some_processes(tmp_path / "one")
+    (two, history2, sources2, dropped2), (other, *_) = in_two_processes(of_some_processes, tmp_path / "two")
+    assert dropped == dropped2 == ([0, 4, 2], 4)
     torch.testing.assert_close(one, two, atol=1e-6, rtol=0)
     assert torch.equal(two, other) and sources == sources2 and sum(sources.values()) == 10
     for entry, entry2 in zip(history, history2, strict=True):
@@ -354,10 +430,16 @@ def with_vllm(directory):
     for kind, changes in kinds.items():
         trainer = trainer_of(
             directory / kind, steps_per_generation=2, use_vllm=True, precompute_behavior_log_probs=False, sampling_batch_size=8,
-            vllm_engine_kwargs={"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20}, **changes
+            vllm_engine_kwargs={"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "block_size": 32}, **changes
         )  # fmt: skip
         trainer.train()
         (directory / f"{kind}.json").write_text(json.dumps(logged(trainer)))
+        if (
+            kind == "adapter"
+        ):  # once more, from the weights that it has now: the first version's directory has the name that it had
+            trainer.drawn_rows.args.overwrite = True
+            trainer.train()
+            (directory / "again.json").write_text(json.dumps(logged(trainer)))
 
 
 @needs_vllm
@@ -366,13 +448,14 @@ def test_vllm_draws_from_the_weights_as_they_are(tmp_path, process):
     child = process(with_vllm, tmp_path)
     child.join()
     assert child.exitcode == 0, child.log.read_text()[-3000:]
-    for kind in ("adapter", "all"):
+    for kind in ("adapter", "again", "all"):
         first, second, third, fourth = json.loads((tmp_path / f"{kind}.json").read_text())
         for drawn_now in (first, third):
             assert drawn_now["sampling/logp_difference/max"] < 1e-4
             assert drawn_now["weight/self"] == pytest.approx(1, abs=1e-5)
         for trained in (second, fourth):
             assert abs(trained["log_ratio/self"]) > 1e-5
+    for kind in ("adapter", "all"):
         versions = drawn(tmp_path / kind)
         assert versions[0][0]["model_revision"] != versions[2][0]["model_revision"]
     assert [path.name for path in (tmp_path / "adapter" / "_online" / "adapter-0").iterdir()] == ["2"]
@@ -395,6 +478,13 @@ def test_a_server_is_given_each_version_of_the_adapter(tmp_path, monkeypatch):
         assert abs(second["log_ratio/self"]) > 1e-5 < abs(fourth["log_ratio/self"])
         models = json.load(urllib.request.urlopen(f"{server['url']}/models"))["data"]
         assert [m["id"] for m in models] == [POLICY, trainer.engine.loaded]
+        # One that was killed behind this is resumed by a process that knows nothing of what the server has loaded.
+        trainer.engine.loaded = None
+        trainer.engine.renew(4)
+        trainer.engine.loaded = None
+        trainer.engine.renew(4)
+        models = json.load(urllib.request.urlopen(f"{server['url']}/models"))["data"]
+        assert trainer.engine.loaded in [m["id"] for m in models]
     finally:
         os.killpg(server["group"], signal.SIGKILL)
 

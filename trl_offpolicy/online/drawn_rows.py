@@ -75,7 +75,7 @@ class DrawnRows:
                 f"{self.directory} holds {others[0]}, of a training on another number of processes; this one has {self.shard.count}. Use as many as it "
                 "had, choose another `output_dir`, or delete that directory."
             )
-        self.journal = Journal(path, config, overwrite=self.args.overwrite)
+        self.journal = Journal(path, config, overwrite=self.args.overwrite, free=())
         if self.journal.overwritten:
             for file in (self.directory / "rows").glob(self.file(0).name.replace(f"{0:08d}", "*")):
                 file.unlink()

@@ -63,8 +63,8 @@ class TrainedModel:
 class ColocatedEngine:
     """
     vLLM in the process of the training, on the weights of the model as it is: a LoRA adapter is written to a directory
-    of its own for each version, since vLLM takes an adapter of the same name for the same; other weights are handed
-    over (TRL's `sync_weights` does not know the packed weights of vLLM's CPU build).
+    of its own for each version; other weights are handed over (TRL's `sync_weights` does not know the packed weights
+    of vLLM's CPU build).
 
     Args:
         trainer ([`OnlineRewriteSFTTrainer`]): Its model must be one that vLLM can load by its name.
@@ -159,8 +159,9 @@ class ServedEngine:
         name, before, self.loaded = f"online-{revision}", self.loaded, f"online-{revision}"
         if name != before and self.trainer.accelerator.is_main_process:
             directory = write_adapter(self.trainer.model, self.adapters, version)
-            if before is not None:
-                self._ask("unload_lora_adapter", lora_name=before)
+            # A training that was stopped may have left these weights under this name, which no other adapter may take.
+            for known in {before, name} - {None}:
+                self._ask("unload_lora_adapter", lora_name=known)
             self._ask("load_lora_adapter", lora_name=name, lora_path=directory)
         self.trainer.accelerator.wait_for_everyone()
         self.sampler.close()
@@ -181,6 +182,8 @@ class ServedEngine:
         try:
             urllib.request.urlopen(request, timeout=600).close()
         except urllib.error.HTTPError as error:
+            if what == "unload_lora_adapter" and error.code == 404:
+                return  # it is not there
             said = error.read().decode(errors="replace")
             raise ValueError(
                 f"{request.full_url} says {error.code} to {content}: {said:.500} Start the server with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and "

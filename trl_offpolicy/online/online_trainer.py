@@ -8,10 +8,12 @@ with a dataset, and kept until their step comes. (TRL's online trainers draw in 
 
 import contextlib
 import copy
+import json
 import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import fields
 from importlib.util import find_spec
 from itertools import chain, islice
 from math import ceil
@@ -35,18 +37,22 @@ from ..trainer.initial_policy import without_training
 from ..verification.verifier import as_verifier
 from .drawn_rows import Drawn, DrawnRows
 from .engines import ColocatedEngine, ServedEngine, TrainedModel
-from .online_config import OnlineRewriteSFTConfig
+from .online_config import REWRITING, OnlineRewriteSFTConfig
 
 
-# Of the training's settings those that decide which policy draws at which step; with another one a journal is another
-# training's.
-_DECIDES = (
-    "steps_per_generation", "gradient_accumulation_steps", "per_device_train_batch_size", "num_train_epochs", "max_steps", "learning_rate",
-    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
-    "max_grad_norm", "bf16", "fp16", "data_seed", "train_sampling_strategy", "shuffle_dataset", "max_length", "truncation_mode",
-    "completion_only_loss", "assistant_only_loss", "objective", "clip_min", "clip_max", "clip_mode", "expert_weighting", "weight_column", "alpha",
-    "beta", "gamma", "tau", "threshold_mode", "threshold_policy", "precompute_behavior_log_probs", "max_staleness",
+# The settings of a training on which its rows and weights do not depend: where it runs and how fast, which engine draws
+# from the policy, what is logged, evaluated and saved. With any other one changed a journal is another training's.
+_FREE = {
+    "output_dir", "use_vllm", "sampling_batch_size", "use_cpu", "local_rank", "torch_empty_cache_steps", "dataset_num_proc", "disable_tqdm", "report_to",
+    "run_name", "project", "debug", "skip_memory_metrics", "prediction_loss_only", "per_device_eval_batch_size", "bf16_full_eval", "fp16_full_eval",
+    "batch_eval_metrics", "metric_for_best_model", "greater_is_better", "load_best_model_at_end", "enable_jit_checkpoint", "push_to_hub",
+    "resume_from_checkpoint", "restore_callback_states_from_checkpoint",
+}  # fmt: skip
+_FREE_KINDS = (
+    "vllm_", "gradient_checkpointing", "activation_", "dataloader_", "ddp_", "log_", "logging_", "trackio_", "include_", "eval_", "save_", "hub_", "do_",
 )  # fmt: skip
+# Of an adapter's settings those by which it is not another one.
+_OF_NO_ADAPTER = {"peft_version", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"}
 _NUMBER = "row"  # the data loader's column
 DOUBTFUL = 0.1  # nats per token between an engine's log-probs and the trainer's; two implementations in bfloat16 differ by 0.03
 
@@ -72,7 +78,7 @@ class OnlineRewriteSFTTrainer(ImportanceWeightedSFTTrainer):
         data_collator, processing_class, ...: `SFTTrainer`'s, with its meaning and order.
 
     Raises:
-        ValueError: A setting or a dataset that cannot work while rows are drawn (named), or `output_dir/online` holds
+        ValueError: A setting or a dataset that cannot work while rows are drawn (named), or `output_dir/_online` holds
             the attempts of another training.
     """
 
@@ -113,7 +119,8 @@ class OnlineRewriteSFTTrainer(ImportanceWeightedSFTTrainer):
         self.engine = (engines[args.vllm_mode] if args.use_vllm else TrainedModel)(self, model)
         self._initial = self.engine.sampler.name, self.engine.sampler.revision
         self.train_dataset_id = hub_origin(self._given_rows).get("dataset_name")
-        self._buffer: list[list[list[dict]]] = []  # optimizer steps of micro-batches of examples
+        # Optimizer steps of micro-batches of examples, each with its source (`None`: the epoch has had it).
+        self._buffer: list[list[list[tuple[dict, str | None]]]] = []
         self._buffer_source = None  # the epoch's iterator that they come from
         self._version = 0  # optimizer steps before the policy that has drawn what is in the buffer
         self._refreshes = 0
@@ -179,20 +186,20 @@ class OnlineRewriteSFTTrainer(ImportanceWeightedSFTTrainer):
         batches = [self.data_collator(examples) for examples in self._ripe(self._buffer.pop(0))]
         return batches, self._get_num_items_in_batch(batches, device)
 
-    def _ripe(self, step: list[list[dict]]) -> list[list[dict]]:
+    def _ripe(self, step: list[list[tuple[dict, str | None]]]) -> list[list[dict]]:
         """The micro-batches of this optimizer step; their rows without targets if these are older than allowed."""
         staleness, metrics = self.state.global_step - self._version, self._metrics["train"]
         metrics["staleness/mean"].append(staleness)
         metrics["staleness/max"] = [max([staleness, *metrics["staleness/max"]])]
         limit = self.args.max_staleness
-        dropped = len(list(chain(*step))) if limit is not None and staleness > limit else 0
-        metrics["online/dropped"] = [sum([dropped, *metrics["online/dropped"]])]
-        return [[_masked(example) for example in batch] for batch in step] if dropped else step
+        too_old = limit is not None and staleness > limit
+        self._count([source for batch in step for _, source in batch if source is not None], too_old)
+        return [[_masked(example) if too_old else example for example, _ in batch] for batch in step]
 
-    def _refresh(self, epoch_iterator) -> list[list[list[dict]]]:
+    def _refresh(self, epoch_iterator) -> list[list[list[tuple[dict, str | None]]]]:
         """
         Draws the rows of the coming optimizer steps, or reads them where they were drawn before this process began:
-        steps of micro-batches of examples.
+        steps of micro-batches of examples, each with its source.
         """
         args, now = self.args, self.state.global_step
         accumulated, loader = args.gradient_accumulation_steps, self.callback_handler.train_dataloader
@@ -207,10 +214,9 @@ class OnlineRewriteSFTTrainer(ImportanceWeightedSFTTrainer):
             return []
         asked = list(chain(*(self._first_time(done * accumulated + i, batch) for i, batch in enumerate(batches))))
         rows = self._rows(version, numbers, asked, (now - version) * accumulated * self._train_batch_size)
-        examples = [e if first else _masked(e) for e, first in zip(self._examples(rows), asked, strict=True)]
-        self._count_sources(rows["source"].to_pylist(), asked)
+        of_rows = zip(self._examples(rows), rows["source"].to_pylist(), asked, strict=True)
+        of_batches = iter([(e, source) if first else (_masked(e), None) for e, source, first in of_rows])
         self._refreshes += 1
-        of_batches = iter(examples)
         taken = iter([list(islice(of_batches, len(batch))) for batch in batches])
         return [list(islice(taken, len(step))) for step in micro]
 
@@ -282,18 +288,30 @@ class OnlineRewriteSFTTrainer(ImportanceWeightedSFTTrainer):
         args, drawn_rows, sampler = self.args, self.drawn_rows, copy.copy(self.engine.sampler)
         sampler.name, sampler.revision = self._initial
         config = journal_config(drawn_rows.args, drawn_rows.problems.plain, drawn_rows.verifier, sampler)
-        config |= {name: getattr(args, name) for name in _DECIDES}
-        return config | {"num_processes": drawn_rows.shard.count, "train_dataset": drawn_rows.problems.memory.digest}
+        # The rows that are made of attempts are kept here, and trained on: unlike a run's they are not made anew.
+        config |= {**drawn_rows.args.kept(), "expert_format": drawn_rows.args.expert_format}
+        config |= {"num_processes": drawn_rows.shard.count, "train_dataset": drawn_rows.problems.memory.digest}
+        free = _FREE | {f.name for f in REWRITING}
+        names = [f.name for f in fields(args) if f.name not in free and not f.name.startswith(_FREE_KINDS)]
+        config |= {name: getattr(args, name) for name in names}
+        config["model_init_kwargs"] = {k: v for k, v in (args.model_init_kwargs or {}).items() if k != "token"}
+        if (adapter := getattr(self.model, "active_peft_config", None)) is not None:
+            found = adapter.to_dict().items()
+            config |= {f"peft_config.{name}": value for name, value in found if name not in _OF_NO_ADAPTER}
+        return json.loads(json.dumps(config, default=lambda v: sorted(v) if isinstance(v, set) else str(v)))
 
     # ---- what is told ----
 
-    def _count_sources(self, of_rows: list[str], asked: list[bool]) -> None:
-        counted = Counter(source for source, first in zip(of_rows, asked, strict=True) if first)
-        sources = (*self.args.stages, str(Source.EXPERT))
-        total = self._sum([counted[source] for source in sources])
-        for source, number in zip(sources, total, strict=True):
-            self.train_sources[source] += round(number)
-            self._metrics["train"][f"online/{source}"].append(number / max(1, sum(total)))
+    def _count(self, of_rows: list[str], too_old: bool) -> None:
+        """Counts the rows of an optimizer step, of all processes, by source; or as dropped, if they are too old."""
+        counted, sources = Counter(of_rows), (*self.args.stages, str(Source.EXPERT))
+        metrics, numbers = self._metrics["train"], [*map(round, self._sum([counted[source] for source in sources]))]
+        metrics["online/dropped"] = [sum([sum(numbers) * too_old, *metrics["online/dropped"]])]
+        if too_old:
+            return
+        for source, number in zip(sources, numbers, strict=True):
+            self.train_sources[source] += number
+            metrics[f"online/{source}"].append(number / max(1, sum(numbers)))
         self.num_train_rows = self.train_sources.total()
 
     def _log_drawing(self, drawn: Drawn, difference: list[float]) -> None:

@@ -164,13 +164,17 @@ class Journal(JournalReader):
         overwrite (`bool`, *optional*, defaults to `False`): Empty the file if it holds the attempts of another
             configuration. The same configuration is resumed all the same, so a command with this flag can be
             interrupted and run again.
+        free (`Collection[str]`, *optional*): Fields of `config` that may differ; by default how many attempts a
+            problem may have ([`differences`]).
 
     Raises:
         ValueError: The file holds the attempts of another configuration (names each field that differs), its first
             line is damaged and it is not to be overwritten, or another process is writing to it.
     """
 
-    def __init__(self, path: Path, config: dict, overwrite: bool = False):
+    def __init__(
+        self, path: Path, config: dict, overwrite: bool = False, free: Collection[str] = ("num_generations",)
+    ):
         super().__init__(path)
         if not overwrite and path.exists() and not path.stat().st_size and (path.parent / "metrics.json").exists():
             warnings.warn(
@@ -181,7 +185,7 @@ class Journal(JournalReader):
         try:
             self._lock()
             self._cut_torn_line()
-            self._check(config, overwrite)
+            self._check(config, overwrite, free)
         except BaseException:
             os.close(self._file)  # otherwise the lock would be held after the error
             raise
@@ -210,9 +214,9 @@ class Journal(JournalReader):
         os.close(self._file)
         super().close()
 
-    def _check(self, config: dict, overwrite: bool) -> None:
+    def _check(self, config: dict, overwrite: bool, free: Collection[str]) -> None:
         try:
-            differing = differences(read_header(self.path), config)
+            differing = differences(read_header(self.path), config, free)
         except ValueError:
             if not overwrite:
                 raise

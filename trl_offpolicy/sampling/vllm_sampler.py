@@ -143,17 +143,18 @@ class VLLMSampler(Sampler):
 
     def renew_adapter(self, directory: str) -> None:
         """
-        Draws with the LoRA adapter in `directory` from now on, and with none before it any more. A directory is a name
-        to vLLM, by which it caches prefixes: another adapter needs another one.
+        Draws with the LoRA adapter in `directory` from now on, and with none before it any more, also where the one
+        before was in the same directory: vLLM caches prefixes by an adapter's name, and each has another.
         """
         from vllm.lora.request import LoRARequest
 
         number = 1 + max(self._adapters.values(), default=0)
-        before, self._lora = self._lora, LoRARequest(directory, number, directory)
+        name = f"{directory}#{number}"
+        before, self._lora = self._lora, LoRARequest(name, number, directory)
         if before is not None:
             del self._adapters[before.lora_name]
             self.engine.remove_lora(before.lora_int_id)
-        self._adapters[directory] = number
+        self._adapters[name] = number
 
     def reload_weights(self, named_tensors) -> None:
         """
