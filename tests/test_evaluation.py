@@ -26,6 +26,7 @@ from trl_offpolicy.evaluation.estimators import (
     share_interval,
 )
 from trl_offpolicy.sampling.sampler import Completion
+from trl_offpolicy.verification.verifiers import ExactMatchVerifier, NumericVerifier
 
 
 def benchmark(num_rows=30):
@@ -85,6 +86,15 @@ def test_share_interval_where_all_problems_are_alike():
     assert share_interval([0.5] * 9) == [0.5, 0.5]
 
 
+@pytest.mark.parametrize(
+    ("own", "others", "interval"), [(4, 0, [0.2619, 1]), (0, 4, [-1, -0.2619]), (4, 4, [-0.3694, 0.3694])]
+)
+def test_differences_that_are_all_alike_are_not_certain(own, others, interval):
+    """Of 8 problems that all differ alike the exact bound of their share is 0.025^(1/8) = 0.6306; the others may be the opposite."""
+    a, b = ({"problem_ids": list(range(8)), "num_correct": [n] * 8, "num_judged": [4] * 8} for n in (own, others))
+    assert compare(a, b)["difference_ci95"] == pytest.approx(interval, abs=1e-3)
+
+
 def test_paired_test_is_the_exact_one_and_has_its_size():
     differences = [0.5, 0.25, -0.25, 1.0, 0.0, 0.75, -0.5, 0.25]
     signs = itertools.product([1, -1], repeat=8)
@@ -132,6 +142,29 @@ def test_what_is_not_judged_is_not_wrong():
     assert result["not_told"] == pytest.approx(1 - judged / 120) and 0.3 < result["not_told"] < 0.6
     shares = [c / n for c, n in zip(result["num_correct"], result["num_judged"], strict=True) if n]
     assert result["avg@4"] == pytest.approx(sum(shares) / len(shares))
+
+
+class Four(ScriptedSampler):
+    """On a server without token ids; every second attempt is cut."""
+
+    def completion(self, request):
+        cut = request.id.endswith("eval/1")
+        return Completion(request.id, "So \\boxed{4}.", [], [], "length" if cut else "stop")
+
+
+class Readable(ExactMatchVerifier):
+    def check_answers(self, answers):
+        return [Verdict.UNPARSABLE if answer == "some" else Verdict.CORRECT for answer in answers]
+
+
+@pytest.mark.parametrize("verifier", [Readable(), NumericVerifier()])  # the second says so of a completion only
+def test_problems_whose_gold_answer_cannot_be_read_are_left_out(verifier):
+    asked = {"a": [{"problem": f"p{i}", "answer": a} for i, a in enumerate(["4", "some", "5", "some"])]}
+    result = run(asked, sampler=Four(), num_generations=2, greedy=True, verifier=verifier)["a"]
+    assert (result["avg@2"], result["pass@2"], result["maj@2"], result["greedy"]) == (0.25, 0.5, 0.5, 0.5)
+    assert (result["num_correct"], result["num_judged"]) == ([1, 0, 0, 0], [2, 0, 2, 0])
+    assert (result["gold_unparsable"], result["not_told"], result["unparsable"]) == (2, 0.5, 0.0)
+    assert result["mean_length"] is None
 
 
 @pytest.mark.parametrize(
@@ -242,7 +275,9 @@ def test_a_baseline_with_nothing_in_common_is_refused_before_sampling(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             run(benchmarks, baseline=directory, **asked)
-    with pytest.raises(ValueError, match="sampled otherwise.* `max_completion_length` was [0-9]+ there and is 64 now"):
+    with pytest.raises(
+        ValueError, match="measured otherwise.* `max_completion_length` was [0-9]+ there and is 64 now"
+    ):
         run(few, baseline=base, max_completion_length=64, **asked)
     with pytest.raises(ValueError, match="`num_generations` was [0-9]+ there and is 2 now"):
         run(few, baseline=base, num_generations=2, **asked)
@@ -252,6 +287,10 @@ def test_a_baseline_with_nothing_in_common_is_refused_before_sampling(tmp_path):
     run(few, output_dir=base, overwrite=True)
     with pytest.raises(ValueError, match="`min_p` was 0.0 there and is 0.1 now"):
         run(few, baseline=base, min_p=0.1, **asked)
+    with pytest.raises(ValueError, match="`verifier` was 'verify' there and is 'exact_match_verifier' now"):
+        run(few, baseline=base, verifier=ExactMatchVerifier(), **asked)
+    with pytest.raises(ValueError, match="`chat_template_kwargs` was None there and is {'enable_thinking': True} now"):
+        run(few, baseline=base, chat_template_kwargs={"enable_thinking": True}, **asked)
     with pytest.raises(ValueError, match="no problem in common"):
         run(few, baseline=base, solve_prompt="{problem} Be brief.", **asked)
     assert sampler.sampled == 0 and (tmp_path / "new" / "results.json").read_text() == written

@@ -102,6 +102,30 @@ def test_a_verifier_is_given_the_columns_that_it_names(tmp_path):
     assert log.samples[0].scores["verified"].metadata["verdict"] == "correct"
 
 
+def test_no_seed_is_sent_and_a_gold_answer_that_cannot_be_read_is_not_scored(tmp_path):
+    """inspect-ai sends a task's seed in every epoch, with which a server draws the same sample again."""
+    from inspect_ai.model import ModelOutput, ModelUsage, get_model
+
+    from trl_offpolicy.evaluation.inspect_tasks import task_of
+
+    rows = [{"problem": "What is 2 plus 2?", "answer": "4"}, {"problem": "See the figure.", "answer": "\\frac{1}{"}]
+    sent = []
+
+    def answer(messages, tools, choice, config):
+        sent.append(config)
+        output = ModelOutput.from_content("mock", "\\boxed{4}")
+        output.usage = ModelUsage()
+        return output
+
+    model = get_model("mockllm/model", custom_outputs=answer)
+    (log,) = inspect_ai.eval(task_of("sums", rows), model=model, epochs=2, log_dir=str(tmp_path), display="none")
+    assert log.status == "success", log.error
+    assert len(sent) == 4 and all(config.seed is None and config.temperature == 1.0 for config in sent)
+    values = {metric.name: metric.value for metric in log.results.scores[0].metrics.values()}
+    assert values["accuracy"] == 1.0
+    assert [s.scores["verified"].value == 1.0 for s in log.samples] == [s.target == "4" for s in log.samples]
+
+
 def test_every_benchmark_is_a_task_that_inspect_finds(tmp_path):
     from inspect_ai._util.registry import registry_lookup
 

@@ -57,6 +57,14 @@ def test_changes_are_those_that_a_hand_computes(files, tmp_path):
     half = 1.96 * math.sqrt(2 * 0.003**2 + 2 * 0.014**2) / 2
     assert drop == pytest.approx(0.02) and interval == pytest.approx([0.02 - half, 0.02 + half])
     assert mean_drop([perplexity]) is None
+    bits = {
+        **perplexity,
+        "metric": "bits_per_byte",
+        "base": 0.66,
+        "tuned": 0.86,
+        "change": 0.2,
+    }  # in [0, 1], but no share
+    assert mean_drop([bits]) is None and mean_drop([*changes, perplexity, bits]) == (drop, interval)
 
 
 def test_the_command_shows_drop_and_gain(files, tmp_path, command):

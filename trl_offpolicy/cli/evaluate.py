@@ -157,10 +157,16 @@ def _retention(argv: list[str]) -> int:
 
 def _unread(results: dict[str, dict], verifier: str) -> list[str]:
     """
-    A sentence on each benchmark of which many samples state no answer: more often than the model, its prompt is at
-    fault.
+    A sentence on each benchmark with gold answers that cannot be compared with, and on each of which many samples
+    state no answer: more often than the model, its prompt is at fault.
     """
-    return [
+    left_out = [
+        f"{name}: {result['gold_unparsable']:,} of {result['num_problems']:,} problems have a gold answer that `--verifier {verifier}` cannot compare "
+        "with, and are left out of the accuracies (`not told`)."
+        for name, result in results.items()
+        if result["gold_unparsable"]
+    ]
+    return left_out + [
         f"{name}: {result['unparsable']:.0%} of the samples end without an answer that `--verifier {verifier}` reads, and count as wrong. "
         "--dry_run shows what was asked; does it ask for the form that the verifier reads, and as the model was trained?"
         for name, result in results.items()

@@ -116,6 +116,20 @@ def share_interval(shares: Sequence[float], level: float = 0.95) -> list[float] 
     return [float(max(0.0, low)), float(min(1.0, high))]
 
 
+def _difference_interval(differences: list[float], level: float = 0.95) -> list[float] | None:
+    """
+    Interval of the mean of paired differences in [-1, 1]. Where all are alike, so are at least a share of the exact
+    binomial bound, and the others may be anything.
+    """
+    n = len(differences)
+    if n < 2:
+        return None
+    if len(set(differences)) > 1:
+        return bootstrap(differences, level=level)[0].tolist()
+    bound = ((1 - level) / 2) ** (1 / n)
+    return [bound * differences[0] - (1 - bound), bound * differences[0] + (1 - bound)]
+
+
 def paired_test(differences: Sequence[float] | np.ndarray, num_flips: int = 10_000, seed: int = 0) -> float:
     """
     Two-sided p-value of the mean of paired differences: their signs flipped at random (the null: either model, either
@@ -138,7 +152,7 @@ def compare(results: dict, baseline: dict) -> dict:
 
     Returns:
         `dict`: `difference` of the accuracies (share; positive: better than the baseline), its interval
-            `difference_ci95` over problems, `p_value` of the paired sign-flip test, `num_problems` in common.
+            `difference_ci95` over problems (where all differ alike, from the exact binomial bound), `p_value` of the paired sign-flip test, `num_problems` in common.
 
     Raises:
         ValueError: They have no problem in common (another benchmark, or prompts that differ).
@@ -156,7 +170,7 @@ def compare(results: dict, baseline: dict) -> dict:
     differences = [shares[0][i] - shares[1][i] for i in common]
     return {
         "difference": sum(differences) / len(common),
-        "difference_ci95": bootstrap(differences)[0].tolist() if len(common) > 1 else None,
+        "difference_ci95": _difference_interval(differences),
         "p_value": paired_test(differences),
         "num_problems": len(common),
     }

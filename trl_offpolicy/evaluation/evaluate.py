@@ -35,7 +35,6 @@ from ..sampling.provenance import template_digest
 from ..sampling.sampler import (
     FAILED,
     LATER,
-    Completion,
     Request,
     Sampler,
     as_sampler,
@@ -96,18 +95,18 @@ def evaluate(
               `…_ci95`, a bootstrap interval over problems; `avg@k_se`, the standard error over problems; `vs_baseline`
               ([`~evaluation.estimators.compare`]), if there is one;
             - `num_problems`, and `problem_ids`, `num_correct`, `num_judged`: lists in row order; `mean_length` in
-              tokens;
+              tokens, `None` where a server gives no token ids;
             - `truncated`, `unparsable`, `not_told`: shares of the samples that were cut, stated no answer, could not
-              be judged or drawn (time-outs, errors). The first two count as wrong, the last are left out, and a
-              problem with fewer than j left is left out of `pass@j`. `gold_unparsable`: problems whose gold answer
-              the verifier cannot compare with;
+              be judged or drawn (time-outs, errors, a gold answer that the verifier cannot compare with). The first
+              two count as wrong, the last are left out, and a problem with fewer than j left is left out of `pass@j`.
+              `gold_unparsable`: problems with such a gold answer;
             - `entropy`: nats per token, the mean of -log π over the sampled tokens; `None` without log-probs or plain
               sampling.
 
     Raises:
         ValueError: A benchmark is empty or unknown, a row has no problem or no answer, the prompts' format is wrong,
             or `output_dir` holds an evaluation with other settings, or `baseline` one with no problem in common or
-            another k, sampling or token limit.
+            another k, sampling, token limit, verifier or `chat_template_kwargs`.
         TypeError: `args` is no [`EvaluationConfig`], or there are `settings` beside it.
     """
     args = _config(args, settings)
@@ -117,8 +116,13 @@ def evaluate(
     questions = {
         name: read_questions(name, each, args.solve_prompt, args.system_prompt) for name, each in rows.items()
     }
-    drawn = {"num_generations": args.num_generations, **asdict(params)}
-    earlier = _read_baseline(Path(os.path.expanduser(args.baseline)), questions, drawn) if args.baseline else {}
+    measured = {
+        "num_generations": args.num_generations,
+        **asdict(params),
+        "chat_template_kwargs": args.chat_template_kwargs,
+        "verifier": describe(MathVerifier() if verifier is None else verifier),
+    }
+    earlier = _read_baseline(Path(os.path.expanduser(args.baseline)), questions, measured) if args.baseline else {}
     sampler = sampler or _default_sampler(model, processing_class)
     processing_class = getattr(sampler, "processing_class", processing_class)
     sampler = as_sampler(sampler)
@@ -134,11 +138,7 @@ def evaluate(
         config = {**params.settings(), **asked, **_engine(sampler, verifier, processing_class)}
         golds = {name: verifier.check_answers([q.answer for q in each]) for name, each in questions.items()}
         run.sample(sampler, verifier, config)
-    results = {
-        name: {**run.summarize(name), "gold_unparsable": sum(verdict != Verdict.CORRECT for verdict in golds[name])}
-        for name in questions
-        if run.has(name)
-    }
+    results = {name: run.summarize(name, golds[name]) for name in questions if run.has(name)}
     _compare(results, earlier, str(args.baseline))
     if args.output_dir is not None and run.complete:
         made_with = {**config, "num_generations": args.num_generations}
@@ -165,7 +165,7 @@ def _default_sampler(model, processing_class) -> Sampler:
 def _read_baseline(directory: Path, questions: dict[str, list[Question]], settings: dict) -> dict[str, dict]:
     """
     The benchmarks of an earlier evaluation; `ValueError` before anything is sampled where nothing could be compared
-    with it, or it was sampled with other `settings`: a difference of theirs would be taken for one of the models.
+    with it, or it was measured with other `settings`: a difference of theirs would be taken for one of the models.
     """
     path = directory / "results.json"
     if not path.exists():
@@ -176,14 +176,15 @@ def _read_baseline(directory: Path, questions: dict[str, list[Question]], settin
         found = json.loads(path.read_text())
         earlier = {name: each for name, each in found["benchmarks"].items() if _judged(each)}
         config = found.get("config", {})
-        known = {name: config.get(name, LATER.get(name, value)) for name, value in settings.items()}
+        unnamed = {**settings, **LATER, "chat_template_kwargs": None}  # what results hold that do not name a setting
+        known = {name: config.get(name, unnamed[name]) for name in settings}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"You passed baseline={str(directory)!r}, but {path} is no result of an evaluation."
         ) from error
     if differing := differences(known, settings, free=()):
         raise ValueError(
-            f"You passed baseline={str(directory)!r}, which was sampled otherwise, so a difference would not be the model's: {differing}. "
+            f"You passed baseline={str(directory)!r}, which was measured otherwise, so a difference would not be the model's: {differing}. "
             "Evaluate both with the same settings, or leave `baseline` out."
         )
     if not earlier.keys() & questions.keys():
@@ -289,7 +290,7 @@ class _Run:
 
         def record(batch: list[Judged]) -> list[Judged]:
             for judged in batch:
-                self.samples[judged.item] = entry = _entry(*judged, verifier.stated)
+                self.samples[judged.item] = entry = _entry(judged, verifier.stated)
                 if journal is not None:
                     offsets[judged.item] = journal.append(entry)
             return batch
@@ -309,8 +310,12 @@ class _Run:
         seed = attempt_seed(self.args.seed, question.id, key.stage, key.attempt)
         return Request("/".join(map(str, key)), question.prompt, seed, params, self.args.chat_template_kwargs)  # type: ignore[arg-type]
 
-    def summarize(self, name: str) -> dict:
-        """What [`evaluate`] returns of one benchmark."""
+    def summarize(self, name: str, golds: list[Verdict]) -> dict:
+        """
+        What [`evaluate`] returns of one benchmark; `golds` says which gold answers can be compared with, as far as
+        that can be told without a completion.
+        """
+        unread = {q.id for q, gold in zip(self.questions[name], golds, strict=True) if gold != Verdict.CORRECT}
         drawn: dict[str, list[dict]] = {}
         greedy: list[dict] = []
         for key, question in self.keys(name, Shard() if self.complete else self.shard):
@@ -319,11 +324,20 @@ class _Run:
             else:
                 drawn.setdefault(question.id, []).append(self.samples[key])
         every = [sample for samples in drawn.values() for sample in samples]
-        judged = [[s for s in samples if s["verdict"] not in NOT_JUDGED] for samples in drawn.values()]
+
+        for row_id, samples in drawn.items():
+            whole = [s.get("gold_at_fault", False) for s in samples if s["finish_reason"] == "stop"]
+            unread |= {row_id} if whole and all(whole) else set()
+
+        def told(sample: dict) -> bool:
+            at_fault = sample["id"] in unread or sample.get("gold_at_fault")
+            return sample["verdict"] not in NOT_JUDGED and not at_fault
+
+        judged = [[s for s in samples if told(s)] for samples in drawn.values()]
         correct = [[s["verdict"] == Verdict.CORRECT for s in samples] for samples in judged]
         result = accuracies([[_vote(s) for s in samples] for samples in judged], correct, self.args.num_generations)
         if greedy:
-            right = [float(s["verdict"] == Verdict.CORRECT) for s in greedy if s["verdict"] not in NOT_JUDGED]
+            right = [float(s["verdict"] == Verdict.CORRECT) for s in greedy if told(s)]
             result |= {"greedy": fmean(right) if right else None, "greedy_ci95": share_interval(right)}
         tokens = sum(s["num_tokens"] for s in every)
         known = (
@@ -332,13 +346,14 @@ class _Run:
             and all(s["log_prob"] is not None for s in every if s["num_tokens"])
         )
         cut = [s["finish_reason"] == "length" for s in every]
-        unparsable = [s["verdict"] == Verdict.UNPARSABLE and s["finish_reason"] == "stop" for s in every]
+        unparsable = [s["verdict"] == Verdict.UNPARSABLE and s["finish_reason"] == "stop" and told(s) for s in every]
         return result | {
             "num_problems": len(drawn),
             "truncated": fmean(cut),
             "unparsable": fmean(unparsable),
-            "not_told": fmean(s["verdict"] in NOT_JUDGED for s in every),
-            "mean_length": tokens / len(every),
+            "not_told": fmean(not told(s) for s in every),
+            "gold_unparsable": len(unread),
+            "mean_length": tokens / len(every) if tokens else None,
             "entropy": -sum(s["log_prob"] or 0.0 for s in every) / tokens if known else None,
             "problem_ids": list(drawn),
             "num_correct": [sum(c) for c in correct],
@@ -371,7 +386,8 @@ def _vote(sample: dict) -> str | None:
     return None if sample["answer"] is None else canonical(sample["answer"])
 
 
-def _entry(key: Key, completion: Completion, verdict: Verdict, reason: str, stated: bool) -> dict:
+def _entry(judged: Judged, stated: bool) -> dict:
+    key, completion, verdict, reason, gold_at_fault = judged
     answer = None
     if completion.finish_reason == "stop" and verdict in (Verdict.CORRECT, Verdict.WRONG):
         # the answer that the verifier read; where it reads something else, the text itself
@@ -383,6 +399,7 @@ def _entry(key: Key, completion: Completion, verdict: Verdict, reason: str, stat
         "num_tokens": len(completion.completion_ids),
         "log_prob": round(sum(completion.log_probs), 6) if completion.log_probs else None,
         "answer": answer,
+        **({"gold_at_fault": True} if gold_at_fault else {}),
         "reason": reason,  # a resume reads a line up to here
         "text": completion.text,
     }

@@ -8,7 +8,8 @@ scorer.
 Its viewer of logs, epochs, retries and API models come with it (`pip install 'trl-offpolicy[inspect]'`). What is asked
 and what the verdicts are is as in `evaluate`: a cut sample and one without an answer count as wrong, and one that
 could not be judged is not scored. Not as there: chat templates are the provider's, so plain text prompts are refused,
-and prompts are not held against those of a training.
+prompts are not held against those of a training, and no seed is sent, since inspect-ai would send the same one in every
+epoch, with which a server repeats its sample.
 """
 
 from collections.abc import Iterable
@@ -75,7 +76,6 @@ def task_of(
         temperature=defaults.temperature,
         top_p=defaults.top_p,
         max_tokens=defaults.max_completion_length,
-        seed=defaults.seed,
     )
     columns = () if verifier is None else verifier.columns
     questions = read_questions(name, rows, solve_prompt, system_prompt)
@@ -88,19 +88,22 @@ def task_of(
 @scorer(metrics=[accuracy(), stderr()])
 def verified(verifier: Verifier | None = None) -> Scorer:
     """
-    The verdict of a verifier, by default a [`MathVerifier`]: 1 if it is `correct`, unscored if it could not be told.
+    The verdict of a verifier, by default a [`MathVerifier`]: 1 if it is `correct`, unscored if it could not be told
+    or the gold answer cannot be compared with.
     The columns of the row that it names are taken from the sample's metadata.
     """
     verifier = verifier or MathVerifier()
 
     async def score(state: TaskState, target: Target) -> Score:
         completion = _completion(state.output)
-        ((verdict, reason),) = await anyio.to_thread.run_sync(
-            judge, verifier, [completion], [target.text], [state.metadata]
-        )
+        (judgement,) = await anyio.to_thread.run_sync(judge, verifier, [completion], [target.text], [state.metadata])
+        (gold,) = await anyio.to_thread.run_sync(verifier.check_answers, [target.text])
+        verdict, reason = judgement
         said = {"explanation": reason or str(verdict), "metadata": {"verdict": str(verdict)}}
         if verdict in (Verdict.TIMEOUT, Verdict.ERROR):
             return Score.unscored(reason=str(verdict), **said)
+        if gold != Verdict.CORRECT or judgement.gold_at_fault:
+            return Score.unscored(reason="gold_unparsable", **said)
         return Score(value=float(verdict == Verdict.CORRECT), **said)
 
     return score

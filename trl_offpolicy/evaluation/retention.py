@@ -55,12 +55,12 @@ def measure_retention(base: str | Path, tuned: str | Path, output_dir: str | Pat
 def mean_drop(changes: list[dict]) -> tuple[float, list[float] | None] | None:
     """
     The mean over tasks of how much worse the first metric of each has become, and its interval, the tasks taken as
-    independent; of those that are shares. `None` if there are none.
+    independent; of those that are shares of what is right. `None` if there are none.
     """
-    first = {row["task"]: row for row in reversed(changes) if is_share(row)}.values()
+    first = [row for row in {row["task"]: row for row in reversed(changes)}.values() if is_share(row)]
     if not first:
         return None
-    drop = sum(row["change"] * (-1 if row["higher_is_better"] else 1) for row in first) / len(first)
+    drop = -sum(row["change"] for row in first) / len(first)
     if any(row["change_ci95"] is None for row in first):
         return drop, None
     half = math.sqrt(sum(((row["change_ci95"][1] - row["change_ci95"][0]) / 2) ** 2 for row in first)) / len(first)
@@ -68,8 +68,8 @@ def mean_drop(changes: list[dict]) -> tuple[float, list[float] | None] | None:
 
 
 def is_share(row: dict) -> bool:
-    """Whether a metric is a share such as an accuracy, and no perplexity or BLEU."""
-    return 0 <= row["base"] <= 1 and 0 <= row["tuned"] <= 1
+    """Whether a metric is a share such as an accuracy, and no perplexity, BLEU or number of bits per byte."""
+    return row["higher_is_better"] and 0 <= row["base"] <= 1 and 0 <= row["tuned"] <= 1
 
 
 def _result_file(path: str | Path) -> Path:

@@ -85,7 +85,7 @@ def retention(changes: list[dict], results: dict[str, dict] | None = None) -> Ta
             change = number(versus["difference"], "+.1%", versus["difference_ci95"])
             rows.append([f"{benchmark} (target)", metric, "", number(r[metric], ".1%"), change])
     for row in changes:
-        form = ".1%" if all(0 <= row[name] <= 1 for name in ("base", "tuned")) else ".3g"
+        form = ".1%" if row["higher_is_better"] and all(0 <= row[name] <= 1 for name in ("base", "tuned")) else ".3g"
         change = number(row["change"], f"+{form}", row["change_ci95"])
         metric = row["metric"] if row["higher_is_better"] else f"{row['metric']} (lower is better)"
         rows.append([row["task"], metric, number(row["base"], form), number(row["tuned"], form), change])

@@ -105,7 +105,7 @@ class Attempts:
             of = [shown_problem(judged.item, journal) for judged in batch]
             attempts = [
                 self.attempt(problem, draw.stage, draw.attempt, completion, verdict, reason)
-                for problem, (draw, completion, verdict, reason) in zip(of, batch, strict=True)
+                for problem, (draw, completion, verdict, reason, _) in zip(of, batch, strict=True)
             ]
             results = []
             try:

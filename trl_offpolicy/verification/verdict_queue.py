@@ -18,12 +18,16 @@ HOPELESS = 100  # failures in a row after which an engine that has drawn nothing
 
 
 class Judged(NamedTuple):
-    """A completion with its verdict and the reason for it; `item` is what it was put in with."""
+    """
+    A completion with its verdict, the reason for it, and whether that is the gold answer; `item` is what it was put in
+    with.
+    """
 
     item: Any
     completion: Completion
     verdict: Verdict | None
     reason: str
+    gold_at_fault: bool = False
 
 
 class VerdictQueue:
@@ -153,7 +157,8 @@ class VerdictQueue:
                 return
             with self._changed:
                 self._judged += [
-                    Judged(item, c, *verdict) for (item, c, *_), verdict in zip(batch, judgements, strict=True)
+                    Judged(item, c, *judgement, judgement.gold_at_fault)
+                    for (item, c, *_), judgement in zip(batch, judgements, strict=True)
                 ]
                 self._changed.notify_all()
 
