@@ -276,7 +276,7 @@ JUDGED_IN_DOCS = [
     ("abs(x-1)", "|x-1|", True), ("\\sqrt{5}", "5", False), ("90\\text{ minutes}", "1.5\\text{ hours}", True), ("72\\text{ apples}", "72", True), ("7\\text{ tenths}", "7", False),
     ("10\\text{ or more}", "10", False), ("5\\text{x}", "5", False), ("x=2, y=3", "(2,3)", True), ("y=3, x=2", "(2,3)", True), ("(3,2)", "(2,3)", False), ("[2,3]", "(2,3)", False),
     ("2345", "(2,345)", False), ("-1\\le x<3", "[-1,3)", True), ("x\\ge-1\\text{ and }x<3", "[-1,3)", True), ("2 and 1", "\\{1,2\\}", True), ("12, 345", "12345", False),
-    ("1, 1, 2", "1, 2, 2", False), ("x=1\\text{ or }x=2", "\\{1,2\\}", True), ("2=x", "x=2", True), ("x=5", "5", True), ("V_1:V_2=11:21", "11:21", True), ("f(x)=2x", "2x", True),
+    ("1, 1, 2", "1, 2, 2", False), ("1, 1, 2", "1, 2", True), ("2\\ln x", "\\ln(x^2)", True), ("x=1\\text{ or }x=2", "\\{1,2\\}", True), ("2=x", "x=2", True), ("x=5", "5", True), ("V_1:V_2=11:21", "11:21", True), ("f(x)=2x", "2x", True),
     ("f(x)=2x", "y=2x", True), ("y=5, x=2", "x=2, y=5", True), ("y=5", "x=5", False), ("4x-2y=6", "2x-y=3", True), ("2x=10", "10", False), ("x>2", "(2,\\infty)", True),
     ("c>b>a", "a<b<c", True), ("x>2", "x\\ge2", False), ("n\\equiv10\\pmod7", "n\\equiv3\\pmod7", True), ("3 (mod 7)", "n\\equiv3\\pmod7", True), ("3 (mod 7)", "3", False),
     ("3 to 4", "3:4", True), ("6:8", "\\frac34", True), ("4:3", "3:4", False), ("3:4:5", "3:4", False), ("(B)", "B", True), ("\\text{(B) }12", "B", True), ("12", "\\text{(B) }12", True),
