@@ -590,7 +590,9 @@ def test_a_dry_evaluation_shows_what_is_asked(tmp_path, capsys):
 def test_an_evaluation_without_readable_answers_says_where_to_look():
     from trl_offpolicy.cli.evaluate import _unread
 
-    (told,) = _unread({"a": {"unparsable": 0.5}, "b": {"unparsable": 0.1}}, "exact")
+    (told,) = _unread(
+        {name: {"unparsable": share, "gold_unparsable": 0} for name, share in (("a", 0.5), ("b", 0.1))}, "exact"
+    )
     assert (
         told.startswith("a: 50% of the samples end without an answer that `--verifier exact` reads")
         and "--dry_run" in told

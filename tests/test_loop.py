@@ -1,5 +1,6 @@
 """Rounds of rewriting and training, and the divergence that they measure, with the embedded policy and the real commands."""
 
+import fcntl
 import hashlib
 import json
 import mmap
@@ -670,6 +671,8 @@ def test_killed_five_times_it_comes_to_the_same(here, process):
     def life(name, events=None):
         child = process(live, here, [*argv, name], events)
         child.join()
+        with open(Path(name, "loop.lock")) as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until its step has ended too, which was killed with it
         return child.exitcode
 
     assert life("calm") == 0

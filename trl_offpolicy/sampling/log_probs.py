@@ -91,8 +91,10 @@ def has_known_head(model: PreTrainedModel, ids: list[int]) -> bool:
     more to them (RecurrentGemma caps them under another name). Tried once a model, on the first of these token ids.
     """
     if model not in _KNOWN_HEADS:
+        tokens = torch.tensor([ids[:16]], device=model.device)
+        # Its class's forward: a copy of a model that TRL has trained has one that is bound to the model it was copied from.
         with hidden_states(model) as seen:
-            logits = model(input_ids=torch.tensor([ids[:16]], device=model.device), use_cache=False).logits[0]
+            logits = type(model).forward(model, input_ids=tokens, use_cache=False).logits[0]
         own, ours = logits.float(), head_logits(lm_head(model), seen[-1][0])
         rounding = max(1e-3, 2 * torch.finfo(logits.dtype).eps, 2 * torch.finfo(seen[-1].dtype).eps)
         differ = own.shape != ours.shape or (own - ours.to(own.device)).abs().max() > rounding * own.abs().max()
