@@ -243,7 +243,7 @@ Next, with a GPU:
   trl-offpolicy rewrite --model_name_or_path Qwen/Qwen2.5-Math-1.5B --dataset_name openai/gsm8k --dataset_config main \\
       --output_dir runs/gsm8k --num_generations 8 --dtype bfloat16
   accelerate launch -m trl_offpolicy.cli sft --model_name_or_path Qwen/Qwen2.5-Math-1.5B --dataset_name runs/gsm8k/dataset \\
-      --objective dft --learning_rate 5e-5 --output_dir runs/gsm8k-dft"""
+      --objective dft --learning_rate 5e-6 --max_length 4096 --output_dir runs/gsm8k-dft"""
 
 
 def main():
