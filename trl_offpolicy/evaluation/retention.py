@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.whole_file import write_whole
+from ..reporting.tables import is_share
 
 
 def measure_retention(base: str | Path, tuned: str | Path, output_dir: str | Path | None = None) -> list[dict]:
@@ -65,11 +66,6 @@ def mean_drop(changes: list[dict]) -> tuple[float, list[float] | None] | None:
         return drop, None
     half = math.sqrt(sum(((row["change_ci95"][1] - row["change_ci95"][0]) / 2) ** 2 for row in first)) / len(first)
     return drop, [drop - half, drop + half]
-
-
-def is_share(row: dict) -> bool:
-    """Whether a metric is a share such as an accuracy, and no perplexity, BLEU or number of bits per byte."""
-    return row["higher_is_better"] and 0 <= row["base"] <= 1 and 0 <= row["tuned"] <= 1
 
 
 def _result_file(path: str | Path) -> Path:

@@ -41,7 +41,7 @@ from ..runs.run_config import STEP
 from ..runs.run_directory import RunDirectory
 from ..runs.run_log import wandb_group
 from ..runs.run_memory import RunMemory
-from ..sampling.sampler import FAILED, PLAIN
+from ..sampling.sampler import FAILED, reshaped
 from .loop_config import LoopConfig
 
 
@@ -61,9 +61,8 @@ def measures_forgetting(rewriting: dict[str, Any]) -> bool:
     Whether a rewrite with these options keeps what `gap --forgetting` needs: attempts of stage `self` that were drawn
     from the policy alone, the rejected ones with their log-probs.
     """
-    needed = {**PLAIN, "keep_rejected": True}
-    plain = all(rewriting.get(name, value) == value for name, value in needed.items())
-    return plain and not rewriting.get("stop") and Source.SELF in rewriting.get("stages", [Source.SELF])
+    plain = not reshaped(rewriting) and not rewriting.get("stop")
+    return plain and rewriting.get("keep_rejected", True) and Source.SELF in rewriting.get("stages", [Source.SELF])
 
 
 class Step(NamedTuple):

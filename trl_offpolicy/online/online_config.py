@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, fields, make_dataclass
 
 from ..rewriting.rewrite_config import RewriteConfig
-from ..sampling.sampler import PLAIN, check_positive
+from ..sampling.sampler import PLAIN, check_positive, reshaped
 from ..trainer.importance_weighted_sft_config import ImportanceWeightedSFTConfig
 
 
@@ -121,11 +121,11 @@ class OnlineRewriteSFTConfig(RewritingFields, ImportanceWeightedSFTConfig):  # t
         check_positive(refresh_deadline=self.refresh_deadline, sampling_batch_size=self.sampling_batch_size)
         if self.max_staleness is not None and self.max_staleness < 0:
             raise ValueError(f"You passed max_staleness={self.max_staleness}; it must be at least 0.")
-        reshaped = {name: value for name in PLAIN if (value := getattr(self, name)) != PLAIN[name]}
-        if reshaped:
+        settings = reshaped(vars(self))
+        if settings:
             raise ValueError(
-                f"You passed {', '.join(f'{name}={value}' for name, value in reshaped.items())}, but online rows are drawn from the policy itself: "
-                f"a token's log-prob is log μ only with {', '.join(f'{name}={PLAIN[name]:g}' for name in reshaped)}. Leave it out."
+                f"You passed {', '.join(f'{name}={value}' for name, value in settings.items())}, but online rows are drawn from the policy itself: "
+                f"a token's log-prob is log μ only with {', '.join(f'{name}={PLAIN[name]:g}' for name in settings)}. Leave it out."
             )
         if "teacher" in self.stages:
             raise ValueError(

@@ -85,7 +85,7 @@ def retention(changes: list[dict], results: dict[str, dict] | None = None) -> Ta
             change = number(versus["difference"], "+.1%", versus["difference_ci95"])
             rows.append([f"{benchmark} (target)", metric, "", number(r[metric], ".1%"), change])
     for row in changes:
-        form = ".1%" if row["higher_is_better"] and all(0 <= row[name] <= 1 for name in ("base", "tuned")) else ".3g"
+        form = ".1%" if is_share(row) else ".3g"
         change = number(row["change"], f"+{form}", row["change_ci95"])
         metric = row["metric"] if row["higher_is_better"] else f"{row['metric']} (lower is better)"
         rows.append([row["task"], metric, number(row["base"], form), number(row["tuned"], form), change])
@@ -129,6 +129,11 @@ def texts(gap: dict[str, dict]) -> Table:
         ]
         rows.append([source, number(after["copy_ratio"], ".1%"), *both])
     return ["source", "copied 4-grams", "speak of a reference", "distinct-2", "self-BLEU"], rows
+
+
+def is_share(row: dict) -> bool:
+    """Whether a metric of lm-eval is a share such as an accuracy, and no perplexity, BLEU or number of bits per byte."""
+    return row["higher_is_better"] and 0 <= row["base"] <= 1 and 0 <= row["tuned"] <= 1
 
 
 def rounds(rounds: list[dict]) -> Table:

@@ -427,9 +427,8 @@ class RewriteConfig(HubOptions, RunConfig):
                 raise ValueError(
                     f"You passed {phrase!r} in mention_phrases, which is found in every text; leave it out."
                 )
-        if self.strategy is not None and self.strategy not in STRATEGIES:
-            raise ValueError(f"You passed strategy={self.strategy!r}; use one of {list(STRATEGIES)}.")
-        self._check_strategy()
+        if self.strategy is not None:
+            self._check_strategy(rewrite_settings(self.strategy))
         if not 0 <= self.replay_share < 1:
             raise ValueError(f"You passed replay_share={self.replay_share}; it is a share, at least 0 and below 1.")
         if self.replay_dataset is not None and not self.replay_share:
@@ -583,16 +582,12 @@ class RewriteConfig(HubOptions, RunConfig):
         Raises:
             ValueError: There is no strategy of this name, or a value cannot be.
         """
-        if name not in STRATEGIES:
-            raise ValueError(f"You passed strategy={name!r}; use one of {list(STRATEGIES)}.")
         return cls(output_dir, **{**rewrite_settings(name), **given, "strategy": name})
 
-    def _check_strategy(self) -> None:
-        """Warns of the name of a strategy beside none of what makes it another than the default."""
-        if self.strategy is None:
-            return
+    def _check_strategy(self, settings: dict[str, Any]) -> None:
+        """Warns of the name of a strategy beside none of its settings that make it another than the default."""
         default = {f.name: default_of(f) for f in fields(self)}
-        own = {name for name, value in rewrite_settings(self.strategy).items() if value != default[name]}
+        own = {name for name, value in settings.items() if value != default[name]}
         if own and all(getattr(self, name) == default[name] for name in own):
             warnings.warn(
                 f"You passed strategy={self.strategy!r}, which only names settings, without what makes it one: {', '.join(sorted(own))} of the default. "

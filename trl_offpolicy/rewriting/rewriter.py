@@ -333,10 +333,9 @@ class DataRewriter:
         if self.args.replay_share:
             siblings = {shard.parquet for shard in self.shard.siblings()}
             with publish_lock(self.output_dir):
+                # Those of a run with another number of shards, whose journals were deleted.
                 for file in (self.output_dir / "replay").glob("*.parquet"):
-                    if (
-                        file.name not in siblings
-                    ):  # of a run with another number of shards, whose journals were deleted
+                    if file.name not in siblings:
                         file.unlink()
                 put_together(*(self.output_dir / name for name in ("dataset", "replay", "with_replay")))
         if self.shard.count > 1:

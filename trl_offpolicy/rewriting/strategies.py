@@ -35,5 +35,10 @@ LOOP_SETTINGS = ("train_from", "refresh")
 
 
 def rewrite_settings(name: str) -> dict[str, Any]:
-    """The settings of a strategy but for the loop's: fields of `RewriteConfig`, by name."""
+    """
+    The settings of a strategy but for the loop's: fields of `RewriteConfig`, by name. `ValueError` if there is none of
+    this name.
+    """
+    if name not in STRATEGIES:
+        raise ValueError(f"You passed strategy={name!r}; use one of {list(STRATEGIES)}.")
     return {setting: value for setting, value in STRATEGIES[name].items() if setting not in LOOP_SETTINGS}

@@ -12,7 +12,7 @@ import yaml
 
 from ..cards import is_hub_id
 from ..data.rows import Source, sources_of
-from ..sampling.sampler import FAILED, PLAIN
+from ..sampling.sampler import FAILED, reshaped
 from .journal import Attempt, read_attempts, read_header
 from .run_counts import RunCounts
 from .run_memory import RunMemory
@@ -147,10 +147,9 @@ class RunDirectory:
             raise ValueError(
                 f"{passed}, which is no finished `trl-offpolicy rewrite`: it has no journal, or no dataset/."
             )
-        reshaped = {name: self.config[name] for name, plain in PLAIN.items() if self.config.get(name, plain) != plain}
-        if reshaped or Source.SELF not in self.config["stages"]:
+        if (settings := reshaped(self.config)) or Source.SELF not in self.config["stages"]:
             raise ValueError(
-                f"{passed}, sampled with {reshaped or self.config['stages']}: its attempts are not drawn from the policy alone. Rewrite with stage "
+                f"{passed}, sampled with {settings or self.config['stages']}: its attempts are not drawn from the policy alone. Rewrite with stage "
                 "`self` at temperature 1 with top_p 1 and top_k 0."
             )
         return passed

@@ -2,7 +2,7 @@
 
 import hashlib
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib import import_module
@@ -56,13 +56,21 @@ class SamplingParams:
         The settings, by name, for which a token is not drawn from the model's own distribution. Where there are none
         its log-prob is log μ.
         """
-        return {name: value for name, plain in PLAIN.items() if (value := getattr(self, name)) != plain}
+        return reshaped({name: getattr(self, name) for name in PLAIN})
 
     def settings(self) -> dict[str, Any]:
         """
         By name, for a journal; without those of [`LATER`] that are at their default, which older journals do not name.
         """
         return {name: value for name, value in asdict(self).items() if name not in LATER or value != LATER[name]}
+
+
+def reshaped(settings: Mapping[str, Any]) -> dict[str, float]:
+    """
+    Those of the settings by name (a run's, a command's; one that is not there is plain) for which a token is not drawn
+    from the model's own distribution.
+    """
+    return {name: settings[name] for name, plain in PLAIN.items() if settings.get(name, plain) != plain}
 
 
 def check_sampling(min_p: float, repetition_penalty: float, stop: Sequence[str] | None, max_repeats: int = 0) -> None:

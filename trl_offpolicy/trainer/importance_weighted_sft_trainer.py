@@ -873,9 +873,8 @@ def kept_tokens(args) -> slice:
 
 def _warn_of_long_rows(dataset, args, packing: bool, dataset_name: str) -> None:
     """Warns of rows of which `max_length` cuts something, most often the answer and the end of turn."""
-    if args.max_length is None or (
-        packing and args.packing_strategy != "bfd"
-    ):  # the other strategies go on in another row
+    goes_on = packing and args.packing_strategy != "bfd"  # the other strategies go on in another row
+    if args.max_length is None or goes_on:
         return
     batches = dataset.with_format("arrow").iter(batch_size=1000)
     lengths = [length for batch in batches for length in pc.list_value_length(batch["input_ids"]).to_pylist()]
