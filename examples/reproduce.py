@@ -860,7 +860,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"reproduce.py: a step ended with exit code {error.returncode}: {shlex.join(error.cmd)}{where}\nMend that, then run the same command again.", file=sys.stderr)  # fmt: skip
         return 3 if error.returncode == 3 else 2
     except (KeyboardInterrupt, OutOfBudget) as reason:
-        print(f"\nstopped: {str(reason) or 'interrupted'}. Run the same command again to go on.", file=sys.stderr)
+        more = " with a larger --sampling_budget" if "--sampling_budget" in str(reason) else ""
+        print(
+            f"\nstopped: {str(reason) or 'interrupted'}. Run the same command again{more} to go on.", file=sys.stderr
+        )
         show_page(experiment)
         return 3
     show_page(experiment)

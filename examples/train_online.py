@@ -32,6 +32,7 @@ from trl_offpolicy.cli.arguments import (
     last_checkpoint,
     load_demonstrations,
     make_verifier,
+    model_init_kwargs,
     parser_for,
 )
 
@@ -48,9 +49,7 @@ def main(argv: list[str]) -> int:
     if args.process_index == 0:
         check_before_loading(args.output_dir, "wandb" if "wandb" in args.report_to else "none")
     resume = last_checkpoint(args.resume_from_checkpoint, args.output_dir)
-    args.model_init_kwargs = {
-        "revision": model.model_revision, "attn_implementation": model.attn_implementation, "dtype": model.dtype, **(args.model_init_kwargs or {}),
-    }  # fmt: skip
+    args.model_init_kwargs = model_init_kwargs(model, args)
     trainer = OnlineRewriteSFTTrainer(
         model.model_name_or_path,
         args,

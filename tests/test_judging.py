@@ -268,6 +268,15 @@ def test_verifiers_of_a_users_own_are_described_alike_in_every_process():
     assert "0x" not in describe(all_of(verify, Recording()))
 
 
+def test_judges_of_other_models_are_other_verifiers():
+    """Else their accuracies would be compared as if one had judged, and a run resumed with the other."""
+    first, second = (ScriptedSampler(), ScriptedSampler())
+    second.name = "another model"
+    judges = [JudgeVerifier(first), JudgeVerifier(second), JudgeVerifier(first, yes="TRUE", no="FALSE")]
+    assert describe(judges[0]) == "judge_verifier(sampler='scripted')" == describe(JudgeVerifier(as_sampler(first)))
+    assert len({describe(each) for each in judges} | {describe(all_of(each)) for each in judges}) == 6
+
+
 @pytest.mark.parametrize(
     "log_probs, reason, said",
     [

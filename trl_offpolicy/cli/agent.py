@@ -20,6 +20,7 @@ from .arguments import (
     last_checkpoint,
     load_demonstrations,
     make_verifier,
+    model_init_kwargs,
     parser_for,
 )
 
@@ -160,12 +161,7 @@ def _train(arguments: AgentArguments, args, model_args):
     from ..sampling.loading import loading
 
     resume = last_checkpoint(args.resume_from_checkpoint, args.output_dir)
-    args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(args.model_init_kwargs or {}),
-    }
+    args.model_init_kwargs = model_init_kwargs(model_args, args)
     model = model_args.model_name_or_path
     shared = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
     with loading(model):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from types import UnionType
-from typing import Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from trl import TrlParser
 
@@ -387,6 +387,20 @@ def last_checkpoint(resume: str | None, output_dir: str) -> str | None:
             "save_only_model leaves out). Leave it out to begin, or name a checkpoint to go on from its weights alone."
         )
     return str(whole[-1])
+
+
+def model_init_kwargs(model_args, args) -> dict[str, Any]:
+    """
+    What a trainer of TRL loads the model with: what its own `model_init_kwargs` say over the options of TRL's
+    `ModelConfig`.
+    """
+    return {
+        "revision": model_args.model_revision,
+        "trust_remote_code": args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(args.model_init_kwargs or {}),
+    }
 
 
 def make_verifier(arguments: VerifierArguments):

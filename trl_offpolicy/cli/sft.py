@@ -12,7 +12,7 @@ from trl import ScriptArguments
 
 from ..data.tokenization import template_kwargs
 from ..sampling.engine import TEMPLATE_KWARGS_HELP
-from .arguments import CommandParser, check_before_loading, last_checkpoint, parser_for, say_next
+from .arguments import CommandParser, check_before_loading, last_checkpoint, model_init_kwargs, parser_for, say_next
 
 
 SFT_EXAMPLES = """\
@@ -92,13 +92,7 @@ def _train(script_args, args, model_args, resume: str | None) -> bool:
     from ..data.loading import load_rows
     from ..trainer.importance_weighted_sft_trainer import ImportanceWeightedSFTTrainer
 
-    args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "trust_remote_code": args.trust_remote_code,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(args.model_init_kwargs or {}),
-    }
+    args.model_init_kwargs = model_init_kwargs(model_args, args)
     splits = [script_args.dataset_train_split]
     if args.eval_strategy != "no":
         splits.append(script_args.dataset_test_split)

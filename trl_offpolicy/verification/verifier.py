@@ -90,11 +90,13 @@ def describe(verifier) -> str:
     if not isinstance(verifier, Verifier):
         return name
     now = {**vars(verifier), **vars(verifier).get("options", {})}
+    if "sampler" in now:  # a judge: its model decides, however that is run
+        now["sampler"] = getattr(now["sampler"], "name", type(now["sampler"]).__name__)
     defaults = {p.name: p.default for p in signature(type(verifier)).parameters.values()}
     given = [
         f"{k}={now[k]!r}"
         for k, default in defaults.items()
-        if k not in ("timeout", "num_workers", "sampler") and k in now and now[k] != default
+        if k not in ("timeout", "num_workers") and k in now and now[k] != default
     ]
     return name + (f"({', '.join(given)})" if given else "")
 

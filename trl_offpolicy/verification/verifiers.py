@@ -399,8 +399,8 @@ class JudgeVerifier(Verifier):
         threshold: float = 0.5,
         num_draws: int = 8,
         prompt: str = JUDGE_PROMPT,
-        yes="YES",
-        no="NO",
+        yes: str = "YES",
+        no: str = "NO",
         seed: int = 0,
     ):
         if not 0 < threshold < 1 or num_draws < 1:
@@ -409,7 +409,7 @@ class JudgeVerifier(Verifier):
             )
         prompts.check(prompt, "prompt", "completion", "answer")
         self.sampler, self.threshold, self.num_draws, self.prompt = as_sampler(sampler), threshold, num_draws, prompt
-        self.words, self.seed = (yes.upper(), no.upper()), seed
+        self.yes, self.no, self.seed = yes.upper(), no.upper(), seed
 
     def _explain(self, completions: list[str], answers: list, **_) -> list[Judgement]:
         results: list[Judgement | None] = [None] * len(completions)
@@ -442,12 +442,12 @@ class JudgeVerifier(Verifier):
                     if results[index] is None and draws[index] < self.num_draws:
                         waiting.append(index)
         return [
-            r or Judgement(Verdict.UNPARSABLE, f"{self.sampler.name} does not settle on {' or '.join(self.words)}")
+            r or Judgement(Verdict.UNPARSABLE, f"{self.sampler.name} does not settle on {self.yes} or {self.no}")
             for r in results
         ]
 
     def _decide(self, seen: list[tuple[str, float]]) -> Judgement | None:
-        yes, no = (sum(p for word, p in seen if word == which) for which in self.words)
+        yes, no = (sum(p for word, p in seen if word == which) for which in (self.yes, self.no))
         unseen = max(0.0, 1.0 - sum(p for _, p in seen))
         if yes + no == 0:
             return None
