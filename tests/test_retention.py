@@ -67,6 +67,16 @@ def test_changes_are_those_that_a_hand_computes(files, tmp_path):
     assert mean_drop([bits]) is None and mean_drop([*changes, perplexity, bits]) == (drop, interval)
 
 
+def test_of_a_group_without_a_metric_of_its_own_the_tasks_in_it_are_compared(files):
+    """As of `leaderboard`, which lm-eval writes as a blank line above its tasks; a group in it that has one stands for its own tasks."""
+    for file in files:
+        content = json.loads(file.read_text())
+        content["results"] = {"leaderboard": {" ": " ", "alias": "leaderboard"}, **content["results"]}
+        content["group_subtasks"] = {"leaderboard": ["mmlu", "gsm8k"], "mmlu": ["mmlu_anatomy"], "wikitext": []}
+        file.write_text(json.dumps(content))
+    assert [row["task"] for row in measure_retention(*files)] == ["mmlu", "gsm8k", "gsm8k", "wikitext"]
+
+
 def test_the_command_shows_drop_and_gain(files, tmp_path, command):
     gain = {
         "difference": 0.12,
@@ -94,8 +104,12 @@ def test_the_command_shows_drop_and_gain(files, tmp_path, command):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n-shot": {"gsm8k": 0}}, "'gsm8k' has `n-shot` 5 in .* and 0 in .*: the two cannot be compared"),
+        (
+            {"n-shot": {"mmlu_anatomy": 0, "gsm8k": 0}},
+            "'gsm8k' has `n-shot` 5 in .* and 0 in .*: the two cannot be compared",
+        ),
         ({"n-samples": {"gsm8k": {"original": 1319, "effective": 100}}}, "`n-samples`"),
+        ({"n-shot": {"mmlu_anatomy": 5, "gsm8k": 5, "wikitext": 0}}, "'mmlu_anatomy' has `n-shot` 0 in .* and 5 in"),
         ({"results": {"ifeval": {"acc,none": 0.5}}}, "there is no metric in common"),
         ({"results": {}}, "is no result file of lm-eval"),
     ],

@@ -8,6 +8,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..reporting.tables import is_share
 def measure_retention(base: str | Path, tuned: str | Path, output_dir: str | Path | None = None) -> list[dict]:
     """
     The change of each metric of each task that both have results of; of a group of tasks (MMLU's subjects) the
-    group's.
+    group's, where it has one.
 
     Args:
         base, tuned (`str` or `Path`): lm-eval's result file of each model, or the directory (`--output_path`) whose
@@ -36,13 +37,14 @@ def measure_retention(base: str | Path, tuned: str | Path, output_dir: str | Pat
     files = [_result_file(path) for path in (base, tuned)]
     results = [_read(file) for file in files]
     tasks = [name for name in results[0]["results"] if name in results[1]["results"]]
-    inner = {task for of in results for subtasks in of.get("group_subtasks", {}).values() for task in subtasks}
-    tasks = [name for name in tasks if name not in inner]
-    rows = [row for task in tasks for row in _changes(task, *results)]
+    changes = {task: list(_changes(task, *results)) for task in tasks}
+    groups: dict[str, list[str]] = {**results[1].get("group_subtasks", {}), **results[0].get("group_subtasks", {})}
+    in_groups = set(chain.from_iterable(_below(task, groups) for task in tasks if changes[task]))
+    rows = [row for task in tasks if task not in in_groups for row in changes[task]]
     if not rows:
         raise ValueError(
-            f"{files[0]} has results of {list(results[0]['results'])}, {files[1]} of {list(results[1]['results'])}: there is no metric in common. Run "
-            "lm-eval with the same --tasks on both models."
+            f"{files[0]} has results of {list(results[0]['results'])}, {files[1]} of {list(results[1]['results'])}: there is no metric in common (as "
+            "`metric,filter`, since lm-eval 0.4). Run lm-eval with the same --tasks on both models."
         )
     _compare_settings(tasks, files, results)
     if output_dir is not None:
@@ -94,6 +96,13 @@ def _read(file: Path) -> dict[str, Any]:
     return found
 
 
+def _below(group: str, groups: dict[str, list[str]]) -> Iterator[str]:
+    """The tasks and groups in a group, and in those."""
+    for task in groups.get(group, []):
+        yield task
+        yield from _below(task, groups)
+
+
 def _number(value) -> float | None:
     """lm-eval writes "N/A" for a standard error that it has not computed."""
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
@@ -121,7 +130,7 @@ def _changes(task: str, base: dict, tuned: dict) -> Iterator[dict]:
 
 
 def _compare_settings(tasks: list[str], files: list[Path], results: list[dict]) -> None:
-    for task in tasks:
+    for task in tasks:  # a group's are said of the tasks in it
         for name in ("n-shot", "versions", "n-samples"):
             base, tuned = (of.get(name, {}).get(task) for of in results)
             if base != tuned:
