@@ -28,14 +28,14 @@ from wandb_file import wandb_records
 from trl_offpolicy import DataRewriter, RewriteConfig
 from trl_offpolicy.cli import main
 from trl_offpolicy.cli.arguments import last_checkpoint
-from trl_offpolicy.cli.loop import _numbers
+from trl_offpolicy.cli.loop import _numbers, _sentence
 from trl_offpolicy.cli.sft import sft_parser
 from trl_offpolicy.data.rows import Verdict
 from trl_offpolicy.data.tokenization import encode_prompt
 from trl_offpolicy.evaluation.forgetting import measure_forgetting
 from trl_offpolicy.loop import rounds
 from trl_offpolicy.loop.loop_config import LoopConfig
-from trl_offpolicy.loop.rounds import Loop, _mentions
+from trl_offpolicy.loop.rounds import Loop, _measured_on, _mentions
 from trl_offpolicy.runs import interrupts
 from trl_offpolicy.runs.checkpoints import whole_checkpoints
 from trl_offpolicy.runs.journal import Journal
@@ -335,18 +335,18 @@ def test_retellings_that_mention_the_reference_are_counted_whether_or_not_they_a
         return RunDirectory(tmp_path / name)
 
     rejected = run("rejected", mention_phrases=["(?s).{12,}"])
-    assert rejected.metrics["rejected"]["mention"] == 4 and _mentions(rejected) == 1
-    assert (
-        _mentions(rejected, {rejected.rows().to_table()["id"][0].as_py()}) == 1 and _mentions(rejected, set()) is None
-    )
+    counts, first = rejected.metrics["rejected"], rejected.rows().to_table()["id"][0].as_py()
+    assert counts["mention"] == 4 and _mentions(rejected, counts) == 1
+    assert [_measured_on(ids, rejected.path)["mentions"] for ids in ({first}, set())] == [1, None]
     kept = run("kept", reject_mentions=False)
     (file,) = kept.row_files
     rows = load_dataset("parquet", data_files=str(file), split="train")
-    assert kept.sources["guided"] == 4 and _mentions(kept) == 0
+    counts = kept.metrics["rejected"]
+    assert kept.sources["guided"] == 4 and _mentions(kept, counts) == 0
     told = [{"role": "assistant", "content": "As the teacher's solution says, 7."}]
     rows.map(lambda row, i: {"completion": told if i == 0 else row["completion"]}, with_indices=True).to_parquet(file)
-    assert _mentions(kept) == 1 / 4
-    assert [_mentions(kept, {id}) for id in rows["id"]] == [1, 0, 0, 0]
+    assert _mentions(kept, counts) == 1 / 4
+    assert [_measured_on({id}, kept.path)["mentions"] for id in rows["id"]] == [1, 0, 0, 0]
 
 
 @pytest.mark.slow
@@ -396,6 +396,9 @@ def test_what_a_round_came_to_as_numbers():
         "share/self": 0.75, "share/guided": 0.125, "share/expert": 0.125, "round": 1, "improved": 3, "forgetting/kl": 0.5,
         "forgetting/kl_per_token": 0.1, "dev/avg@2": 0.5, "dev/greedy": 0.25,
     }  # fmt: skip
+    assert _sentence(summary).endswith("KL(π_0‖π) 0.1000 nats per token · dev avg@2 50.0%")
+    nothing_judged = {**summary, "accuracy": {"dev": {"avg@2": None, "avg@2_ci95": None}}}
+    assert _sentence(nothing_judged).endswith("dev avg@2 not told")
 
 
 def test_a_loop_stops_where_it_should(here, steps, capsys):

@@ -95,14 +95,16 @@ def _run(rounds, wanted: int, logged) -> int:
     """All rounds that are wanted, or until one gives a reason to stop; each is logged to the W&B run, if there is one."""
     summaries: list[dict] = []
     for number in range(wanted):
-        reason = None
+        reason, summary = None, {}
         for step in rounds.steps(number):
             if not step.done:
                 print(f"round {number}, {step.name}: {shlex.join(step.command)}", flush=True)
                 rounds.run(step)
-            if step.name == "rewrite" and (reason := rounds.collapse([*summaries, rounds.summary(number)])):
-                break
-        summaries.append(rounds.summary(number))
+            if step.name == "rewrite":
+                summary = rounds.summary(number)
+                if reason := rounds.collapse([*summaries, summary]):
+                    break
+        summaries.append(summary | rounds.measured(number))
         write_whole(rounds.output_dir / "rounds.json", json.dumps({"rounds": summaries}, indent=1) + "\n")
         print(_sentence(summaries[-1]), flush=True)
         if logged is not None and number >= logged.step:  # below it are the rounds that were logged before a restart
@@ -122,6 +124,8 @@ def _run(rounds, wanted: int, logged) -> int:
 
 
 def _sentence(summary: dict) -> str:
+    from ..reporting.tables import number
+
     total = sum(summary["sources"].values())
     parts = [f"{source} {count / total:.1%}" for source, count in summary["sources"].items()]
     if "improved" in summary:
@@ -130,7 +134,7 @@ def _sentence(summary: dict) -> str:
         parts.append(f"KL(π_0‖π) {summary['forgetting']['kl_per_token']:.4f} nats per token")
     for name, scores in summary.get("accuracy", {}).items():
         best = next(key for key in scores if key.startswith("avg@"))
-        parts.append(f"{name} {best} {scores[best]:.1%}")
+        parts.append(f"{name} {best} {number(scores[best], '.1%') or 'not told'}")
     return f"round {summary['round']}: " + " · ".join(parts)
 
 

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from itertools import count
@@ -38,7 +38,7 @@ from ..runs.checkpoints import whole_checkpoints
 from ..runs.interrupts import Terminated, heed_interrupts
 from ..runs.journal import Attempt, alone, differences
 from ..runs.run_config import STEP
-from ..runs.run_directory import RunDirectory
+from ..runs.run_directory import RunDirectory, is_first
 from ..runs.run_log import wandb_group
 from ..runs.run_memory import RunMemory
 from ..sampling.sampler import FAILED, reshaped
@@ -341,7 +341,7 @@ class Loop:
         return {**options, "benchmarks": self.config.benchmarks, "output_dir": str(self.directory(round, "eval"))}
 
     def summary(self, round: int) -> dict:
-        """What a round came to whose rows are there, from its files."""
+        """What a round's rewrite came to, from its files."""
         run = RunDirectory(self.directory(round, "rewrite"))
         sampled, cut = (
             sum(each[name] for each in run.metrics["stages"].values()) for name in ("sampled", "truncated")
@@ -354,8 +354,8 @@ class Loop:
             },
             "sampled": sampled,
             "cut": cut / sampled if sampled else None,
-            "mentions": _mentions(run),
-            **_draws(run),
+            "mentions": _mentions(run, run.metrics["rejected"]),
+            **_draws(run.first_attempts(texts=False)),
         }
         if unsolved := run.metrics.get("unsolved"):  # without a demonstration, and so without a row
             found["sources"]["unsolved"] = unsolved
@@ -364,6 +364,11 @@ class Loop:
         if round:
             earlier = {row["id"]: RANK[Source(row["source"])] for row in _problems(self.rows(round - 1))}
             found["improved"] = sum(RANK[Source(row["source"])] > earlier.get(row["id"], -1) for row in rows)
+        return found
+
+    def measured(self, round: int) -> dict:
+        """What was measured of the model that a round has trained, from its files."""
+        found: dict[str, Any] = {}
         if (file := self.directory(round, "gap") / "forgetting.json").exists():
             found["forgetting"] = json.loads(file.read_text())
         if (file := self.directory(round, "eval") / "results.json").exists():
@@ -420,24 +425,20 @@ def _flags(options: dict) -> list[str]:
 def _measured_on(ids: Collection[str], rewrite: Path) -> dict:
     """`cut`, `mentions` and `entropy` of a rewrite, of its attempts at some of its problems alone."""
     run = RunDirectory(rewrite)
-    reasons = [a.finish_reason for a in _attempts(run, ids) if a.finish_reason not in FAILED]
+    attempts = [a for journal in run.ids for a in run.attempts(journal, texts=False) if a.id in ids]
+    reasons = [a.finish_reason for a in attempts if a.finish_reason not in FAILED]
     return {
         "cut": reasons.count("length") / len(reasons) if reasons else None,
-        "mentions": _mentions(run, ids),
-        "entropy": _draws(run, ids)["entropy"],
+        "mentions": _mentions(run, Counter(a.rejected for a in attempts if a.rejected), ids),
+        "entropy": _draws(filter(is_first, attempts))["entropy"],
     }
 
 
-def _attempts(run: RunDirectory, ids: Collection[str]) -> Iterator[Attempt]:
-    return (a for journal in run.ids for a in run.attempts(journal, texts=False) if a.id in ids)
-
-
-def _draws(run: RunDirectory, ids: Collection[str] | None = None) -> dict:
+def _draws(first: Iterable[Attempt]) -> dict:
     """
-    `entropy` (mean -log π of the tokens of the first attempt at each problem, or at those with these ids, in nats) and
-    their mean `length` in tokens.
+    `entropy` (mean -log π of the tokens of the first attempt at each problem, in nats) and their mean `length` in
+    tokens.
     """
-    first = [a for a in run.first_attempts(texts=False) if ids is None or a.id in ids]
     drawn = [(a.log_prob, a.num_tokens) for a in first if a.log_prob is not None]
     tokens = sum(length for _, length in drawn)
     return {
@@ -446,10 +447,11 @@ def _draws(run: RunDirectory, ids: Collection[str] | None = None) -> dict:
     }
 
 
-def _mentions(run: RunDirectory, ids: Collection[str] | None = None) -> float | None:
+def _mentions(run: RunDirectory, rejected: Mapping[str, int], ids: Collection[str] | None = None) -> float | None:
     """
     The share of the correct guided attempts (at the problems with these ids) that mention the reference: those that
-    were rejected for it, and rows that are kept though they do; `None` where there is no correct one.
+    were `rejected` for it (how many for what), and rows that are kept though they do; `None` where there is no correct
+    one.
     """
     guided = run.rows().to_table(filter=ds.field("source") == str(Source.GUIDED)).to_pylist()
     guided = [row for row in guided if ids is None or row["id"] in ids]
@@ -457,10 +459,6 @@ def _mentions(run: RunDirectory, ids: Collection[str] | None = None) -> float | 
         leaks_hint(contents(row["completion"])[-1], f"{contents(row['prompt'])[-1]}\n{demonstration(row) or ''}")
         for row in guided
     )
-    if ids is None:
-        rejected = run.metrics["rejected"]
-    else:
-        rejected = Counter(a.rejected for a in _attempts(run, ids) if a.rejected)
     correct = len(guided) + sum(rejected.values())
     return (kept + rejected[Rejection.MENTION]) / correct if correct else None
 

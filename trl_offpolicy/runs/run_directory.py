@@ -131,9 +131,7 @@ class RunDirectory:
         The first attempt of stage `self` that was drawn at each problem: a sample of the policy, whatever became of
         it.
         """
-        for attempt in chain.from_iterable(self.attempts(journal, texts) for journal in self.ids):
-            if attempt.stage == Source.SELF and attempt.attempt == 0 and attempt.finish_reason not in FAILED:
-                yield attempt
+        return filter(is_first, chain.from_iterable(self.attempts(journal, texts) for journal in self.ids))
 
     def check_self_attempts(self) -> str:
         """
@@ -233,6 +231,11 @@ class RunDirectory:
         on_hub: dict[str, bool | None] = dict.fromkeys(("dataset_name", "data_files"), self.source_on_hub)
         on_hub |= {"model_name_or_path": self.model_on_hub, "chat_template_path": False}
         return _without_paths(self._run_config, on_hub)
+
+
+def is_first(attempt: Attempt) -> bool:
+    """Whether it is the first attempt of stage `self` at its problem, and was drawn."""
+    return attempt.stage == Source.SELF and attempt.attempt == 0 and attempt.finish_reason not in FAILED
 
 
 # Settings that name a place: a Hub id, or something on a disk.
