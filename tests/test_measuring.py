@@ -100,6 +100,12 @@ def test_the_gap_command_says_what_is_wrong_before_a_model_is_loaded(tmp_path, m
         (plain, "./nope", [], "no column prompt and no completion and no source and no completion_ids"),
         (whole, "./nope", [], "model='./nope', which cannot be loaded"),
         (whole, POLICY, ["--dtype", "floaty"], "dtype='floaty', which torch does not know"),
+        (
+            whole,
+            POLICY,
+            ["--forgetting", "--max_rows", "5", "--concatenate"],
+            "--max_rows and --concatenate with --forgetting",
+        ),
     ]:
         command = ["gap", "--model_name_or_path", model, "--dataset_name", str(dataset), "--output_dir", "~/gap"]
         assert main([*command, *options]) == 2

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from ..data import prompts
 from ..data.control_tokens import HELP, MODES
+from ..loop.rounds import given
 from ..sampling.engine import TEMPLATE_KWARGS_HELP, TEMPLATE_METADATA, check_dtype, read_template
 from .arguments import DatasetArguments, check_before_loading, load_dataset, parser_for, say_next
 from .evaluate import report_command
@@ -49,6 +50,13 @@ class GapArguments(DatasetArguments):
     control_tokens: str = field(default="warn", metadata={"help": HELP, "choices": MODES})
 
 
+# The options that --forgetting heeds.
+OF_FORGETTING = (
+    "forgetting", "model_name_or_path", "dataset_name", "output_dir", "model_revision", "dtype", "trust_remote_code", "batch_tokens",
+    "chat_template_path",
+)  # fmt: skip
+
+
 def gap(argv: list[str]) -> int:
     description = "Measure how far a dataset's targets are from a model, by source, before and after rewriting."
     (arguments,) = parser_for(GapArguments, "gap", description, GAP_EXAMPLES).parse_args_and_config(argv)
@@ -64,6 +72,11 @@ def gap(argv: list[str]) -> int:
         "dtype": arguments.dtype, "revision": arguments.model_revision, "trust_remote_code": arguments.trust_remote_code,
     }  # fmt: skip
     if arguments.forgetting:
+        if idle := [f"--{name}" for name in given(arguments) if name not in OF_FORGETTING]:
+            raise ValueError(
+                f"You passed {' and '.join(idle)} with --forgetting, which measures the first attempts of the whole rewrite in --dataset_name, as they "
+                "were asked. Leave that out."
+            )
         return _forgetting(arguments, init)
     result = measure_policy_gap(
         arguments.model_name_or_path,
