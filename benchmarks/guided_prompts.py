@@ -22,7 +22,7 @@ from trl_offpolicy.data.formats import read_rows
 from trl_offpolicy.data.prompts import GUIDED_PROMPT
 from trl_offpolicy.data.rows import Problem, Verdict
 from trl_offpolicy.data.text_statistics import copy_ratio, leaks_hint
-from trl_offpolicy.evaluation.estimators import bootstrap, share_interval
+from trl_offpolicy.evaluation.estimators import bootstrap, mean_interval
 from trl_offpolicy.runs.journal import Attempt, read_attempts
 from trl_offpolicy.sampling.engine import make_sampler
 
@@ -107,7 +107,7 @@ def cell(values: list[float], measure: str = "") -> str:
     if len(values) < 2:
         return ""
     share = "%" in measure
-    interval = [100 * end for end in share_interval([v / 100 for v in values])] if share else bootstrap(values)[0]
+    interval = [100 * end for end in mean_interval([v / 100 for v in values], 0.0)] if share else bootstrap(values)[0]
     shown = f"{'' if measure else '+'}.{1 if share or max(map(abs, values)) > 10 else 2}f"
     return f"{fmean(values):{shown}} [{interval[0]:{shown}}, {interval[1]:{shown}}]"
 

@@ -5,7 +5,7 @@ the page with the paper's tables.
     python examples/reproduce.py --preset paper --model_name_or_path Qwen/Qwen2.5-Math-7B --output_dir runs/paper \
         --launcher 'accelerate launch'                                    # 48k rows, 8 GPUs; also paper_llama
     python examples/reproduce.py --preset gsm8k --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --output_dir runs/gsm8k
-    python examples/reproduce.py --preset cpu --model_name_or_path DIR --output_dir runs/cpu       # two cores, hours
+    python examples/reproduce.py --preset cpu --model_name_or_path DIR --output_dir runs/cpu       # two cores, a day or more
     python examples/reproduce.py --preset paper --model_name_or_path M --output_dir runs/paper --dry_run    # plan and cost
 
 Every step is a command of `trl-offpolicy` in a process of its own, with its options in RUN/steps/, and leaves an ordinary
@@ -473,7 +473,10 @@ class Experiment:
 
 def dev_accuracy(results: Path) -> float:
     (result,) = json.loads(results.read_text())["benchmarks"].values()
-    return next(value for name, value in result.items() if name.startswith("avg@") and "_" not in name)
+    accuracy = next(value for name, value in result.items() if name.startswith("avg@") and "_" not in name)
+    if accuracy is None:
+        raise ValueError(f"No sample in {results.parent} could be judged, so no learning rate can be chosen by it.")
+    return accuracy
 
 
 def flat(settings: dict, free: list[str]) -> dict:
@@ -677,7 +680,7 @@ def estimate(experiment: Experiment, steps: list[Step]) -> str:
     known = [SIZES.get(short_name(name), 500) for name in settings["benchmarks"]]
     num_test = sum(min(n, settings["num_test"] or n) for n in known)
     epochs, lora = settings["training"].get("num_train_epochs", 3), settings["training"].get("use_peft")
-    samples = 16 if "preset" in settings["evaluation"] else settings["evaluation"].get("num_generations", 16)
+    samples = settings["evaluation"].get("num_generations", 16) + bool(settings["evaluation"].get("greedy"))
     sampled = trained = scored = 0
     for step in steps:
         if step.kind == "rewrite":
@@ -686,7 +689,7 @@ def estimate(experiment: Experiment, steps: list[Step]) -> str:
             drawn = 1 if step.options.get("selection") == "random" else 0.4
             sampled += rows * stages * step.options["num_generations"] * drawn * length
         if step.kind == "eval":
-            sampled += (settings["num_dev"] if step.name.endswith("/dev") else num_test) * (samples + 1) * length
+            sampled += (settings["num_dev"] if step.name.endswith("/dev") else num_test) * samples * length
         if step.kind == "sft":
             trained += settings["num_train"] * epochs * (length + 150)
         if step.kind == "gap":
@@ -746,6 +749,12 @@ def settings_of(args: argparse.Namespace) -> dict:
     for name in ("methods", "learning_rates"):
         if len(set(settings[name])) < len(settings[name]):
             raise ValueError(f"You passed --{name} {settings[name]}, in which one is there twice; leave that out.")
+    own = {"train", "dev"} & {short_name(name) for name in settings["benchmarks"]}
+    if own and settings["num_test"] is not None:
+        raise ValueError(
+            f"You passed --benchmarks {settings['benchmarks']} with --num_test, whose problems would be written over the run's data/{min(own)}.jsonl; rename "
+            "the file."
+        )
     if len({short_name(name) for name in settings["benchmarks"]}) < len(settings["benchmarks"]):
         raise ValueError(
             f"You passed --benchmarks {settings['benchmarks']}, two of which have the same name; rename a file."

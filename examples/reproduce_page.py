@@ -115,16 +115,22 @@ def read(path: Path) -> dict:
 
 
 def every(of_problem: dict, method: str, metric: str) -> dict:
-    """The value and its paired differences to SFT and to the base: means and 95 % intervals over problems and seeds."""
+    """
+    The value and its paired differences to SFT and to the base: means and 95 % intervals over problems and seeds, `None` where
+    nothing was judged.
+    """
     import pandas as pd
 
-    def of(minus: str | None) -> dict:
+    def of(minus: str | None) -> dict | None:
         values = {
             s: each[metric] - (of_problem[minus][s][metric] if minus else 0)
             for s, each in of_problem[method].items()
             if not minus or s in of_problem[minus]
         }
-        found = estimate([pd.DataFrame(values).dropna().to_numpy()])
+        known = pd.DataFrame(values).dropna().to_numpy()
+        if not len(known):
+            return None
+        found = estimate([known])
         return {"mean": found["mean"], "half": found["half"]}
 
     others = [other for other in ("sft", "base") if other in of_problem and other != method]
@@ -261,7 +267,8 @@ def draw(results: dict, curves: dict[str, list], labels: dict[str, str], path: P
     for i, method in enumerate(results["accuracy"]):
         look = {"color": COLOURS[i % len(COLOURS)]}
         for metric, marker, shift in ((k, "o", -0.12), ("greedy", "s", 0.12)):
-            found = mean_of(results, method, metric)
+            if (found := mean_of(results, method, metric)) is None:
+                continue
             axes[0].errorbar(100 * found["mean"], i + shift, xerr=100 * found["half"], fmt=marker, capsize=3, **look)
         for axis, name in zip(axes[1:], ("nll", "entropy"), strict=True):
             points = [(entry["step"], entry[name]) for entry in curves.get(method, []) if name in entry]

@@ -3,11 +3,12 @@
 import itertools
 import json
 import math
+import sys
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import POLICY
+from conftest import POLICY, ROOT
 from scripted import ScriptedSampler, rows, verify
 from wandb_file import wandb_records
 
@@ -21,12 +22,17 @@ from trl_offpolicy.evaluation.estimators import (
     bootstrap,
     compare,
     majority,
+    mean_interval,
     paired_test,
     pass_at_k,
-    share_interval,
 )
 from trl_offpolicy.sampling.sampler import Completion
 from trl_offpolicy.verification.verifiers import ExactMatchVerifier, NumericVerifier
+
+
+sys.path.insert(0, str(ROOT / "examples" / "miniature"))
+
+from results import shares  # noqa: E402
 
 
 def benchmark(num_rows=30):
@@ -79,11 +85,12 @@ def test_coverage_of_the_bootstrap_interval():
     assert 0.93 <= hits / trials <= 0.97 and plain / trials < 0.8
 
 
-def test_share_interval_where_all_problems_are_alike():
-    low, high = share_interval([0.0] * 30)
+def test_shares_that_are_all_alike_are_not_certain():
+    low, high = mean_interval([0.0] * 30, 0.0)
     assert low == 0 and (1 - high) ** 30 == pytest.approx(0.025)
-    assert share_interval([1.0] * 30) == pytest.approx([1 - high, 1.0]) and share_interval([0.5]) is None
-    assert share_interval([0.5] * 9) == [0.5, 0.5]
+    assert mean_interval([1.0] * 30, 0.0) == pytest.approx([1 - high, 1.0]) and mean_interval([0.5], 0.0) is None
+    # One of two samples of each of 9 problems is right: so are at least 0.025^(1/9) of all problems, the others may be 0 or 1.
+    assert mean_interval([0.5] * 9, 0.0) == pytest.approx([0.5 * 0.6637, 1 - 0.5 * 0.6637], abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -165,6 +172,44 @@ def test_problems_whose_gold_answer_cannot_be_read_are_left_out(verifier):
     assert (result["num_correct"], result["num_judged"]) == ([1, 0, 0, 0], [2, 0, 2, 0])
     assert (result["gold_unparsable"], result["not_told"], result["unparsable"]) == (2, 0.5, 0.0)
     assert result["mean_length"] is None
+
+
+def test_the_file_of_samples_says_which_of_them_count(tmp_path):
+    """What the studies make of it is what `evaluate` has made of the same samples: the problems without a gold answer are left out."""
+    asked = {"a": [{"problem": f"p{i}", "answer": a} for i, a in enumerate(["4", "some", "5", "some"])]}
+    options = {"sampler": Four(), "num_generations": 2, "verifier": Readable(), "output_dir": str(tmp_path)}
+    result = run(asked, greedy=True, **options)["a"]
+    stages = {"avg@2": ("a", "eval", "mean"), "pass@2": ("a", "eval", "max"), "greedy": ("a", "greedy", "mean")}
+    found = shares(tmp_path / "samples.parquet", {**stages, "none": ("b", "eval", "mean")})
+    assert not len(found.pop("none"))
+    assert {name: of_problem.mean() for name, of_problem in found.items()} == {name: result[name] for name in found}
+
+
+def test_a_sample_that_could_not_be_drawn_has_no_length():
+    class Half(ScriptedSampler):
+        def completion(self, request):
+            if request.id.endswith("eval/1"):
+                return Completion(request.id, "", [], [], "error", "the engine is tired")
+            return Completion(request.id, "So \\boxed{4}.", [1, 2, 3], [-0.5] * 3, "stop")
+
+    result = run({"a": benchmark(4)}, sampler=Half(), num_generations=2)["a"]
+    assert (result["mean_length"], result["entropy"], result["not_told"]) == (3, 0.5, 0.5)
+
+
+def test_a_shard_without_problems_and_one_that_counts_its_own(tmp_path, command):
+    file = tmp_path / "one.jsonl"
+    file.write_text('{"problem": "1+1?", "answer": "2"}\n')
+    options = ["--model_name_or_path", POLICY, "--benchmarks", file, "--output_dir", tmp_path / "out"]
+    empty = command("eval", *options, "--shard", "0/2")
+    assert empty.returncode == 0 and "shard 0/2 is done" in empty.stdout, empty.stderr
+    none = command("eval", *options, "--max_problems", 0)
+    assert none.returncode == 2 and "max_problems=0; it must be at least 1" in none.stderr
+    asked = {"a": [{"problem": f"p{i}", "answer": a} for i, a in enumerate(["4", "some", "5", "some", "some", "6"])]}
+    halves = [
+        run(asked, sampler=Four(), num_generations=1, verifier=Readable(), output_dir=str(tmp_path), shard=shard)["a"]
+        for shard in ("0/2", "1/2")
+    ]
+    assert [half["gold_unparsable"] for half in halves] == [1, 3]  # the last to finish says it of all
 
 
 @pytest.mark.parametrize(

@@ -379,6 +379,7 @@ def test_a_step_that_a_killed_run_has_left_behind_keeps_others_out(here, monkeyp
         (["--num_dev", "0"], "--num_dev"),
         (["--num_train", "0"], "at least 1"),
         (["--benchmarks", "a/test.jsonl", "b/test.jsonl"], "same name"),
+        (["--benchmarks", "a/dev.jsonl"], "data/dev.jsonl; rename"),
         (["--processes", "0"], "at least 1"),
         (["--num_test", "0"], "at least 1"),
         (["--sampling_budget", "0"], "at least 1"),

@@ -31,15 +31,21 @@ def estimate(bases: list[np.ndarray]) -> dict:
 def shares(file: Path, metrics: dict[str, tuple[str, str, str]]) -> dict:
     """
     Metric → the value of each problem, by its id, from an evaluation's `samples.parquet`; `metrics`: name → (benchmark, stage of
-    its samples, "mean" or "max" over them). What could not be judged is left out, not called wrong.
+    its samples, "mean" or "max" over them), which is empty where none was judged. What could not be judged is left out, not called
+    wrong.
     """
     import pandas as pd
+    import pyarrow.parquet as pq
 
-    samples = pd.read_parquet(file, columns=["benchmark", "stage", "id", "verdict"])
-    samples = samples[~samples.verdict.isin(["timeout", "error"])]
+    columns = {"benchmark", "stage", "id", "verdict", "judged"} & set(pq.read_schema(file).names)
+    samples = pd.read_parquet(file, columns=sorted(columns))
+    if "judged" not in columns:  # written before `eval` said so of each sample
+        samples["judged"] = ~samples.verdict.isin(["timeout", "error"])
+    samples = samples[samples.judged]
     of_problem = (samples.verdict == "correct").groupby([samples.benchmark, samples.stage, samples.id])
     table = of_problem.agg(["mean", "max"]).astype(float)
-    return {name: table.loc[benchmark, stage][column] for name, (benchmark, stage, column) in metrics.items()}
+    none = pd.Series(dtype=float)
+    return {name: table[column].get((benchmark, stage), none) for name, (benchmark, stage, column) in metrics.items()}
 
 
 def conditions_table(conditions: dict) -> str:

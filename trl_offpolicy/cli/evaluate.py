@@ -93,6 +93,8 @@ def evaluate(argv: list[str]) -> int:
         check_before_loading(config.output_dir, config.report_to)
     rows = load_benchmarks(arguments.benchmarks)
     if arguments.max_problems is not None:
+        if arguments.max_problems < 1:
+            raise ValueError(f"You passed max_problems={arguments.max_problems}; it must be at least 1.")
         rows = {name: each.select(range(min(arguments.max_problems, len(each)))) for name, each in rows.items()}
     trained_on = arguments.train_dataset and load_rows(arguments.train_dataset, named="train_dataset")
     if config.dry_run:
@@ -114,7 +116,8 @@ def evaluate(argv: list[str]) -> int:
         return 3
     finally:
         sampler.close()
-    print(tables.markdown(tables.accuracy(results)), end="")
+    if results:  # a shard of several may have no problem
+        print(tables.markdown(tables.accuracy(results)), end="")
     if config.baseline:
         print(tables.markdown(tables.comparison(results)), end="")
     for sentence in _unread(results, arguments.verifier):
@@ -141,7 +144,8 @@ def _retention(argv: list[str]) -> int:
     if given.output_dir is not None:
         print(f"output_dir: {given.output_dir}", flush=True)
         if (file := Path(given.output_dir).expanduser() / "results.json").exists():
-            results = json.loads(file.read_text())["benchmarks"]
+            found = json.loads(file.read_text())
+            results = found.get("benchmarks", {}) if isinstance(found, dict) else {}  # else another program's
     base, tuned = given.retention
     changes = measure_retention(base, tuned, given.output_dir)
     print(tables.markdown(tables.retention(changes, results)), end="")

@@ -53,7 +53,7 @@ def accuracies(answers: list[list[str | None]], correct: list[list[bool]], k: in
     result: dict = {}
     for name, values in shares.items():
         result[name] = fmean(values) if values else None
-        result[f"{name}_ci95"] = share_interval(values)
+        result[f"{name}_ci95"] = mean_interval(values, 0.0)
     of_each = shares[f"avg@{k}"]
     result[f"avg@{k}_se"] = stdev(of_each) / math.sqrt(len(of_each)) if len(of_each) > 1 else 0.0
     return result
@@ -99,35 +99,22 @@ def bootstrap(
     return np.quantile(statistic(np.concatenate(means)), [tail, 1 - tail], axis=0).T
 
 
-def share_interval(shares: Sequence[float], level: float = 0.95) -> list[float] | None:
+def mean_interval(values: Sequence[float], lowest: float, level: float = 0.95) -> list[float] | None:
     """
-    Interval of the mean of shares in [0, 1], one a problem; `None` for fewer than two problems.
+    Interval of the mean of values in [lowest, 1], one a problem: shares (`lowest` 0) or paired differences of shares
+    (-1); `None` for fewer than two problems.
 
-    Where all problems are alike at 0 or 1, the bootstrap cannot know how uncertain that is: there it is the exact
-    binomial bound.
+    Where all problems are alike, the bootstrap cannot know how uncertain that is: there, so are at least a share of
+    the exact binomial bound, and the others may be anything.
     """
-    n = len(shares)
+    n = len(values)
     if n < 2:
         return None
-    if set(shares) in ({0.0}, {1.0}):
-        bound = ((1 - level) / 2) ** (1 / n)
-        return [0.0, 1 - bound] if shares[0] == 0 else [bound, 1.0]
-    low, high = bootstrap(shares, level=level)[0]
-    return [float(max(0.0, low)), float(min(1.0, high))]
-
-
-def _difference_interval(differences: list[float], level: float = 0.95) -> list[float] | None:
-    """
-    Interval of the mean of paired differences in [-1, 1]. Where all are alike, so are at least a share of the exact
-    binomial bound, and the others may be anything.
-    """
-    n = len(differences)
-    if n < 2:
-        return None
-    if len(set(differences)) > 1:
-        return bootstrap(differences, level=level)[0].tolist()
-    bound = ((1 - level) / 2) ** (1 / n)
-    return [bound * differences[0] - (1 - bound), bound * differences[0] + (1 - bound)]
+    if len(set(values)) == 1:
+        alike = ((1 - level) / 2) ** (1 / n)
+        return [alike * values[0] + (1 - alike) * end for end in (lowest, 1.0)]
+    low, high = bootstrap(values, level=level)[0]
+    return [float(max(lowest, low)), float(min(1.0, high))]
 
 
 def paired_test(differences: Sequence[float] | np.ndarray, num_flips: int = 10_000, seed: int = 0) -> float:
@@ -170,7 +157,7 @@ def compare(results: dict, baseline: dict) -> dict:
     differences = [shares[0][i] - shares[1][i] for i in common]
     return {
         "difference": sum(differences) / len(common),
-        "difference_ci95": _difference_interval(differences),
+        "difference_ci95": mean_interval(differences, -1.0),
         "p_value": paired_test(differences),
         "num_problems": len(common),
     }

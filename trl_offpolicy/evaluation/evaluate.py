@@ -45,7 +45,7 @@ from ..verification.math_verifier import MathVerifier
 from ..verification.verdict_queue import Judged
 from ..verification.verifier import Verifier, as_verifier, describe
 from .benchmarks import Question, check_format, load_benchmarks, read_questions, without_control_tokens
-from .estimators import accuracies, compare, share_interval
+from .estimators import accuracies, compare, mean_interval
 from .evaluation_config import EvaluationConfig
 
 
@@ -133,12 +133,12 @@ def evaluate(
     asked = {name: getattr(args, name) for name in ("seed", "solve_prompt", "system_prompt")}
     asked |= {"control_tokens": "escape"} if args.control_tokens == "escape" else {}
     asked |= {"chat_template_kwargs": args.chat_template_kwargs} if args.chat_template_kwargs else {}
-    run = _Run(questions, args)
     with MathVerifier() if verifier is None else nullcontext(as_verifier(verifier)) as verifier:
         config = {**params.settings(), **asked, **_engine(sampler, verifier, processing_class)}
         golds = {name: verifier.check_answers([q.answer for q in each]) for name, each in questions.items()}
+        run = _Run(questions, golds, args)
         run.sample(sampler, verifier, config)
-    results = {name: run.summarize(name, golds[name]) for name in questions if run.has(name)}
+    results = {name: run.summarize(name) for name in questions if run.has(name)}
     _compare(results, earlier, str(args.baseline))
     if args.output_dir is not None and run.complete:
         made_with = {**config, "num_generations": args.num_generations}
@@ -228,6 +228,9 @@ class _Run:
     """The samples of one evaluation: which are due, which are known, what they say."""
 
     questions: dict[str, list[Question]]
+    golds: dict[
+        str, list[Verdict]
+    ]  # which gold answers can be compared with, as far as no completion is needed to tell
     args: EvaluationConfig
     samples: dict[Key, dict] = field(default_factory=dict)
     complete: bool = False  # then all shards' problems are summarised, else this shard's
@@ -310,50 +313,57 @@ class _Run:
         seed = attempt_seed(self.args.seed, question.id, key.stage, key.attempt)
         return Request("/".join(map(str, key)), question.prompt, seed, params, self.args.chat_template_kwargs)  # type: ignore[arg-type]
 
-    def summarize(self, name: str, golds: list[Verdict]) -> dict:
+    def unread(self, name: str, shard: Shard) -> set[str]:
         """
-        What [`evaluate`] returns of one benchmark; `golds` says which gold answers can be compared with, as far as
-        that can be told without a completion.
+        The ids of a benchmark's problems in `shard` whose gold answer cannot be compared with: the verifier said so at
+        once, or of every completion that was not cut.
         """
-        unread = {q.id for q, gold in zip(self.questions[name], golds, strict=True) if gold != Verdict.CORRECT}
+        every = shard.rows(len(self.questions[name]))
+        found = {self.questions[name][i].id for i in every if self.golds[name][i] != Verdict.CORRECT}
+        at_fault: dict[str, list[bool]] = {}
+        for key, _ in self.keys(name, shard):
+            if key.stage == "eval" and self.samples[key]["finish_reason"] == "stop":
+                at_fault.setdefault(key.id, []).append(self.samples[key].get("gold_at_fault", False))
+        return found | {row_id for row_id, of_samples in at_fault.items() if all(of_samples)}
+
+    def summarize(self, name: str) -> dict:
+        """What [`evaluate`] returns of one benchmark."""
+        shard = Shard() if self.complete else self.shard
+        unread = self.unread(name, shard)
         drawn: dict[str, list[dict]] = {}
         greedy: list[dict] = []
-        for key, question in self.keys(name, Shard() if self.complete else self.shard):
+        for key, question in self.keys(name, shard):
             if key.stage == "greedy":
                 greedy.append(self.samples[key])
             else:
                 drawn.setdefault(question.id, []).append(self.samples[key])
         every = [sample for samples in drawn.values() for sample in samples]
-
-        for row_id, samples in drawn.items():
-            whole = [s.get("gold_at_fault", False) for s in samples if s["finish_reason"] == "stop"]
-            unread |= {row_id} if whole and all(whole) else set()
-
-        def told(sample: dict) -> bool:
-            at_fault = sample["id"] in unread or sample.get("gold_at_fault")
-            return sample["verdict"] not in NOT_JUDGED and not at_fault
-
-        judged = [[s for s in samples if told(s)] for samples in drawn.values()]
+        judged = [[s for s in samples if _told(s, unread)] for samples in drawn.values()]
         correct = [[s["verdict"] == Verdict.CORRECT for s in samples] for samples in judged]
         result = accuracies([[_vote(s) for s in samples] for samples in judged], correct, self.args.num_generations)
         if greedy:
-            right = [float(s["verdict"] == Verdict.CORRECT) for s in greedy if told(s)]
-            result |= {"greedy": fmean(right) if right else None, "greedy_ci95": share_interval(right)}
-        tokens = sum(s["num_tokens"] for s in every)
+            right = [float(s["verdict"] == Verdict.CORRECT) for s in greedy if _told(s, unread)]
+            result |= {"greedy": fmean(right) if right else None, "greedy_ci95": mean_interval(right, 0.0)}
+        lengths = [s["num_tokens"] for s in every if s["finish_reason"] not in FAILED]
+        tokens = sum(lengths)
         known = (
             not self.args.sampling_params().reshaping
             and tokens
             and all(s["log_prob"] is not None for s in every if s["num_tokens"])
         )
         cut = [s["finish_reason"] == "length" for s in every]
-        unparsable = [s["verdict"] == Verdict.UNPARSABLE and s["finish_reason"] == "stop" and told(s) for s in every]
+        told = [_told(s, unread) for s in every]
+        unparsable = [
+            s["verdict"] == Verdict.UNPARSABLE and s["finish_reason"] == "stop" and was_told
+            for s, was_told in zip(every, told, strict=True)
+        ]
         return result | {
             "num_problems": len(drawn),
             "truncated": fmean(cut),
             "unparsable": fmean(unparsable),
-            "not_told": fmean(not told(s) for s in every),
+            "not_told": fmean(not was_told for was_told in told),
             "gold_unparsable": len(unread),
-            "mean_length": tokens / len(every) if tokens else None,
+            "mean_length": fmean(lengths) if tokens else None,
             "entropy": -sum(s["log_prob"] or 0.0 for s in every) / tokens if known else None,
             "problem_ids": list(drawn),
             "num_correct": [sum(c) for c in correct],
@@ -361,12 +371,13 @@ class _Run:
         }
 
     def _write_samples(self, file: Path, journal: Journal, offsets: dict[Key, int]) -> None:
-        """Every sample of this shard, with its text, as Parquet."""
+        """Every sample of this shard, with its text and whether it counts in the accuracies (`judged`), as Parquet."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         texts = ("benchmark", "id", "stage", "verdict", "finish_reason", "answer", "reason", "text", "gold", "prompt")
-        numbers = {"attempt": pa.int32(), "num_tokens": pa.int32(), "log_prob": pa.float64()}
+        numbers = {"attempt": pa.int32(), "num_tokens": pa.int32(), "log_prob": pa.float64(), "judged": pa.bool_()}
+        unread = {name: self.unread(name, self.shard) for name in self.questions}
         schema = pa.schema([*((name, pa.string()) for name in texts), *numbers.items()])
         with partial_file(file) as partial:
             with pq.ParquetWriter(partial, schema) as writer:
@@ -374,11 +385,15 @@ class _Run:
                     rows = []
                     for key, question in chunk:
                         entry = journal.read(offsets[key], key._asdict(), ["text"])
-                        rows.append(
-                            {**stored(entry), "gold": question.answer, "prompt": prompts.contents(question.prompt)[-1]}
-                        )
+                        asked = {"gold": question.answer, "prompt": prompts.contents(question.prompt)[-1]}
+                        rows.append({**stored(entry), **asked, "judged": _told(entry, unread[key.benchmark])})
                     writer.write_table(pa.Table.from_pylist(rows, schema))
             partial.replace(file)
+
+
+def _told(sample: dict, unread: set[str]) -> bool:
+    """Whether a sample was judged, by a gold answer that can be compared with; else it counts nowhere."""
+    return sample["verdict"] not in NOT_JUDGED and sample["id"] not in unread and not sample.get("gold_at_fault")
 
 
 def _vote(sample: dict) -> str | None:
@@ -416,4 +431,8 @@ def write_results(output_dir: Path, config: dict, results: dict[str, dict], repo
         write_whole(output_dir / name, content)  # two shards may finish at the same moment
     with wandb_run(report_to, output_dir, "eval", config) as run:
         if run is not None:
-            run.log({f"{n}/{k}": x for n, each in results.items() for k, x in each.items() if isinstance(x, float)})
+            compared = {
+                f"{n}/vs_baseline": each["vs_baseline"] for n, each in results.items() if "vs_baseline" in each
+            }
+            numbers = {f"{n}/{k}": x for n, each in {**results, **compared}.items() for k, x in each.items()}
+            run.log({name: x for name, x in numbers.items() if isinstance(x, int | float)})
