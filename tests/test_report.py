@@ -2,16 +2,18 @@
 
 import json
 import re
+import warnings
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from conftest import POLICY
 from markdown_it import MarkdownIt
 from scripted import ScriptedSampler, rows, verify
 
 from trl_offpolicy import DataRewriter, RewriteConfig, evaluate, measure_policy_gap
-from trl_offpolicy.reporting.report import write_report
-from trl_offpolicy.reporting.tables import markdown, plain
+from trl_offpolicy.reporting.report import _sources, _values_and_errors, write_report
+from trl_offpolicy.reporting.tables import markdown, number, plain
 
 
 EVIL = "<script>alert(1)</script> & | <img src=x onerror=alert(2)>"
@@ -134,6 +136,21 @@ def test_markdown_shows_a_text_as_it_is(text):
         page.feed(MarkdownIt("gfm-like", {"linkify": False}).render(written))
         assert shown in "".join(page.text)
         assert set(page.tags) <= {"p", "strong", "table", "thead", "tbody", "tr", "th", "td"}
+
+
+def test_figures_have_room_for_long_names_and_show_no_interval_where_none_is_known():
+    """`error`: matplotlib warns where the names have left nothing for the bars."""
+    names = [f"runs/some-directory-with-a-long-name/a-rewrite-of-all-the-data-{i}" for i in range(5)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _sources(names, [{"self": 3, "guided": 1}] * 5).startswith(b"<?xml")
+    values, (below, above) = _values_and_errors([{"x": 0.5, "x_ci95": None}, {"x": 0.5, "x_ci95": [0.25, 0.625]}], "x")
+    assert values == [0.5, 0.5] and np.isnan([below[0], above[0]]).all() and (below[1], above[1]) == (0.25, 0.125)
+
+
+def test_what_rounds_to_zero_has_no_minus():
+    assert number(-1e-9, ".4f", [-2e-9, -0.5]) == "0.0000 [0.0000, -0.5000]"
+    assert number(-1e-9, "+.1%", [-0.02, 1e-9]) == "+0.0% [-2.0%, +0.0%]" and number(-3.0, ".3g") == "-3"
 
 
 def test_nothing_to_report(tmp_path):

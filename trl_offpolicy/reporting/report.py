@@ -11,6 +11,7 @@ import io
 import json
 import os
 import random
+import textwrap
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -144,7 +145,8 @@ def _sources(labels: list[str], counts: list[dict]) -> bytes:
     A bar of each run or round: the shares of its rows by source; with `total`, the number of all rows, if some have
     none.
     """
-    figure, axis = _axes(height=1.2 + 0.45 * len(labels))
+    named = [textwrap.fill(label, 24) for label in labels]  # a longer line would leave no room for the bars
+    figure, axis = _axes(height=1.2 + sum(max(0.45, 0.2 * (1 + name.count("\n"))) for name in named))
     for place, of_sources in enumerate(counts):
         left, total = 0.0, max(1, of_sources.get("total", sum(of_sources.values())))
         for i, source in enumerate(Source):
@@ -160,7 +162,7 @@ def _sources(labels: list[str], counts: list[dict]) -> bytes:
                 box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
                 axis.text(left + share / 2, place, f"{share:.0%}", ha="center", va="center", fontsize=8, bbox=box)
             left += share
-    axis.set_yticks(range(len(labels)), labels)
+    axis.set_yticks(range(len(labels)), named)
     axis.set(xlabel="share of rows", xlim=(0, 1))
     axis.invert_yaxis()
     _legend(axis, 3)
@@ -240,7 +242,9 @@ def _accuracy(page: Page, runs: dict) -> None:
         colour, marker, _ = _look(i)
         look = {"fmt": marker, "color": colour, "capsize": 3, "label": f"{label} ({metric})"}
         axis.errorbar(places, values, yerr=error, **look)
-    axis.set_xticks(range(len(names)), names, rotation=20 if len(names) > 3 else 0)
+    crowded = len(names) * max(map(len, names)) > 45  # side by side they would run into each other
+    slanted = {"rotation": 20, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
+    axis.set_xticks(range(len(names)), names, **slanted)
     axis.set(ylabel="share correct", ylim=(-0.02, 1.02), xlim=(-0.5, len(names) - 0.5))
     _legend(axis, 1)
     page.figures([("accuracy", "Accuracy with 95 % intervals", _svg(figure))])
@@ -363,9 +367,12 @@ def _rows(page: Page, label: str, path: Path, seed: int) -> None:
 
 
 def _values_and_errors(results: list[dict], metric: str) -> tuple[list[float], list[list[float]]]:
-    """A metric of each result, and how far its interval reaches below and above, as matplotlib wants it."""
+    """
+    A metric of each result, and how far its interval reaches below and above, as matplotlib wants it: NaN, for which
+    nothing is drawn, where none is known.
+    """
     values = [r[metric] for r in results]
-    ends = [r[f"{metric}_ci95"] or [v, v] for v, r in zip(values, results, strict=True)]
+    ends = [r[f"{metric}_ci95"] or [float("nan")] * 2 for r in results]
     return values, [[abs(v - e[i]) for v, e in zip(values, ends, strict=True)] for i in (0, 1)]
 
 
@@ -392,9 +399,14 @@ def _axes(height: float = 3.0):
 
 def _legend(axis, columns: int) -> None:
     """Above the axes; the figure grows with it, so that it does not take their room."""
-    entries = len(axis.get_legend_handles_labels()[0])
-    axis.legend(frameon=False, fontsize=8, ncols=columns, loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0.2)
-    axis.figure.set_figheight(axis.figure.get_figheight() + 0.17 * (-(-entries // columns) - 1))
+    handles, labels = axis.get_legend_handles_labels()
+    labels = [textwrap.fill(label, 60 // columns) for label in labels]
+    look = {"frameon": False, "fontsize": 8, "ncols": columns}
+    axis.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0.2, **look)
+    lines = [1 + label.count("\n") for label in labels]
+    of_column = -(-len(lines) // columns)
+    tallest = max((sum(lines[i : i + of_column]) for i in range(0, len(lines), of_column or 1)), default=0)
+    axis.figure.set_figheight(axis.figure.get_figheight() + 0.17 * (tallest - 1))
 
 
 def _svg(figure) -> bytes:

@@ -28,10 +28,12 @@ def markdown(table: Table) -> str:
 
 
 def number(value: float | None, form: str = ".2f", interval: list[float] | None = None) -> str:
-    """`12.3% [11.0%, 13.6%]` for `form=".1%"`; empty for `None`."""
+    """`12.3% [11.0%, 13.6%]` for `form=".1%"`; empty for `None`. What rounds to zero has no minus."""
     if value is None:
         return ""
-    return f"{value:{form}}" + (f" [{interval[0]:{form}}, {interval[1]:{form}}]" if interval else "")
+    sign, digits = ("+", form[1:]) if form.startswith("+") else ("", form)
+    shown, *ends = (f"{x:{sign}z{digits}}" for x in (value, *(interval or ())))
+    return f"{shown} [{', '.join(ends)}]" if ends else shown
 
 
 def arrow(before: float | None, after: float | None, form: str = ".2f") -> str:
