@@ -80,6 +80,13 @@ def command(capsys):
     return run
 
 
+@pytest.fixture(autouse=True)
+def process_group(monkeypatch):
+    """The end of a training in this process leaves the process group that vLLM's engines in it share, or none could be started after it."""
+    if "vllm" in sys.modules:
+        monkeypatch.setattr("accelerate.PartialState.destroy_process_group", lambda self, group=None: None)
+
+
 # The processes of a test are forked from one that has imported this once, instead of importing it again each time.
 IMPORTED = (
     "rewriting.rewriter",

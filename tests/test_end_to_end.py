@@ -144,6 +144,16 @@ def test_no_function_is_long_and_packages_import_only_what_is_below_them():
     TopologicalSorter(within).prepare()  # raises CycleError
 
 
+def test_what_draws_and_verifies_loads_no_trainer():
+    """`trl` and `peft` take longer to import than all else that a rewrite needs, so the rooms below `trainer` do so where they use them."""
+    for room in ROOMS[: ROOMS.index("trainer")]:
+        for path in (ROOT / "trl_offpolicy" / room).glob("*.py"):
+            for node in ast.parse(path.read_text()).body:
+                if isinstance(node, (ast.Import, ast.ImportFrom)) and not getattr(node, "level", 0):
+                    names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
+                    assert not {"trl", "peft"} & {name.split(".")[0] for name in names}, path
+
+
 def test_type_checkers_find_the_public_names_where_they_are():
     import trl_offpolicy
 

@@ -6,7 +6,7 @@ that no (tokens, vocabulary) tensor of a whole batch ever exists.
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
-from trl.trainer.utils import maybe_gather_lm_head_ctx
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 
 CHUNK = 2048  # tokens that go through the LM head together
@@ -48,6 +48,15 @@ def lm_head(model: PreTrainedModel) -> LMHead:
     return LMHead(weight, bias, model.config.get_text_config(), adapted)
 
 
+def _gathered(*parameters: torch.Tensor | None):
+    """Whole parameters of a head that ZeRO-3 has cut; TRL, whose import takes seconds, is not loaded without it."""
+    if not is_deepspeed_zero3_enabled():
+        return nullcontext()
+    from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+    return maybe_gather_lm_head_ctx(*parameters)
+
+
 def head_logits(head: LMHead, hidden: torch.Tensor) -> torch.Tensor:
     """
     Logits (N, V) in float32 of hidden states (N, H), scaled and capped as the forward of a model does of which
@@ -57,7 +66,7 @@ def head_logits(head: LMHead, hidden: torch.Tensor) -> torch.Tensor:
     if adapted is not None:
         logits = adapted(hidden).float()
     else:
-        with maybe_gather_lm_head_ctx(weight, bias):
+        with _gathered(weight, bias):
             logits = torch.nn.functional.linear(hidden, weight, bias).float()
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         if getattr(config, name, None) is not None:
