@@ -19,7 +19,7 @@ from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass, replace
 
-from .qualifiers import CONTRAST, CORRECTION, MINUS, RETRACTS, stands
+from .qualifiers import CONTRAST, CORRECTION, DOUBTS, MINUS, RETRACTS, SETTLES, stands
 
 
 NO_ANSWER = "the completion states no answer that can be parsed"
@@ -255,18 +255,18 @@ _STARTS = re.compile(
     re.I,
 )
 _VERB = re.compile(
-    r"\b(?:is|are|was|were|be|equals?|gives?|gets?|got|has|have|had|takes?|costs?|obtains?|obtained|yields?|needs?|makes?|earns?|contains?|remains?|becomes?)\b|:(?= )|是|为|有",
+    r"\b(?:is|are|was|were|be|equals?|gives?|gets?|got|has|have|had|takes?|costs?|obtains?|obtained|yields?|needs?|makes?|earns?|contains?|remains?|becomes?)\b|:(?= )(?<![\d\ue000]:)(?<![\d\ue000] :)|是|为|有",
     re.I,
 )
 _QUALIFIED = re.compile(
-    r"\b(?:least|most|than|not|between|up to|over|under|except|mod|modulo|more|fewer|each|per|times|half|twice|double|either|or|answer|solution|result)\b"
+    r"\b(?:least|most|than|not|between|up to|over|under|except|base|mod|modulo|more|fewer|each|per|times|half|twice|double|either|or|answer|solution|result)\b"
     r"|[^A-Za-z\s,'’\"()-]|(?<![A-Za-z])[B-HJ-Zb-hj-z](?![A-Za-z])",
     re.I,
 )
 # Where a sentence ends; what gives the reason of a value, or restricts it; and what follows a value and changes
 # nothing about it.
 _END = re.compile(
-    rf"\n|[。！？．।]|です|となります|になります|である|입니다|이다|[.?](?=[\s{_MARK})\"”]|$)(?<!\bSt\.)(?<![ap]\.m\.)(?<!i\.e\.)(?<!e\.g\.)|\bI hope\b|(?<!\s)!(?=[{_MARK})\"”]|\s*$|\s*\n|\s+(?-i:[A-Z]))",
+    rf"\n|[。！？．।]|です|となります|になります|である|입니다|이다|[.?](?=[\s{_MARK})\"”]|$)(?<!\bSt\.)(?<!\bsq\.)(?<![ap]\.m\.)(?<!i\.e\.)(?<!e\.g\.)|\bI hope\b|(?<!\s)!(?=[{_MARK})\"”]|\s*$|\s*\n|\s+(?-i:[A-Z]))",
     re.I,
 )
 _REASON = re.compile(
@@ -277,7 +277,12 @@ _REASON = re.compile(
 )
 _TAIL = re.compile(
     r"(?:[,;.]|(?<!\s))\s+\(?(?:i\.\s?e\.|e\.g\.)|[,;]\s+(?:that|meaning|the|this|it|we|there|all|rounded|found|obtained|giving|making|namely)\b|(?:,|(?<!\s))\s+(?:which|not)\b|(?<!\s)\s+of (?:them|these|those)\b|,?\s+and (?:we|that['’]s|that is|this|so|thus|hence|it)\b"
-    r"|\s[—–]\s+(?=[A-Za-z]{2})|，(?=[\u4e00-\u9fff])|(?<!\s)\s+(?:to|in|for|from|on|at|that|who|left|remaining|total|altogether|such that)\s+(?=[A-Za-z]{2})",
+    r"|\s[—–]\s+(?=[A-Za-z]{2})|，(?=[\u4e00-\u9fff])|(?<!\s)\s+(?:to|in(?! base)|for|from|on|at|that|who|left|remaining|total|altogether|such that)\s+(?=[A-Za-z]{2})",
+    re.I,
+)
+# Behind a value of a sentence: that it is only a part of what is stated, "$18 from eggs, for a total of $22".
+_RESULTS_IN = re.compile(
+    r"\b(?:total(?:l?ing)?|sum|giving|making|leaving|yielding)\b(?: only)?(?: (?:of|is|us|a|the|it|total))*[\s$€£\ue001]*[\d\ue000]",
     re.I,
 )
 _OPTION = re.compile(
@@ -344,6 +349,9 @@ def _sentence(found: Segments, start: int, last: bool) -> tuple[int, int] | None
         if leading := _LEADING.match(covered, start, end):
             start = leading.end()
         start = max((m.end() for m in _SO.finditer(covered, start, end)), default=start)
+    elif not _STARTS.match(covered, start, end):  # "Answer: there are 10 digits, so 45"
+        behind = (_FILLER.match(covered, m.end(), end).end() for m in _SO.finditer(covered, start, end))
+        start = next((at for at in behind if _STARTS.match(covered, at, end)), start)
     clause = _first(_REASON, found, start, end)
     pieces, at = [], start
     for verb in [*_VERB.finditer(covered, start, clause), None]:
@@ -353,7 +361,8 @@ def _sentence(found: Segments, start: int, last: bool) -> tuple[int, int] | None
     values = [p for p in pieces if p[0] < p[1] and _STARTS.match(covered, *p)]
     if values:
         begin, stop = values[0] if not last and pieces[0] == values[0] else values[-1]  # what is stated comes first
-        return begin, _first(_TAIL, found, begin + 1, stop)
+        value = begin, _first(_TAIL, found, begin + 1, stop)
+        return None if last and _RESULTS_IN.search(covered, value[1], end) else value
     words, (begin, stop) = covered[start:clause], pieces[-1]
     numbers = list(_PROSE_NUMBER.finditer(words))
     spans = (
@@ -716,6 +725,8 @@ def _corrected(found: Segments, chosen: Statement) -> Statement | None:
     covered = found.covered
     retracted = RETRACTS.search(covered, chosen.end)
     if not retracted or _REMARKS.search(covered, chosen.end, retracted.start()):
+        if _left_in_doubt(found, chosen):
+            raise Unparsable(f"{NO_ANSWER}: it doubts what it stated, and does not come back to it")
         return None
     for match in itertools.islice(CORRECTION.finditer(covered, retracted.start()), 20):
         begin = _FILLER.match(covered, match.end()).end()
@@ -723,6 +734,15 @@ def _corrected(found: Segments, chosen: Statement) -> Statement | None:
         if value:
             return replace(value, kind=chosen.kind)
     raise Unparsable(f"{NO_ANSWER}: it takes back what it stated")
+
+
+def _left_in_doubt(found: Segments, chosen: Statement) -> bool:
+    """Whether "Wait, …" is the last word on a statement: nothing behind it says that it is right, or states it again."""
+    doubt = DOUBTS.search(found.covered, chosen.end)
+    if not doubt or _REMARKS.search(found.covered, chosen.end, doubt.start()):
+        return False
+    again = rf"(?<![\w.]){re.escape(chosen.text)}(?![\w.]?\d|\s*[-+*/×])"
+    return not (SETTLES.search(found.covered, doubt.end()) or re.search(again, found.text[doubt.end() :]))
 
 
 def _concluded(found: Segments, whole: bool) -> Statement | None:

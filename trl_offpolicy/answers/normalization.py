@@ -20,7 +20,7 @@ GREEK = (
 _UNICODE = {
     "−": "-", "–": "-", "—": "-", "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "÷": "/", "∞": "\\infty ", "≤": "\\le ", "≥": "\\ge ",
     "≠": "\\neq ", "°": "^\\circ ", "∪": "\\cup ", "∩": "\\cap ", "∈": "\\in ", "±": "\\pm ", "∅": "\\emptyset ", "ℝ": "\\mathbb{R}",
-    "ℤ": "\\mathbb{Z}", "≈": "\\approx ", "≡": "\\equiv ", "√": "\\sqrt", "∛": "\\sqrt[3]", "…": "\\ldots", "∖": "\\setminus ", "⟨": "\\langle ", "⟩": "\\rangle ", "∣": "|",
+    "ℤ": "\\mathbb{Z}", "≈": "\\approx ", "≡": "\\equiv ", "√": "\\sqrt", "∛": "\\sqrt[3]", "…": "\\ldots", "⁄": "/", "∕": "/", "º": "^\\circ ", "˚": "^\\circ ", "¢": "\\text{ cents}", "∖": "\\setminus ", "⟨": "\\langle ", "⟩": "\\rangle ", "∣": "|",
 }  # fmt: skip
 _FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|exp|sqrt|gcd|lcm|abs|floor|ceil"
 _FONTS = "text|underline|textbf|textit|textrm|textnormal|textup|textsf|texttt|emph|mbox|hbox|mathrm|mathbf|mathit|mathsf|boldsymbol|bm|operatorname|operatorname\\*|rm|bf|it"
@@ -28,7 +28,7 @@ _FONT = re.compile(rf"\\(?:(?:{_FONTS})\s*(?=\{{)|(?:textcolor|color)\s*\{{[^{{}
 # Commands that mean the same as another, or only how it looks.
 _SAME = {
     "\\frac": "dfrac tfrac cfrac", "<": "lt", ">": "gt", "\\le ": "leq leqq leqslant", "\\ge ": "geq geqq geqslant", "\\neq ": "ne", "\\{": "lbrace", "\\}": "rbrace",
-    "(": "langle lparen", ")": "rangle rparen", "|": "lvert rvert vert mid", "\\setminus ": "backslash smallsetminus", "\\emptyset ": "varnothing",
+    "(": "langle lparen", ")": "rangle rparen", "|": "lvert rvert vert mid", ":": "colon", "\\setminus ": "backslash smallsetminus", "\\emptyset ": "varnothing",
     "": "left right middle displaystyle textstyle limits big bigg bigl bigr bigm biggl biggr biggm Big Bigg Bigl Bigr Bigm Biggl Biggr Biggm mathopen mathclose checkmark",
 }  # fmt: skip
 _COMMANDS = {f"\\{name}": same for same, names in _SAME.items() for name in names.split()}
@@ -37,7 +37,12 @@ _REWRITES = [
     for pattern, replacement in (
         (r"\\[A-Za-z]+", lambda m: _COMMANDS.get(m[0], m[0])),
         (r"(?<=\d)(?:\\!)?(?:\\,|\{,\}|,\\!|\\ |~)(?:\\!)? ?(?=\d{3}(?!\d))", ","),
-        (r"(?<=\d)\{,\}(?=\d)", ","),
+        (r"(?<=\d)\{([,:])\}(?=\d)", r"\1"),
+        (r"^-?[1-9]\d{0,2}(?:\.\d{3}){2,}$", lambda m: m[0].replace(".", ",")),
+        (r"^(?=.*(?:[<>]|\\[lg]e )).*\\(?:lor|vee|land|wedge)(?![A-Za-z]).*$", lambda m: _spoken_connectives(m)),
+        (r"\^\s*(-\d+)", r"^{\1}"),
+        (r"\bsq(?:\. ?| )", "square "),
+        (r"\\frac\s*\{\s*\\text\s*\{([^{}]*)\}\s*\}\s*\{\s*\\text\s*\{([^{}]*)\}\s*(\^\s*\{?\d\}?)?\s*\}", r"\\text{ \1/\2}\3"),
         (r"\\(?:qquad|quad|hspace\{[^{}]*\}|[hv]?phantom\s*(?:\{[^{}]*\}|.)|[,;: !>])|~", " "),
         (r"^([+-]?\d{1,3}(?: \d{3})+)(?![\d/])", lambda m: m[1].replace(" ", ",")),
         (r"[<>!]=|\*\*", lambda m: {"<=": "\\le ", ">=": "\\ge ", "!=": "\\neq "}.get(m[0], "^")),
@@ -50,7 +55,7 @@ _REWRITES = [
         (rf"(?<![\\A-Za-z])({_FUNCTIONS})(?=[\s(^_\d{{\\]|$)", r"\\\1 "),
         (rf"(?<![\\A-Za-z])(pi|{GREEK})(?![A-Za-z])", r"\\\1 "),
         (r"\\begin\{cases\}([^&]*)\\end\{cases\}", lambda m: m[1].replace("\\cr", ", ")),
-        (r"\\\{\s*\\\}|\\emptyset|(?i:\\text\{ *(?:the )?empty set *\}|(?:\\text\{ *|^)no (?:real )?solutions?(?: *\}|$))", r"\\emptyset "),
+        (r"\\\{\s*\\\}|\\emptyset|(?i:\\text\{ *(?:the )?empty set *\}|(?:\\text\{ *|^)(?:there (?:is|are) )?no (?:real )?solutions?(?: exists?)?(?: *\}|$))", r"\\emptyset "),
         (r"^\\text\{ *(?i:all (?:real numbers|reals)) *\}$", r"\\mathbb{R}"),
         (r"(?<![\w.])(\d+(?:\.\d*)?|\.\d+)[eE]([+-]?\d+)(?!\w)", r"\1\\times 10^{\2}"),
         (r"(?<=\d)(?:\s*(?:\\cdot|\*)\s*| x )10\s*\^", r"\\times 10^"),
@@ -60,8 +65,8 @@ _REWRITES = [
         (r"(?<=\.)(\d*)(?:\((\d+)\)|\\(?:dot|bar)\s*(?:\{(\d+)\}|(\d))(?:(\d*)\\dot\s*\{?(\d)\}?)?)", lambda m: f"{m[1]}\\overline{{{''.join(filter(None, m.groups()[1:]))}}}"),
         (r"(?:\\text\s*\{\s*(?=\(mod [^(){}]*\)\s*\}))?\(\s*(?:\\text\s*\{\s*)?mod\s*\}?\s*([^()]*)\)(?:(?<=\w\))\s*\}$)?|\\pmod\s*(\d+)|(?<!b)(?<![A-Za-z{])\\?mod(?![A-Za-z])\s*\{?(\d+)\}?", lambda m: f"\\pmod{{{m[1] or m[2] or m[3]}}}"),
         (rf"((?<![\\A-Za-z])[A-Za-z]|\\(?:{GREEK}))\s*_\s*(\{{[^{{}}]*\}}|\{{\\text\s*\{{[^{{}}]*\}}\s*\}}|\\[A-Za-z]+|\w)", lambda m: f"{m[1]}_{{{_plain(m[2])}}}"),
-        (r"(?!^),?\s*(?:\\text\{[^{}]*\})?\s*\b[a-z]\s*\\in\s*\\mathbb\{[A-Z]\}$", ""),
-        (r"\\\{\s*[a-z](?:\s*\\in\s*\\mathbb\{R\})?\s*[|:]([^{}|]*)\\\}", r"\1"),
+        (r"(?!^),?\s*(?:\\text\{[^{}]*\})?\s*(?:\(\s*)?\b[a-z]\s*\\in\s*\\mathbb\{[A-Z]\}(?:\s*\))?$", ""),
+        (r"\\\{\s*[a-z](?:\s*\\in\s*\\mathbb\{R\})?\s*[|:]((?:[^{}|]|\{[^{}]*\})*)\\\}", r"\1"),
         (r"^\\text\s*\{(?! *[A-J]:)[^{}]*(?:\bis|\bare|:|=)\s*\}\s*(?=\S)|\s*\\text\s*\{\s*(?:for (?:all|every|any)|only)\b.*$", ""),
         (r"\s*\\text\s*\{\s*\((?:since|because|as|where|i\.e\.)\b.*\)\s*\}?$", ""),
         (rf"^(\\text\s*\{{ *)?\b((?i:{NUMBER_WORD})) (?=[a-z])", lambda m: f"{m[1] or ''}{NUMBER_WORDS[m[2].casefold()]} "),
@@ -69,6 +74,12 @@ _REWRITES = [
         (r"\s+", " "),
     )
 ]  # fmt: skip
+
+
+def _spoken_connectives(match: re.Match) -> str:
+    r"""`x<1 \lor x>2` in words; between formulas without a relation the signs are logic, and stay."""
+    text = re.sub(r"\\(?:lor|vee)(?![A-Za-z])", r"\\text{ or }", match[0])
+    return re.sub(r"\\(?:land|wedge)(?![A-Za-z])", r"\\text{ and }", text)
 
 
 def _plain(subscript: str) -> str:
@@ -94,7 +105,8 @@ def normalize(answer: str) -> str:
     text = "".join(_ascii(c) if ord(c) > 127 else c for c in text)
     text = re.sub(r"\\\\(?:\[[^\]]*\])?", r"\\cr ", text)  # or the second backslash would begin a command
     text = _without_fonts(text)
-    text = re.sub(r"^(USD|EUR|GBP)\s*(\d[\d,.]*)$", r"\2\\text{ \1}", text)
+    text = re.sub(r"^(?:\\text\s*\{)?\s*US\}?(?=\\\$)", "", text)
+    text = re.sub(r"^(?:\\text\s*\{\s*)?(USD|EUR|GBP)\s*\}?\s*(\d(?:[\d,.]|\{,\}|\\,)*)$", r"\2\\text{ \1}", text)
     for sign, name in (("\\\\\\$", "dollars"), ("€", "EUR"), ("£", "GBP")):
         text = re.sub(rf"{sign} ?(\d[\d,.]*\d|\d)(?![\d.,{{\\]| ?[a-z]|{_SCALED})", rf"\1\\text{{ {name}}}", text)
     text = re.sub(r"(?<=\d) ?€", r"\\text{ EUR}", text)
@@ -361,7 +373,7 @@ for _definition in re.split(r"[;\n]+", _DEFINITIONS.strip()):
 # Words that make another value of the number before them: fractions, powers, comparisons, conditions, multiples.
 _CHANGES = re.compile(
     rf"\b(?:{NUMBER_WORD}|half|halve|halves|thirds?|quarters?|\w{{3,}}ths?|squared|cubed|factorial|or|and|if|for|when|where|unless|not|except|less|more|than|fewer|over|under"
-    r"|above|below|at|least|most|to|from|times?|score|plus|minus|divided|base|modulo|mod|log|ln|sin|cos|tan|exp|sqrt|pi|cis|root|fail\w*|invalid|impossible|extraneous|rejected|excluded|wrong|incorrect|hundreds?|tens|is|are|pairwise|each other"
+    r"|above|below|at|least|most|to|from|times?|score|plus|minus|divided|multiplied|raised|doubled|tripled|halved|increased|decreased|reduced|base|modulo|mod|log|ln|sin|cos|tan|exp|sqrt|pi|cis|root|fail\w*|invalid|impossible|extraneous|rejected|excluded|wrong|incorrect|hundreds?|tens|is|are|pairwise|each other"
     r"|dozens?|thousands?|millions?|billions?|trillions?)\b|[^A-Za-z '’-]",
     re.I,
 )
@@ -386,8 +398,10 @@ def split_unit(text: str) -> tuple[str, tuple[Fraction, dict[str, int]] | str | 
         value, name = bare[1], bare[3]
         known = unit(name)
         # `12 m` may be a product, `12m` is one: one letter needs a space and a gold answer that says so
-        if not re.match(MAGNITUDE, name) and (
-            len(name) == 1 or (not known and not re.fullmatch(r"[a-z]{4,}(?:[ -][a-z]+)*", name))
+        if (
+            re.match(r"[CP]\d", name)
+            or not re.match(MAGNITUDE, name)
+            and (len(name) == 1 or (not known and not re.fullmatch(r"[a-z]{4,}(?:[ -][a-z]+)*", name)))
         ):
             return text, None
     else:

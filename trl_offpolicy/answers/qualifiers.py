@@ -19,7 +19,7 @@ _DENIED = {
 # Directly before a value: it is a bound, a guess, or another thing of which the value is only a part.
 _BOUNDED = {
     "en": r"other than|different from|close to|near|(?:less|more|fewer|greater|smaller|larger|bigger|higher|lower) than|at most|at least|up to|under|over|above|below|almost|maybe|perhaps|possibly|probably|likely|presumably"
-    r"|(?:may|might|could) (?:well )?be|(?:supposed|expected|thought|believed|said|claimed) to be|exceeds?|bounded by|(?:divisible|multiplied|divided) by"
+    r"|(?:may|might|could) (?:well )?be|(?:supposed|expected|thought|believed|said|claimed|used) to be|exceeds?|bounded by|(?:divisible|multiplied|divided) by"
     r"|(?:a |the )?(?:square|square root|cube|cube root|root|reciprocal|opposite|inverse|logarithm|factorial|multiple|factor|divisor|power|half|double) of|twice|double|half",
     "de": "(?:kleiner|größer|weniger|mehr) als|höchstens|mindestens|fast|vielleicht", "es": "(?:menor|mayor|menos|más) (?:que|de)|como máximo|al menos|a lo sumo|casi|quizás?",
     "fr": "(?:moins|plus) de|(?:inférieur|supérieur)e? à|au plus|au moins|presque|peut-être", "it": "(?:meno|più|minore|maggiore) (?:di|che)|al massimo|almeno|quasi|forse",
@@ -31,7 +31,10 @@ _BOUNDED = {
 # Behind a value: it is denied, bounded, holds on a condition, or goes on as a number word.
 _BEHIND = {
     "en": r"(?:is|was|are|were|would be|seems)\s+(?:also\s+|clearly\s+|obviously\s+|definitely\s+)?(?:not (?:correct|right|valid|possible|allowed|true|it\b|an? (?:valid |real |possible )?(?:solution|answer|root|option)|the (?:final |correct |right )?(?:answer|solution|result))|wrong|incorrect|impossible|false|invalid|too (?:small|large|big|high|low)|extraneous|my|an? (?:common )?(?:mistake|error|guess|wrong))\b"
-    r"|(?:is|was)n['’]t (?:correct|right|valid|possible|an?|the|it)\b|(?:cannot|can['’]t) be (?:right|correct|true|the)\b|(?:does not|doesn['’]t) (?:work|satisfy)\b|at (?:the very )?(?:most|least)\b|or (?:less|more|fewer|greater|so|larger|smaller|above|below)\b",
+    r"|(?:is|was)n['’]t (?:correct|right|valid|possible|an?|the|it)\b|(?:cannot|can['’]t) be (?:right|correct|true|the)\b|(?:does not|doesn['’]t) (?:work|satisfy)\b|at (?:the very )?(?:most|least)\b"
+    r"|(?:which|but (?:this|that|it))(?:\s+fails|\s+(?:does not|doesn['’]t) (?:work|satisfy|fit|hold)|(?:\s+is|\s+was|['’]s) (?:wrong|incorrect|impossible|not (?:correct|right|possible|valid|allowed|among|one of|an? option)))\b"
+    r"|would (?:be|have been) (?:the |an? |my |our )?(?:\w+ )?(?:answer|solution|result|correct|right|true)\b(?=[^.!?\n]*\b(?:if|had|unless|without)\b)"
+    r"|or (?:less|more|fewer|greater|so|larger|smaller|above|below)\b",
     "de": r"ist (?:falsch|nicht|keine)\b|oder (?:mehr|weniger)\b|tausend\b|Millionen\b", "es": r"(?:no es|es (?:incorrect|fals)[oa])\b|o (?:más|menos)\b|mil\b|millones\b",
     "fr": r"(?:n['’]est pas|est (?:faux|fausse|incorrecte?))\b|ou (?:plus|moins)\b|mille\b|millions\b", "it": r"(?:non è|è (?:sbagliat|errat)[oa])\b|o (?:più|meno)\b|mila\b|milioni\b",
     "pt": r"(?:não é|está errad[oa])\b|ou (?:mais|menos)\b|mil\b|milhões\b", "sv, no, da": r"(?:är inte|är fel)\b|eller (?:mer|mindre)\b|tusen\b|miljoner\b", "nl": r"is (?:niet|fout|onjuist)\b|duizend\b|miljoen\b",
@@ -66,7 +69,8 @@ _LABEL = re.compile(
 _SUPPOSED = re.compile(
     r"\b(?:if|suppose|had|were|assuming)\b[^.!?\n]*(?<!there )\bwould (?:get|have|obtain|be|yield|give|become)\b(?: only| just| exactly)?[^\w\n.;!?]*\Z"
     r"|\b(?:guess|doubt|(?<!\bI )(?<!\bwe )(?:might|may|could|would|will) (?:think|say|guess|believe|expect|assume|seem)|(?:do|did|can)(?:n['’]t| not) (?:think|believe)|(?:false|not true|not the case|not clear) that|(?:people|students|others|they|many|some)\b[^.,!?\n]{0,15}\b(?:say|think|claim|believe) (?:that|it|the answer)|claims|claimed|says|thinks|believes|nobody|no one)\b[^.!?\n]*\Z"
-    r"|\b(?:(?:wrong|incorrect|false)\s+(?:answer|solution|result|value)|(?:first|initial|previous|earlier)\s+answer)\b[^.!?\n]*\Z",
+    r"|\b(?:(?:wrong|incorrect|false)\s+(?:answer|solution|result|value)|(?:first|initial|previous|earlier)\s+answer)\b[^.!?\n]*\Z"
+    r"|\b(?:(?:mistake|error|trap|pitfall) (?:is|was|would be) to|(?:common|typical|frequent|easy) (?:mistake|error|trap|pitfall)s? (?:is|are|would be))\b[^.!?\n]*\Z",
     re.I,
 )
 # The same before a phrase; a box is stated there all the same.
@@ -127,8 +131,17 @@ RETRACTS = re.compile(
     r"(?:(?:^|[.!?;,\n—–])[\s*]*(?:hmm+|wait|oh|oops|sorry|well|but|hold on)?[\s,.…!—–-]{0,5}\bno(?:[,.!:;—–]|\s+wait\b|,? ####)"
     r"|\b(?:I|I['’]ve|we|we['’]ve|have) made an? (?:\w+ )?(?:mistake|error)\b|\b(?:that|this|it|which|he|she)(?:['’]s| is| was) (?:wrong|incorrect|not right|not correct)\b|\bscratch that\b|\bcorrection:|\bmy mistake\b|\bI was wrong\b"
     r"|\b(?:but|actually,?|rather,?) (?:the (?:correct |right |true |real )?(?:answer|value|result|one)|it)(?: is|['’]s| should be)\b|\b(?:answer|value|result|it) (?:is|should) (?:actually|really|instead)\b"
-    r"|\bit should (?:actually )?(?:be|have been)\b|不对|更正|应为)",
+    r"|\b(?:it|that|this) should (?:actually |really |instead )?(?:be|have been)(?=[\s:=*\ue001]{1,9}[-−$€£(\\\d\ue000])|不对|更正|应为)",
     re.I | re.M,
+)
+# What begins to doubt the statement before it, and what settles that in its favour.
+DOUBTS = re.compile(
+    r"(?:^|[.!?…\n])[\s*]*(?:(?:oh|but|uh|hmm+)[\s,.!…]+)?(?:wait|hold on|hmm+|actually,? (?:I|we|let|that|this|the|there))\b",
+    re.I | re.M,
+)
+SETTLES = re.compile(
+    r"\b(?:correct|right|indeed|confirm\w*|verifie[sd]|consistent|holds?|stands?|match\w*|same|fine|good|ok(?:ay)?|yes|yep|works?|satisf\w*|checks? out|agrees?|makes sense)\b|[✓✔✅]",
+    re.I,
 )
 CORRECTION = re.compile(
     r"(?:\bshould (?:actually |really |instead )?(?:be|read|have been)|\b(?:correct|right|true|real|actual) (?:value|answer|result|one|number)(?: is| should be|:)|\b(?:answer|value|result|it)(?: is|['’]s)(?: actually| really| instead)?|\bno,|\bcorrection:|####|应为)[\s:=]*",

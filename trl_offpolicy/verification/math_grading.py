@@ -260,7 +260,7 @@ def _equation(text: str, sides: list[str]) -> Answer:
         sides = sides[::-1]
     names = [s for s in sides[:-1] if _NAME.fullmatch(s) and not _closed(s)]
     values = sides[len(names) :]
-    if names != sides[: len(names)] or (not names and not all(map(_closed, values))):
+    if names != sides[: len(names)] or (not names and not all(_closed(split_unit(value)[0]) for value in values)):
         return Answer("equation", text, tuple(sides))
     if names and names[0][0] == "(" and (value := read(values[-1])).kind == "tuple":
         return _in_order(names[0], value)
@@ -564,7 +564,7 @@ class _Comparison:
             if ("%" in prediction) == ("%" in gold):
                 return self.same(stated, wanted)
             if self.same(stated, wanted):  # 25 for 25%, but not 0.25 for 0.25%
-                return not (value := number(wanted)) or abs(value[0]) >= 1
+                return not (value := number(wanted)) or not 0 < abs(value[0]) < 1
             hundredths = [
                 f"\\frac{{{text.removesuffix('%')}}}{{100}}" if "%" in text else text for text in (prediction, gold)
             ]
@@ -623,7 +623,7 @@ def _base(text: str) -> tuple | None:
     """(digits, base) of `204_5`; a number without a base has `None` there."""
     bare = re.sub(r"\\text\s*\{([^{}]*)\}|[ ()]", r"\1", text).replace(" ", "")
     if match := re.fullmatch(
-        r"(\d[\dA-F]*|[A-F][\dA-F]*\d[\dA-F]*|[A-F]{2,})(?:(?:_\{?(?:base)?|base)(\w+)\}?)?", bare
+        r"(\d[\dA-F]*|[A-F][\dA-F]*\d[\dA-F]*|[A-F]{2,})(?:(?:_\{?(?:base)?|(?:in)?base)(\w+)\}?)?", bare
     ):
         return match[1].lstrip("0"), match[2] and str(NUMBER_WORDS.get(match[2], match[2]))
     return None
@@ -661,8 +661,9 @@ def _sympy(text: str):
 
 def parse_latex(text: str, gold: bool = False):
     """A sympy object for all of `text`, never for a part of it; cached, since many samples share a gold answer."""
-    # Not to be dropped: a prime, what is left out, a space between two numbers.
-    parsed = None if re.search(r"['\"]|\\prime|\\[lc]?dots|(?<![\w^.])\d+ [\d.]", text) else _sympy(text)
+    # Not to be dropped: a prime, what is left out, a space between two numbers, a word before a number (`1 hour 30`).
+    dropped = r"['\"]|\\prime|\\[lc]?dots|(?<![\w^.])\d+ [\d.]|(?<![\\A-Za-z])[A-Za-z]{3,} \d"
+    parsed = None if re.search(dropped, text) else _sympy(text)
     if parsed is None or (hasattr(parsed, "has") and parsed.has(sympy.nan, sympy.zoo)):
         raise UnparsableGold if gold else Unparsable
     if isinstance(parsed, sympy.Basic):  # `dy/dx` of a letter, which is not 0: y is a function of x
