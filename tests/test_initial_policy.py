@@ -23,7 +23,7 @@ from training import QUESTIONS, config, demonstrations, rewritten, train
 from trl import SFTConfig, SFTTrainer
 
 from trl_offpolicy import ImportanceWeightedSFTConfig, ImportanceWeightedSFTTrainer
-from trl_offpolicy.sampling.log_probs import head_logits, lm_head, target_log_probs
+from trl_offpolicy.sampling.log_probs import has_known_head, head_logits, lm_head, target_log_probs
 from trl_offpolicy.trainer.initial_policy import adapter_is_neutral, trains_beside_adapter
 
 
@@ -33,6 +33,7 @@ FAMILIES = {
     "Gemma2": {"head_dim": 16, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 16},
     "Cohere": {"logit_scale": 0.3},
     "Granite": {"logits_scaling": 4.0},
+    "OPT": {"ffn_dim": 48, "word_embed_proj_dim": 16},  # its own forward does not call what it names its base model
 }
 
 
@@ -56,6 +57,7 @@ def test_the_head_scales_and_caps_like_the_model(family):
     with torch.no_grad():
         ours = head_logits(lm_head(model), model.base_model(ids).last_hidden_state[0])
         torch.testing.assert_close(ours, model(ids).logits[0], atol=1e-5, rtol=1e-5)
+    assert has_known_head(model, [5, 6, 7, 8])
 
 
 def naive_log_probs(model, prompt, target, temperature=1.0):

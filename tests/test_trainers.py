@@ -13,7 +13,7 @@ import pytest
 import torch
 import trl
 from conftest import in_two_processes
-from datasets import Dataset
+from datasets import Dataset, Features, IterableDataset, List, Value
 from peft import LoraConfig, PromptTuningConfig
 from training import QUESTIONS, config, demonstrations, first_loss, rewritten, train, with_own_log_probs
 from transformers import TrainingArguments
@@ -531,6 +531,33 @@ def test_tokens_without_behaviour_log_prob_are_told(tmp_path, tiny_model, tokeni
     for without in (demonstrations(), rows.filter(lambda row: row["source"] == "expert")):
         with pytest.raises(ValueError, match="(?s)\\(100%\\) have no μ.*Train on what"):
             trainer(without, objective="iw")
+
+
+def endless():
+    """Rows of a stream; whoever reads it to its end fails."""
+    for i in range(5000):
+        assert i < 4000, "it was read on and on"
+        yield {"input_ids": [5, 6, 7], "labels": [5, 6, 7]}
+
+
+def test_a_stream_without_behaviour_log_probs_is_told_by_its_columns(tmp_path, tiny_model, tokenizer):
+    """Its rows are not counted, which would take until its end."""
+    features = Features({name: List(Value("int64")) for name in ("input_ids", "labels")})
+    tokens = IterableDataset.from_generator(endless, features=features)
+
+    def trainer(data, **kwargs):
+        args = config(ImportanceWeightedSFTConfig, tmp_path, **kwargs)
+        return ImportanceWeightedSFTTrainer(tiny_model, args, train_dataset=data, processing_class=tokenizer)
+
+    as_they_are = {"dataset_kwargs": {"skip_prepare_dataset": True}}
+    for data, kwargs in ((demonstrations().to_iterable_dataset(), {}), (tokens, {}), (tokens, as_they_are)):
+        with pytest.warns(UserWarning, match="The training tokens have no μ, .*plain SFT"):
+            trainer(data, **kwargs)
+        with pytest.raises(ValueError, match="The training tokens have no μ, .*write objective='nll'"):
+            trainer(data, objective="iw", **kwargs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        trainer(rewritten(tokenizer).to_iterable_dataset(), objective="iw")
 
 
 def test_a_weight_that_is_not_finite_never_reaches_the_optimizer(tmp_path, tiny_model, tokenizer):
@@ -1128,6 +1155,12 @@ def test_a_dataset_without_rows_is_refused(tmp_path, tiny_model, tokenizer, make
         trainer(rows, rows).evaluate(empty)
 
 
+def test_packed_rows_need_a_length(tmp_path, tiny_model, tokenizer):
+    args = config(ImportanceWeightedSFTConfig, tmp_path, packing=True, max_length=None)
+    with pytest.raises(ValueError, match="packing=True with max_length=None"):
+        ImportanceWeightedSFTTrainer(tiny_model, args, train_dataset=rewritten(tokenizer), processing_class=tokenizer)
+
+
 def test_hidden_columns_are_refused(tmp_path, tiny_model, tokenizer):
     """TRL would take rows whose prompt it does not see for text without prompts, and train on all of it."""
     rows, args = rewritten(tokenizer), config(ImportanceWeightedSFTConfig, tmp_path)
@@ -1167,6 +1200,14 @@ def test_an_objective_that_returns_no_weight_for_each_token_is_refused(
     )
     with pytest.raises(ValueError, match=rf"The objective 'own' returned {what}, .* here \(4, \d+\)"):
         first_loss(trainer)
+
+
+def test_a_token_without_embedding_is_told_before_the_initial_policy_is_asked(tmp_path, tiny_model, tokenizer):
+    larger = copy.deepcopy(tokenizer)
+    larger.add_tokens(["step"])
+    args = config(ImportanceWeightedSFTConfig, tmp_path, objective="iw", expert_weighting="base")
+    with pytest.raises(ValueError, match="Row 0 of the train dataset .* in `input_ids`, .*resize_token_embeddings"):
+        ImportanceWeightedSFTTrainer(tiny_model, args, train_dataset=demonstrations(), processing_class=larger)
 
 
 def test_ids_outside_the_vocabulary_and_what_a_stream_holds(tmp_path, tiny_model, tokenizer):
@@ -1258,6 +1299,14 @@ def test_rows_without_a_target_and_vllms_whole_vocabulary(tmp_path, tiny_model, 
         ({"expert_weighting": "zero"}, "use one of"),
         ({"clip_min": 2.0, "clip_max": 1.0}, "clip_min=2.0 above clip_max=1.0"),
         ({"beta": -0.1}, "beta=-0.1; it must be at least 0"),
+        ({"objective": "p_alpha", "alpha": math.nan}, "alpha=nan; it must be at least 0"),
+        ({"clip_max": -1.0}, "clip_max=-1.0; it must be above 0, .* or None for no limit"),
+        ({"clip_max": 0}, "clip_max=0; it must be above 0"),
+        ({"clip_min": math.nan}, "clip_min=nan; it must be at least 0"),
+        ({"truncation_mode": "keep_first"}, "truncation_mode='keep_first'; use one of"),
+        ({"objective": ["iw", "dft"]}, "objective=\\['iw', 'dft'\\]; use one of"),
+        ({"objective": {"self": ["iw"]}}, "use one of"),
+        ({"objective": '{"self": iw}'}, "write a JSON object such as"),
     ],
 )
 def test_config_errors_say_what_to_write(tmp_path, kwargs, message):

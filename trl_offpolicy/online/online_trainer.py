@@ -140,6 +140,9 @@ class OnlineRewriteSFTTrainer(ImportanceWeightedSFTTrainer):
     def _describe(self, train_dataset) -> None:
         self.num_train_rows, self.num_unlearned_rows, self.train_sources = 0, 0, Counter()
 
+    def _tell_tokens_without_ratio(self, given) -> None:
+        """Of the rows there are none yet; those of the policy have their μ."""
+
     @property
     def card_facts(self) -> dict[str, str]:
         steps = self.args.steps_per_generation // self.args.gradient_accumulation_steps

@@ -96,16 +96,17 @@ _KNOWN_HEADS: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
 @torch.no_grad()
 def has_known_head(model: PreTrainedModel, ids: list[int]) -> bool:
     """
-    Whether [`head_logits`] of the model's last hidden states are the logits that its own forward gives. Some models do
-    more to them (RecurrentGemma caps them under another name). Tried once a model, on the first of these token ids.
+    Whether [`head_logits`] of the last hidden states of the model's backbone are the logits that its own forward
+    gives. Some models do more to them (RecurrentGemma caps them under another name). Tried once a model, on the first
+    of these token ids.
     """
     if model not in _KNOWN_HEADS:
         tokens = torch.tensor([ids[:16]], device=model.device)
+        hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0]
         # Its class's forward: a copy of a model that TRL has trained has one that is bound to the model it was copied from.
-        with hidden_states(model) as seen:
-            logits = type(model).forward(model, input_ids=tokens, use_cache=False).logits[0]
-        own, ours = logits.float(), head_logits(lm_head(model), seen[-1][0])
-        rounding = max(1e-3, 2 * torch.finfo(logits.dtype).eps, 2 * torch.finfo(seen[-1].dtype).eps)
+        logits = type(model).forward(model, input_ids=tokens, use_cache=False).logits[0]
+        own, ours = logits.float(), head_logits(lm_head(model), hidden)
+        rounding = max(1e-3, 2 * torch.finfo(logits.dtype).eps, 2 * torch.finfo(hidden.dtype).eps)
         differ = own.shape != ours.shape or (own - ours.to(own.device)).abs().max() > rounding * own.abs().max()
         _KNOWN_HEADS[model] = not differ
     return _KNOWN_HEADS[model]

@@ -191,7 +191,9 @@ def _checked_reward(reward, index: int, objective: str | None, has_log_probs: bo
     another one.
     """
     if reward is not None and (not isinstance(reward, Real) or math.isinf(reward)):
-        raise ValueError(f"Row {index} has reward={reward!r:.100}, which is no finite number: {text!r:.200}")
+        raise ValueError(
+            f"Row {index} has reward={reward!r:.100}, which is no finite number. Rename the column if it means something else: {text!r:.200}"
+        )
     reward = math.nan if reward is None else float(reward)
     if objective == "topr" and not abs(reward) > 0:
         raise ValueError(

@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 from ..data.rows import Source
+from ..data.tokenization import json_mapping
 from .losses import CLIP_MODES, EXPERT_WEIGHTINGS, OBJECTIVES, THRESHOLD_MODES, THRESHOLD_POLICIES
 
 
@@ -64,7 +65,6 @@ class ImportanceWeightedSFTConfig(SFTConfig):
     training, and cache it.
     """
 
-    _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["objective"]
     default_objective: ClassVar[str] = "iw"
 
     objective: dict | str | None = field(
@@ -148,6 +148,8 @@ class ImportanceWeightedSFTConfig(SFTConfig):
         if getattr(self, "activation_checkpointing", False) is None:
             self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
+        if isinstance(self.objective, str) and self.objective.lstrip().startswith("{"):
+            self.objective = json_mapping("objective", self.objective, '{"self": "iw", "expert": "dft"}')
         # A script written for SFTTrainer chooses its loss by `loss_type`.
         self.objective_was_given = self.objective is not None
         if not self.objective_was_given:
@@ -157,7 +159,7 @@ class ImportanceWeightedSFTConfig(SFTConfig):
             self.loss_type = "nll"  # TRL would apply its own weights in addition to ours
         by_source = self.objective if isinstance(self.objective, dict) else {}
         for objective in self.objectives:
-            if not callable(objective) and objective not in OBJECTIVES:
+            if not callable(objective) and objective not in list(OBJECTIVES):  # it may be a list, which has no hash
                 raise ValueError(
                     f"You passed objective={self.objective!r}; use one of {list(OBJECTIVES)}, a dict of them by source, or a function."
                 )
@@ -171,6 +173,7 @@ class ImportanceWeightedSFTConfig(SFTConfig):
             ("clip_mode", CLIP_MODES),
             ("threshold_mode", THRESHOLD_MODES),
             ("threshold_policy", THRESHOLD_POLICIES),
+            ("truncation_mode", ("keep_start", "keep_end")),
         ):
             if getattr(self, name) not in values:
                 raise ValueError(f"You passed {name}={getattr(self, name)!r}; use one of {list(values)}.")
@@ -186,12 +189,18 @@ class ImportanceWeightedSFTConfig(SFTConfig):
                 f"You passed label_smoothing_factor={self.label_smoothing_factor}: smoothing spreads the loss over tokens that "
                 "were not sampled, for which no importance weight is defined. Drop it, or write objective='nll'."
             )
-        for name, low in (("beta", 0), ("epsilon_high", 0), ("steps_per_outer_batch", 0), ("alpha", 0)):
-            if getattr(self, name) < low:
-                raise ValueError(f"You passed {name}={getattr(self, name)}; it must be at least {low}.")
+        for name in ("beta", "epsilon_high", "steps_per_outer_batch", "alpha"):
+            if not getattr(self, name) >= 0:  # nor NaN
+                raise ValueError(f"You passed {name}={getattr(self, name)}; it must be at least 0.")
         for name in ("tau", "gamma"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"You passed {name}={getattr(self, name)}; it must be above 0 and at most 1.")
+        if self.clip_max is not None and not self.clip_max > 0:
+            raise ValueError(
+                f"You passed clip_max={self.clip_max}; it must be above 0, since a weight below 0 unlearns, or None for no limit."
+            )
+        if self.clip_min is not None and not self.clip_min >= 0:
+            raise ValueError(f"You passed clip_min={self.clip_min}; it must be at least 0, or None for no limit.")
         if self.clip_min is not None and self.clip_max is not None and self.clip_min > self.clip_max:
             raise ValueError(f"You passed clip_min={self.clip_min} above clip_max={self.clip_max}; swap them.")
 

@@ -178,7 +178,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
                 name: self._finish(data, self.args, packing, name) for name, data in _named(self.eval_dataset).items()
             }
             self.eval_dataset = finished if isinstance(self.eval_dataset, dict) else finished.get("eval")
-        self._tell_tokens_without_ratio()
+        self._tell_tokens_without_ratio(train_dataset)
 
     @classmethod
     def _config_of(cls, model, args):
@@ -302,21 +302,36 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
                 "`labels`. Set a larger max_length, or look at completion_only_loss and assistant_only_loss."
             )
 
-    def _tell_tokens_without_ratio(self) -> None:
+    def _tell_tokens_without_ratio(self, given) -> None:
         """
         Warns of the training tokens that an importance weight is asked of and that have none, as μ is not known;
-        refuses if there are no others.
+        refuses if there are no others. Of a stream, which is read while it is trained on, the columns are looked at.
         """
         by_source = self.objective if isinstance(self.objective, dict) else dict.fromkeys(SOURCE_IDS, self.objective)
         with_ratio = objectives_with("expert_weighting")
         weighted = [SOURCE_IDS[source] for source, o in by_source.items() if not callable(o) and o in with_ratio]
-        rows = self.train_dataset
-        if (
-            not weighted
-            or self.args.expert_weighting != "one"
-            or "labels" not in (getattr(rows, "column_names", None) or ())
-        ):
+        if not weighted or self.args.expert_weighting != "one":
             return
+        rows, columns = self.train_dataset, set(get_dataset_column_names(given))
+        if hasattr(rows, "num_rows") and "labels" in rows.column_names:
+            unknown, total = self._count_tokens_without_ratio(rows, weighted)
+            if not unknown:
+                return
+            which, are_all = f"{unknown:,} of {total:,} training tokens ({unknown / total:.0%}) have", unknown == total
+        elif "behavior_log_probs" in columns or (isinstance(self.objective, dict) and "source" not in columns):
+            return
+        else:
+            which, are_all = "The training tokens have", True
+        message = f"{which} no μ, as their rows have no `behavior_log_probs`: with objective={self.args.objective!r} their weight is 1, which is plain SFT."
+        if are_all and self.args.objective_was_given:
+            raise ValueError(
+                f"{message} Train on what `trl-offpolicy rewrite` wrote, sampled at temperature 1; set precompute_behavior_log_probs=True if the rows "
+                "have `completion_ids` that this model drew without top_p, top_k, min_p and repetition_penalty; or write objective='nll' (SFT), 'dft', or expert_weighting='base' (π/π_0), which need no μ."
+            )
+        warnings.warn(f"{message} expert_weighting says what else they may weigh.", stacklevel=4)
+
+    def _count_tokens_without_ratio(self, rows, weighted: list[int]) -> tuple[int, int]:
+        """Of the tokens of the `weighted` sources: those without μ, and all."""
         # A dataset without our log-probs was not made by this package, so a column with one of our names is the user's
         # own.
         ours = {"source_ids", "behavior_log_probs"} if "behavior_log_probs" in rows.column_names else set()
@@ -332,36 +347,31 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
                 asked &= np.isin(columns.get("source_ids", -1), weighted)
             total += asked.sum()
             unknown += (asked & np.isnan(columns.get("behavior_log_probs", np.nan))).sum()
-        if not unknown:
-            return
-        message = (
-            f"{unknown:,} of {total:,} training tokens ({unknown / total:.0%}) have no μ, as their rows have no `behavior_log_probs`: with "
-            f"objective={self.args.objective!r} their weight is 1, which is plain SFT."
-        )
-        if unknown == total and self.args.objective_was_given:
-            raise ValueError(
-                f"{message} Train on what `trl-offpolicy rewrite` wrote, sampled at temperature 1; set precompute_behavior_log_probs=True if the rows "
-                "have `completion_ids` that this model drew without top_p, top_k, min_p and repetition_penalty; or write objective='nll' (SFT), 'dft', or expert_weighting='base' (π/π_0), which need no μ."
-            )
-        warnings.warn(f"{message} expert_weighting says what else they may weigh.", stacklevel=4)
+        return unknown, total
 
     def _vocab_size(self) -> int | None:
         """As the config says: ZeRO stage 3 leaves no shape to the embeddings."""
         return getattr(self.model.config.get_text_config(), "vocab_size", None)
 
-    def _refuse_ids_of_another_model(self, dataset, dataset_name: str) -> None:
+    def _refuse_ids_of_another_model(self, dataset, dataset_name: str, column: str = "completion_ids") -> None:
         """Names the row. (Streaming rows are looked at in the collator.)"""
         size = self._vocab_size()
-        if size is None or not hasattr(dataset, "num_rows") or "completion_ids" not in dataset.column_names:
+        if size is None or not hasattr(dataset, "num_rows") or column not in dataset.column_names:
             return
         for batch, rows in enumerate(dataset.with_format("arrow").iter(batch_size=1000)):
-            largest = pc.max(pc.list_flatten(rows["completion_ids"])).as_py()
+            largest = pc.max(pc.list_flatten(rows[column])).as_py()
             if largest is not None and largest >= size:
-                row = next(i for i, ids in enumerate(rows["completion_ids"].to_pylist()) if ids and max(ids) >= size)
+                row = next(i for i, ids in enumerate(rows[column].to_pylist()) if ids and max(ids) >= size)
                 raise ValueError(
-                    f"Row {1000 * batch + row} of the {dataset_name} dataset has token ids of up to {largest} in `completion_ids`, but the model has "
-                    f"{size} token embeddings: the row was sampled from another model, or with another tokenizer. Train the model that the rows are "
-                    "of, or drop the columns `completion_ids` and `behavior_log_probs`."
+                    f"Row {1000 * batch + row} of the {dataset_name} dataset has token ids of up to {largest} in `{column}`, but the model has "
+                    f"{size} token embeddings: "
+                    + (
+                        "the row was sampled from another model, or with another tokenizer. Train the model that the rows are "
+                        "of, or drop the columns `completion_ids` and `behavior_log_probs`."
+                        if column == "completion_ids"
+                        else "the tokenizer is another model's, or has tokens that were added to it. Pass the model's own, or give the model "
+                        "their embeddings with `model.resize_token_embeddings(len(tokenizer))`."
+                    )
                 )
 
     # ---- columns ----
@@ -438,6 +448,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         dataset = _unformatted(dataset)
         if self._scored_columns:
             self._check_scorable(dataset, whole, dataset_name)
+            self._refuse_ids_of_another_model(dataset, dataset_name, "input_ids")
         if "behavior_log_probs" in self._scored_columns:
             dataset = self._score_behavior(dataset, dataset_name)
         if whole:
@@ -459,6 +470,11 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
                 dataset = dataset.map(_cut, fn_kwargs={"columns": columns, "cut": kept_tokens(args)}, **map_kwargs)
                 dataset = dataset.filter(_has_target, **map_kwargs)
             if packing:
+                if args.max_length is None:
+                    raise ValueError(
+                        "You passed packing=True with max_length=None, but rows are packed up to a length. Set max_length, or write padding_free=True "
+                        "in the place of packing=True."
+                    )
                 dataset = dataset.select_columns(columns)
                 if args.shuffle_dataset:
                     dataset = dataset.shuffle(seed=args.seed)
