@@ -123,6 +123,18 @@ def test_row_without_problem_is_named():
         list(read_rows([{"messages": USER}]))
 
 
+@pytest.mark.parametrize("beside", [{"tool_calls": [{"type": "function"}]}, {"reasoning_content": "2 and 2"}])
+def test_what_stands_beside_a_content_is_not_dropped_in_silence(beside):
+    (asked,), (said,), null = USER, ASSISTANT, dict.fromkeys(beside)
+    for row in (
+        {"messages": [asked, {**said, **beside}]},
+        {"prompt": [asked, {**said, **beside}, asked], "completion": ASSISTANT},
+    ):
+        with pytest.raises(ValueError, match=f"Row 0.*has messages with {next(iter(beside))}, .* would be lost"):
+            list(read_rows([row]))
+    assert len(list(read_rows([{"messages": [{**asked, **null}, {**said, **null}]}]))) == 1  # as Parquet fills it in
+
+
 def test_content_id_is_the_hash_of_the_plain_json():
     prompt = [{"role": "system", "content": 'a "b"\\\n\ud800'}, {"role": "user", "content": "ü€ 2+2?"}]
     for turns, answer in ((prompt, "4"), (prompt[1:], None), ([], "\\frac{1}{2}")):

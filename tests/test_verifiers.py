@@ -51,6 +51,8 @@ CHOICES = [
     ("\\boxed{D) 5, A) is too small}", "D", "correct"),
     ("\\boxed{\\text{(A) and (C)}}", "A", "wrong"),
     ("I cannot tell\nwhich one", "B", "unparsable"),
+    ("A, B, and C are all wrong; D is right.", "A", "unparsable"),
+    ("The answer is [B].", "B", "correct"),
     ("\\boxed{B. It can't be A.}", "A", "wrong"),
     ("\\boxed{B. It can't be A.}", "B", "correct"),
     ("\\boxed{B, because I checked it}", "B", "correct"),
@@ -126,6 +128,12 @@ QUANTITIES = [
     ("\\boxed{3 \\times 10^8}", "3 \\times 10^9", "wrong"),
     ("\\boxed{1.6 * 10^-9 C}", "1.6e-9 C", "correct"),
     ("\\boxed{10^{-3} m}", "1 mm", "correct"),
+    ("\\boxed{12{,}500 kg}", "12.5e3 kg", "correct"),
+    ("\\boxed{1\\,234\\text{ m}}", "1234 m", "correct"),
+    ("\\boxed{1 000 000}", "1000000", "correct"),
+    ("\\boxed{\\dfrac12}", "0.5", "correct"),
+    ("\\boxed{3\\frac12}", "3.5", "correct"),
+    ("\\boxed{3 1/2 m}", "3.5 m", "correct"),
     ("\\boxed{1 \\times 10^{400}}", "5", "unparsable"),
     ("\\boxed{2.5\\,\\mu\\mathrm{m}}", "2.5e-6 m", "correct"),
     ("\\boxed{2 k\\Omega}", "2000 ohm", "correct"),
@@ -217,6 +225,13 @@ def test_json_schema():
         "unparsable",
     ]
     assert JsonSchemaVerifier().verify(['{"a": 2, "a": 1}'], ['{"a": 1}']) == ["unparsable"]
+    assert JsonSchemaVerifier({"type": "number"}).verify(["NaN", "-Infinity", "1"], [None] * 3) == [
+        "unparsable",
+        "unparsable",
+        "correct",
+    ]
+    fences = ["```json\r\n5\r\n```", "So:\n~~~json\n5\n~~~\nDone.", '```json\n"```x```"\n```']
+    assert JsonSchemaVerifier().verify(fences, ["5", "5", '"```x```"']) == ["correct"] * 3
 
 
 def test_completions_are_texts_and_a_function_may_return_bools():

@@ -30,7 +30,7 @@ _BOUNDED = {
 }  # fmt: skip
 # Behind a value: it is denied, bounded, holds on a condition, or goes on as a number word.
 _BEHIND = {
-    "en": r"(?:is|was|are|were|would be|seems)\s+(?:also\s+|clearly\s+|obviously\s+|definitely\s+)?(?:not (?:correct|right|valid|possible|allowed|true|it\b|an? (?:valid |real |possible )?(?:solution|answer|root|option)|the (?:final |correct |right )?(?:answer|solution|result))|wrong|incorrect|impossible|false|invalid|too (?:small|large|big|high|low)|extraneous|my|an? (?:common )?(?:mistake|error|guess|wrong))\b"
+    "en": r"(?:is|was|are|were|would be|seems)\s+(?:(?:also|clearly|obviously|definitely|all|both)\s+)?(?:not (?:correct|right|valid|possible|allowed|true|it\b|an? (?:valid |real |possible )?(?:solution|answer|root|option)|the (?:final |correct |right )?(?:answer|solution|result))|wrong|incorrect|impossible|false|invalid|too (?:small|large|big|high|low)|extraneous|my|an? (?:common )?(?:mistake|error|guess|wrong))\b"
     r"|(?:is|was)n['’]t (?:correct|right|valid|possible|an?|the|it)\b|(?:cannot|can['’]t) be (?:right|correct|true|the)\b|(?:does not|doesn['’]t) (?:work|satisfy)\b|at (?:the very )?(?:most|least)\b"
     r"|(?:which|but (?:this|that|it))(?:\s+fails|\s+(?:does not|doesn['’]t) (?:work|satisfy|fit|hold)|(?:\s+is|\s+was|['’]s) (?:wrong|incorrect|impossible|not (?:correct|right|possible|valid|allowed|among|one of|an? option)))\b"
     r"|would (?:be|have been) (?:the |an? |my |our )?(?:\w+ )?(?:answer|solution|result|correct|right|true)\b(?=[^.!?\n]*\b(?:if|had|unless|without)\b)"

@@ -129,6 +129,8 @@ def _layout(columns: tuple[str, ...], answer_column: str) -> tuple[str, str | No
 
 
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
+# What a message may say beside its content, which chat templates write into a prompt: a prompt without it is another.
+_BESIDE = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 
 
 def _turn(message) -> dict[str, str] | None:
@@ -145,6 +147,12 @@ def _messages(value, role: str, what: str) -> list[dict[str, str]]:
         return [{"role": role, "content": value}] if value.strip() else []
     if value is None:
         return []
+    beside = {k for m in value if isinstance(m, dict) for k in _BESIDE if m.get(k)} if isinstance(value, list) else ()
+    if beside:
+        raise ValueError(
+            f"{what} has messages with {' and '.join(sorted(beside))}, but a turn is its `content` here, and the rest would be lost. Write it into "
+            "the content as the model's chat template does (reasoning as <think>…</think>), or leave such rows out with `dataset.filter`."
+        )
     if isinstance(value, list) and all(turns := [_turn(message) for message in value]):
         return turns
     raise ValueError(

@@ -89,7 +89,7 @@ class MultipleChoiceVerifier(_StatedVerifier):
             return (
                 [] if text.strip().upper() in {*labelled} - {*same} else same
             )  # a letter that is another choice's text
-        text, one = _unwrapped(text).strip(" *$.{}"), f"[{re.escape(''.join(labelled))}]"
+        text, one = _unwrapped(text).strip(" *$.{}[]"), f"[{re.escape(''.join(labelled))}]"
         text = text.upper() if len(text) == 1 or re.fullmatch(r"\(\w\)", text) else text
         text = re.sub(
             r"^(?:the )?(?:correct )?(?:option|choice|letter|answer)s?\s*(?=\W?[A-Z0-9]\b)", "", text, flags=re.I
@@ -225,7 +225,7 @@ class NumericVerifier(_StatedVerifier):
 
     _SCALES = {**MAGNITUDES, "k": 1e3, "%": 0.01, "percent": 0.01}
     _QUANTITY = re.compile(
-        r"(?P<value>[-+−]?\s*(?:10\s*\^\s*[-+]?\d+|\\frac\{[^{}]*\}\{[^{}]*\}|(?:\d[\d,]*)?\.?\d+(?:/\d+|\s*\\frac\{\d+\}\{\d+\})?(?:[eE][-+]?\d+)?"
+        r"(?P<value>[-+−]?\s*(?:10\s*\^\s*[-+]?\d+|\\frac\{[^{}]*\}\{[^{}]*\}|\d+ \d+/\d+|(?:\d[\d,]*)?\.?\d+(?:/\d+|\s*\\frac\{\d+\}\{\d+\})?(?:[eE][-+]?\d+)?"
         r"(?:\s*(?:\\times|\\cdot|×|\*)\s*10\s*\^\s*[-+]?\d+)?))"
         rf"\s*(?P<scale>(?:{'|'.join(MAGNITUDES)}|k|percent)\b|%)?\s*(?P<unit>.*)",
         re.S,
@@ -233,10 +233,13 @@ class NumericVerifier(_StatedVerifier):
 
     _MONEY_SCALES = {"K": "thousand", "M": "million", "mn": "million", "B": "billion", "bn": "billion"}
 
-    # LaTeX of units in pint's spelling; plain exponents first, or `\mathrm{s^{-1}}` would be one brace in another
+    # LaTeX of numbers and units in plain spelling, pint's; plain exponents first, or `\mathrm{s^{-1}}` would be one brace in another
     _LATEX = [
         (re.compile(pattern), replacement)
         for pattern, replacement in (
+            (r"(?<=\d)(?:\{,\}|\\[,; ]|~| )(?=\d{3}(?!\d))", ","),
+            (r"\\[dtc]?frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+            (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
             (r"\^\s*\{\s*([-+−]?\d+)\s*\}", r"^\1"),
             (r"\\(?:text|mathrm|operatorname)\s*\{([^{}]*)\}", r" \1"),
             (r"\^\s*\{?\s*\\circ\s*\}?\s*|\\degree\s*", "°"),
@@ -305,6 +308,14 @@ def _each_key_once(pairs: list[tuple[str, object]]) -> dict:
     return found
 
 
+def _no_constant(name: str):
+    raise ValueError(f"{name} is Python's, and no JSON")
+
+
+# A fence ends a block at the end of a line: one within a text of the JSON does not.
+_JSON_BLOCK = re.compile(r"(```|~~~)(?:json)?[ \t]*\n(.*?)\1[ \t]*(?=\n|\Z)", re.S | re.I)
+
+
 class JsonSchemaVerifier(Verifier):
     """
     The JSON of a completion without its thinking (the last fenced block, else all of it): valid under a schema, and
@@ -340,9 +351,11 @@ class JsonSchemaVerifier(Verifier):
 
     def _judge(self, completion: str, answer) -> Judgement:
         try:
-            text = without_thinking(completion)
-            blocks = re.findall(r"```(?:json)?[ \t]*\n(.*?)```", text, re.S | re.I)
-            value = json.loads(blocks[-1] if blocks else text, object_pairs_hook=_each_key_once)
+            text = without_thinking(completion).replace("\r\n", "\n")
+            blocks = [m[2] for m in _JSON_BLOCK.finditer(text)]
+            value = json.loads(
+                blocks[-1] if blocks else text, object_pairs_hook=_each_key_once, parse_constant=_no_constant
+            )
         except Unparsable as error:
             return Judgement(Verdict.UNPARSABLE, str(error))
         except (ValueError, RecursionError) as error:
