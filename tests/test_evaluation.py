@@ -26,6 +26,7 @@ from trl_offpolicy.evaluation.estimators import (
     paired_test,
     pass_at_k,
 )
+from trl_offpolicy.evaluation.evaluate import _numbers
 from trl_offpolicy.sampling.sampler import Completion
 from trl_offpolicy.verification.verifiers import ExactMatchVerifier, NumericVerifier
 
@@ -300,6 +301,9 @@ def test_baseline(tmp_path):
     )["a"]
     assert better["vs_baseline"]["p_value"] < 0.01 and better["vs_baseline"]["difference_ci95"][0] > 0
     assert "paired" in (tmp_path / "new" / "results.md").read_text()
+    logged = _numbers({"a": better})
+    assert logged["a/avg@4"] == better["avg@4"] and logged["a/num_problems"] == 30
+    assert logged["a/vs_baseline/difference"] == better["vs_baseline"]["difference"] and "a/problem_ids" not in logged
 
 
 def test_a_baseline_with_nothing_in_common_is_refused_before_sampling(tmp_path):

@@ -431,8 +431,11 @@ def write_results(output_dir: Path, config: dict, results: dict[str, dict], repo
         write_whole(output_dir / name, content)  # two shards may finish at the same moment
     with wandb_run(report_to, output_dir, "eval", config) as run:
         if run is not None:
-            compared = {
-                f"{n}/vs_baseline": each["vs_baseline"] for n, each in results.items() if "vs_baseline" in each
-            }
-            numbers = {f"{n}/{k}": x for n, each in {**results, **compared}.items() for k, x in each.items()}
-            run.log({name: x for name, x in numbers.items() if isinstance(x, int | float)})
+            run.log(_numbers(results))
+
+
+def _numbers(results: dict[str, dict]) -> dict[str, float]:
+    """The results as W&B shows them: one number a name."""
+    compared = {f"{n}/vs_baseline": each["vs_baseline"] for n, each in results.items() if "vs_baseline" in each}
+    numbers = {f"{n}/{k}": x for n, each in {**results, **compared}.items() for k, x in each.items()}
+    return {name: x for name, x in numbers.items() if isinstance(x, int | float)}
