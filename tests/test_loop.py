@@ -434,6 +434,7 @@ def test_forgetting_is_no_step_where_it_cannot_be_measured(here, capsys, given):
             ["--train_config", "typo.yaml"],
             "typo.yaml, line 1: there is no option 'objectiv' (did you mean objective?)",
         ),
+        (["--benchmarks", "none.jsonl"], "benchmarks='none.jsonl', but there is no such file"),
         (["--eval_config", "typo.yaml"], "typo.yaml, line 1: there is no option 'objectiv'"),
         (
             ["--train_config", "lora.yaml", "--train_from", "last"],

@@ -178,7 +178,9 @@ def _check_training(arguments: LoopArguments, replay: bool) -> None:
 
 
 def _check(arguments: LoopArguments, config: RewriteConfig) -> None:
-    """Raises `ValueError` for options of a rewrite that no loop can have."""
+    """Raises `ValueError` or `FileNotFoundError` for options that no loop can have."""
+    from ..evaluation.benchmarks import load_benchmarks
+
     if arguments.sampler == "openai":
         raise ValueError(
             "You passed --sampler openai: such a server goes on serving the initial policy. Use vllm or transformers."
@@ -202,6 +204,7 @@ def _check(arguments: LoopArguments, config: RewriteConfig) -> None:
             "(`merge_and_unload()` of peft, then `save_pretrained` of model and tokenizer), and pass that directory as model_name_or_path."
         )
     _check_training(arguments, replay=bool(config.replay_share))
+    load_benchmarks(arguments.benchmarks or [])  # one that is missing would end the first round after its training
     if arguments.eval_config:
         eval_parser().read_config(Path(arguments.eval_config).expanduser())
     if config.keep == "all" and arguments.refresh == "unsolved":
