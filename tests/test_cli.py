@@ -173,6 +173,8 @@ def test_help_of_sft_shows_its_options_and_those_of_trl(capsys):
             ["--model_name_or_path", "M", "--dataset_name", "D", "--resume_from_checkpoint", "last"],
             "there is no checkpoint in ",
         ),
+        (["--model_name_or_path", "/no/such", "--dataset_name", "D"], "model='/no/such', which cannot be loaded"),
+        (["--model_name_or_path", "M", "--dataset_name", "D", "--chat_template", "/no/such.jinja"], "No such file"),
     ],
 )
 def test_sft_says_what_is_wrong_before_a_model_is_loaded(tmp_path, capsys, argv, message):

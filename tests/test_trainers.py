@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 import tempfile
 import warnings
 from dataclasses import dataclass
@@ -1155,6 +1156,40 @@ def test_a_dataset_without_rows_is_refused(tmp_path, tiny_model, tokenizer, make
         trainer(rows, rows).evaluate(empty)
 
 
+INCOMPLETE = {
+    "no completion": ([{"prompt": "2+2?", "response": "4"}], "'response'] and no `completion`"),
+    "nothing known": ([{"q": "2+2?", "a": "4"}], "no `prompt` and no `completion`"),
+    "an empty completion": ([{"prompt": "a", "completion": "b"}] * 1500 + [{"prompt": "a", "completion": None}], "Row 1500 .* has no `completion`"),
+    "an empty text": ([{"text": "a"}, {"text": None}], "Row 1 .* has no `text`"),
+    "an empty conversation": ([{"messages": [{"role": "user", "content": "a"}]}, {"messages": None}], "Row 1 .* has no `messages`"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", INCOMPLETE)
+def test_columns_and_values_that_are_missing_are_named(tmp_path, tiny_model, tokenizer, case):
+    rows, message = INCOMPLETE[case]
+    args = config(ImportanceWeightedSFTConfig, tmp_path, objective="nll")
+    with pytest.raises(ValueError, match=re.escape(message).replace(r"\.\*", ".*")):
+        ImportanceWeightedSFTTrainer(
+            tiny_model, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+        )
+
+
+@pytest.mark.parametrize("make", [demonstrations, rewritten])
+def test_labels_of_a_users_own_are_not_those_of_tokens(tmp_path, tiny_model, tokenizer, make):
+    rows = make(tokenizer) if make is rewritten else make()
+    args = config(ImportanceWeightedSFTConfig, tmp_path, objective="nll")
+    for labels in ("algebra", 3, [0, 1]):
+        own = rows.map(lambda _, labels=labels: {"labels": labels})
+        prepared = [
+            ImportanceWeightedSFTTrainer(
+                tiny_model, args, train_dataset=data, processing_class=tokenizer
+            ).train_dataset
+            for data in (rows, own)
+        ]
+        assert prepared[0]["labels"][:] == prepared[1]["labels"][:]
+
+
 def test_packed_rows_need_a_length(tmp_path, tiny_model, tokenizer):
     args = config(ImportanceWeightedSFTConfig, tmp_path, packing=True, max_length=None)
     with pytest.raises(ValueError, match="packing=True with max_length=None"):
@@ -1300,6 +1335,7 @@ def test_rows_without_a_target_and_vllms_whole_vocabulary(tmp_path, tiny_model, 
         ({"clip_min": 2.0, "clip_max": 1.0}, "clip_min=2.0 above clip_max=1.0"),
         ({"beta": -0.1}, "beta=-0.1; it must be at least 0"),
         ({"objective": "p_alpha", "alpha": math.nan}, "alpha=nan; it must be at least 0"),
+        ({"max_length": -1}, "max_length=-1; it must be at least 1, or None"),
         ({"clip_max": -1.0}, "clip_max=-1.0; it must be above 0, .* or None for no limit"),
         ({"clip_max": 0}, "clip_max=0; it must be above 0"),
         ({"clip_min": math.nan}, "clip_min=nan; it must be at least 0"),

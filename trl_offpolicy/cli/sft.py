@@ -11,7 +11,8 @@ from pathlib import Path
 from trl import ScriptArguments
 
 from ..data.tokenization import template_kwargs
-from ..sampling.engine import TEMPLATE_KWARGS_HELP
+from ..sampling.engine import TEMPLATE_KWARGS_HELP, read_template
+from ..sampling.loading import load_config, loading
 from .arguments import CommandParser, check_before_loading, last_checkpoint, model_init_kwargs, parser_for, say_next
 
 
@@ -23,7 +24,7 @@ examples:
   trl-offpolicy sft --model_name_or_path M --dataset_name D --objective iw --use_peft --lora_r 32 --output_dir runs/iw-lora
   trl-offpolicy sft --config sft.yaml --resume_from_checkpoint last
 
-It takes every option of TRL's `trl sft`, and those of the objective. On a machine without a GPU, add --use_cpu --bf16 False.
+It takes the options of TRL's `trl sft` (but mixtures of datasets), and those of the objective. On a machine without a GPU, add --use_cpu --bf16 False.
 """
 
 
@@ -68,8 +69,16 @@ def sft(argv: list[str]) -> int:
         check_before_loading(args.output_dir, "wandb" if "wandb" in args.report_to else "none")
     if args.chat_template_path is not None:  # from a config file, where no shell has replaced ~
         args.chat_template_path = os.path.expanduser(args.chat_template_path)
+        if args.chat_template_path.endswith((".jinja", ".j2")):
+            read_template(args.chat_template_path)  # or says what is wrong with it
     script_args.chat_template_kwargs = template_kwargs(script_args.chat_template_kwargs)
     resume = last_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    with loading(model_args.model_name_or_path):
+        load_config(
+            model_args.model_name_or_path,
+            revision=model_args.model_revision,
+            trust_remote_code=args.trust_remote_code,
+        )
     try:
         rewritten = _train(script_args, args, model_args, resume)
     except KeyboardInterrupt:

@@ -195,6 +195,8 @@ class ImportanceWeightedSFTConfig(SFTConfig):
         for name in ("tau", "gamma"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"You passed {name}={getattr(self, name)}; it must be above 0 and at most 1.")
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"You passed max_length={self.max_length}; it must be at least 1, or None for no limit.")
         if self.clip_max is not None and not self.clip_max > 0:
             raise ValueError(
                 f"You passed clip_max={self.clip_max}; it must be above 0, since a weight below 0 unlearns, or None for no limit."

@@ -377,13 +377,15 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
     # ---- columns ----
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        columns = set(get_dataset_column_names(dataset))
         _refuse_empty(dataset, dataset_name)
+        dataset = _without_foreign_labels(dataset)
+        columns = set(get_dataset_column_names(dataset))
         # Packed already (TRL would pack it a second time and merge its documents), or prepared here.
         prepared = "input_ids" in columns and (
             "seq_lengths" in columns or {"behavior_log_probs", "source_ids"} <= columns
         )
         if not prepared:
+            _refuse_incomplete_rows(dataset, args, formatting_func, dataset_name)
             ours = any(self._our_columns(columns)) or ROW_COLUMNS & columns or "topr" in self.objectives
             if not ours and not self._scored_columns:
                 return super()._prepare_dataset(
@@ -852,6 +854,37 @@ def _checked(weights, shape: torch.Size, objective) -> torch.Tensor:
 def _refuse_empty(dataset, name: str) -> None:
     if dataset is not None and not (len(dataset) if hasattr(dataset, "num_rows") else next(iter(dataset), None)):
         raise ValueError(f"The {name} dataset has no rows. Was everything filtered out of it, or is it another split?")
+
+
+def _without_foreign_labels(dataset):
+    """TRL takes a column `labels` for those of the tokens; where there are none yet it is the user's own."""
+    columns = get_dataset_column_names(dataset)
+    return dataset.remove_columns("labels") if "labels" in columns and "input_ids" not in columns else dataset
+
+
+def _refuse_incomplete_rows(dataset, args, formatting_func, name: str) -> None:
+    """Columns or values that are missing, at which TRL stops without saying where."""
+    columns = get_dataset_column_names(dataset)
+    if "input_ids" in columns or (formatting_func is not None and "prompt" not in columns):
+        return
+    texts = [column for column in ("messages", "conversations", args.dataset_text_field) if column in columns]
+    read = texts[:1] if texts and "prompt" not in columns else ["prompt", "completion"]
+    if missing := [column for column in read if column not in columns]:
+        raise ValueError(
+            f"The {name} dataset has the columns {columns} and no `{'` and no `'.join(missing)}`. SFT takes `prompt` + `completion`, `messages`, "
+            f"`conversations`, `input_ids`, or a column of texts, which dataset_text_field names ({args.dataset_text_field!r}). Rename yours with "
+            "`dataset.rename_columns`."
+        )
+    if not hasattr(dataset, "num_rows") or dataset.format["type"] == "custom":
+        return
+    for batch, rows in enumerate(dataset.select_columns(read).with_format("arrow").iter(batch_size=1000)):
+        for column in read:
+            row = pc.index(rows[column].is_null(), True).as_py()
+            if row >= 0:
+                raise ValueError(
+                    f"Row {1000 * batch + row} of the {name} dataset has no `{column}` (null). Fill it in, or leave such rows out: "
+                    f"`dataset.filter(lambda row: row[{column!r}] is not None)`."
+                )
 
 
 def _refuse_hidden_columns(dataset, name: str) -> None:
