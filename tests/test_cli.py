@@ -330,6 +330,21 @@ def test_an_engines_numbers_are_above_zero(demonstrations, tmp_path, capsys, tin
         OpenAISampler(POLICY, "http://127.0.0.1:9", request_timeout=0)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batch_size", "0"], "batch_size=0"),
+        (["--base_url", "http://x"], "it is an option of --sampler openai"),
+        (["--sampler", "openai"], "needs --base_url"),
+        (["--sampler", "vllm", "--engine_kwargs", "{x"], "write a JSON object"),
+        (["--chat_template_path", "none.jinja"], "'none.jinja', which cannot be read: No such file"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_engine_would(demonstrations, tmp_path, capsys, options, message):
+    assert main(rewrite_argv(demonstrations, tmp_path / "run", "--dry_run", *options)) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_where_nothing_can_be_written_no_model_is_loaded(demonstrations, capsys, monkeypatch):
     monkeypatch.setattr(
         "trl_offpolicy.cli.rewrite.make_sampler", None
@@ -522,6 +537,7 @@ def test_rows_so_far_are_those_of_the_finished_run(demonstrations, tmp_path, cap
     known = {(entry["id"], entry["stage"]): entry["verdict"] for entry in map(json.loads, lines[1:30])}
     kept = {row for row, stage in known if (row, "guided") in known or known[row, stage] == "correct"}
     assert main(["rows", str(run)]) == 2 and "add --so_far" in capsys.readouterr().err
+    assert main(["rows", str(tmp_path / "none")]) == 2 and "There is no run" in capsys.readouterr().err
     before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
     assert main(["rows", str(run), "--so_far"]) == 0
     assert f"\n{len(kept)} of 24 rows are settled" in capsys.readouterr().out and 0 < len(kept) < 24

@@ -13,7 +13,9 @@ import time
 import warnings
 from collections import Counter
 from concurrent.futures import wait
+from pathlib import Path
 
+import jinja2
 import pytest
 import yaml
 from conftest import POLICY, ROOT
@@ -37,6 +39,7 @@ from trl_offpolicy import (
     evaluate,
     measure_policy_gap,
 )
+from trl_offpolicy.cards import template_path
 from trl_offpolicy.cli.rewrite import RewriteArguments
 from trl_offpolicy.data.formats import output_features
 from trl_offpolicy.rewriting.dataset_card import END
@@ -302,6 +305,15 @@ def test_card_is_what_the_journal_says(tmp_path, hub):
     )
     assert again.identity() == run.args.identity()
     assert (given.dataset_name, given.dataset_revision, given.dataset_split) == ("me/source", commit, "train")
+
+
+def test_the_card_asks_a_run_only_for_what_it_has(tmp_path):
+    """Jinja writes nothing where there is no such attribute, and a sentence would be gone without a word."""
+    rewriter(tmp_path).rewrite(Dataset.from_list(rows(3)))
+    run = RunDirectory(tmp_path / "run")
+    template = jinja2.Environment().parse(Path(template_path("dataset_card")).read_text())
+    asked = {n.attr for n in template.find_all(jinja2.nodes.Getattr) if getattr(n.node, "name", "") == "run"}
+    assert "sources" in asked and [name for name in asked if not hasattr(run, name)] == []
 
 
 def test_metadata_of_others_is_read_as_they_wrote_it():

@@ -108,7 +108,7 @@ class CommandParser(TrlParser):
 
     def error(self, message: str):
         message = re.sub(r"(--\w+)/--[\w-]+", r"\1", message)  # each option once, not with a hyphen again
-        raise ValueError(f"{message}. `{self.prog} --help` explains every option.")
+        raise ValueError(f"{message.rstrip('.')}. `{self.prog} --help` explains every option.")
 
     def parse_args_and_config(self, args: list[str], return_remaining_strings: bool = False):
         args, path = list(args), None

@@ -43,7 +43,8 @@ def push(argv: list[str]) -> int:
     repo_id = pushed(commit, given.run_dir, given.hub_dataset_id, given.hub_token)
     if repo_id is None:
         return 3
-    print(f"""python -c "from datasets import load_dataset; print(load_dataset('{repo_id}', split='train'))\"""")
+    where = f"'{repo_id}', split='train'" + (f", revision='{given.hub_revision}'" if given.hub_revision else "")
+    print(f"""python -c "from datasets import load_dataset; print(load_dataset({where}))\"""")
     return 0
 
 

@@ -79,12 +79,12 @@ def rows(argv: list[str]) -> int:
     if run.row_files:
         print(f"The run is finished; its rows are in {run.path / 'dataset'}.")
         return 0
-    if not given.so_far:
-        raise ValueError(f"The run in {run.path} is not finished; add --so_far for the rows that are settled already.")
     if not run.journals or not (run.path / "run_config.yaml").exists():
         raise ValueError(
             f"There is no run of `trl-offpolicy rewrite` in {run.path}: it has no journal and no run_config.yaml."
         )
+    if not given.so_far:
+        raise ValueError(f"The run in {run.path} is not finished; add --so_far for the rows that are settled already.")
     settings = run.settings
     if "dataset_name" not in settings:
         raise ValueError(

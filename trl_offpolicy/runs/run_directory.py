@@ -202,6 +202,12 @@ class RunDirectory:
         return of["rows"] if "rows" in of else self.sources[stage]
 
     @property
+    def num_untried(self) -> int:
+        """Rows for which nothing was drawn."""
+        tried = (of.problems for of in self.counts.stages.values())
+        return len(set().union(*self.ids.values()).difference(*tried)) if self.row_files else 0
+
+    @property
     def metrics(self) -> dict:
         """`metrics.json`; empty as long as the run is not finished."""
         return self._json("metrics.json") if self.finished else {}

@@ -72,7 +72,10 @@ def read_template(path: str | None) -> str | None:
 
     if path is None:
         return None
-    text = Path(path).expanduser().read_text()
+    try:
+        text = Path(path).expanduser().read_text()
+    except OSError as error:
+        raise ValueError(f"You passed chat_template_path={path!r}, which cannot be read: {error.strerror}.") from error
     try:
         _compile_jinja_template(text)
     except TemplateSyntaxError as error:
@@ -97,9 +100,11 @@ def check_model(arguments: EngineArguments):
 
     Raises:
         ModelNotFound: There is no such model.
-        ValueError: There is no such dtype, or the model's tokenizer has no chat template.
+        ValueError: There is no such dtype, the engine does not take its options, or the model's tokenizer has no chat
+            template.
     """
     model = arguments.model_name_or_path
+    engine_options(arguments)
     shared: dict[str, Any] = {"revision": arguments.model_revision, "trust_remote_code": arguments.trust_remote_code}
     check_dtype(arguments.dtype)
     try:
@@ -120,8 +125,8 @@ _ENGINE_OF = {
 }
 
 
-def make_sampler(arguments: EngineArguments, second_adapter: str | None = None):
-    """The engine; one on which `with_adapter(second_adapter)` can be called, if that is asked for."""
+def engine_options(arguments: EngineArguments) -> dict[str, Any]:
+    """The engine's own options by name, as far as they are given; `ValueError` for those that it does not take."""
     given: dict[str, Any] = {name: value for name in _ENGINE_OF if (value := getattr(arguments, name)) is not None}
     for name, value in given.items():
         if _ENGINE_OF[name] != arguments.sampler:
@@ -129,6 +134,19 @@ def make_sampler(arguments: EngineArguments, second_adapter: str | None = None):
                 f"You passed {name}={value!r} with sampler={arguments.sampler!r}; it is an option of --sampler {_ENGINE_OF[name]}."
             )
     check_positive(batch_size=arguments.batch_size, **{k: v for k, v in given.items() if isinstance(v, (int, float))})
+    if arguments.sampler == "openai" and not arguments.base_url:
+        raise ValueError("--sampler openai needs --base_url, for example http://127.0.0.1:8000/v1.")
+    given |= json_mapping("engine_kwargs", given.pop("engine_kwargs", {}), '{"max_num_seqs": 256}')
+    if "hf_token" in given:  # `run_config.yaml` holds these options, and is pushed
+        raise ValueError(
+            "You passed hf_token in engine_kwargs, which would be pushed with the run; set HF_TOKEN instead."
+        )
+    return given
+
+
+def make_sampler(arguments: EngineArguments, second_adapter: str | None = None):
+    """The engine; one on which `with_adapter(second_adapter)` can be called, if that is asked for."""
+    given = engine_options(arguments)
     model = arguments.model_name_or_path
     init: dict[str, Any] = {"revision": arguments.model_revision}
     if template := read_template(arguments.chat_template_path):
@@ -137,8 +155,6 @@ def make_sampler(arguments: EngineArguments, second_adapter: str | None = None):
     if arguments.sampler == "openai":
         from .openai_sampler import OpenAISampler
 
-        if not arguments.base_url:
-            raise ValueError("--sampler openai needs --base_url, for example http://127.0.0.1:8000/v1.")
         sampler = OpenAISampler(model, batch_size=arguments.batch_size or 128, **given, **init)
         if template and not sampler.takes_token_ids:
             sampler.close()
@@ -152,11 +168,6 @@ def make_sampler(arguments: EngineArguments, second_adapter: str | None = None):
         if arguments.sampler == "vllm":
             from .vllm_sampler import VLLMSampler, lora_engine_kwargs
 
-            given |= json_mapping("engine_kwargs", given.pop("engine_kwargs", {}), '{"max_num_seqs": 256}')
-            if "hf_token" in given:  # `run_config.yaml` holds these options, and is pushed
-                raise ValueError(
-                    "You passed hf_token in engine_kwargs, which would be pushed with the run; set HF_TOKEN instead."
-                )
             if second_adapter is not None:
                 given = {**lora_engine_kwargs(second_adapter), **given}
             if arguments.batch_size is not None:
