@@ -46,6 +46,8 @@ def main(argv: list[str]) -> int:
     parser = parser_for((OnlineArguments, OnlineRewriteSFTConfig, ModelConfig), "online", __doc__, "")
     parser.prog = "train_online.py"
     arguments, args, model = parser.parse_args_and_config(argv)
+    if model.model_name_or_path is None:
+        raise ValueError("Pass --model_name_or_path: which model is trained, and asked.")
     if args.process_index == 0:
         check_before_loading(args.output_dir, "wandb" if "wandb" in args.report_to else "none")
     resume = last_checkpoint(args.resume_from_checkpoint, args.output_dir)
@@ -70,6 +72,11 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(
+            "\nstopped; the same command goes on, and with --resume_from_checkpoint last from the newest checkpoint."
+        )
+        sys.exit(3)

@@ -112,6 +112,23 @@ def test_trains_on_the_sampled_ids(tmp_path, tiny_model, tokenizer):
     assert example["input_ids"] == prompt + odd
 
 
+@pytest.mark.parametrize("completion_only", [None, True, False])
+@pytest.mark.parametrize("assistant_only", [True, False])
+def test_sampled_rows_have_trls_labels(tmp_path, tiny_model, tokenizer, completion_only, assistant_only):
+    """Also where a prompt holds an earlier answer."""
+    earlier = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    data = rewritten(tokenizer).map(lambda row: {"prompt": [*earlier, *row["prompt"]]})
+    settings = {"completion_only_loss": completion_only, "assistant_only_loss": assistant_only}
+    labels = []
+    for cls, conf in ((ImportanceWeightedSFTTrainer, ImportanceWeightedSFTConfig), (SFTTrainer, SFTConfig)):
+        args = config(conf, tmp_path, **settings)
+        trainer = cls(copy.deepcopy(tiny_model), args, train_dataset=data, processing_class=tokenizer)
+        labels.append(
+            [tokenizer.decode([t for t in row if t != -100]).strip() for row in trainer.train_dataset["labels"]]
+        )
+    assert labels[0] == labels[1] and all(row.endswith("<|im_end|>") for row in labels[0])
+
+
 @pytest.mark.parametrize(("template", "leaves_out"), [("qwen3", False), ("deepseek_r1_distill", True)])
 def test_thinking_is_trained_on_or_its_loss_is_said(tmp_path, tiny_model, tokenizer, template, leaves_out):
     """With the templates of Qwen3 and DeepSeek-R1: a demonstration's, and what was sampled."""

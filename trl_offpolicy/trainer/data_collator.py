@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from transformers import ProcessorMixin
-from trl.data_utils import prepare_multimodal_messages
+from trl.data_utils import common_prefix_length, prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import pad
 
@@ -143,7 +143,9 @@ def align_row(
             )
         prompt_ids = encode_prompt_of(example, example["prompt"], processing_class, chat_template)
         input_ids = prompt_ids + completion_ids
-        labels = [-100] * len(prompt_ids) + completion_ids if completion_only else input_ids
+        # Of the prompt's tokens those are trained on that are in TRL's labels: all, or with assistant_only_loss earlier answers.
+        same = 0 if completion_only else common_prefix_length(prompt_ids, example["input_ids"])
+        labels = labels[:same] + [-100] * (len(prompt_ids) - same) + completion_ids
         if log_probs and len(log_probs) != len(completion_ids):
             raise ValueError(
                 f"Row {index} has {len(completion_ids)} `completion_ids` but {len(log_probs)} `behavior_log_probs`: {text!r:.200}"

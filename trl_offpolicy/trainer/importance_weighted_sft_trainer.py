@@ -425,7 +425,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
                 fn_kwargs={
                     "processing_class": processing_class,
                     "chat_template": self.chat_template,
-                    "completion_only": self.completion_only_loss or args.assistant_only_loss,
+                    "completion_only": self.completion_only_loss,
                     "recompute": args.precompute_behavior_log_probs,
                     "source_column": source,
                     "weight_column": weight,
