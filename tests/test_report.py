@@ -183,6 +183,8 @@ def test_files_of_other_programs_and_torn_ones(tmp_path):
     run.mkdir()
     (run / "results.json").write_text("[1, 2]")
     (run / "metrics.json").write_text('"yield"')
+    (run / "base").mkdir()
+    (run / "base" / "results.json").write_text('{"settings": {}, "benchmarks": ["a"]}')  # what reproduce.py found
     with pytest.raises(ValueError, match="nothing to report"):
         write_report([str(tmp_path)], str(tmp_path / "report"))
     (run / "metrics.json").write_text('{"yield": {"self": 1')

@@ -97,6 +97,9 @@ def test_the_command_shows_drop_and_gain(files, tmp_path, command):
         "mean drop over the tasks: +2.0% [+0.0%, +4.0%]; mean gain on the target +12.0%",
     ):
         assert line in done.stdout.splitlines(), done.stdout
+    (tmp_path / "eval" / "results.json").write_text('{"settings": {}, "benchmarks": ["a"]}')  # what reproduce.py found
+    other = command("eval", "--retention", *files, "--output_dir", tmp_path / "eval")
+    assert other.returncode == 0 and "no evaluation with --baseline" in other.stdout
     alone = command("eval", "--retention", *files)
     assert alone.returncode == 0 and "target" not in alone.stdout
 

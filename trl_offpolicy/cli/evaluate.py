@@ -145,7 +145,8 @@ def _retention(argv: list[str]) -> int:
         print(f"output_dir: {given.output_dir}", flush=True)
         if (file := Path(given.output_dir).expanduser() / "results.json").exists():
             found = json.loads(file.read_text())
-            results = found.get("benchmarks", {}) if isinstance(found, dict) else {}  # else another program's
+            if isinstance(found, dict) and isinstance(found.get("benchmarks"), dict):  # else another program's
+                results = found["benchmarks"]
     base, tuned = given.retention
     changes = measure_retention(base, tuned, given.output_dir)
     print(tables.markdown(tables.retention(changes, results)), end="")

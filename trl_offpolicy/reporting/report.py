@@ -89,11 +89,11 @@ def find_runs(directories: list[Path]) -> dict[str, dict[str, tuple[Path, dict]]
         "rounds.json": "rounds",
     }
     keys = {
-        "rewrites": "yield",
-        "evaluations": "benchmarks",
-        "gaps": "total",
-        "trainings": "log_history",
-        "rounds": "rounds",
+        "rewrites": {"yield"},
+        "evaluations": {"config", "benchmarks"},
+        "gaps": {"total"},
+        "trainings": {"log_history"},
+        "rounds": {"rounds"},
     }
     found: dict[str, dict[Path, dict]] = {kind: {} for kind in keys}
     for directory in directories:
@@ -107,7 +107,7 @@ def find_runs(directories: list[Path]) -> dict[str, dict[str, tuple[Path, dict]]
                     raise ValueError(
                         f"{path} is not whole JSON ({error}): delete it, or run the command that writes it again."
                     ) from error
-                if not isinstance(content, dict) or keys[kind] not in content:
+                if not isinstance(content, dict) or not keys[kind] <= content.keys():
                     continue  # another program's file of that name
                 run = path.parent.parent if path.parent.name.startswith("checkpoint-") else path.parent
                 newer = content.get("global_step", 0) >= found[kind].get(run, {}).get("global_step", 0)
