@@ -121,9 +121,13 @@ def test_options_that_take_a_list_a_mapping_or_a_truth_value_of_yaml_keep_it(tmp
         "output_dir: O\nuse_cpu: true\nbf16: no\nsave_strategy: no\nmodel_init_kwargs: {dtype: float32}\nreport_to: [none]\n"
         "include_num_input_tokens_seen: true\nmax_length: none\n"
     )
-    (args,) = parsed(text, tmp_path, types=SFTConfig)
+    for written in ("null", "~", "none"):
+        (args,) = parsed(text.replace("max_length: none", f"max_length: {written}"), tmp_path, types=SFTConfig)
+        assert args.max_length is None
+    with pytest.raises(ValueError, match="`max_length` is empty"):
+        parsed("max_length:\n", tmp_path, types=SFTConfig)
     assert (args.save_strategy, args.model_init_kwargs, args.report_to) == ("no", {"dtype": "float32"}, [])
-    assert args.include_num_input_tokens_seen in (True, "all") and args.max_length is None
+    assert args.include_num_input_tokens_seen in (True, "all")
 
 
 def test_a_schema_that_is_none_is_one_sentence(demonstrations, tmp_path, capsys, monkeypatch):

@@ -251,16 +251,16 @@ def _from_yaml(action: argparse.Action, hint, node, value, where: str):
         value: The value as YAML reads it.
         where (`str`): File and line, for the error.
     """
+    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     if value is None:
-        if action.default is None and not action.required:
-            return None
+        if (action.default is None and not action.required) or (type(None) in members and node.value):
+            return None  # a `null` that is written, where the option may be none at all, such as max_length
         raise ValueError(
             f"{where}: `{action.dest}` is empty (null). Give it a value, or leave the key out for its default."
         )
     if action.nargs in ("+", "*"):
         items = list(zip(node.value, value, strict=True)) if isinstance(value, list) else [(node, value)]
         return [_scalar(action, n.value, v, where) for n, v in items]
-    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     taken = type(value) in {get_origin(member) or member for member in members}
     if taken and (isinstance(value, (dict, list)) or node.value.lower() in ("true", "false")):
         return value
