@@ -143,7 +143,8 @@ class RunDirectory:
         passed = f"You passed the run {str(self.path)!r}"
         if not self.journals or not self.row_files:
             raise ValueError(
-                f"{passed}, which is no finished `trl-offpolicy rewrite`: it has no journal, or no dataset/."
+                f"{passed}, which is no finished `trl-offpolicy rewrite`: it has no journal, or no dataset/. Pass "
+                "a rewrite's output_dir."
             )
         if (settings := reshaped(self.config)) or Source.SELF not in self.config["stages"]:
             raise ValueError(
