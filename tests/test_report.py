@@ -83,6 +83,12 @@ def test_the_page_shows_what_the_files_say(runs, tmp_path):
     ):  # fmt: skip
         assert shown in text and shown in markdown
     assert re.search(r"train</td><td>10</td><td>0.1<", page)  # the last checkpoint's
+    (tmp_path / "unfinished").mkdir()
+    with pytest.warns(UserWarning, match="unfinished', where there is nothing to report"):
+        write_report([str(runs / "gap"), str(tmp_path / "unfinished")], str(tmp_path / "report"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_report([str(runs / "train" / "checkpoint-5"), str(runs / "base")], str(tmp_path / "report"))
     assert page.count("<details") == 20 and page.count("<details open") == sum(
         counts[source] > 0 for source in ("self", "guided", "expert")
     )

@@ -12,6 +12,7 @@ import json
 import os
 import random
 import textwrap
+import warnings
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -61,11 +62,15 @@ def write_report(run_dirs: list[str], output_dir: str, title: str = "trl_offpoli
         ValueError: Nothing to report was found in them, or a file is torn.
     """
     found = find_runs([Path(d) for d in run_dirs])
-    if not any(found.values()):
-        raise ValueError(
-            f"You passed {run_dirs}, which hold nothing to report: no metrics.json of a rewrite, results.json of an evaluation, "
-            "policy_gap.json or trainer_state.json. Pass the directories that those commands wrote to."
+    every = [run.resolve() for runs in found.values() for run, _ in runs.values()]
+    if empty := [each for each in run_dirs if not any(_holds(Path(each).resolve(), run) for run in every)]:
+        message = (
+            f"You passed {' and '.join(map(repr, empty))}, where there is nothing to report: no metrics.json of a rewrite, results.json of an evaluation, "
+            "policy_gap.json, rounds.json or trainer_state.json, which are written at the end. Pass the directories that those commands wrote to."
         )
+        if not every:
+            raise ValueError(message)
+        warnings.warn(message, stacklevel=2)
     (Path(output_dir) / "figures").mkdir(parents=True, exist_ok=True)
     page = Page(title, Path(output_dir) / "figures")
     page.heading(title, 1)
@@ -77,6 +82,11 @@ def write_report(run_dirs: list[str], output_dir: str, title: str = "trl_offpoli
         _rows(page, label, path, seed)
     page.write(Path(output_dir))
     return Path(output_dir) / "report.html"
+
+
+def _holds(directory: Path, run: Path) -> bool:
+    """Whether what was found of a run was found in a directory, which may also be one of its checkpoints."""
+    return run.is_relative_to(directory) or directory.parent == run
 
 
 def find_runs(directories: list[Path]) -> dict[str, dict[str, tuple[Path, dict]]]:
