@@ -1176,6 +1176,7 @@ def test_a_dataset_without_rows_is_refused(tmp_path, tiny_model, tokenizer, make
 INCOMPLETE = {
     "no completion": ([{"prompt": "2+2?", "response": "4"}], "'response'] and no `completion`"),
     "nothing known": ([{"q": "2+2?", "a": "4"}], "no `prompt` and no `completion`"),
+    "a prompt beside messages": ([{"prompt": "2+2?", "messages": [{"role": "user", "content": "2+2?"}]}], "Beside `prompt`, messages is not looked at: drop it"),
     "an empty completion": ([{"prompt": "a", "completion": "b"}] * 1500 + [{"prompt": "a", "completion": None}], "Row 1500 .* has no `completion`"),
     "an empty text": ([{"text": "a"}, {"text": None}], "Row 1 .* has no `text`"),
     "an empty conversation": ([{"messages": [{"role": "user", "content": "a"}]}, {"messages": None}], "Row 1 .* has no `messages`"),

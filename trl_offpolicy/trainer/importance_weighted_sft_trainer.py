@@ -870,10 +870,15 @@ def _refuse_incomplete_rows(dataset, args, formatting_func, name: str) -> None:
     texts = [column for column in ("messages", "conversations", args.dataset_text_field) if column in columns]
     read = texts[:1] if texts and "prompt" not in columns else ["prompt", "completion"]
     if missing := [column for column in read if column not in columns]:
+        other = [*texts, *(["what formatting_func returns"] if formatting_func is not None else [])]
         raise ValueError(
             f"The {name} dataset has the columns {columns} and no `{'` and no `'.join(missing)}`. SFT takes `prompt` + `completion`, `messages`, "
-            f"`conversations`, `input_ids`, or a column of texts, which dataset_text_field names ({args.dataset_text_field!r}). Rename yours with "
-            "`dataset.rename_columns`."
+            f"`conversations`, `input_ids`, or a column of texts, which dataset_text_field names ({args.dataset_text_field!r}). "
+            + (
+                f"Beside `prompt`, {other[0]} is not looked at: drop it with `dataset.remove_columns('prompt')`."
+                if other
+                else "Rename yours with `dataset.rename_columns`."
+            )
         )
     if not hasattr(dataset, "num_rows") or dataset.format["type"] == "custom":
         return
