@@ -228,7 +228,7 @@ _LINE_MARK = re.compile(r"^[ \t]*####[ \t]*(?P<value>\S[^\n]*)$", re.M)
 
 # What may stand between "is" and the value, and says nothing.
 _FILLER = re.compile(
-    rf"(?:[\s{_MARK}:：=≈\"“”'>，,]|\*(?!\d)|(?:(?:therefore|thus|hence|so|then|finally|simply|just|exactly|precisely|only|definitely|clearly|indeed|still|also|equal to|given by"
+    rf"(?:[\s{_MARK}:：=≈\"“”'>，,]|\*(?!\d)|(?:(?:therefore|thus|hence|so|then|finally|simply|just|exactly|precisely|only|definitely|clearly|indeed|still|also|now|currently|already|equal to|given by"
     r"|found to be|for sure|certainly|surely|obviously|that|as follows|in conclusion|we (?:get|find|have|see|conclude|obtain)|it follows|us|a total of|the (?:number|value|integer|fraction|point|interval|set"
     r"|expression|choice|option|letter|answer)(?=\s*[\d\\$({\[\ue000])|option|choice|approximately|about|roughly|around|nearly)(?![A-Za-z])|因此|所以|故|综上(?:所述)?))*",
     re.I,
@@ -372,7 +372,8 @@ def _sentence(found: Segments, start: int, last: bool) -> tuple[int, int] | None
         if len(spans) + len(numbers) + len(pieces) != 2:
             return None
         at, stop = spans[0] if spans else (start + numbers[0].start(), start + numbers[0].end())
-        return None if _QUALIFIED.search(covered[start:at] + covered[stop:clause]) else (at, stop)
+        around = (covered[start:at] + covered[stop:clause]).replace(_MARK, "")
+        return None if _QUALIFIED.search(around) else (at, stop)
     return None if begin >= stop or _NO_VALUE.match(covered, begin) else (begin, stop)
 
 
@@ -498,7 +499,7 @@ _BARE_LEFT = re.compile(
     r"(?:(?:\d|\b[A-Za-z]|[)}\]])\s*[-+−*/^×·]\s*|=\s*[-−]\s*|[-−]|[<>≠≤≥√±]\s*|\\(?:sqrt|frac|times|cdot|pm|neq?|leq?|geq?|lt|gt)\s*\{?|(?<![\w.)])\d+)\Z"
 )
 _BARE_RIGHT = re.compile(
-    r"\^(?!\s*\{?\\circ)|!(?=\s*[-+*/=])|[π²³]|\\(?:pi|sqrt)\b|[A-Za-z](?![A-Za-z])|\s*(?:[-+*/×·]\s*[\d\\]|\\(?:times|cdot|pm|le|ge|lt|gt)\b)|\}\{"
+    r"\^(?!\s*\{?\\circ)|\.?\d|!(?=\s*[-+*/=])|[π²³]|\\(?:pi|sqrt)\b|[A-Za-z](?![A-Za-z])|\s*(?:[-+*/×·]\s*[\d\\]|\\(?:times|cdot|pm|le|ge|lt|gt)\b)|\}\{"
 )
 
 

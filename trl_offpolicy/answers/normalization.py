@@ -9,6 +9,7 @@ import unicodedata
 from fractions import Fraction
 
 from .extraction import MAX_ANSWER, NUMBER_WORD, NUMBER_WORDS, Unparsable
+from .qualifiers import changes
 
 
 # ---- text, without what never changes its value ----
@@ -29,7 +30,7 @@ _FONT = re.compile(rf"\\(?:(?:{_FONTS})\s*(?=\{{)|(?:textcolor|color)\s*\{{[^{{}
 _SAME = {
     "\\frac": "dfrac tfrac cfrac", "<": "lt", ">": "gt", "\\le ": "leq leqq leqslant", "\\ge ": "geq geqq geqslant", "\\neq ": "ne", "\\{": "lbrace", "\\}": "rbrace",
     "(": "langle lparen", ")": "rangle rparen", "|": "lvert rvert vert mid", ":": "colon", "\\setminus ": "backslash smallsetminus", "\\emptyset ": "varnothing",
-    "": "left right middle displaystyle textstyle limits big bigg bigl bigr bigm biggl biggr biggm Big Bigg Bigl Bigr Bigm Biggl Biggr Biggm mathopen mathclose checkmark",
+    "": "left right middle displaystyle textstyle limits big bigg bigl bigr bigm biggl biggr biggm Big Bigg Bigl Bigr Bigm Biggl Biggr Biggm large Large LARGE huge Huge mathopen mathclose checkmark",
 }  # fmt: skip
 _COMMANDS = {f"\\{name}": same for same, names in _SAME.items() for name in names.split()}
 _REWRITES = [
@@ -67,6 +68,8 @@ _REWRITES = [
         (rf"((?<![\\A-Za-z])[A-Za-z]|\\(?:{GREEK}))\s*_\s*(\{{[^{{}}]*\}}|\{{\\text\s*\{{[^{{}}]*\}}\s*\}}|\\[A-Za-z]+|\w)", lambda m: f"{m[1]}_{{{_plain(m[2])}}}"),
         (r"(?!^),?\s*(?:\\text\{[^{}]*\})?\s*(?:\(\s*)?\b[a-z]\s*\\in\s*\\mathbb\{[A-Z]\}(?:\s*\))?$", ""),
         (r"\\\{\s*[a-z](?:\s*\\in\s*\\mathbb\{R\})?\s*[|:]((?:[^{}|]|\{[^{}]*\})*)\\\}", r"\1"),
+        (r"^(\\text\s*\{\s*)?(?i:(?:the )?(?:final |correct )?answer(?: is\b|:| ?=) *)(?=[^\s}])", r"\1"),
+        (r"^((?:(?!\\[lg]e |\\neq )[^<>=,;])*)(?:, ?|\s*\\text\s*\{[ ,]*(?:for|where|with|if|when)? *\} ?|\s*(?=\())\(?\s*([a-z])\s*\\neq [^,<>=]*$", lambda m: _domain(m)),
         (r"^\\text\s*\{(?! *[A-J]:)[^{}]*(?:\bis|\bare|:|=)\s*\}\s*(?=\S)|\s*\\text\s*\{\s*(?:for (?:all|every|any)|only)\b.*$", ""),
         (r"\s*\\text\s*\{\s*\((?:since|because|as|where|i\.e\.)\b.*\)\s*\}?$", ""),
         (rf"^(\\text\s*\{{ *)?\b((?i:{NUMBER_WORD})) (?=[a-z])", lambda m: f"{m[1] or ''}{NUMBER_WORDS[m[2].casefold()]} "),
@@ -80,6 +83,11 @@ def _spoken_connectives(match: re.Match) -> str:
     r"""`x<1 \lor x>2` in words; between formulas without a relation the signs are logic, and stay."""
     text = re.sub(r"\\(?:lor|vee)(?![A-Za-z])", r"\\text{ or }", match[0])
     return re.sub(r"\\(?:land|wedge)(?![A-Za-z])", r"\\text{ and }", text)
+
+
+def _domain(match: re.Match) -> str:
+    r"""`\frac{1}{x}, x\neq 0` without what it says of its own variable."""
+    return match[1] if re.search(rf"(?<![A-Za-z\\]){match[2]}(?![A-Za-z])", match[1]) else match[0]
 
 
 def _plain(subscript: str) -> str:
@@ -121,7 +129,11 @@ def normalize(answer: str) -> str:
     # `\text{204 minutes}`, `\text{(B)}`, `\text{B}`: text around a value, not words
     if wrapped := re.fullmatch(r"\\text\{([^{}]*)\}", text):
         inner = wrapped[1].strip().rstrip(".")
-        bare = re.search(r"[^A-Za-z ]", inner) or len(inner) == 1 or inner.casefold() in NUMBER_WORDS
+        bare = (
+            re.search(r"[^A-Za-z ]|^[A-Z](?: and [A-Z])+$", inner)
+            or len(inner) == 1
+            or inner.casefold() in NUMBER_WORDS
+        )
         return inner if bare else f"\\text{{{inner}}}"
     return text
 
@@ -374,7 +386,7 @@ for _definition in re.split(r"[;\n]+", _DEFINITIONS.strip()):
 _CHANGES = re.compile(
     rf"\b(?:{NUMBER_WORD}|half|halve|halves|thirds?|quarters?|\w{{3,}}ths?|squared|cubed|factorial|or|and|if|for|when|where|unless|not|except|less|more|than|fewer|over|under"
     r"|above|below|at|least|most|to|from|times?|score|plus|minus|divided|multiplied|raised|doubled|tripled|halved|increased|decreased|reduced|base|modulo|mod|log|ln|sin|cos|tan|exp|sqrt|pi|cis|root|fail\w*|invalid|impossible|extraneous|rejected|excluded|wrong|incorrect|hundreds?|tens|is|are|pairwise|each other"
-    r"|dozens?|thousands?|millions?|billions?|trillions?)\b|[^A-Za-z '’-]",
+    r"|dozens?|thousands?|millions?|billions?|trillions?)\b|[^\w\u0900-\u0dff '’-]|[\d_]",
     re.I,
 )
 _SUFFIX = re.compile(r"(?:\\text\s*\{[^{}]*\}|\^\{-?\d\}|\^-?\d|/|\\cdot ?| )+$")
@@ -413,7 +425,5 @@ def split_unit(text: str) -> tuple[str, tuple[Fraction, dict[str, int]] | str | 
     if known := unit(name):
         return value, known
     noun = re.sub(r"(?<=units) *\^\{?\d\}?$", "", name).strip(" .")
-    if len(noun) < 3 or _CHANGES.search(noun):
-        # letters of other scripts count things, too, but 万 and 亿 multiply
-        return (value, noun) if re.fullmatch(r"[^\x00-\x7f万亿千百十分之倍]+", noun) else (text, None)
-    return value, noun
+    short = len(noun) < 3 and noun.isascii()  # one letter of another script may count things
+    return (text, None) if short or _CHANGES.search(noun) or changes(noun) else (value, noun)

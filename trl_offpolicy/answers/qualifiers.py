@@ -12,7 +12,7 @@ import re
 # Directly before a value: it is denied.
 _DENIED = {
     "en": r"not|(?:is|was|does|do|ca|could|should|wo)n['’]t|cannot(?: be)?|never|neither|anything but|no longer|far from|incorrect|wrong",
-    "de": "nicht|kein|keine|niemals", "es": "no es|no son|nunca|tampoco", "fr": "pas|jamais", "it": "non|mai", "pt": "não|nunca",
+    "de": "nicht|kein|keine|niemals|falsch", "es": "no es|no son|nunca|tampoco", "fr": "pas|jamais", "it": "non|mai", "pt": "não|nunca",
     "nl": "niet|geen|nooit", "sv, no, da": "inte|ikke|aldrig", "pl": "nie|nigdy", "cs": "není|ne", "ru, uk": "не|нет|не є", "id": "bukan|tidak",
     "vi": "không|không phải", "tr": "değil", "fi": "ei", "ro": "nu", "ar": "ليس|ليست", "he": "לא", "zh": "不是|并非|不等于|不为|不可能", "ja": "違", "ko": "아닌",
 }  # fmt: skip
@@ -35,7 +35,7 @@ _BEHIND = {
     r"|(?:which|but (?:this|that|it))(?:\s+fails|\s+(?:does not|doesn['’]t) (?:work|satisfy|fit|hold)|(?:\s+is|\s+was|['’]s) (?:wrong|incorrect|impossible|not (?:correct|right|possible|valid|allowed|among|one of|an? option)))\b"
     r"|would (?:be|have been) (?:the |an? |my |our )?(?:\w+ )?(?:answer|solution|result|correct|right|true)\b(?=[^.!?\n]*\b(?:if|had|unless|without)\b)"
     r"|or (?:less|more|fewer|greater|so|larger|smaller|above|below)\b",
-    "de": r"ist (?:falsch|nicht|keine)\b|oder (?:mehr|weniger)\b|tausend\b|Millionen\b", "es": r"(?:no es|es (?:incorrect|fals)[oa])\b|o (?:más|menos)\b|mil\b|millones\b",
+    "de": r"ist (?:falsch|nicht|keine)\b|oder (?:mehr|weniger)\b|mal (?:so|mehr|größer)\b|tausend\b|Millionen\b", "es": r"(?:no es|es (?:incorrect|fals)[oa])\b|o (?:más|menos)\b|mil\b|millones\b",
     "fr": r"(?:n['’]est pas|est (?:faux|fausse|incorrecte?))\b|ou (?:plus|moins)\b|mille\b|millions\b", "it": r"(?:non è|è (?:sbagliat|errat)[oa])\b|o (?:più|meno)\b|mila\b|milioni\b",
     "pt": r"(?:não é|está errad[oa])\b|ou (?:mais|menos)\b|mil\b|milhões\b", "sv, no, da": r"(?:är inte|är fel)\b|eller (?:mer|mindre)\b|tusen\b|miljoner\b", "nl": r"is (?:niet|fout|onjuist)\b|duizend\b|miljoen\b",
     "pl": r"tysi(?:ęcy|ące)\b|milion\w*", "ru": r"(?:не верно|неверно|тысяч\w*|миллион\w*)", "tr": r"değil\w*", "zh": r"是错|不对|不正确|万|亿", "ja": "では(?:ない|ありません)|以上|以下|未満|万|億", "ko": "(?:이|가)? ?아니|이상|이하|미만",
@@ -88,8 +88,13 @@ _COUNTED = re.compile(
 )
 # A number word of another language behind a number, which would be taken for its unit; the verb of a sentence that
 # denies it; "only", of which the sentence says behind the value when.
+_SCALES = (
+    r"(?:tausend|millionen?|milliarden?|mio|mrd|dutzend|mil|mill[oó]n(?:es)?|docenas?|mille|milliards?|dizaines?|centaines?|mila|milion[ei]|miliard[oi]|milh(?:ão|ões)|duizend|miljoen"
+    r"|tusen|miljon(?:er)?|tysi\w+|tys|milion\w*|mln|mld|mlrd|тысяч\w*|тыс|миллион\w*|млн|миллиард\w*|млрд|nghìn|ngàn|triệu|ribu|juta|bin|milyon|milyar|ألف|آلاف|مليون|हजार|लाख|करोड"
+    r"|drittel|viertel|zehntel|hundertstel|tiers|dixièmes?|centièmes?|tercios?|cuartos?|décimos?|terzi|quarti|половин\w*|трет\w*|четверт\w*|десят\w*|раз|fois|veces|vezes|volte)(?!\w)|[천만억億萬万亿千百十倍]|分之"
+)
 _SCALED = re.compile(
-    r"\d\W{0,3}(?:tusen|tausend|Millionen|mil|millones|mille|mila|milioni|milhões|miljoner|duizend|miljoen|tysi\w+|milion\w*|тысяч\w*|миллион\w*)\b|\b(?:does|do|did|can|could|fails?)(?:n['’]t)?\W*\Z|\bonly\W*\Z",
+    rf"\d\W{{0,3}}(?:{_SCALES})|\b(?:does|do|did|can|could|fails?)(?:n['’]t)?\W*\Z|\bonly\W*\Z",
     re.I,
 )
 _PROPERTY = re.compile(
@@ -118,6 +123,14 @@ def stands(before: str, value: str, behind: str, kind: str) -> bool:
     if kind == "sentence":
         qualified.append(_PROPERTY.search(before))
     return not any(qualified)
+
+
+_ANOTHER = re.compile(rf"(?<!\w)(?:{_SCALES})|\A(?:{_words(_DENIED)})(?!\w)", re.I)
+
+
+def changes(noun: str) -> bool:
+    """Whether what stands behind a number as its unit makes another number of it, or takes it back: `тысяч`, `oder mehr`."""
+    return bool(_ANOTHER.search(noun) or _QUALIFIED_BEHIND.match(f" {noun}"))
 
 
 # "not 4, but 5": what stands behind it is stated.

@@ -113,8 +113,8 @@ _MEMBER = re.compile(
     r"^(?:(?:[A-Za-z]|\\[A-Za-z]+)(?:_\{[^{}]*\})?|\([A-Za-z](?:, ?[A-Za-z])+\))\\in(?![A-Za-z]) ?(?=[\[(\\])"
 )
 _ONE_NAME = (
-    r"(?:\\triangle |\\angle ?|\\overline|\\text|\\vec|\\overrightarrow)?(?:[A-Z]{2,}|\\?[A-Za-z]+|\{[A-Za-z ]+\})(?:_\{[^{}]*\})?'*(?:\^\{-1\})?(?:\([^()=]*\))?"
-    r"|\|[A-Z]{2,}\||\([A-Za-z](?:, ?[A-Za-z])+\)|\\(?:sin|cos|tan|cot|sec|csc) ?\\?(?:angle ?)?[A-Za-z]+"
+    r"(?:\\triangle |\\angle ?|\\overline ?|\\text|\\vec ?|\\overrightarrow ?)?(?:[A-Z]{2,}|\\?[A-Za-z]+|\{[A-Za-z ]+\})(?:_\{[^{}]*\})?'*(?:\^\{-1\})?(?:\([^()=]*\))?"
+    r"|\\frac\{d(?:\^\{?\d\}?)? ?[a-z]\}\{d ?[a-z](?:\^\{?\d\}?)?\}|\|[A-Z]{2,}\||\([A-Za-z](?:, ?[A-Za-z])+\)|\\(?:sin|cos|tan|cot|sec|csc) ?\\?(?:angle ?)?[A-Za-z]+"
 )
 _NAME = re.compile(rf"(?:{_ONE_NAME})(?::(?:{_ONE_NAME}))*")
 _AND = r",? ?\\text\s*\{\s*,?\s*(?:and|or)\s*,?\s*\},?|,? ?(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|&"
