@@ -12,7 +12,8 @@ from markdown_it import MarkdownIt
 from scripted import ScriptedSampler, rows, verify
 
 from trl_offpolicy import DataRewriter, RewriteConfig, evaluate, measure_policy_gap
-from trl_offpolicy.reporting.report import _sources, _values_and_errors, write_report
+from trl_offpolicy.reporting.page import Page
+from trl_offpolicy.reporting.report import _sources, _values_and_errors, find_runs, write_report
 from trl_offpolicy.reporting.tables import markdown, number, plain
 
 
@@ -152,6 +153,23 @@ def test_figures_have_room_for_long_names_and_show_no_interval_where_none_is_kno
         assert _sources(names, [{"self": 3, "guided": 1}] * 5).startswith(b"<?xml")
     values, (below, above) = _values_and_errors([{"x": 0.5, "x_ci95": None}, {"x": 0.5, "x_ci95": [0.25, 0.625]}], "x")
     assert values == [0.5, 0.5] and np.isnan([below[0], above[0]]).all() and (below[1], above[1]) == (0.25, 0.125)
+
+
+def test_runs_whose_names_differ_only_in_signs_have_figures_of_their_own(tmp_path):
+    page = Page("t", tmp_path)
+    page.figures([("gap-a-b", "first", b"1"), ("gap-a-b", "second", b"2")])
+    files = [re.search(r"\(.*/(.*)\)", line)[1] for line in page.text]
+    assert [(tmp_path / file).read_text() for file in files] == ["1", "2"]
+
+
+def test_a_run_within_one_of_its_own_name_is_no_other(tmp_path):
+    for run in ("a", "a/b", "a/a"):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "policy_gap.json").write_text('{"total": 1}')
+    assert set(find_runs([tmp_path / "a"])["gaps"]) == {".", "a", "b"}
+    assert set(find_runs([tmp_path / "a" / "b", tmp_path / "a" / "a"])["gaps"]) == {"a", "b"}
+    (tmp_path / "a" / "a" / "policy_gap.json").unlink()
+    assert set(find_runs([tmp_path / "a"])["gaps"]) == {"a", "b"}
 
 
 def test_what_rounds_to_zero_has_no_minus():

@@ -94,8 +94,8 @@ def evaluate(
             - `avg@k`, `pass@j` for powers of two j and j = k, `maj@k`, `greedy` (if asked for): shares, each with
               `…_ci95`, a bootstrap interval over problems; `avg@k_se`, the standard error over problems; `vs_baseline`
               ([`~evaluation.estimators.compare`]), if there is one;
-            - `num_problems`, and `problem_ids`, `num_correct`, `num_judged`: lists in row order; `mean_length` in
-              tokens, `None` where a server gives no token ids;
+            - `num_problems`, and `problem_ids`, `num_correct`, `num_judged`: lists in row order; `mean_length` of
+              what was drawn in tokens, `None` where a server gives no token ids;
             - `truncated`, `unparsable`, `not_told`: shares of the samples that were cut, stated no answer, could not
               be judged or drawn (time-outs, errors, a gold answer that the verifier cannot compare with). The first
               two count as wrong, the last are left out, and a problem with fewer than j left is left out of `pass@j`.

@@ -39,6 +39,7 @@ class Page:
     figures_dir: Path
     body: list[str] = field(default_factory=list)
     text: list[str] = field(default_factory=list)
+    drawn: set[str] = field(default_factory=set)  # names of figures
 
     def heading(self, text: str, level: int = 2) -> None:
         self.body.append(f"<h{level}>{html.escape(text)}</h{level}>")
@@ -62,6 +63,9 @@ class Page:
         """(file name, caption, SVG) of each."""
         self.body.append('<div class="figures">')
         for name, caption, svg in drawn:
+            while name in self.drawn:  # of two runs whose names differ only in signs
+                name += "-"
+            self.drawn.add(name)
             data, caption_html = base64.b64encode(svg).decode(), html.escape(caption)
             self.body.append(
                 f'<figure><img alt="{caption_html}" src="data:image/svg+xml;base64,{data}"><figcaption>{caption_html}</figcaption></figure>'

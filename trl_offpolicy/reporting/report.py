@@ -125,11 +125,10 @@ def find_runs(directories: list[Path]) -> dict[str, dict[str, tuple[Path, dict]]
                     found[kind][run] = content
     every = [run.resolve() for runs in found.values() for run in runs]
     top = Path(os.path.commonpath(every)) if len(set(every)) > 1 else every[0].parent if every else Path()
-
-    def label(run: Path) -> str:
-        return str(run.resolve().relative_to(top)) if run.resolve() != top else run.resolve().name
-
-    return {kind: {label(run): (run, content) for run, content in runs.items()} for kind, runs in found.items()}
+    labels = {run: str(run.relative_to(top)) for run in every}
+    if top in labels and top.name not in labels.values():  # else it stays "."
+        labels[top] = top.name
+    return {kind: {labels[run.resolve()]: (run, of) for run, of in runs.items()} for kind, runs in found.items()}
 
 
 # ---- sections ----
