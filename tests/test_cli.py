@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -347,6 +348,18 @@ def test_an_engines_numbers_are_above_zero(demonstrations, tmp_path, capsys, tin
 def test_a_dry_run_refuses_what_the_engine_would(demonstrations, tmp_path, capsys, options, message):
     assert main(rewrite_argv(demonstrations, tmp_path / "run", "--dry_run", *options)) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("says", ["{{ raise_exception('no such turn') }}", "{{ messages[0]['content'] + 1 }}"])
+def test_a_template_that_refuses_every_prompt_is_bad_input(demonstrations, tmp_path, capsys, says):
+    """Whatever its code raises; of other prompts the run goes on."""
+    own = (Path(POLICY) / "chat_template.jinja").read_text()
+    for condition, code in (("'Start' in messages[0]['content']", 2), ("messages[0]['content'] == 'another'", 0)):
+        template = tmp_path / f"{code}.jinja"
+        template.write_text(f"{{% if {condition} %}}{says}{{% endif %}}{own}")
+        argv = rewrite_argv(demonstrations, tmp_path / f"run{code}", "--chat_template_path", str(template))
+        assert main([*argv, "--max_rows", "2"]) == code
+    assert "the chat template refuses the prompt" in capsys.readouterr().err
 
 
 def test_where_nothing_can_be_written_no_model_is_loaded(demonstrations, capsys, monkeypatch):

@@ -89,10 +89,12 @@ class Attempts:
 
         Raises:
             SamplerError: The engine cannot go on, or not one attempt of a new journal could be drawn.
+            ValueError: Not one could be asked, which another try would not change.
         """
         counts, sampler, student = scheduler.counts, drawing.samplers[0], self.sampler_of(Source.SELF)
         # A server tells of tokens when an attempt is finished: it takes several of each slot to know its rate.
         speculation = Speculation(sampler.slots, 1024 if sampler.drawn_tokens is None else 32)
+        reasons: set[str] = set()
 
         def ask() -> Asked | None:
             most = speculation.most(min(drawing.sampling, scheduler.open_rows))
@@ -121,6 +123,7 @@ class Attempts:
 
         def take(judged: Judged, result: Result) -> None:
             counts.failed += result.finish_reason in FAILED
+            reasons.add(result.finish_reason)
             counts.drawn += result.finish_reason not in FAILED
             for request_id in scheduler.record(judged.item, result):
                 drawing.abort(request_id)
@@ -138,7 +141,10 @@ class Attempts:
         if (
             counts.failed and not counts.drawn and not problems.memory.num_known
         ):  # no reason to keep all demonstrations
-            raise SamplerError(f"not one of {counts.failed:,} attempts could be drawn; the last one: {judged.reason}")
+            message = f"not one of {counts.failed:,} attempts could be drawn; the last one: {judged.reason}"
+            if "error" in reasons:
+                raise SamplerError(message)
+            raise ValueError(f"{message}. The same prompts would be refused again: change them, or the template.")
 
     def _score_demonstrations(self, batch: list[Judged], problems: Problems, journal: Journal) -> None:
         """Those of problems whose first attempts these are, where demonstrations compete."""

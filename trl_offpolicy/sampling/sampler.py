@@ -266,7 +266,7 @@ def prompt_ids(processing_class, request: Request, context: int) -> list[int] | 
     """
     try:
         ids = encode_prompt(processing_class, request.prompt, chat_template_kwargs=request.chat_template_kwargs)
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:  # whatever its code raises
         reason = f"the chat template refuses the prompt: {error}"
     else:
         if len(ids) < context:
