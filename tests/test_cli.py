@@ -359,7 +359,9 @@ def test_a_template_that_refuses_every_prompt_is_bad_input(demonstrations, tmp_p
         template.write_text(f"{{% if {condition} %}}{says}{{% endif %}}{own}")
         argv = rewrite_argv(demonstrations, tmp_path / f"run{code}", "--chat_template_path", str(template))
         assert main([*argv, "--max_rows", "2"]) == code
-    assert "the chat template refuses the prompt" in capsys.readouterr().err
+        assert ("the chat template refuses the prompt" in capsys.readouterr().err) == bool(code)
+        assert main([*argv, "--dry_run"]) == 0
+        assert ("This prompt cannot be asked: the chat template refuses" in capsys.readouterr().out) == bool(code)
 
 
 def test_where_nothing_can_be_written_no_model_is_loaded(demonstrations, capsys, monkeypatch):

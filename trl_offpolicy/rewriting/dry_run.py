@@ -5,9 +5,9 @@ import math
 from tqdm.auto import tqdm
 
 from ..data.prompts import contents
-from ..data.tokenization import encode_prompt
 from ..runs.journal import Attempt
 from ..runs.run_counts import RunCounts, cut_advice
+from ..sampling.sampler import Completion, Request, SamplingParams, prompt_ids
 from .rewrite_config import RewriteConfig
 from .strategies import LOOP_SETTINGS, STRATEGIES
 
@@ -16,14 +16,18 @@ def shown_prompt(
     title: str, prompt: list[dict[str, str]] | str, processing_class, chat_template_kwargs: dict | None, verifier
 ) -> str:
     """
-    A prompt, the same with all special tokens if there is a tokenizer, and a word if it does not ask for the form that
-    the verifier reads.
+    A prompt, the same with all special tokens if there is a tokenizer, and a word if it cannot be asked, or does not
+    ask for the form that the verifier reads.
     """
     turns = [{"role": "plain text", "content": prompt}] if isinstance(prompt, str) else prompt
     parts = [f"---- {title} ----", *(f"[{turn['role']}]\n{turn['content']}" for turn in turns)]
     if processing_class is not None:
-        ids = encode_prompt(processing_class, prompt, chat_template_kwargs=chat_template_kwargs)
-        parts += [f"---- the same as the model reads it, {len(ids)} tokens ----", processing_class.decode(ids)]
+        request = Request("", prompt, 0, SamplingParams(), chat_template_kwargs)
+        ids = prompt_ids(processing_class, request, 1 << 30)  # the model, which has a context, is not loaded
+        if isinstance(ids, Completion):
+            parts.append(f"---- careful ----\nThis prompt cannot be asked: {ids.error}.")
+        else:
+            parts += [f"---- the same as the model reads it, {len(ids)} tokens ----", processing_class.decode(ids)]
     wanted = verifier.asked_form if verifier else ""
     if wanted not in "".join(contents(prompt)):
         parts.append(
