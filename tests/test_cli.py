@@ -514,6 +514,16 @@ def test_reprs_say_what_it_is():
     assert repr(both) == "all_of(ExactMatchVerifier(ignore_case=False), MathVerifier())"
 
 
+def test_verify_takes_several_gold_answers_where_the_verifier_does(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"problem": "Who?", "solution": "The answer is Paris.", "answer": gold} for gold in (["Paris", "P"], ["R"])
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["verify", "--dataset_name", "a.jsonl", "--verifier", "exact"]) == 0
+    assert "correct               1  50.0%" in capsys.readouterr().out
+
+
 def test_verify_replaces_what_it_wrote_and_nothing_else(demonstrations, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     demonstrations.write_text(demonstrations.read_text().replace('"n":', '"answer": "5", "n":'))

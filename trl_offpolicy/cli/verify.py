@@ -142,8 +142,10 @@ def _to_verify(dataset, arguments: VerifyArguments):
         answer = row.get(arguments.answer_column)
         if named:
             return index, row, _text(row[arguments.completion_column], index, arguments.completion_column), answer
-        problem = read_row(row, index, arguments.answer_column, "{problem}")
-        return index, row, problem.demonstration, answer if isinstance(answer, (list, dict)) else problem.answer
+        several = isinstance(answer, (list, dict))  # some verifiers take such a gold answer, a rewrite does not
+        read_as = {**row, arguments.answer_column: None} if several else row
+        problem = read_row(read_as, index, arguments.answer_column, "{problem}")
+        return index, row, problem.demonstration, answer if several else problem.answer
 
     rows = dataset
     if not named and find_format(dataset.column_names)[1] != arguments.answer_column:
