@@ -138,7 +138,11 @@ class Step(NamedTuple):
 
 
 class OutOfBudget(RuntimeError):
-    """`--time_budget` or `--sampling_budget` is used up."""
+    """`--time_budget` or `--sampling_budget` is used up; `needs` is what else the command must be given to go on."""
+
+    def __init__(self, reason: str, needs: str = ""):
+        super().__init__(reason)
+        self.needs = needs
 
 
 class Experiment:
@@ -437,7 +441,8 @@ class Experiment:
             tokens = self.sampled.count() if self.args.sampling_budget else 0
         if self.args.sampling_budget and tokens >= self.args.sampling_budget:
             raise OutOfBudget(
-                f"{tokens:,} tokens were sampled; --sampling_budget allows {self.args.sampling_budget:,}"
+                f"{tokens:,} tokens were sampled; --sampling_budget allows {self.args.sampling_budget:,}",
+                needs=" with a larger --sampling_budget",
             )
 
     def clean(self, step: Step) -> None:
@@ -869,9 +874,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"reproduce.py: a step ended with exit code {error.returncode}: {shlex.join(error.cmd)}{where}\nMend that, then run the same command again.", file=sys.stderr)  # fmt: skip
         return 3 if error.returncode == 3 else 2
     except (KeyboardInterrupt, OutOfBudget) as reason:
-        more = " with a larger --sampling_budget" if "--sampling_budget" in str(reason) else ""
+        needs = getattr(reason, "needs", "")
         print(
-            f"\nstopped: {str(reason) or 'interrupted'}. Run the same command again{more} to go on.", file=sys.stderr
+            f"\nstopped: {str(reason) or 'interrupted'}. Run the same command again{needs} to go on.", file=sys.stderr
         )
         show_page(experiment)
         return 3

@@ -15,8 +15,8 @@ The embedded policy, on a machine without a GPU:
     python examples/train_online.py --model_name_or_path examples/quickstart_policy --dataset_name runs/rounds/demonstrations.jsonl \
         --solve_prompt '{problem}' --use_cpu --bf16 False --learning_rate 1e-3 --output_dir runs/online
 
-It takes the flags of a training's config and of `trl-offpolicy sft` that load a model, and those of `trl-offpolicy rewrite` that say what is asked, drawn and kept; `--config file.yaml`
-takes the same keys, and `--resume_from_checkpoint last` goes on from the newest checkpoint.
+It takes the flags of a training's config and of `trl-offpolicy sft` that load a model, and those of `trl-offpolicy rewrite` that say what
+is asked, drawn and kept; `--config file.yaml` takes the same keys, and `--resume_from_checkpoint last` goes on from the newest checkpoint.
 """
 
 import sys

@@ -8,7 +8,7 @@ import shlex
 import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
 from types import UnionType
@@ -18,7 +18,7 @@ from trl import TrlParser
 
 from ..data.tokenization import json_mapping
 from ..runs.checkpoints import whole_checkpoints
-from ..runs.run_config import STEP
+from ..runs.run_config import STEP, default_of
 
 
 @dataclass(kw_only=True)
@@ -387,6 +387,17 @@ def last_checkpoint(resume: str | None, output_dir: str) -> str | None:
             "save_only_model leaves out). Leave it out to begin, or name a checkpoint to go on from its weights alone."
         )
     return str(whole[-1])
+
+
+def given(*configs) -> dict[str, Any]:
+    """The fields of dataclasses that differ from their defaults, as a config file of the command has them."""
+    values = {}
+    for config in configs:
+        for f in fields(config):
+            value = getattr(config, f.name)
+            if value != default_of(f) and f.repr:  # not a token
+                values[f.name] = value
+    return values
 
 
 def model_init_kwargs(model_args, args) -> dict[str, Any]:

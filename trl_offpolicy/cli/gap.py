@@ -5,9 +5,8 @@ from dataclasses import dataclass, field
 
 from ..data import prompts
 from ..data.control_tokens import HELP, MODES
-from ..loop.rounds import given
 from ..sampling.engine import TEMPLATE_KWARGS_HELP, TEMPLATE_METADATA, check_dtype, read_template
-from .arguments import DatasetArguments, check_before_loading, load_dataset, parser_for, say_next
+from .arguments import DatasetArguments, check_before_loading, given, load_dataset, parser_for, say_next
 from .evaluate import report_command
 
 

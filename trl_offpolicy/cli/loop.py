@@ -13,7 +13,7 @@ from ..rewriting.dry_run import shown_strategy
 from ..rewriting.rewrite_config import RewriteConfig
 from ..rewriting.strategies import STRATEGIES
 from ..sampling.engine import EngineArguments
-from .arguments import VerifierArguments, check_before_loading, load_demonstrations, parser_for
+from .arguments import VerifierArguments, check_before_loading, given, load_demonstrations, parser_for
 from .evaluate import eval_parser
 from .rewrite import RewriteArguments
 
@@ -37,7 +37,7 @@ class LoopArguments(LoopConfig, RewriteArguments):
 
 
 def loop(argv: list[str]) -> int:
-    from ..loop.rounds import Loop, StepFailed, given, measures_forgetting
+    from ..loop.rounds import Loop, StepFailed, measures_forgetting
     from ..runs.interrupts import terminable
     from ..runs.run_log import wandb_run
 

@@ -157,13 +157,9 @@ def _checked_dataset(arguments: RewriteArguments, config: RewriteConfig):
         )
     dataset = load_demonstrations(arguments, config.answer_column)
     check_stages(dataset.column_names, config)
-    checked = (
-        []
-        if arguments.skip_incomplete
-        else read_rows(text_columns(plain_rows(dataset), config.answer_column), config.answer_column)
-    )
-    for _ in checked:  # which raises for rows that lack a part; --skip_incomplete has read them all
-        pass
+    if not arguments.skip_incomplete:  # which has read them all
+        for _ in read_rows(text_columns(plain_rows(dataset), config.answer_column), config.answer_column):
+            pass  # it raises for rows that lack a part
     if adapter is not None and "guided" not in config.stages:
         raise ValueError(
             f"You passed rewriter_adapter={adapter!r} with stages={config.stages}: it draws in the stage `guided`."

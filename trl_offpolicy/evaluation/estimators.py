@@ -139,7 +139,8 @@ def compare(results: dict, baseline: dict) -> dict:
 
     Returns:
         `dict`: `difference` of the accuracies (share; positive: better than the baseline), its interval
-            `difference_ci95` over problems (where all differ alike, from the exact binomial bound), `p_value` of the paired sign-flip test, `num_problems` in common.
+            `difference_ci95` over problems (where all differ alike, from the exact binomial bound), `p_value` of the
+            paired sign-flip test, `num_problems` in common.
 
     Raises:
         ValueError: They have no problem in common (another benchmark, or prompts that differ).

@@ -228,9 +228,8 @@ class _Run:
     """The samples of one evaluation: which are due, which are known, what they say."""
 
     questions: dict[str, list[Question]]
-    golds: dict[
-        str, list[Verdict]
-    ]  # which gold answers can be compared with, as far as no completion is needed to tell
+    # Which gold answers can be compared with, as far as no completion is needed to tell.
+    golds: dict[str, list[Verdict]]
     args: EvaluationConfig
     samples: dict[Key, dict] = field(default_factory=dict)
     complete: bool = False  # then all shards' problems are summarised, else this shard's

@@ -93,16 +93,18 @@ def verified(verifier: Verifier | None = None) -> Scorer:
     The columns of the row that it names are taken from the sample's metadata.
     """
     verifier = verifier or MathVerifier()
+    golds: dict[str, Verdict] = {}  # whether a gold answer can be compared with is the same in every epoch
 
     async def score(state: TaskState, target: Target) -> Score:
         completion = _completion(state.output)
         (judgement,) = await anyio.to_thread.run_sync(judge, verifier, [completion], [target.text], [state.metadata])
-        (gold,) = await anyio.to_thread.run_sync(verifier.check_answers, [target.text])
+        if target.text not in golds:
+            (golds[target.text],) = await anyio.to_thread.run_sync(verifier.check_answers, [target.text])
         verdict, reason = judgement
         said = {"explanation": reason or str(verdict), "metadata": {"verdict": str(verdict)}}
         if verdict in (Verdict.TIMEOUT, Verdict.ERROR):
             return Score.unscored(reason=str(verdict), **said)
-        if gold != Verdict.CORRECT or judgement.gold_at_fault:
+        if golds[target.text] != Verdict.CORRECT or judgement.gold_at_fault:
             return Score.unscored(reason="gold_unparsable", **said)
         return Score(value=float(verdict == Verdict.CORRECT), **said)
 

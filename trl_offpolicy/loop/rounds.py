@@ -19,7 +19,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,18 +80,6 @@ class StepFailed(RuntimeError):
     def __init__(self, step: Step, code: int):
         super().__init__(f"round {step.round}: `{step.name}` ended with exit code {code}; its last words are above.")
         self.code = code
-
-
-def given(*configs) -> dict[str, Any]:
-    """The fields of dataclasses that differ from their defaults, as a config file of the command has them."""
-    values = {}
-    for config in configs:
-        for f in fields(config):
-            default = f.default if f.default_factory is MISSING else f.default_factory()
-            value = getattr(config, f.name)
-            if value != default and f.repr:  # not a token
-                values[f.name] = value
-    return values
 
 
 class Loop:

@@ -4,11 +4,11 @@ import re
 import warnings
 from collections.abc import Iterable
 from copy import copy
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..data import prompts
-from ..runs.run_config import RunConfig
+from ..runs.run_config import RunConfig, default_of
 from ..sampling.sampler import LATER, PLAIN
 from .strategies import STRATEGIES, rewrite_settings
 
@@ -37,11 +37,6 @@ GUIDED_FILTERS = {
 
 # Settings of what is drawn beside a run's rows; no attempt at a problem depends on them.
 REPLAY = {"replay_share", "replay_dataset"}
-
-
-def default_of(setting: Field) -> Any:
-    """The value of a dataclass's field that is not given."""
-    return setting.default if setting.default_factory is MISSING else setting.default_factory()
 
 
 @dataclass(kw_only=True)

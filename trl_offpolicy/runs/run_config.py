@@ -3,7 +3,7 @@ The settings that everything has in common which draws completions into a run di
 """
 
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
 from ..data import control_tokens, prompts
@@ -14,6 +14,11 @@ from .shards import Shard
 
 # An environment variable, set for the steps of a loop or an experiment: these know themselves which command follows.
 STEP = "TRL_OFFPOLICY_STEP"
+
+
+def default_of(setting: Field) -> Any:
+    """The value of a dataclass's field that is not given."""
+    return setting.default if setting.default_factory is MISSING else setting.default_factory()
 
 
 @dataclass

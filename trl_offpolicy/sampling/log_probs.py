@@ -103,7 +103,8 @@ def has_known_head(model: PreTrainedModel, ids: list[int]) -> bool:
     if model not in _KNOWN_HEADS:
         tokens = torch.tensor([ids[:16]], device=model.device)
         hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0]
-        # Its class's forward: a copy of a model that TRL has trained has one that is bound to the model it was copied from.
+        # Its class's forward: a copy of a model that TRL has trained has one that is bound to the model it was copied
+        # from.
         logits = type(model).forward(model, input_ids=tokens, use_cache=False).logits[0]
         own, ours = logits.float(), head_logits(lm_head(model), hidden)
         rounding = max(1e-3, 2 * torch.finfo(logits.dtype).eps, 2 * torch.finfo(hidden.dtype).eps)

@@ -143,7 +143,8 @@ def align_row(
             )
         prompt_ids = encode_prompt_of(example, example["prompt"], processing_class, chat_template)
         input_ids = prompt_ids + completion_ids
-        # Of the prompt's tokens those are trained on that are in TRL's labels: all, or with assistant_only_loss earlier answers.
+        # Of the prompt's tokens those are trained on that are in TRL's labels: all, or with assistant_only_loss earlier
+        # answers.
         same = 0 if completion_only else common_prefix_length(prompt_ids, example["input_ids"])
         labels = labels[:same] + [-100] * (len(prompt_ids) - same) + completion_ids
         if log_probs and len(log_probs) != len(completion_ids):

@@ -108,10 +108,9 @@ class InitialPolicy:
         self.model, self.accelerator = model, accelerator
         self.has_adapter = is_peft_model(model)
         # The adapter changes nothing yet; and it is all that is trained, so that π_0 is there whenever it is off.
+        # All processes are asked, since one may hold all weights.
         asked = needed and self.has_adapter
-        self.has_neutral_adapter = asked and all(
-            gather_object([adapter_is_neutral(model)])
-        )  # one may hold all weights
+        self.has_neutral_adapter = asked and all(gather_object([adapter_is_neutral(model)]))
         self.has_removable_adapter = self.has_neutral_adapter and not trains_beside_adapter(model)
         self.frozen = None
         self.digest = self._digest() if needed else None

@@ -233,7 +233,8 @@ class NumericVerifier(_StatedVerifier):
 
     _MONEY_SCALES = {"K": "thousand", "M": "million", "mn": "million", "B": "billion", "bn": "billion"}
 
-    # LaTeX of numbers and units in plain spelling, pint's; plain exponents first, or `\mathrm{s^{-1}}` would be one brace in another
+    # LaTeX of numbers and units in plain spelling, pint's; plain exponents first, or `\mathrm{s^{-1}}` would be one
+    # brace in another
     _LATEX = [
         (re.compile(pattern), replacement)
         for pattern, replacement in (
